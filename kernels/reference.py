@@ -1,0 +1,368 @@
+"""The specification: one plain torch function per op. The fused kernels have the same signatures and are tested
+against these in float64.
+
+Shapes: B rows (samples), N tokens, D width. Low-precision inputs are upcast: statistics and reductions run in float32
+(float64 for float64 inputs) and the result is rounded once, to the dtype stated.
+The ops on differences are in ``reference_difference`` and are re-exported here.
+"""
+
+import math
+from enum import IntEnum
+
+import torch
+from torch import Tensor, nn
+
+from .coefficients import guidance_decay, path_coefficients, quotient_coefficients, velocity_scale
+from .reference_difference import (
+    attention_difference,
+    frequencies,
+    gated_residual_layernorm_difference,
+    gelu_difference,
+    modulated_layernorm_difference,
+    silu_difference,
+    time_sinusoids_difference,
+    wide,
+)
+
+__all__ = [
+    "Stream",
+    "attention_difference",
+    "condition",
+    "consistency_loss",
+    "gated_residual_layernorm",
+    "gated_residual_layernorm_difference",
+    "gelu_difference",
+    "guided_velocity",
+    "interpolate",
+    "modulated_layernorm",
+    "modulated_layernorm_difference",
+    "noisy_sample",
+    "normal",
+    "philox",
+    "silu_difference",
+    "time_sinusoids",
+    "time_sinusoids_difference",
+    "uniform",
+    "velocity_loss",
+]
+
+# ------------------------------------------------------------------------------------------------ random draws
+
+
+class Stream(IntEnum):
+    """What a draw is for: the last word of the Philox counter, so that no two uses share numbers."""
+
+    NOISE = 0
+    TIMES = 1
+    DROP = 2
+    LATENT = 3
+    RENOISE = 4
+    ORDER = 5
+    INIT = 6
+
+
+_MASK = 0xFFFFFFFF
+_PHILOX_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+_PHILOX_WEYL = (0x9E3779B9, 0xBB67AE85)
+
+
+def _multiply_32x32(a: Tensor, b: int) -> tuple[Tensor, Tensor]:
+    """High and low words of a 32×32-bit product, in int64 without overflow."""
+    low, high = b & 0xFFFF, b >> 16
+    bottom = a * low
+    top = a * high + (bottom >> 16)
+    return top >> 16, ((top & 0xFFFF) << 16) | (bottom & 0xFFFF)
+
+
+def philox(rows: Tensor, n: int, *, seed: int | Tensor, step: int | Tensor, stream: int) -> Tensor:
+    """Philox4x32-10 words (Salmon et al., SC 2011): the library's only source of randomness.
+
+    Word ``4k+j`` of a row is word j of the block with counter ``(k, row, step, stream)`` and key ``(seed mod 2^32,
+    seed div 2^32)``.
+
+    Args:
+        rows: (B,) int64, *global* row indices, so that a draw does not depend on how rows are spread over processes.
+        n: words per row.
+        seed: key, 0 <= seed < 2^63. step: the training step, below 2^32; a 0-d int64 tensor costs no recompilation.
+
+    Returns:
+        (B, n) int64 in [0, 2^32).
+    """
+    device = rows.device
+    blocks = torch.arange((n + 3) // 4, device=device, dtype=torch.int64)
+    zero = torch.zeros(rows.shape[0], blocks.shape[0], device=device, dtype=torch.int64)
+    c0, c1 = zero + blocks, zero + (rows[:, None] & _MASK)
+    c2, c3 = zero + (step & _MASK), zero + stream
+    k0, k1 = seed & _MASK, (seed >> 32) & _MASK
+    for _ in range(10):
+        high0, low0 = _multiply_32x32(c0, _PHILOX_MULTIPLIERS[0])
+        high1, low1 = _multiply_32x32(c2, _PHILOX_MULTIPLIERS[1])
+        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
+        k0, k1 = (k0 + _PHILOX_WEYL[0]) & _MASK, (k1 + _PHILOX_WEYL[1]) & _MASK
+    return torch.stack([c0, c1, c2, c3], dim=-1).flatten(1)[:, :n]
+
+
+def _unit(words: Tensor) -> Tensor:
+    """float32 in (0, 1] from 32-bit words: the word rounded to float32, plus a half, over 2^32."""
+    return words.to(torch.float32) * 2.0**-32 + 2.0**-33
+
+
+def uniform(rows: Tensor, n: int, *, seed: int | Tensor, step: int | Tensor, stream: int) -> Tensor:
+    """(B, n) float32 uniform draws in (0, 1]; arguments as :func:`philox`."""
+    return _unit(philox(rows, n, seed=seed, step=step, stream=stream))
+
+
+def normal(rows: Tensor, n: int, *, seed: int | Tensor, step: int | Tensor, stream: int) -> Tensor:
+    """(B, n) float32 standard normal draws by Box-Muller; arguments as :func:`philox`.
+
+    Words (2i, 2i+1) of a row give values (2i, 2i+1): ``r cos θ, r sin θ`` with ``r = √(−2 ln u)`` of the first word
+    and ``θ = 2πu`` of the second. Values are bounded by 6.8.
+    """
+    words = philox(rows, n + n % 2, seed=seed, step=step, stream=stream).unflatten(1, (-1, 2))
+    radius = torch.sqrt(-2 * torch.log(_unit(words[..., 0])))
+    angle = 2 * math.pi * _unit(words[..., 1])
+    return torch.stack([radius * torch.cos(angle), radius * torch.sin(angle)], dim=-1).flatten(1)[:, :n]
+
+
+def _per_row(c: Tensor, like: Tensor) -> Tensor:
+    """(B,) scalars shaped to broadcast over the samples of ``like`` (B, ...)."""
+    return c.to(like.dtype).view(-1, *[1] * (like.dim() - 1))
+
+
+# ------------------------------------------------------------------------------------------- path and latents
+
+
+def interpolate(x0: Tensor, noise: Tensor, t: Tensor, *, path: str) -> tuple[Tensor, Tensor]:
+    """``x_t = α x_0 + β ε`` and ``v_t = α' x_0 + β' ε``.
+
+    Args:
+        x0, noise: (B, ...). t: (B,) in [0, 1].
+
+    Returns:
+        ``(x_t, v_t)``, shape and dtype of x0.
+    """
+    alpha, beta, dalpha, dbeta = (_per_row(c, x0) for c in path_coefficients(t, path))
+    return alpha * x0 + beta * noise, dalpha * x0 + dbeta * noise
+
+
+def noisy_sample(
+    data: Tensor,
+    t: Tensor,
+    rows: Tensor,
+    *,
+    seed: int | Tensor,
+    step: int | Tensor,
+    path: str,
+    latent_scale: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """:func:`interpolate` with every draw made inside, from ``(seed, step, row)``.
+
+    Args:
+        data: (B, C, ...) samples, or (B, 2C, ...) latent moments (mean, then std) when ``latent_scale`` is given: then
+            ``x_0 = (mean + std·ε')·latent_scale`` with ε' from :attr:`Stream.LATENT`.
+        t: (B,). rows: (B,) int64 global row indices.
+
+    Returns:
+        ``(x_t, v_t)``, each (B, C, ...) float32 (float64 for float64 data, of the same float32 draws).
+    """
+    (data,) = wide(data)
+
+    def draw(like: Tensor, stream: Stream) -> Tensor:
+        z = normal(rows, like[0].numel(), seed=seed, step=step, stream=stream)
+        return z.view(like.shape).to(like.dtype)
+
+    if latent_scale is None:
+        x0 = data
+    else:
+        mean, std = data.chunk(2, dim=1)
+        x0 = (mean + std * draw(mean, Stream.LATENT)) * latent_scale
+    return interpolate(x0, draw(x0, Stream.NOISE), t, path=path)
+
+
+# ---------------------------------------------------------------------------------------------- conditioning
+
+
+def time_sinusoids(t: Tensor, s: Tensor, *, width: int = 256, dtype: torch.dtype | None = None) -> Tensor:
+    """``[cos, sin]`` features of ``t`` and of ``t−s``, maximal period 10000, times not scaled.
+
+    Args:
+        t, s: (B,) float32 or float64. width: even. dtype: of the result, by default that of t.
+
+    Returns:
+        (2, B, width): first t, then t−s.
+    """
+    tau, tau_s = wide(t, s)
+    tau = torch.stack([tau, tau - tau_s])
+    phase = tau[..., None] * frequencies(width, tau)
+    return torch.cat([torch.cos(phase), torch.sin(phase)], dim=-1).to(dtype or t.dtype)
+
+
+def condition(t_embedding: Tensor, s_embedding: Tensor, table: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """``c = t_embedding + s_embedding + table[labels]`` and ``SiLU(c)``, which every modulation layer shares.
+
+    Args:
+        t_embedding, s_embedding: (B, D). table: (classes, D). labels: (B,) int64 in [0, classes).
+
+    Returns:
+        ``(c, SiLU(c))``, (B, D), dtype of t_embedding; c is not differentiable (it only feeds the difference).
+    """
+    t_wide, s_wide, y_wide = wide(t_embedding, s_embedding, nn.functional.embedding(labels, table))
+    c = t_wide + s_wide + y_wide
+    return c.detach().to(t_embedding.dtype), nn.functional.silu(c).to(t_embedding.dtype)
+
+
+# -------------------------------------------------------------------------------------------- adaLN modulation
+
+
+def modulated_layernorm(
+    x: Tensor, shift: Tensor, scale: Tensor, *, eps: float = 1e-6, dtype: torch.dtype | None = None
+) -> Tensor:
+    """``LayerNorm(x)·(1+scale) + shift``, LayerNorm over the last axis without affine.
+
+    Args:
+        x: (B, N, D). shift, scale: (B, D). dtype: of the result, by default that of x.
+
+    Returns:
+        (B, N, D).
+    """
+    x_wide, shift, scale = wide(x, shift, scale)
+    n = nn.functional.layer_norm(x_wide, x.shape[-1:], eps=eps)
+    return (n * (1 + scale[:, None]) + shift[:, None]).to(dtype or x.dtype)
+
+
+def gated_residual_layernorm(
+    x: Tensor,
+    branch: Tensor,
+    gate: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    *,
+    eps: float = 1e-6,
+    dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:
+    """``x_new = x + gate·branch`` and ``h = LayerNorm(x_new)(1+scale) + shift``.
+
+    Args:
+        x: (B, N, D) residual stream. branch: (B, N, D). gate, shift, scale: (B, D). dtype: of h, by default branch's.
+
+    Returns:
+        ``(x_new, h)``; x_new has the dtype of x and h normalises the *rounded* x_new.
+    """
+    x_wide, branch_wide, gate = wide(x, branch, gate)
+    x_new = (x_wide + gate[:, None] * branch_wide).to(x.dtype)
+    return x_new, modulated_layernorm(x_new, shift, scale, eps=eps, dtype=dtype or branch.dtype)
+
+
+# ----------------------------------------------------------------------------------------------------- losses
+
+
+def guided_velocity(
+    v: Tensor,
+    F_null: Tensor,
+    F_own: Tensor,
+    t: Tensor,
+    drop: Tensor,
+    *,
+    parameterization: str,
+    guidance_scale: float,
+    guidance_mix: float,
+    decay_time: float,
+) -> Tensor:
+    """``m [v + g(t)(ω−1)(v − v̂(∅))] + (1−m) v̂(y)`` on the rows that keep their label, ``v`` on the dropped ones.
+
+    Args:
+        v: (B, ...) conditional velocity ``v_t``. F_null, F_own: (B, ...) network outputs at ``s=t`` without label and
+            with the row's. t: (B,). drop: (B,) bool.
+
+    Returns:
+        (B, ...), dtype of v, no gradient.
+    """
+    v_wide, F_null, F_own = wide(v.detach(), F_null.detach(), F_own.detach())
+    slope = velocity_scale(parameterization)
+    strength = _per_row(guidance_decay(t, decay_time) * (guidance_scale - 1), v_wide)
+    guided = guidance_mix * (v_wide + strength * (v_wide - slope * F_null)) + (1 - guidance_mix) * slope * F_own
+    return torch.where(drop.view(-1, *[1] * (v.dim() - 1)), v_wide, guided).to(v.dtype)
+
+
+def _row_mean(x: Tensor) -> Tensor:
+    return x.flatten(1).mean(1)
+
+
+def velocity_loss(
+    F: Tensor,
+    v: Tensor,
+    F_null: Tensor | None,
+    t: Tensor,
+    drop: Tensor,
+    *,
+    parameterization: str,
+    guidance_scale: float,
+    guidance_mix: float,
+    decay_time: float,
+    p: float,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Velocity (flow matching) loss of each row: ``w·mean(δ²)``, ``δ = v̂ − target``, ``w = 1/(b'(mean(δ²)+ε)^p)``.
+
+    The target is :func:`guided_velocity` with the prediction itself, detached, as ``v̂(y)``; it is ``v`` when
+    ``F_null`` is None. Gradient flows to F only, through δ and not through w.
+
+    Args:
+        F: (B, ...) network output at ``s=t``. v: (B, ...). F_null: (B, ...) or None. t: (B,). drop: (B,) bool.
+
+    Returns:
+        ``(loss, mse, weight)``, (B,) float32 (float64 for float64 F); mse and weight carry no gradient.
+    """
+    prediction, target = wide(F, v.detach())
+    slope = velocity_scale(parameterization)
+    if F_null is not None:
+        target = guided_velocity(
+            target,
+            F_null,
+            F,
+            t,
+            drop,
+            parameterization=parameterization,
+            guidance_scale=guidance_scale,
+            guidance_mix=guidance_mix,
+            decay_time=decay_time,
+        )
+    mse = _row_mean((slope * prediction - target).square())
+    weight = 1 / (slope * (mse.detach() + eps).pow(p))
+    return weight * mse, mse.detach(), weight
+
+
+def consistency_loss(
+    F: Tensor,
+    dF: Tensor,
+    v: Tensor,
+    x_t: Tensor,
+    t: Tensor,
+    gap: Tensor,
+    s: Tensor,
+    *,
+    parameterization: str,
+    p: float,
+    eps: float,
+    tangent: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Solution consistency loss of each row: ``sign(b(t,s))·w·mean(F·Δ)``, ``w = (mean(Δ²)+ε)^(−p)``.
+
+    Δ is the quotient of :func:`~soflow_fast.kernels.coefficients.quotient_coefficients`, without gradient; as ``s <
+    t``, ``sign(b) = −1``. The gradient equals that of the squared error of f up to the factor it divides by.
+
+    Args:
+        F: (B, ...) ``F(x_t,t,s)``. dF: (B, ...) its difference (or, with tangent, derivative). v: (B, ...) the target
+            velocity. x_t: (B, ...). t, gap, s: (B,).
+
+    Returns:
+        ``(loss, mse, weight)``, (B,): mse is ``mean(Δ²)``; mse and weight carry no gradient.
+    """
+    F_wide, dF, v, x_t = wide(F, dF, v, x_t)
+    t, gap, s = (x.to(F_wide.dtype) for x in (t, gap, s))
+    coefficients = quotient_coefficients(t, gap, s, parameterization, tangent)
+    c_x, c_F, c_d, c_v = (_per_row(c, F_wide) for c in coefficients)
+    quotient = (c_x * x_t + c_F * F_wide + c_d * dF + c_v * v).detach()
+    mse = _row_mean(quotient.square())
+    weight = (mse + eps).pow(-p)
+    return -weight * _row_mean(F_wide * quotient), mse, weight

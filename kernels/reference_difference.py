@@ -1,0 +1,197 @@
+"""The specification of the difference forward: each op's difference, in a form without cancellation.
+
+A difference op takes the primal ``x`` and ``d = x' − x`` and returns the difference of its outputs without ever
+subtracting two nearly equal numbers (computational divided differencing, Reps & Rall 2003). With ``tangent=True``
+every product of two differences is dropped, which is the exact directional derivative.
+
+Shapes: b rows that carry a difference, N tokens, D width, H heads, h head dim. Low-precision inputs are upcast:
+everything runs in float32 (float64 for float64 inputs) and the result is rounded once, to the dtype stated.
+No gradient flows through these ops.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def wide(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors in float32, or in float64 if the first one is."""
+    dtype = torch.float64 if tensors[0].dtype == torch.float64 else torch.float32
+    return tuple(x.to(dtype) for x in tensors)
+
+
+def frequencies(width: int, like: Tensor) -> Tensor:
+    """``10000^(−i/(width/2))``, i < width/2, on the device and in the dtype of ``like``."""
+    index = torch.arange(width // 2, device=like.device, dtype=like.dtype)
+    return torch.exp(-math.log(10000.0) / (width // 2) * index)
+
+
+def time_sinusoids_difference(
+    t: Tensor, s: Tensor, dt: Tensor, *, width: int = 256, dtype: torch.dtype | None = None, tangent: bool = False
+) -> Tensor:
+    """Difference of :func:`time_sinusoids` when t, and with it t−s, moves by dt.
+
+    ``cos(ω(τ+dt)) − cos(ωτ) = −2 sin(ω(τ+dt/2)) sin(ωdt/2)`` and likewise for the sine.
+
+    Args:
+        t, s, dt: (b,).
+
+    Returns:
+        (2, b, width).
+    """
+    tau, tau_s, dt = wide(t, s, dt)
+    tau = torch.stack([tau, tau - tau_s])[..., None]
+    omega, dt = frequencies(width, tau), dt[:, None]
+    if tangent:
+        phase, chord = omega * tau, omega * dt
+    else:
+        phase, chord = omega * (tau + dt / 2), 2 * torch.sin(omega * dt / 2)
+    return torch.cat([-torch.sin(phase) * chord, torch.cos(phase) * chord], dim=-1).to(dtype or t.dtype)
+
+
+def modulated_layernorm_difference(
+    x: Tensor,
+    d: Tensor,
+    scale: Tensor,
+    dshift: Tensor,
+    dscale: Tensor,
+    *,
+    eps: float = 1e-6,
+    dtype: torch.dtype | None = None,
+    tangent: bool = False,
+) -> Tensor:
+    """Difference of :func:`modulated_layernorm`.
+
+    With ``x̃ = x − mean(x)``, ``ρ = rstd(x)``, ``e = ρ²(2·mean(x̃d̃) + mean(d̃²))`` and ``q = √(1+e)``:
+    ``δρ = −ρ e/(q(1+q))``, ``dn = d̃(ρ+δρ) + x̃ δρ``, ``dh = dn(1+scale+dscale) + n·dscale + dshift``.
+
+    Args:
+        x, d: (b, N, D). scale, dshift, dscale: (b, D).
+
+    Returns:
+        (b, N, D), by default with the dtype of d.
+    """
+    x, d_wide, scale, dshift, dscale = wide(x, d, scale, dshift, dscale)
+    x = x - x.mean(-1, keepdim=True)
+    d_wide = d_wide - d_wide.mean(-1, keepdim=True)
+    rho = torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+    e = 2 * (x * d_wide).mean(-1, keepdim=True)
+    if tangent:
+        drho = -0.5 * rho**3 * e
+        dn, gain = d_wide * rho + x * drho, 1 + scale
+    else:
+        e = rho.square() * (e + d_wide.square().mean(-1, keepdim=True))
+        q = torch.sqrt(1 + e)
+        drho = -rho * e / (q * (1 + q))
+        dn, gain = d_wide * (rho + drho) + x * drho, 1 + scale + dscale
+    dh = dn * gain[:, None] + x * rho * dscale[:, None] + dshift[:, None]
+    return dh.to(dtype or d.dtype)
+
+
+def gated_residual_layernorm_difference(
+    x_new: Tensor,
+    d: Tensor,
+    branch: Tensor,
+    d_branch: Tensor,
+    gate: Tensor,
+    scale: Tensor,
+    dgate: Tensor,
+    dshift: Tensor,
+    dscale: Tensor,
+    *,
+    eps: float = 1e-6,
+    dtype: torch.dtype | None = None,
+    tangent: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Difference of :func:`gated_residual_layernorm`, given its output ``x_new``.
+
+    ``d_new = d + gate·d_branch + dgate·(branch + d_branch)``, then :func:`modulated_layernorm_difference`.
+
+    Args:
+        x_new, d, branch, d_branch: (b, N, D). gate, scale, dgate, dshift, dscale: (b, D). dtype: of dh, by default
+            that of d_branch.
+
+    Returns:
+        ``(d_new, dh)``, (b, N, D); d_new has the dtype of d.
+    """
+    d_wide, branch, d_branch_wide, gate, dgate = wide(d, branch, d_branch, gate[:, None], dgate[:, None])
+    moved = branch if tangent else branch + d_branch_wide
+    d_new = (d_wide + gate * d_branch_wide + dgate * moved).to(d.dtype)
+    dtype = dtype or d_branch.dtype
+    return d_new, modulated_layernorm_difference(
+        x_new, d_new, scale, dshift, dscale, eps=eps, dtype=dtype, tangent=tangent
+    )
+
+
+# ------------------------------------------------------------------------------------------------ activations
+
+_GELU_C, _GELU_K = math.sqrt(2 / math.pi), 0.044715
+
+
+def _tanh_difference(tanh_a: Tensor, tanh_b: Tensor, difference: Tensor) -> Tensor:
+    """``tanh a − tanh b`` from ``difference = a − b``: ``tanh(a−b)(1 − tanh a·tanh b)``."""
+    return torch.tanh(difference) * (1 - tanh_a * tanh_b)
+
+
+def gelu_difference(u: Tensor, du: Tensor, *, tangent: bool = False) -> Tensor:
+    """``gelu(u+du) − gelu(u)`` of the tanh GELU; any shape, dtype of du.
+
+    ``z = c(u+κu³)``, ``dz = c·du(1+κ(3u²+3u·du+du²))``,
+    ``dg = ½du(1+tanh z') + ½u·tanh(dz)(1 − tanh z·tanh z')``.
+    """
+    u, du_wide = wide(u, du)
+    z = _GELU_C * u * (1 + _GELU_K * u * u)
+    tanh_z = torch.tanh(z)
+    if tangent:
+        dz = _GELU_C * du_wide * (1 + 3 * _GELU_K * u * u)
+        return (0.5 * du_wide * (1 + tanh_z) + 0.5 * u * dz * (1 - tanh_z * tanh_z)).to(du.dtype)
+    dz = _GELU_C * du_wide * (1 + _GELU_K * (3 * u * (u + du_wide) + du_wide * du_wide))
+    tanh_moved = torch.tanh(z + dz)
+    dg = 0.5 * du_wide * (1 + tanh_moved) + 0.5 * u * _tanh_difference(tanh_moved, tanh_z, dz)
+    return dg.to(du.dtype)
+
+
+def silu_difference(u: Tensor, du: Tensor, *, tangent: bool = False) -> Tensor:
+    """``silu(u+du) − silu(u)``, through ``σ(u) = ½(1+tanh(u/2))``; any shape, dtype of du."""
+    u, du_wide = wide(u, du)
+    tanh_half = torch.tanh(u / 2)
+    if tangent:
+        return (0.5 * du_wide * (1 + tanh_half) + 0.25 * u * du_wide * (1 - tanh_half * tanh_half)).to(du.dtype)
+    tanh_moved = torch.tanh((u + du_wide) / 2)
+    dg = 0.5 * du_wide * (1 + tanh_moved) + 0.5 * u * _tanh_difference(tanh_moved, tanh_half, du_wide / 2)
+    return dg.to(du.dtype)
+
+
+# -------------------------------------------------------------------------------------------------- attention
+
+
+def attention_difference(
+    q: Tensor, k: Tensor, v: Tensor, dq: Tensor, dk: Tensor, dv: Tensor, o: Tensor, *, tangent: bool = False
+) -> Tensor:
+    """``softmax(q'k'ᵀ/√h) v' − softmax(qkᵀ/√h) v`` from the differences of q, k and v.
+
+    ``dS = (dq·(k+dk) + q·dk)/√h``, ``P = softmax(S)``, ``E = expm1(dS)``, ``Z = Σ_j P E``, ``dP = P(E−Z)/(1+Z)``,
+    ``dO = dP(v+dv) + P dv``. Softmax does not see a shift common to all keys, so k and dk are centred over the keys
+    first; otherwise the parts of E and Z due to it would cancel only approximately.
+
+    Args:
+        q, k, v, dq, dk, dv: (b, H, N, h), any strides. o: (b, H, N, h), the primal output (the fused kernel needs it
+            for its single accumulator; here it is recomputed).
+
+    Returns:
+        dO, (b, H, N, h), dtype of dv.
+    """
+    scale = 1 / math.sqrt(q.shape[-1])
+    q, k, v, dq, dk, dv_wide = wide(q, k, v, dq, dk, dv)
+    k = k - k.mean(-2, keepdim=True)
+    dk = dk - dk.mean(-2, keepdim=True)
+    p = torch.softmax(q @ k.mT * scale, dim=-1)
+    if tangent:
+        ds = (dq @ k.mT + q @ dk.mT) * scale
+        dp = p * (ds - (p * ds).sum(-1, keepdim=True))
+        return (dp @ v + p @ dv_wide).to(dv.dtype)
+    e = torch.expm1((dq @ (k + dk).mT + q @ dk.mT) * scale)
+    z = (p * e).sum(-1, keepdim=True)
+    dp = p * (e - z) / (1 + z)
+    return (dp @ (v + dv_wide) + p @ dv_wide).to(dv.dtype)

@@ -1,0 +1,16 @@
+"""soflow-fast: train one-step image generators with Solution Flow Models (arXiv 2512.15657)."""
+
+try:
+    from soflow_fast import kernels as kernels
+except ModuleNotFoundError as error:
+    if error.name != "soflow_fast.kernels":
+        raise
+    raise ImportError(
+        "soflow_fast was imported from a source checkout, where its kernels are not beside it: "
+        "run Python from another directory, or pip install -e the checkout"
+    ) from None
+
+from soflow_fast.dit import DiT
+from soflow_fast.objectives.soflow import SoFlow
+
+__all__ = ["DiT", "SoFlow"]

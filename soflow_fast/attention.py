@@ -1,0 +1,68 @@
+"""Softmax attention behind one function, with the backend chosen once and by name.
+
+Shapes: B rows, H heads, N tokens, h head dim.
+"""
+
+import importlib.util
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+BACKENDS = ("auto", "sdpa", "flash_attn", "cudnn", "math")
+
+# flash-attn's published kernels take half precision and head dims up to 256.
+_FLASH_MAX_HEAD_DIM = 256
+
+
+def resolve_attention(name: str, head_dim: int) -> str:
+    """The backend that ``name`` stands for on this machine.
+
+    ``auto`` is ``sdpa``, torch's own choice among flash, memory-efficient and math attention. ``math`` is the plain
+    formula, the only backend with forward-mode AD and with float64 on a GPU.
+
+    Raises:
+        ValueError: for an unknown name, or for a backend that cannot run here; the message says what to install.
+    """
+    if name not in BACKENDS:
+        raise ValueError(f"attention={name!r} is not known; choose one of {', '.join(BACKENDS)}")
+    if name == "auto":
+        return "sdpa"
+    if name == "flash_attn":
+        if importlib.util.find_spec("flash_attn") is None:
+            raise ValueError(
+                "attention='flash_attn' needs the package flash-attn, which is not installed; "
+                "run pip install 'soflow-fast[flash]' or choose attention='sdpa'"
+            )
+        if not torch.cuda.is_available():
+            raise ValueError("attention='flash_attn' needs a CUDA GPU and none is visible; choose attention='sdpa'")
+        if head_dim % 8 or head_dim > _FLASH_MAX_HEAD_DIM:
+            raise ValueError(
+                f"attention='flash_attn' takes head dims that are multiples of 8 up to {_FLASH_MAX_HEAD_DIM}, "
+                f"and this model has {head_dim}; choose attention='sdpa'"
+            )
+    if name == "cudnn" and not (torch.cuda.is_available() and torch.backends.cudnn.is_available()):
+        raise ValueError("attention='cudnn' needs a CUDA GPU with cuDNN and none is visible; choose attention='sdpa'")
+    return name
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, backend: str) -> Tensor:
+    """``softmax(qkᵀ/√h) v``.
+
+    Args:
+        q, k, v: (B, H, N, h), any strides with a contiguous last axis. backend: as :func:`resolve_attention` returns.
+
+    Returns:
+        (B, H, N, h), dtype of q.
+    """
+    if backend == "math":
+        scores = (q @ k.mT).to(torch.promote_types(q.dtype, torch.float32)) * q.shape[-1] ** -0.5
+        return scores.softmax(-1).to(v.dtype) @ v
+    if backend == "flash_attn":
+        from flash_attn import flash_attn_func
+
+        return flash_attn_func(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2)
+    if backend == "cudnn":
+        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+            return nn.functional.scaled_dot_product_attention(q, k, v)
+    return nn.functional.scaled_dot_product_attention(q, k, v)

@@ -1,0 +1,52 @@
+"""Exponential moving average of the parameters, with a warm-up."""
+
+import torch
+from torch import Tensor, nn
+
+
+class EMA:
+    """Float32 averages of a module's parameters: ``average ← decay_k·average + (1−decay_k)·parameter``.
+
+    The warm-up ``decay_k = min(decay, (1+k)/(10+k))`` after k updates makes short runs useful: with 0.9999 alone the
+    average would still be the initialisation after a thousand steps. Nothing is read on the host.
+
+    Args:
+        module: whose parameters are averaged (those without gradient are copied).
+        decay: in [0, 1). warmup: whether the decay grows from 0.1 to its value.
+
+    Raises:
+        ValueError: for a decay outside [0, 1).
+    """
+
+    def __init__(self, module: nn.Module, decay: float = 0.9999, warmup: bool = True):
+        if not 0 <= decay < 1:
+            raise ValueError(f"ema decay={decay} is outside [0, 1)")
+        self.decay, self.warmup = decay, warmup
+        self._parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        self._fixed = {name: p.detach() for name, p in module.named_parameters() if not p.requires_grad}
+        self.averages = {name: p.detach().clone().float() for name, p in self._parameters.items()}
+        device = next(iter(self._parameters.values())).device
+        self.updates = torch.zeros((), dtype=torch.int64, device=device)
+
+    def current_decay(self) -> Tensor:
+        """0-d float32 decay of the next update."""
+        k = self.updates.float()
+        ramp = (1 + k) / (10 + k) if self.warmup else torch.full_like(k, self.decay)
+        return ramp.clamp(max=self.decay)
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """One update, after an optimizer step."""
+        weight = 1 - self.current_decay()
+        torch._foreach_lerp_(list(self.averages.values()), [p.float() for p in self._parameters.values()], weight)
+        self.updates += 1
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """A state_dict of the averaged module, with the module's own keys."""
+        return {**self._fixed, **self.averages}
+
+    def load_state_dict(self, state: dict[str, Tensor], updates: int) -> None:
+        """Restores :meth:`state_dict` and the number of updates behind it."""
+        for name, average in self.averages.items():
+            average.copy_(state[name])
+        self.updates.fill_(updates)

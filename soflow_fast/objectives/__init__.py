@@ -1,0 +1,1 @@
+"""Training objectives: losses over any network ``net(x, t, s, labels)``."""

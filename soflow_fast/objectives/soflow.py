@@ -1,0 +1,355 @@
+"""Solution Flow Models (arXiv 2512.15657): velocity loss plus solution consistency loss, no Jacobian-vector product.
+
+Shapes: B rows (samples), n rows of one loss; samples are (B, C, H, W), times (B,). Always ``0 <= s <= l < t <= 1``.
+"""
+
+import logging
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from soflow_fast import kernels, paths
+from soflow_fast.kernels.reference import Stream
+from soflow_fast.objectives.base import LossOutput, TotalLoss
+from soflow_fast.sample import sample
+
+_log = logging.getLogger(__name__)
+
+QUOTIENTS = ("difference", "two_forwards", "tangent")
+
+# The smallest distances of t from 0 and of s from t, as in the published code.
+_MIN_TIME = 1e-4
+
+
+class Times(NamedTuple):
+    """The drawn times of one batch, velocity rows first: t (B,), and s, gap = t−l of the consistency rows, (n_c,)."""
+
+    t: Tensor
+    s: Tensor
+    gap: Tensor
+
+
+class SoFlow(nn.Module):
+    """The solution flow objective over any network ``F = net(x, t, s, labels)``.
+
+    ``f(x,t,s) = a(t,s) x + b(t,s) F(x,t,s)`` carries a sample from time t to time s; ``x_0 = f(ε,1,0)`` is a one-step
+    sample. The state_dict holds the network alone, under ``network.``.
+
+    Args:
+        net: module with ``net(x, t, s, labels)`` and ``net.num_classes``, the index that means "no label".
+        path: ``linear`` or ``trig``. parameterization: ``euler`` or ``trig``.
+        guidance_scale: ω; 1 is no guidance. guidance_mix: m in [0, 1]. guidance_decay_time: τ, 1 or more is no decay.
+        label_drop: share of rows trained without label. p, eps: the adaptive weight ``(error + eps)^(−p)``.
+        velocity_share: share of rows that train the velocity; the rest train the consistency.
+        time_mean, time_std: of the logit-normal draws, in the order velocity t, consistency s, consistency t.
+        gap_schedule, gap_init, gap_end: r(k), see :func:`soflow_fast.paths.gap_ratio`.
+        min_gap: the smallest ``t−l`` (never more than ``t−s``); 0 only with the difference forward.
+        quotient: ``difference`` carries ``F(x_l,l,s) − F(x_t,t,s)`` through the network without cancellation;
+            ``two_forwards`` subtracts two outputs; ``tangent`` is the limit of a gap of 0.
+        impl: of the reductions; by default the network's own, see :func:`soflow_fast.kernels.resolve_impl`.
+
+    Raises:
+        ValueError: for a value outside its range, or for guidance without a "no label" row to guide with.
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        path: str = "linear",
+        parameterization: str = "euler",
+        guidance_scale: float = 3.0,
+        guidance_mix: float = 0.25,
+        guidance_decay_time: float = 0.8,
+        label_drop: float = 0.1,
+        p: float = 1.0,
+        eps: float = 0.01,
+        velocity_share: float = 0.75,
+        time_mean: tuple[float, float, float] = (-0.2, -1.0, 0.2),
+        time_std: tuple[float, float, float] = (1.0, 0.8, 0.8),
+        gap_schedule: str = "exponential",
+        gap_init: float = 0.1,
+        gap_end: float = 0.002,
+        min_gap: float = 1e-4,
+        quotient: str = "difference",
+        impl: str | None = None,
+    ):
+        super().__init__()
+        require_choice("path", path, paths.PATHS)
+        require_choice("parameterization", parameterization, paths.PARAMETERIZATIONS)
+        require_choice("gap_schedule", gap_schedule, paths.GAP_SCHEDULES)
+        require_choice("quotient", quotient, QUOTIENTS)
+        require_range("guidance_scale", guidance_scale, 0, float("inf"))
+        require_range("eps", eps, 0, float("inf"))
+        for name, value in (
+            ("guidance_mix", guidance_mix),
+            ("label_drop", label_drop),
+            ("velocity_share", velocity_share),
+        ):
+            require_range(name, value, 0, 1)
+        for name, value in (("gap_init", gap_init), ("gap_end", gap_end)):
+            if not 0 < value <= 1:
+                raise ValueError(f"{name}={value} is outside (0, 1]: it is the gap t−l as a share of t−s")
+        for name, values in (("time_mean", time_mean), ("time_std", time_std)):
+            if len(values) != 3:
+                raise ValueError(f"{name}={tuple(values)} needs 3 numbers: velocity t, consistency s, consistency t")
+        if min(time_std) < 0:
+            raise ValueError(f"time_std={tuple(time_std)} has a negative standard deviation")
+        require_range("min_gap", min_gap, 0, 1)
+        require_null_label(net, guidance_scale, label_drop)
+        if quotient == "difference" and not hasattr(net, "forward_difference"):
+            _log.warning(
+                "%s has no forward_difference: the consistency quotient takes two forwards in float32",
+                type(net).__name__,
+            )
+            quotient = "two_forwards"
+        if quotient == "tangent" and not hasattr(net, "forward_difference"):
+            raise ValueError(
+                f"quotient='tangent' needs a network with forward_difference; {type(net).__name__} has none"
+            )
+        if min_gap == 0 and quotient == "two_forwards":
+            raise ValueError(
+                "min_gap=0 divides rounding error by nothing when the quotient takes two forwards; "
+                "use quotient='difference' or min_gap=1e-4"
+            )
+        self.network = net
+        self.path, self.parameterization, self.quotient = path, parameterization, quotient
+        self.guidance_scale, self.guidance_mix = guidance_scale, guidance_mix
+        self.guidance_decay_time, self.label_drop = guidance_decay_time, label_drop
+        self.p, self.eps, self.velocity_share = p, eps, velocity_share
+        self.time_mean, self.time_std = tuple(time_mean), tuple(time_std)
+        self.gap_schedule, self.gap_init, self.gap_end, self.min_gap = gap_schedule, gap_init, gap_end, min_gap
+        self.impl = kernels.resolve_impl(impl or getattr(net, "impl", "auto"))
+
+    @property
+    def ops(self):
+        """The module of ops that ``impl`` stands for."""
+        return kernels.ops(self.impl)
+
+    # ------------------------------------------------------------------------------------------------ the model
+
+    def velocity(self, x: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
+        """The model's velocity ``v̂(x,t,y) = ∂_s b·F(x,t,t,y)``; shapes as :meth:`solution`."""
+        return paths.velocity_scale(self.parameterization) * self.network(x, t, t, labels)
+
+    def solution(self, x: Tensor, t: Tensor, s: Tensor, labels: Tensor | None = None) -> Tensor:
+        """``f(x,t,s,y)``: where a sample x at time t is at time s.
+
+        Args:
+            x: (B, C, H, W). t, s: (B,) in [0, 1], s <= t. labels: (B,) int64, or None for "no label".
+
+        Returns:
+            (B, C, H, W).
+        """
+        a, b = (c.view(-1, 1, 1, 1) for c in paths.solution_coefficients(t, s, self.parameterization))
+        return a * x + b * self.network(x, t, s, labels)
+
+    def sample(
+        self, noise: Tensor, labels: Tensor | None = None, steps: int = 1, *, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """Samples from noise in ``steps`` network calls, see :func:`soflow_fast.sample.sample`."""
+        return sample(self, noise, labels, steps, generator=generator)
+
+    # --------------------------------------------------------------------------------------------------- losses
+
+    def velocity_loss(
+        self, x0: Tensor, noise: Tensor, t: Tensor, labels: Tensor | None, drop: Tensor | None = None
+    ) -> LossOutput:
+        """Velocity (flow matching) loss; every random draw is an argument.
+
+        Args:
+            x0, noise: (n, C, H, W). t: (n,) in (0, 1). labels: (n,) int64 or None. drop: (n,) bool, the rows trained
+                without label; None is none.
+        """
+        x_t, v_t = self.ops.interpolate(x0, noise, t, path=self.path)
+        return self._velocity_loss(x_t, v_t, t, labels, drop)
+
+    def consistency_loss(
+        self,
+        x0: Tensor,
+        noise: Tensor,
+        t: Tensor,
+        l: Tensor | None,
+        s: Tensor,
+        labels: Tensor | None,
+        drop: Tensor | None = None,
+        *,
+        gap: Tensor | None = None,
+    ) -> LossOutput:
+        """Solution consistency loss; every random draw is an argument.
+
+        Args:
+            x0, noise: (n, C, H, W). t, l, s: (n,), ``s <= l < t``. labels, drop: as in :meth:`velocity_loss`.
+            gap: (n,) ``t−l``, instead of l: exact where l would round to t.
+        """
+        if (l is None) == (gap is None):
+            raise ValueError("consistency_loss takes exactly one of l and gap")
+        x_t, v_t = self.ops.interpolate(x0, noise, t, path=self.path)
+        return self._consistency_loss(x_t, v_t, t, t - l if gap is None else gap, s, labels, drop)
+
+    def loss(
+        self,
+        x0: Tensor,
+        labels: Tensor | None,
+        progress: float | Tensor,
+        seed: int | Tensor = 0,
+        step: int | Tensor = 0,
+        *,
+        first_row: int = 0,
+    ) -> TotalLoss:
+        """Both losses of a batch, ``loss_v·n_v/B + loss_c·n_c/B``; draws everything from (seed, step, global row).
+
+        Args:
+            x0: (B, C, H, W). labels: (B,) int64 or None. progress: of the training, in [0, 1].
+            seed, step: of the draws.
+            first_row: index of x0[0] in the global batch, where this is a part of it.
+        """
+        order, n_velocity = paths.row_order(x0.shape[0], self.velocity_share, first_row)
+        order = torch.tensor(order, device=x0.device)
+        labels = None if labels is None else labels[order]
+        return self.loss_of_rows(x0[order], labels, first_row + order, n_velocity, progress, seed, step)
+
+    def loss_of_rows(
+        self,
+        x0: Tensor,
+        labels: Tensor | None,
+        rows: Tensor,
+        n_velocity: int,
+        progress: float | Tensor,
+        seed: int | Tensor,
+        step: int | Tensor,
+        latent_scale: float | None = None,
+    ) -> TotalLoss:
+        """:meth:`loss` of rows already ordered velocity first, see :func:`soflow_fast.paths.row_order`.
+
+        Args:
+            rows: (B,) int64 global row indices. n_velocity: how many train the velocity. latent_scale: x0 holds latent
+                moments (B, 2C, H, W), see :func:`soflow_fast.kernels.reference.noisy_sample`.
+        """
+        times = self.draw_times(rows, n_velocity, progress, seed, step)
+        drop = self.ops.uniform(rows, 1, seed=seed, step=step, stream=Stream.DROP)[:, 0] <= self.label_drop
+        x_t, v_t = self.ops.noisy_sample(
+            x0, times.t, rows, seed=seed, step=step, path=self.path, latent_scale=latent_scale
+        )
+        total, parts = x_t.new_zeros(()), {}
+        for name, part, part_loss, extra in (
+            ("velocity", slice(None, n_velocity), self._velocity_loss, ()),
+            ("consistency", slice(n_velocity, None), self._consistency_loss, (times.gap, times.s)),
+        ):
+            n = len(range(*part.indices(len(rows))))
+            if n:
+                part_labels = None if labels is None else labels[part]
+                parts[name] = part_loss(x_t[part], v_t[part], times.t[part], *extra, part_labels, drop[part])
+                total = total + parts[name].loss * (n / len(rows))
+        return TotalLoss(total, parts)
+
+    def draw_times(
+        self, rows: Tensor, n_velocity: int, progress: float | Tensor, seed: int | Tensor, step: int | Tensor
+    ) -> Times:
+        """The times of a batch, float32; ``gap = max(r(k)(t−s), min_gap)``, at most ``t−s``."""
+        z = self.ops.normal(rows, 2, seed=seed, step=step, stream=Stream.TIMES)
+        velocity_t = paths.logit_normal(z[:n_velocity, 0], self.time_mean[0], self.time_std[0])
+        t = paths.logit_normal(z[n_velocity:, 0], self.time_mean[2], self.time_std[2]).clamp(min=_MIN_TIME)
+        s = paths.logit_normal(z[n_velocity:, 1], self.time_mean[1], self.time_std[1])
+        s = torch.minimum(s, t - _MIN_TIME)
+        ratio = paths.gap_ratio(progress, self.gap_schedule, self.gap_init, self.gap_end).to(t)
+        gap = torch.minimum(((t - s) * ratio).clamp(min=self.min_gap), t - s)
+        return Times(torch.cat([velocity_t, t]), s, gap)
+
+    def _input_labels(self, labels: Tensor | None, drop: Tensor | None) -> Tensor | None:
+        if labels is None or drop is None:
+            return labels
+        return torch.where(drop, self.network.num_classes, labels)
+
+    def _guided(self, labels: Tensor | None) -> bool:
+        return labels is not None and self.guidance_scale != 1
+
+    def _null_output(self, x_t: Tensor, t: Tensor, labels: Tensor) -> Tensor:
+        with torch.no_grad():
+            return self.network(x_t, t, t, torch.full_like(labels, self.network.num_classes))
+
+    def _guidance(self) -> dict:
+        return {
+            "parameterization": self.parameterization,
+            "guidance_scale": self.guidance_scale,
+            "guidance_mix": self.guidance_mix,
+            "decay_time": self.guidance_decay_time,
+        }
+
+    def _velocity_loss(self, x_t, v_t, t, labels, drop) -> LossOutput:
+        F_null = self._null_output(x_t, t, labels) if self._guided(labels) else None
+        F = self.network(x_t, t, t, self._input_labels(labels, drop))
+        return self._reduce_velocity(F, v_t, F_null, t, drop)
+
+    def _reduce_velocity(self, F, v_t, F_null, t, drop) -> LossOutput:
+        drop = torch.zeros_like(t, dtype=torch.bool) if drop is None else drop
+        loss, mse, weight = self.ops.velocity_loss(F, v_t, F_null, t, drop, **self._guidance(), p=self.p, eps=self.eps)
+        return LossOutput(loss.mean(), mse, weight, t)
+
+    def _target_velocity(self, v_t, F_null, F_own, t, drop) -> Tensor:
+        drop = torch.zeros_like(t, dtype=torch.bool) if drop is None else drop
+        return self.ops.guided_velocity(v_t, F_null, F_own, t, drop, **self._guidance())
+
+    def _consistency_loss(self, x_t, v_t, t, gap, s, labels, drop) -> LossOutput:
+        v = v_t
+        if self._guided(labels):
+            F_null = self._null_output(x_t, t, labels)
+            with torch.no_grad():
+                F_own = self.network(x_t, t, t, labels)
+            v = self._target_velocity(v_t, F_null, F_own, t, drop)
+        labels = self._input_labels(labels, drop)
+        if self.quotient == "two_forwards":
+            F, dF = self._two_forwards(x_t, v, t, gap, s, labels)
+        else:
+            step = torch.ones_like(gap) if self.quotient == "tangent" else gap
+            F, dF = self.network.forward_difference(
+                x_t, t, s, labels, -step.view(-1, 1, 1, 1) * v, -step, mode=self.quotient
+            )
+        return self._reduce_consistency(F, dF, v, x_t, t, gap, s)
+
+    def _two_forwards(self, x_t, v, t, gap, s, labels) -> tuple[Tensor, Tensor]:
+        """``F(x_t,t,s)`` and ``F(x_l,l,s) − F(x_t,t,s)`` by subtraction, without autocast."""
+        with torch.autocast(x_t.device.type, enabled=False):
+            F = self.network(x_t, t, s, labels)
+            with torch.no_grad():
+                moved = self.network(x_t - gap.view(-1, 1, 1, 1) * v, t - gap, s, labels)
+                return F, moved.to(x_t.dtype) - F.to(x_t.dtype)
+
+    def _reduce_consistency(self, F, dF, v, x_t, t, gap, s) -> LossOutput:
+        loss, mse, weight = self.ops.consistency_loss(
+            F,
+            dF,
+            v,
+            x_t,
+            t,
+            gap,
+            s,
+            parameterization=self.parameterization,
+            p=self.p,
+            eps=self.eps,
+            tangent=self.quotient == "tangent",
+        )
+        return LossOutput(loss.mean(), mse, weight, t)
+
+
+def require_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    """ValueError unless value is one of the choices."""
+    if value not in choices:
+        raise ValueError(f"{name}={value!r} is not known; choose one of {', '.join(choices)}")
+
+
+def require_range(name: str, value: float, low: float, high: float) -> None:
+    """ValueError unless ``low <= value <= high``."""
+    if not low <= value <= high:
+        raise ValueError(f"{name}={value} is outside [{low}, {high}]")
+
+
+def require_null_label(net: nn.Module, guidance_scale: float, label_drop: float) -> None:
+    """ValueError where labels are dropped or guided by a "no label" that is never trained or has no row."""
+    if guidance_scale != 1 and label_drop == 0:
+        raise ValueError(
+            f"guidance_scale={guidance_scale} needs a 'no label' prediction, which label_drop=0 never trains; "
+            "set label_drop > 0 or guidance_scale=1"
+        )
+    if guidance_scale != 1 or label_drop > 0:
+        getattr(net, "null_label", None)
