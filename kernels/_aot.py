@@ -1,0 +1,143 @@
+"""Offline compilation: every kernel, for every case, for three GPU architectures, without a GPU.
+
+    python -m soflow_fast.kernels._aot [--write TABLE.json] [--only OP]
+
+Each case runs its op on meta tensors while launches are recorded, so what is compiled here is what is launched there:
+the same arguments, specialisation and constants. Prints kernel, case, architecture, registers, stack bytes (spills),
+shared memory and bytes moved (every tensor argument of the launch once). Exits with 1 if a kernel spills or needs more
+registers than its launch table allows. Must run without Triton's interpreter.
+"""
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.jit import create_function_from_signature
+
+from . import fused
+from ._cases import Case, Inputs
+from ._launch import Record, recording
+
+ARCHITECTURES = (80, 90, 100)
+
+_CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+
+
+class Binary(NamedTuple):
+    """What the compiler reports of one kernel: registers per thread, bytes of stack and of shared memory."""
+
+    kernel: str
+    case: str
+    arch: int
+    registers: int
+    stack: int
+    shared: int
+    bytes_moved: int
+    max_registers: int
+
+    @property
+    def problem(self) -> str | None:
+        """Why this binary is refused, or None."""
+        if self.stack:
+            return f"spills ({self.stack} bytes of stack)"
+        if self.registers > self.max_registers:
+            return f"needs {self.registers} registers, more than the {self.max_registers} its launch table allows"
+        return None
+
+
+def record_case(case: Case, dtype: torch.dtype = torch.bfloat16) -> list[Record]:
+    """The launches that a case makes, forward and backward, recorded on meta tensors."""
+    arguments = case.inputs(Inputs("meta", dtype))
+    for name in case.gradients:
+        arguments[name].requires_grad_()
+    with recording() as records:
+        outputs = getattr(fused, case.op)(**arguments, **case.options)
+        outputs = [o for o in (outputs if isinstance(outputs, tuple) else (outputs,)) if o.requires_grad]
+        if outputs:
+            torch.autograd.backward(outputs, [torch.empty_like(o) for o in outputs])
+    return records
+
+
+def specialize(record: Record, arch: int):
+    """``(source, options)`` for the compiler: what Triton's launcher would make of the recorded arguments."""
+    backend = make_backend(GPUTarget("cuda", arch, 32))
+    options = {"num_warps": record.config.num_warps, "num_stages": record.config.num_stages}
+    bind = create_function_from_signature(record.kernel.signature, record.kernel.params, backend)
+    bound, specialization, extra = bind(*record.args, **record.constants, **options)
+    parsed, signature, constexprs, attrs = record.kernel._pack_args(
+        backend, {**record.constants, **options}, bound, specialization, extra
+    )
+    return ASTSource(record.kernel, signature, constexprs, attrs), parsed
+
+
+def compile_record(record: Record, case: str, arch: int) -> Binary:
+    """Compiles one recorded launch and reads the compiler's resource report."""
+    source, options = specialize(record, arch)
+    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options.__dict__)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        report = subprocess.run(
+            [_CUOBJDUMP, "-res-usage", file.name], check=True, capture_output=True, text=True
+        ).stdout
+    usage = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", report)}
+    return Binary(
+        kernel=record.kernel.__name__.strip("_").removesuffix("_kernel"),
+        case=case,
+        arch=arch,
+        registers=usage["REG"],
+        stack=usage["STACK"] + usage["LOCAL"],
+        shared=compiled.metadata.shared,
+        bytes_moved=sum(a.numel() * a.element_size() for a in record.args if isinstance(a, Tensor)),
+        max_registers=record.config.max_registers,
+    )
+
+
+def compile_all(only: str | None = None) -> list[Binary]:
+    """Every distinct binary of every case, in bf16 and in float32, for every architecture."""
+    binaries, seen = [], set()
+    for case in fused.cases():
+        if only and only not in case.op:
+            continue
+        for dtype, suffix in ((torch.bfloat16, "bf16"), (torch.float32, "fp32")):
+            for record in record_case(case, dtype):
+                for arch in ARCHITECTURES:
+                    key = (specialize(record, arch)[0].hash(), record.config, arch)
+                    if key not in seen:
+                        seen.add(key)
+                        binaries.append(compile_record(record, f"{case.op} {case.name} {suffix}", arch))
+    return binaries
+
+
+def main() -> int:
+    """Prints the table; with ``--write`` saves it for the regression test."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--write", type=Path, metavar="TABLE.json", help="save the table here")
+    parser.add_argument("--only", metavar="OP", help="compile only ops whose name contains this")
+    arguments = parser.parse_args()
+    binaries = compile_all(arguments.only)
+    print(f"{'kernel':34} {'case':52} {'arch':>5} {'regs':>5} {'spill':>5} {'shared':>7} {'bytes moved':>14}")
+    for b in binaries:
+        print(f"{b.kernel:34} {b.case:52} {b.arch:>5} {b.registers:>5} {b.stack:>5} {b.shared:>7} {b.bytes_moved:>14,}")
+    if arguments.write:
+        rows = [b._asdict() for b in binaries]
+        arguments.write.write_text("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n")
+    problems = [f"{b.kernel} ({b.case}, sm_{b.arch}) {b.problem}" for b in binaries if b.problem]
+    print(f"{len(binaries)} binaries, {len(problems)} refused")
+    for problem in problems:
+        print(problem, file=sys.stderr)
+    return bool(problems)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,52 @@
+"""A case is an op at a shape that training uses; offline compilation, error table and benchmark run the same cases."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class Inputs:
+    """Makes a case's input tensors: on ``meta`` they only have shapes, elsewhere they are random and repeatable.
+
+    Args:
+        device: of the tensors. dtype: what "low precision" is in this run.
+    """
+
+    def __init__(self, device: str, dtype: torch.dtype = torch.bfloat16, seed: int = 0):
+        self.device, self.dtype = device, dtype
+        self._generator = None if device == "meta" else torch.Generator(device).manual_seed(seed)
+
+    def normal(self, *shape: int, scale: float = 1.0, dtype: torch.dtype | None = None) -> Tensor:
+        """Normal values, by default in the run's low precision."""
+        x = torch.randn(shape, generator=self._generator, device=self.device) * scale
+        return x.to(dtype or self.dtype)
+
+    def uniform(self, *shape: int, low: float = 0.0, high: float = 1.0) -> Tensor:
+        """float32 values, uniform in [low, high)."""
+        return torch.rand(shape, generator=self._generator, device=self.device) * (high - low) + low
+
+    def integers(self, *shape: int, high: int) -> Tensor:
+        """int64 values in [0, high)."""
+        return torch.randint(high, shape, generator=self._generator, device=self.device)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One op at one shape.
+
+    Attributes:
+        op: name of the public function, the same in ``reference`` and ``fused``.
+        name: the shape, such as "XL/2".
+        inputs: makes the tensor arguments by name.
+        options: the other keyword arguments.
+        gradients: names of the arguments that need a gradient; then the backward is part of the case.
+    """
+
+    op: str
+    name: str
+    inputs: Callable[[Inputs], dict[str, Any]]
+    options: dict[str, Any] = field(default_factory=dict)
+    gradients: tuple[str, ...] = ()

@@ -1,0 +1,94 @@
+"""How every kernel of this package is launched, and how a launch is recorded without a GPU."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+
+@dataclass(frozen=True)
+class Launch:
+    """Launch parameters of a kernel: one row of its launch table.
+
+    Attributes:
+        num_warps, num_stages: as in Triton. max_registers: per thread; the offline compilation fails above it, so that
+            the occupancy the row was chosen for is kept.
+    """
+
+    num_warps: int = 4
+    num_stages: int = 1
+    max_registers: int = 255
+
+
+class Record(NamedTuple):
+    """One launch: the kernel, its arguments (tensors included) and its compile-time options."""
+
+    kernel: Any
+    args: tuple
+    constants: dict[str, Any]
+    config: Launch
+
+
+_records: list[Record] | None = None
+
+
+@contextmanager
+def recording() -> Iterator[list[Record]]:
+    """Collects the launches that ops make on meta tensors inside the block; nothing runs."""
+    global _records
+    outer, _records = _records, []
+    try:
+        yield _records
+    finally:
+        _records = outer
+
+
+def launch(kernel, grid: Callable[[], tuple[int, ...]], *args, config: Launch, **constants) -> None:
+    """Launches a Triton kernel on the device of its first tensor argument.
+
+    On fake and meta tensors nothing runs: an op's one Python function, which allocates its outputs and launches, is
+    also its shape function.
+
+    Args:
+        kernel: a ``triton.jit`` function. grid: makes the grid; a function, so that tracing evaluates no sizes.
+        args: the kernel's arguments in order. constants: its ``tl.constexpr`` arguments by name.
+
+    Raises:
+        ValueError: for a tensor on a device on which Triton cannot run here.
+    """
+    first = next(a for a in args if isinstance(a, Tensor))
+    if isinstance(first, FakeTensor) or first.device.type == "meta":
+        if _records is not None:
+            _records.append(Record(kernel, args, constants, config))
+        return
+    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    if first.device.type == "cuda":
+        with torch.cuda.device(first.device):
+            kernel[grid()](*args, **constants, **options)
+    elif triton.knobs.runtime.interpret:
+        kernel[grid()](*args, **constants, **options)
+    else:
+        raise ValueError(
+            f"impl='triton' got a tensor on {first.device}, where Triton cannot run; "
+            "move the model and its inputs to a CUDA GPU or build it with impl='torch'"
+        )
+
+
+def require_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
+    """ValueError unless the tensor has that shape."""
+    if tuple(tensor.shape) != tuple(shape):
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)} where {tuple(shape)} is needed")
+
+
+def require_dtype(name: str, tensor: Tensor) -> None:
+    """ValueError unless the tensor's dtype is one the kernels take."""
+    if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(
+            f"{name} has dtype {tensor.dtype}; the fused kernels take float32, bfloat16 and float16: "
+            "convert it or use impl='torch'"
+        )
