@@ -68,7 +68,7 @@ def run(
 def errors(
     name: str, arguments: dict[str, Any], options: dict[str, Any], gradients: tuple[str, ...] = (), **kwargs
 ) -> list[tuple[float, float, float, torch.dtype]]:
-    """For each output and gradient: error of the fused op, of the reference in the same precision, largest value, dtype."""
+    """Per output and gradient: the fused op's error, the low-precision reference's, the largest value, the dtype."""
     truth = run(getattr(reference, name), _cast(arguments, torch.float64), _wide_options(options), gradients, **kwargs)
     plain = run(getattr(reference, name), arguments, options, gradients, **kwargs)
     with poisoned_memory():
