@@ -50,6 +50,23 @@ def time_sinusoids_difference(
     return torch.cat([-torch.sin(phase) * chord, torch.cos(phase) * chord], dim=-1).to(dtype or t.dtype)
 
 
+def normalized_difference(x: Tensor, d: Tensor, *, eps: float, tangent: bool = False) -> tuple[Tensor, Tensor]:
+    """``n = x ρ``, ``ρ = rsqrt(mean(x²)+ε)``, over the last axis, and the difference of n.
+
+    With ``e = ρ²(2·mean(xd) + mean(d²))`` and ``q = √(1+e)``: ``δρ = −ρ e/(q(1+q))``, ``dn = d(ρ+δρ) + x δρ``. Of a
+    centred x and d this is LayerNorm, else RMSNorm.
+    """
+    rho = torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+    e = 2 * (x * d).mean(-1, keepdim=True)
+    if tangent:
+        drho = -0.5 * rho**3 * e
+        return x * rho, d * rho + x * drho
+    e = rho.square() * (e + d.square().mean(-1, keepdim=True))
+    q = torch.sqrt(1 + e)
+    drho = -rho * e / (q * (1 + q))
+    return x * rho, d * (rho + drho) + x * drho
+
+
 def modulated_layernorm_difference(
     x: Tensor,
     d: Tensor,
@@ -61,10 +78,9 @@ def modulated_layernorm_difference(
     dtype: torch.dtype | None = None,
     tangent: bool = False,
 ) -> Tensor:
-    """Difference of :func:`modulated_layernorm`.
+    """Difference of ``LayerNorm(x)·(1+scale) + shift``.
 
-    With ``x̃ = x − mean(x)``, ``ρ = rstd(x)``, ``e = ρ²(2·mean(x̃d̃) + mean(d̃²))`` and ``q = √(1+e)``:
-    ``δρ = −ρ e/(q(1+q))``, ``dn = d̃(ρ+δρ) + x̃ δρ``, ``dh = dn(1+scale+dscale) + n·dscale + dshift``.
+    With ``(n, dn)`` of :func:`normalized_difference`: ``dh = dn(1+scale+dscale) + n·dscale + dshift``.
 
     Args:
         x, d: (b, N, D). scale, dshift, dscale: (b, D).
@@ -75,18 +91,9 @@ def modulated_layernorm_difference(
     x, d_wide, scale, dshift, dscale = wide(x, d, scale, dshift, dscale)
     x = x - x.mean(-1, keepdim=True)
     d_wide = d_wide - d_wide.mean(-1, keepdim=True)
-    rho = torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
-    e = 2 * (x * d_wide).mean(-1, keepdim=True)
-    if tangent:
-        drho = -0.5 * rho**3 * e
-        dn, gain = d_wide * rho + x * drho, 1 + scale
-    else:
-        e = rho.square() * (e + d_wide.square().mean(-1, keepdim=True))
-        q = torch.sqrt(1 + e)
-        drho = -rho * e / (q * (1 + q))
-        dn, gain = d_wide * (rho + drho) + x * drho, 1 + scale + dscale
-    dh = dn * gain[:, None] + x * rho * dscale[:, None] + dshift[:, None]
-    return dh.to(dtype or d.dtype)
+    n, dn = normalized_difference(x, d_wide, eps=eps, tangent=tangent)
+    gain = 1 + scale if tangent else 1 + scale + dscale
+    return (dn * gain[:, None] + n * dscale[:, None] + dshift[:, None]).to(dtype or d.dtype)
 
 
 def gated_residual_layernorm_difference(
