@@ -1,5 +1,8 @@
 """Exponential moving average of the parameters, with a warm-up."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor, nn
 
@@ -35,11 +38,23 @@ class EMA:
         return ramp.clamp(max=self.decay)
 
     @torch.no_grad()
-    def update(self) -> None:
-        """One update, after an optimizer step."""
-        weight = 1 - self.current_decay()
+    def update(self, taken: Tensor | bool = True) -> None:
+        """One update, after an optimizer step; nothing changes where ``taken``, a 0-d bool, says there was none."""
+        weight = (1 - self.current_decay()) * taken
         torch._foreach_lerp_(list(self.averages.values()), [p.float() for p in self._parameters.values()], weight)
-        self.updates += 1
+        self.updates += taken
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """Within it the module computes with the averages; its own weights are set aside, not copied."""
+        own = {name: p.data for name, p in self._parameters.items()}
+        try:
+            for name, p in self._parameters.items():
+                p.data = self.averages[name].to(p.dtype)
+            yield
+        finally:
+            for name, p in self._parameters.items():
+                p.data = own[name]
 
     def state_dict(self) -> dict[str, Tensor]:
         """A state_dict of the averaged module, with the module's own keys."""

@@ -16,11 +16,13 @@ class StepStats(NamedTuple):
 
     Attributes:
         loss: 0-d. grad_norm: 0-d, global L2 norm before clipping. parts: the losses of the last micro-batch's parts.
+        finite: 0-d bool, whether loss and grad_norm are; if not, the step was left out.
     """
 
     loss: Tensor
     grad_norm: Tensor
     parts: dict[str, LossOutput]
+    finite: Tensor
 
 
 class TrainStep:
@@ -29,9 +31,13 @@ class TrainStep:
     Every draw of step k depends on (seed, k, global row) alone, so a run can stop and go on, or be split over
     processes and micro-batches, without changing its numbers. Progress and the step live on the device.
 
+    Where the loss or the gradient is not finite, a fused optimizer and the EMA stay as they were: decided on the
+    device, so that no step waits for the host.
+
     Args:
         model: an objective such as :class:`~soflow_fast.SoFlow`, already on its device.
-        optimizer: over ``model.parameters()``. ema: updated after each step, or None.
+        optimizer: over ``model.parameters()``, best with ``fused=True``: only fused ones can leave a step out.
+        ema: updated after each step, or None.
         total_steps: of the run; progress is step/total_steps. seed: of all draws.
         accumulation: micro-batches per step; it divides the batch. grad_clip: largest global gradient norm, or None.
         latent_scale: x0 holds latent moments (B, 2C, H, W), see
@@ -84,12 +90,15 @@ class TrainStep:
             total += out.loss.detach() / self.accumulation
         limit = float("inf") if self.grad_clip is None else self.grad_clip
         grad_norm = nn.utils.clip_grad_norm_(self._parameters, limit)
+        finite = torch.isfinite(total) & torch.isfinite(grad_norm)
+        # the protocol by which torch's GradScaler tells a fused optimizer to leave a step out
+        self.optimizer.grad_scale, self.optimizer.found_inf = None, 1 - finite.float()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         if self.ema is not None:
-            self.ema.update()
+            self.ema.update(finite)
         self.step += 1
-        return StepStats(total, grad_norm, out.parts)
+        return StepStats(total, grad_norm, out.parts, finite)
 
     def _row_orders(self, batch: int) -> list[tuple[Tensor, Tensor, int]]:
         """For each micro-batch: offsets into the rows, velocity first; their global rows; how many are velocity."""

@@ -1,0 +1,135 @@
+"""Checkpoints that survive a kill at any instant.
+
+A checkpoint is a folder ``step-00001000`` with the weights and their averages (safetensors, the keys of the published
+checkpoints), the optimizer and the rest of the state. It is written under a temporary name, flushed to the disk and
+renamed, and it counts only while its marker ``COMMITTED`` exists, which is removed before anything else of it is.
+"""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+_MARKER = "COMMITTED"
+_WRITING = ".writing-"
+
+
+class State(NamedTuple):
+    """What a run needs to go on.
+
+    Attributes:
+        step: steps done. model, ema: weights by name. optimizer: its state_dict. ema_updates: behind the averages.
+        skipped_steps: steps left out because of a value that was not finite.
+    """
+
+    step: int
+    model: dict[str, Tensor]
+    ema: dict[str, Tensor]
+    optimizer: dict
+    ema_updates: int
+    skipped_steps: int
+
+
+def path_of(folder: Path, step: int) -> Path:
+    """Where the checkpoint of a step lies."""
+    return folder / f"step-{step:08d}"
+
+
+def committed(folder: Path) -> list[Path]:
+    """The checkpoints that count, oldest first."""
+    return sorted(marker.parent for marker in folder.glob(f"step-*/{_MARKER}"))
+
+
+def save(folder: Path, state: State, keep: int) -> Path:
+    """Writes a checkpoint, then removes all but the newest ``keep``; returns its path."""
+    folder.mkdir(parents=True, exist_ok=True)
+    final = path_of(folder, state.step)
+    temporary = folder / f"{_WRITING}{final.name}"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    save_file(_on_host(state.model), temporary / "model.safetensors")
+    save_file(_on_host(state.ema), temporary / "ema.safetensors")
+    torch.save(state.optimizer, temporary / "optimizer.pt")
+    rest = {"step": state.step, "ema_updates": state.ema_updates, "skipped_steps": state.skipped_steps}
+    (temporary / "state.json").write_text(json.dumps(rest))
+    sizes = {}
+    for file in sorted(temporary.iterdir()):
+        sizes[file.name] = file.stat().st_size
+        _flush(file)
+    (temporary / _MARKER).write_text(json.dumps(sizes))
+    _flush(temporary / _MARKER)
+    _flush(temporary)
+    _remove(final)
+    os.rename(temporary, final)
+    _flush(folder)
+    kept = committed(folder)[-keep:]
+    for old in folder.glob("step-*"):
+        if old not in kept:
+            _remove(old)
+    return final
+
+
+def load(path: Path, device: torch.device | str = "cpu") -> State:
+    """Reads a checkpoint.
+
+    Raises:
+        ValueError: if it is damaged.
+    """
+    for name, size in json.loads((path / _MARKER).read_text()).items():
+        found = (path / name).stat().st_size if (path / name).is_file() else 0
+        if found != size:
+            raise ValueError(
+                f"the checkpoint {path} is damaged ({name} has {found} of {size} bytes); "
+                "restore it, or remove its folder to go on from the one before"
+            )
+    rest = json.loads((path / "state.json").read_text())
+    return State(
+        step=rest["step"],
+        model=load_file(path / "model.safetensors", device=str(device)),
+        ema=load_file(path / "ema.safetensors", device=str(device)),
+        optimizer=torch.load(path / "optimizer.pt", map_location=device, weights_only=True),
+        ema_updates=rest["ema_updates"],
+        skipped_steps=rest["skipped_steps"],
+    )
+
+
+def load_weights(model: nn.Module, weights: dict[str, Tensor], path: Path) -> None:
+    """Copies weights read from ``path`` into a model.
+
+    Raises:
+        ValueError: if they are of another model; the message names the first weight that does not fit.
+    """
+    own = model.state_dict()
+    for name in sorted(own.keys() | weights.keys()):
+        ours, theirs = (tuple(state[name].shape) if name in state else None for state in (own, weights))
+        if ours != theirs:
+            raise ValueError(
+                f"the checkpoint {path} is of another model: {name} is "
+                f"{'missing' if theirs is None else theirs} there and {'missing' if ours is None else ours} in this "
+                "model; use the config it was trained with"
+            )
+    model.load_state_dict(weights)
+
+
+def _on_host(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+
+
+def _flush(path: Path) -> None:
+    """Asks the system to have a file or folder on the disk before it goes on."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _remove(path: Path) -> None:
+    if path.exists():
+        (path / _MARKER).unlink(missing_ok=True)
+        shutil.rmtree(path)

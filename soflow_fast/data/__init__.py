@@ -1,0 +1,8 @@
+"""Training data: map-style data sets of (sample, label), and their order."""
+
+from soflow_fast.data.digits import digits
+from soflow_fast.data.folder import ImageFolder
+from soflow_fast.data.latents import LatentMoments
+from soflow_fast.data.loader import batches
+
+__all__ = ["ImageFolder", "LatentMoments", "batches", "digits"]

@@ -1,0 +1,66 @@
+"""A folder of images by class: ``path/<class>/**/<image>``, classes in the order of their names."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+from torch.utils.data import Dataset
+
+_SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".webp"}
+_MODES = {1: "L", 3: "RGB"}
+
+
+class ImageFolder(Dataset):
+    """Map-style data set of (image, label) in pixel space: the largest centred square, resized, in [-1, 1].
+
+    Args:
+        path: of the folder. channels: 1 (grey) or 3 (RGB). size: height and width of the result.
+        num_classes: at least as many as there are class folders; 0 ignores the classes.
+
+    Raises:
+        ValueError: for a folder that is missing or without images, and more class folders than classes.
+    """
+
+    def __init__(self, path: str | Path, *, channels: int, size: int, num_classes: int):
+        self.path, self.size = Path(path), size
+        if channels not in _MODES:
+            raise ValueError(f"model.in_channels={channels} does not fit images; choose 1 (grey) or 3 (RGB)")
+        self.mode = _MODES[channels]
+        if not self.path.is_dir():
+            raise ValueError(f"the image folder {self.path} does not exist; set data.path to a folder of class folders")
+        self.classes = sorted(entry.name for entry in self.path.iterdir() if entry.is_dir())
+        if num_classes and len(self.classes) > num_classes:
+            raise ValueError(
+                f"the image folder {self.path} has {len(self.classes)} class folders, outside the classes "
+                f"0..{num_classes - 1}; set model.num_classes={len(self.classes)}"
+            )
+        self.samples = [
+            (file, label)
+            for label, name in enumerate(self.classes)
+            for file in sorted((self.path / name).rglob("*"))
+            if file.suffix.lower() in _SUFFIXES
+        ]
+        if not self.samples:
+            raise ValueError(f"the image folder {self.path} holds no images; put them in one folder per class")
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        """(channels, size, size) float32 in [-1, 1], and the label."""
+        file, label = self.samples[index]
+        try:
+            with Image.open(file) as image:
+                square = _centre_square(image.convert(self.mode)).resize((self.size, self.size), Image.Resampling.LANCZOS)
+        except (UnidentifiedImageError, OSError) as error:
+            raise ValueError(f"the image {file} cannot be read ({error}); repair or remove it") from None
+        pixels = torch.from_numpy(np.array(square, dtype=np.float32)) / 127.5 - 1
+        return pixels.view(self.size, self.size, -1).permute(2, 0, 1), label
+
+
+def _centre_square(image: Image.Image) -> Image.Image:
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    return image.crop((left, top, left + side, top + side))

@@ -1,0 +1,32 @@
+"""The order of the data: a pure function of (seed, epoch, global row), so that a run can stop and go on anywhere."""
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from soflow_fast.kernels.reference import Stream, philox
+
+
+@lru_cache(maxsize=2)
+def permutation(n: int, seed: int, epoch: int) -> Tensor:
+    """The order of n samples in one epoch, (n,) int64: the stable argsort of one Philox word per sample."""
+    rows = torch.arange(n, device="cpu")
+    words = philox(rows, 1, seed=seed, step=epoch, stream=Stream.ORDER)[:, 0]
+    return words.argsort(stable=True)
+
+
+def batch_indices(n: int, batch: int, step: int, seed: int) -> list[int]:
+    """Which samples are the rows of the global batch of a step; what an epoch has beyond full batches is left out.
+
+    Args:
+        n: samples in the data set, at least batch. batch: rows of the global batch. step: from 0. seed: of the run.
+
+    Raises:
+        ValueError: if the data set has no full batch.
+    """
+    per_epoch = n // batch
+    if per_epoch == 0:
+        raise ValueError(f"batch_size={batch} is more than the {n} samples of the data; choose at most {n}")
+    epoch, position = divmod(step, per_epoch)
+    return permutation(n, seed, epoch)[position * batch : (position + 1) * batch].tolist()
