@@ -219,29 +219,70 @@ class SoFlow(nn.Module):
         seed: int | Tensor,
         step: int | Tensor,
         latent_scale: float | None = None,
+        *,
+        merged: bool = False,
     ) -> TotalLoss:
         """:meth:`loss` of rows already ordered velocity first, see :func:`soflow_fast.paths.row_order`.
 
         Args:
             rows: (B,) int64 global row indices. n_velocity: how many train the velocity. latent_scale: x0 holds latent
                 moments (B, 2C, H, W), see :func:`soflow_fast.kernels.reference.noisy_sample`.
+            merged: the same numbers in two network calls: one without gradient for all of the guidance, one with
+                gradient for both losses, whose consistency rows carry the difference. Otherwise each loss makes its
+                own calls, six in all, as published.
         """
         times = self.draw_times(rows, n_velocity, progress, seed, step)
+        if x0.dtype == torch.float64:
+            times = Times(*(z.double() for z in times))
         drop = self.ops.uniform(rows, 1, seed=seed, step=step, stream=Stream.DROP)[:, 0] <= self.label_drop
         x_t, v_t = self.ops.noisy_sample(
             x0, times.t, rows, seed=seed, step=step, path=self.path, latent_scale=latent_scale
         )
-        total, parts = x_t.new_zeros(()), {}
+        if merged:
+            parts = self._merged_parts(x_t, v_t, times, labels, drop, n_velocity)
+        else:
+            parts = self._separate_parts(x_t, v_t, times, labels, drop, n_velocity)
+        total = x_t.new_zeros(())
+        for part in parts.values():
+            total = total + part.loss * (len(part.t) / len(rows))
+        return TotalLoss(total, parts)
+
+    def _separate_parts(self, x_t, v_t, times, labels, drop, n_velocity) -> dict[str, LossOutput]:
+        parts = {}
         for name, part, part_loss, extra in (
             ("velocity", slice(None, n_velocity), self._velocity_loss, ()),
             ("consistency", slice(n_velocity, None), self._consistency_loss, (times.gap, times.s)),
         ):
-            n = len(range(*part.indices(len(rows))))
-            if n:
+            if len(times.t[part]):
                 part_labels = None if labels is None else labels[part]
                 parts[name] = part_loss(x_t[part], v_t[part], times.t[part], *extra, part_labels, drop[part])
-                total = total + parts[name].loss * (n / len(rows))
-        return TotalLoss(total, parts)
+        return parts
+
+    def _merged_parts(self, x_t, v_t, times, labels, drop, n_velocity) -> dict[str, LossOutput]:
+        (t, s, gap), n = times, n_velocity
+        x_c, t_c, v = x_t[n:], t[n:], v_t[n:]
+        F_null = None
+        if self._guided(labels):
+            null = torch.full_like(labels, self.network.num_classes)
+            with torch.no_grad():
+                t_all = torch.cat([t, t_c])
+                F = self.network(torch.cat([x_t, x_c]), t_all, t_all, torch.cat([null, labels[n:]]))
+            F_null, F_own = F.split([len(t), len(s)])
+            v = self._target_velocity(v, F_null[n:], F_own, t_c, drop[n:])
+            F_null = F_null[:n]
+        labels = self._input_labels(labels, drop)
+        s_all = torch.cat([t[:n], s])
+        if not len(s):
+            F, dF = self.network(x_t, t, s_all, labels), None
+        else:
+            F, dF = self._with_difference(x_t, t, s_all, labels, v, gap, slice(n, None))
+        F_v, F_c = F.split([n, len(s)])
+        parts = {}
+        if n:
+            parts["velocity"] = self._reduce_velocity(F_v, v_t[:n], F_null, t[:n], drop[:n])
+        if len(s):
+            parts["consistency"] = self._reduce_consistency(F_c, dF, v, x_c, t_c, gap, s)
+        return parts
 
     def draw_times(
         self, rows: Tensor, n_velocity: int, progress: float | Tensor, seed: int | Tensor, step: int | Tensor
@@ -298,22 +339,21 @@ class SoFlow(nn.Module):
                 F_own = self.network(x_t, t, t, labels)
             v = self._target_velocity(v_t, F_null, F_own, t, drop)
         labels = self._input_labels(labels, drop)
-        if self.quotient == "two_forwards":
-            F, dF = self._two_forwards(x_t, v, t, gap, s, labels)
-        else:
-            step = torch.ones_like(gap) if self.quotient == "tangent" else gap
-            F, dF = self.network.forward_difference(
-                x_t, t, s, labels, -step.view(-1, 1, 1, 1) * v, -step, mode=self.quotient
-            )
+        F, dF = self._with_difference(x_t, t, s, labels, v, gap)
         return self._reduce_consistency(F, dF, v, x_t, t, gap, s)
 
-    def _two_forwards(self, x_t, v, t, gap, s, labels) -> tuple[Tensor, Tensor]:
-        """``F(x_t,t,s)`` and ``F(x_l,l,s) − F(x_t,t,s)`` by subtraction, without autocast."""
+    def _with_difference(self, x_t, t, s, labels, v, gap, rows=slice(None)) -> tuple[Tensor, Tensor]:
+        """``F(x_t,t,s)``, and of the given rows ``F(x_l,l,s) − F(x_t,t,s)`` (tangent: its limit over the gap)."""
+        if self.quotient != "two_forwards":
+            step = torch.ones_like(gap) if self.quotient == "tangent" else gap
+            dx = -step.view(-1, 1, 1, 1) * v
+            return self.network.forward_difference(x_t, t, s, labels, dx, -step, rows=rows, mode=self.quotient)
         with torch.autocast(x_t.device.type, enabled=False):
             F = self.network(x_t, t, s, labels)
             with torch.no_grad():
-                moved = self.network(x_t - gap.view(-1, 1, 1, 1) * v, t - gap, s, labels)
-                return F, moved.to(x_t.dtype) - F.to(x_t.dtype)
+                x_l = x_t[rows] - gap.view(-1, 1, 1, 1) * v
+                F_l = self.network(x_l, t[rows] - gap, s[rows], None if labels is None else labels[rows])
+                return F, F_l.to(x_t.dtype) - F[rows].to(x_t.dtype)
 
     def _reduce_consistency(self, F, dF, v, x_t, t, gap, s) -> LossOutput:
         loss, mse, weight = self.ops.consistency_loss(
