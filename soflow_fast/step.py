@@ -1,53 +1,95 @@
-"""One training step: loss, backward, optimizer, EMA."""
+"""One training step: loss, backward, optimizer, EMA; compiled, in low precision and as one CUDA graph where asked."""
 
+import contextlib
+from collections.abc import Iterator
 from fractions import Fraction
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.parallel import DistributedDataParallel
 
 from soflow_fast.ema import EMA
-from soflow_fast.objectives.base import LossOutput
+from soflow_fast.objectives.base import LossOutput, Objective, TotalLoss, require_choice
 from soflow_fast.paths import row_order
+from soflow_fast.precision import PRECISIONS, ComputeCopy
+
+# Steps run before the capture: kernels are compiled and loaded, optimizer state and library workspaces allocated.
+_STEPS_BEFORE_CAPTURE = 3
 
 
 class StepStats(NamedTuple):
-    """What a step reports, on the device; reading a value on the host synchronises.
+    """What a step reports, on the device; reading a value on the host synchronises. The next step may overwrite it.
 
     Attributes:
-        loss: 0-d. grad_norm: 0-d, global L2 norm before clipping. parts: the losses of the last micro-batch's parts.
-        finite: 0-d bool, whether loss and grad_norm are; if not, the step was left out.
+        loss: 0-d. grad_norm: 0-d, global L2 norm before clipping. parts: the losses by name, over this process's rows.
     """
 
     loss: Tensor
     grad_norm: Tensor
     parts: dict[str, LossOutput]
-    finite: Tensor
+
+
+class _Loss(nn.Module):
+    """The loss of one micro-batch: draws, guidance forward and gradient forward, one compiled graph.
+
+    A module of its own because data parallelism wraps it; the compute copies enter outside of the compiled graph, so
+    that the masters' gradient hooks see float32.
+    """
+
+    def __init__(self, model: Objective, *, seed, latent_scale, merged, copy, autocast, compile):
+        super().__init__()
+        self.model, self.copy = model, copy
+        self.settings = {"seed": seed, "latent_scale": latent_scale, "merged": merged}
+        self.autocast = autocast
+        self.compute = torch.compile(self._compute, fullgraph=True, dynamic=False) if compile else self._compute
+
+    def _compute(self, parameters, x0, labels, order, rows, n_velocity, progress, step) -> TotalLoss:
+        labels = None if labels is None else labels[order]
+        arguments = (x0[order], labels, rows, n_velocity, progress)
+        keywords = {**self.settings, "step": step}
+        with torch.autocast(x0.device.type, torch.bfloat16, enabled=self.autocast):
+            if parameters is None:
+                return self.model(*arguments, **keywords)
+            return functional_call(self.model, parameters, arguments, keywords)
+
+    def forward(self, *arguments) -> TotalLoss:
+        return self.compute(None if self.copy is None else self.copy.parameters(), *arguments)
 
 
 class TrainStep:
     """``stats = step(x0, labels)``: one optimizer step of an objective.
 
     Every draw of step k depends on (seed, k, global row) alone, so a run can stop and go on, or be split over
-    processes and micro-batches, without changing its numbers. Progress and the step live on the device.
-
-    Where the loss or the gradient is not finite, a fused optimizer and the EMA stay as they were: decided on the
-    device, so that no step waits for the host.
+    processes and micro-batches, without changing its numbers. Progress and the step live on the device; nothing is
+    read on the host.
 
     Args:
         model: an objective such as :class:`~soflow_fast.SoFlow`, already on its device.
-        optimizer: over ``model.parameters()``, best with ``fused=True``: only fused ones can leave a step out.
-        ema: updated after each step, or None.
+        optimizer: over ``model.parameters()``. ema: updated after each step, or None.
         total_steps: of the run; progress is step/total_steps. seed: of all draws.
         accumulation: micro-batches per step; it divides the batch. grad_clip: largest global gradient norm, or None.
         latent_scale: x0 holds latent moments (B, 2C, H, W), see
             :func:`soflow_fast.kernels.reference.noisy_sample`; None: x0 are samples.
-        rank, world_size: this process holds rows ``rank·B .. (rank+1)·B-1`` of the global batch.
+        precision: ``bf16`` computes on bfloat16 copies of the float32 parameters (networks other than DiT under
+            autocast), ``tf32`` on the parameters with TensorFloat-32 products, ``fp32`` on the parameters as they are.
+            By default bf16 on a GPU, else fp32.
+        compile: torch.compile the loss, by default on a GPU.
+        cuda_graph: replay the whole step as one CUDA graph, by default on a GPU with one process. The first steps run
+            without it, then it is captured; batches must keep their shape.
+        merged: compute the loss in its fewest network calls.
+        rank, world_size: this process holds rows ``rank·B .. (rank+1)·B-1`` of the global batch; with more than one,
+            torch.distributed is initialised and gradients are averaged by DistributedDataParallel.
+
+    Raises:
+        ValueError: for a setting that cannot run here.
+        RuntimeError: if the capture fails, with its cause.
     """
 
     def __init__(
         self,
-        model: nn.Module,
+        model: Objective,
         *,
         optimizer: torch.optim.Optimizer,
         ema: EMA | None = None,
@@ -56,16 +98,46 @@ class TrainStep:
         accumulation: int = 1,
         grad_clip: float | None = None,
         latent_scale: float | None = None,
+        precision: str | None = None,
+        compile: bool | None = None,
+        cuda_graph: bool | None = None,
+        merged: bool = True,
         rank: int = 0,
         world_size: int = 1,
     ):
-        self.model, self.optimizer, self.ema = model, optimizer, ema
-        self.total_steps, self.seed, self.accumulation = total_steps, seed, accumulation
-        self.grad_clip, self.latent_scale = grad_clip, latent_scale
-        self.rank, self.world_size = rank, world_size
         self._parameters = [p for p in model.parameters() if p.requires_grad]
-        self.step = torch.zeros((), dtype=torch.int64, device=self._parameters[0].device)
+        device = self._parameters[0].device
+        on_gpu = device.type == "cuda"
+        self.precision = precision or ("bf16" if on_gpu else "fp32")
+        require_choice("precision", self.precision, PRECISIONS)
+        self.compile = on_gpu if compile is None else compile
+        self.cuda_graph = on_gpu and world_size == 1 if cuda_graph is None else cuda_graph
+        if self.cuda_graph and (not on_gpu or world_size > 1):
+            raise ValueError(
+                f"cuda_graph=True needs the model on a CUDA GPU and one process; "
+                f"it is on {device} with {world_size}: set cuda_graph=False"
+            )
+        self.model, self.optimizer, self.ema = model, optimizer, ema
+        self.total_steps, self.accumulation, self.grad_clip = total_steps, accumulation, grad_clip
+        self.rank, self.world_size = rank, world_size
+        self.step = torch.zeros((), dtype=torch.int64, device=device)
+        follows_parameters = hasattr(model.network, "compute_dtype")
+        self.copy = ComputeCopy(model) if self.precision == "bf16" and follows_parameters else None
+        self._loss = _Loss(
+            model,
+            seed=seed,
+            latent_scale=latent_scale,
+            merged=merged,
+            copy=self.copy,
+            autocast=self.precision == "bf16" and not follows_parameters,
+            compile=self.compile,
+        )
+        if world_size > 1:
+            devices = [device] if on_gpu else None
+            self._loss = DistributedDataParallel(self._loss, device_ids=devices, broadcast_buffers=False)
         self._orders: dict[int, list[tuple[Tensor, Tensor, int]]] = {}
+        self._steps_run = 0
+        self._graph: _Graph | None = None
 
     def __call__(self, x0: Tensor, labels: Tensor | None = None) -> StepStats:
         """One step.
@@ -73,32 +145,46 @@ class TrainStep:
         Args:
             x0: (B, C, H, W) this process's rows of the global batch, in their global order. labels: (B,) int64 or None.
         """
+        if self.copy is not None:
+            self.copy.refresh()
+        if not self.cuda_graph:
+            return self._run(x0, labels)
+        if self._graph is None and self._steps_run < _STEPS_BEFORE_CAPTURE:
+            self._steps_run += 1
+            return _on_side_stream(self._run, x0, labels)
+        if self._graph is None:
+            self._graph = _Graph(self._run, x0, labels)
+        stats = self._graph.replay(x0, labels)
+        if self.copy is not None:
+            self.copy.mark_fresh()
+        return stats
+
+    def _run(self, x0: Tensor, labels: Tensor | None) -> StepStats:
+        self.optimizer.zero_grad(set_to_none=True)
         progress = (self.step.float() / self.total_steps).clamp(max=1)
-        total = torch.zeros((), device=self.step.device)
-        for order, rows, n_velocity in self._row_orders(x0.shape[0]):
-            out = self.model.loss_of_rows(
-                x0[order],
-                None if labels is None else labels[order],
-                rows,
-                n_velocity,
-                progress,
-                self.seed,
-                self.step,
-                self.latent_scale,
-            )
-            (out.loss / self.accumulation).backward()
-            total += out.loss.detach() / self.accumulation
+        outputs = []
+        orders = self._row_orders(x0.shape[0])
+        with _matmul_precision(self.precision):
+            for i, (order, rows, n_velocity) in enumerate(orders):
+                last = i == len(orders) - 1
+                with contextlib.nullcontext() if last or self.world_size == 1 else self._loss.no_sync():
+                    out = self._loss(x0, labels, order, rows, n_velocity, progress, self.step)
+                    (out.loss / self.accumulation).backward()
+                outputs.append(out)
+        grad_norm = self._update()
+        self.step += 1
+        loss = torch.stack([out.loss.detach() for out in outputs]).mean()
+        return StepStats(loss, grad_norm, _joined([out.parts for out in outputs]))
+
+    def _update(self) -> Tensor:
         limit = float("inf") if self.grad_clip is None else self.grad_clip
         grad_norm = nn.utils.clip_grad_norm_(self._parameters, limit)
-        finite = torch.isfinite(total) & torch.isfinite(grad_norm)
-        # the protocol by which torch's GradScaler tells a fused optimizer to leave a step out
-        self.optimizer.grad_scale, self.optimizer.found_inf = None, 1 - finite.float()
         self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
         if self.ema is not None:
-            self.ema.update(finite)
-        self.step += 1
-        return StepStats(total, grad_norm, out.parts, finite)
+            self.ema.update()
+        if self.copy is not None:
+            self.copy.refresh()
+        return grad_norm
 
     def _row_orders(self, batch: int) -> list[tuple[Tensor, Tensor, int]]:
         """For each micro-batch: offsets into the rows, velocity first; their global rows; how many are velocity."""
@@ -106,23 +192,81 @@ class TrainStep:
             if batch % self.accumulation:
                 raise ValueError(f"accumulation={self.accumulation} does not divide the batch of {batch} rows")
             n, device, share = batch // self.accumulation, self.step.device, self.model.velocity_share
-            firsts = range(0, batch * self.world_size, n)
-            counts = {row_order(n, share, first)[1] for first in firsts}
+            counts = {row_order(n, share, first)[1] for first in range(0, batch * self.world_size, n)}
             if len(counts) > 1:
                 raise ValueError(
                     f"batches of {n} rows do not all hold the same number of velocity rows at velocity_share={share}; "
                     f"choose a batch per process and micro-batch that is a multiple of {_period(share)}"
                 )
             orders = []
-            for micro in range(self.accumulation):
-                first = self.rank * batch + micro * n
-                order, n_velocity = row_order(n, share, first)
-                order = torch.tensor(order, device=device)
-                orders.append((micro * n + order, first + order, n_velocity))
+            for first in range(0, batch, n):
+                order, n_velocity = row_order(n, share, self.rank * batch + first)
+                order = torch.tensor(order, device=device) + first
+                orders.append((order, order + self.rank * batch, n_velocity))
             self._orders[batch] = orders
         return self._orders[batch]
+
+
+def _joined(parts: list[dict[str, LossOutput]]) -> dict[str, LossOutput]:
+    """The parts of all micro-batches as one."""
+    joined = {}
+    for name in parts[0]:
+        losses, *rows = zip(*(part[name] for part in parts), strict=True)
+        mean = torch.stack([loss.detach() for loss in losses]).mean()
+        joined[name] = LossOutput(mean, *(torch.cat(values) for values in rows))
+    return joined
 
 
 def _period(share: float) -> int:
     """After how many rows the pattern of velocity and consistency rows repeats."""
     return Fraction(share).limit_denominator(10**6).denominator
+
+
+@contextlib.contextmanager
+def _matmul_precision(precision: str) -> Iterator[None]:
+    """TensorFloat-32 products inside the block for ``tf32``, and not for the others."""
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, cudnn.allow_tf32
+    matmul.allow_tf32 = cudnn.allow_tf32 = precision == "tf32"
+    try:
+        yield
+    finally:
+        matmul.allow_tf32, cudnn.allow_tf32 = before
+
+
+def _on_side_stream(run, *arguments):
+    """Runs on a stream of its own, as a capture will, so that nothing is left bound to the current one."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        result = run(*arguments)
+    torch.cuda.current_stream().wait_stream(stream)
+    return result
+
+
+class _Graph:
+    """A step captured as one CUDA graph, with the batch it reads and the statistics it writes."""
+
+    def __init__(self, run, x0: Tensor, labels: Tensor | None):
+        self.x0, self.labels = x0.clone(), None if labels is None else labels.clone()
+        self.graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(self.graph):
+                self.stats = run(self.x0, self.labels)
+        except Exception as error:
+            raise RuntimeError(
+                f"the training step cannot be captured as a CUDA graph ({error}); set cuda_graph=False to run without"
+            ) from error
+
+    def replay(self, x0: Tensor, labels: Tensor | None) -> StepStats:
+        """One step on a batch of the captured shape."""
+        if x0.shape != self.x0.shape or (labels is None) != (self.labels is None):
+            raise ValueError(
+                f"the step is captured for batches of shape {tuple(self.x0.shape)} and got {tuple(x0.shape)}; "
+                "keep the batch's shape (drop the last partial batch) or set cuda_graph=False"
+            )
+        self.x0.copy_(x0)
+        if labels is not None:
+            self.labels.copy_(labels)
+        self.graph.replay()
+        return self.stats

@@ -1,8 +1,11 @@
-"""What every objective returns, so that the trainer and the logs need not know which one it is."""
+"""What the objectives share: the interface the trainer uses, and what they return."""
 
 from typing import NamedTuple
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
+
+from soflow_fast import kernels, paths
 
 
 class LossOutput(NamedTuple):
@@ -28,3 +31,122 @@ class TotalLoss(NamedTuple):
 
     loss: Tensor
     parts: dict[str, LossOutput]
+
+
+class Objective(nn.Module):
+    """A loss over any network ``F = net(x, t, s, labels)``; the state_dict holds the network alone.
+
+    A subclass sets ``path`` and implements :meth:`loss_of_rows` and :meth:`solution`.
+
+    Args:
+        net: module with ``net(x, t, s, labels)`` and ``net.num_classes``, the index that means "no label".
+        velocity_share: share of rows that train the velocity, ordered first.
+        impl: of the fused ops; by default the network's own, see :func:`soflow_fast.kernels.resolve_impl`.
+    """
+
+    path: str
+
+    def __init__(self, net: nn.Module, velocity_share: float, impl: str | None):
+        super().__init__()
+        require_range("velocity_share", velocity_share, 0, 1)
+        self.network, self.velocity_share = net, velocity_share
+        self.impl = kernels.resolve_impl(impl or getattr(net, "impl", "auto"))
+
+    @property
+    def ops(self):
+        """The module of ops that ``impl`` stands for."""
+        return kernels.ops(self.impl)
+
+    def forward(self, *args, **kwargs) -> TotalLoss:
+        """:meth:`loss_of_rows`, so that wrappers of modules apply to the loss."""
+        return self.loss_of_rows(*args, **kwargs)
+
+    def loss(
+        self,
+        x0: Tensor,
+        labels: Tensor | None,
+        progress: float | Tensor,
+        seed: int | Tensor = 0,
+        step: int | Tensor = 0,
+        *,
+        first_row: int = 0,
+    ) -> TotalLoss:
+        """The loss of a batch; draws everything from (seed, step, global row).
+
+        Args:
+            x0: (B, C, H, W). labels: (B,) int64 or None. progress: of the training, in [0, 1].
+            seed, step: of the draws.
+            first_row: index of x0[0] in the global batch, where this is a part of it.
+        """
+        order, n_velocity = paths.row_order(x0.shape[0], self.velocity_share, first_row)
+        order = torch.tensor(order, device=x0.device)
+        labels = None if labels is None else labels[order]
+        return self.loss_of_rows(x0[order], labels, first_row + order, n_velocity, progress, seed, step)
+
+    def loss_of_rows(
+        self,
+        x0: Tensor,
+        labels: Tensor | None,
+        rows: Tensor,
+        n_velocity: int,
+        progress: float | Tensor,
+        seed: int | Tensor,
+        step: int | Tensor,
+        latent_scale: float | None = None,
+        *,
+        merged: bool = False,
+    ) -> TotalLoss:
+        """:meth:`loss` of rows already ordered velocity first, see :func:`soflow_fast.paths.row_order`.
+
+        Args:
+            rows: (B,) int64 global row indices. n_velocity: how many train the velocity. latent_scale: x0 holds latent
+                moments (B, 2C, H, W), see :func:`soflow_fast.kernels.reference.noisy_sample`.
+            merged: the same numbers in fewer, larger network calls.
+        """
+        raise NotImplementedError
+
+    def solution(self, x: Tensor, t: Tensor, s: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Where a sample x at time t is at time s.
+
+        Args:
+            x: (B, C, H, W). t, s: (B,) in [0, 1], s <= t. labels: (B,) int64, or None for "no label".
+
+        Returns:
+            (B, C, H, W).
+        """
+        raise NotImplementedError
+
+    def input_labels(self, labels: Tensor | None, drop: Tensor | None) -> Tensor | None:
+        """The labels the network sees: "no label" on the dropped rows."""
+        if labels is None or drop is None:
+            return labels
+        return torch.where(drop, self.network.num_classes, labels)
+
+
+def combine(parts: dict[str, LossOutput]) -> TotalLoss:
+    """The mean over all rows of all parts."""
+    total = sum(len(part.t) for part in parts.values())
+    return TotalLoss(sum(part.loss * (len(part.t) / total) for part in parts.values()), parts)
+
+
+def require_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    """ValueError unless value is one of the choices."""
+    if value not in choices:
+        raise ValueError(f"{name}={value!r} is not known; choose one of {', '.join(choices)}")
+
+
+def require_range(name: str, value: float, low: float, high: float) -> None:
+    """ValueError unless ``low <= value <= high``."""
+    if not low <= value <= high:
+        raise ValueError(f"{name}={value} is outside [{low}, {high}]")
+
+
+def require_null_label(net: nn.Module, guidance: str | None, label_drop: float) -> None:
+    """ValueError where labels are dropped or guided (by that setting) and "no label" is untrained or has no row."""
+    if guidance and label_drop == 0:
+        raise ValueError(
+            f"{guidance} needs a 'no label' prediction, which label_drop=0 never trains; "
+            "set label_drop > 0 or guidance_scale=1"
+        )
+    if guidance or label_drop > 0:
+        getattr(net, "null_label", None)

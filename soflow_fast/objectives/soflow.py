@@ -9,9 +9,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from soflow_fast import kernels, paths
+from soflow_fast import paths
 from soflow_fast.kernels.reference import Stream
-from soflow_fast.objectives.base import LossOutput, TotalLoss
+from soflow_fast.objectives.base import (
+    LossOutput,
+    Objective,
+    TotalLoss,
+    combine,
+    require_choice,
+    require_null_label,
+    require_range,
+)
 from soflow_fast.sample import sample
 
 _log = logging.getLogger(__name__)
@@ -30,7 +38,7 @@ class Times(NamedTuple):
     gap: Tensor
 
 
-class SoFlow(nn.Module):
+class SoFlow(Objective):
     """The solution flow objective over any network ``F = net(x, t, s, labels)``.
 
     ``f(x,t,s) = a(t,s) x + b(t,s) F(x,t,s)`` carries a sample from time t to time s; ``x_0 = f(ε,1,0)`` is a one-step
@@ -74,19 +82,15 @@ class SoFlow(nn.Module):
         quotient: str = "difference",
         impl: str | None = None,
     ):
-        super().__init__()
+        super().__init__(net, velocity_share, impl)
         require_choice("path", path, paths.PATHS)
         require_choice("parameterization", parameterization, paths.PARAMETERIZATIONS)
         require_choice("gap_schedule", gap_schedule, paths.GAP_SCHEDULES)
         require_choice("quotient", quotient, QUOTIENTS)
         require_range("guidance_scale", guidance_scale, 0, float("inf"))
         require_range("eps", eps, 0, float("inf"))
-        for name, value in (
-            ("guidance_mix", guidance_mix),
-            ("label_drop", label_drop),
-            ("velocity_share", velocity_share),
-        ):
-            require_range(name, value, 0, 1)
+        require_range("guidance_mix", guidance_mix, 0, 1)
+        require_range("label_drop", label_drop, 0, 1)
         for name, value in (("gap_init", gap_init), ("gap_end", gap_end)):
             if not 0 < value <= 1:
                 raise ValueError(f"{name}={value} is outside (0, 1]: it is the gap t−l as a share of t−s")
@@ -96,7 +100,7 @@ class SoFlow(nn.Module):
         if min(time_std) < 0:
             raise ValueError(f"time_std={tuple(time_std)} has a negative standard deviation")
         require_range("min_gap", min_gap, 0, 1)
-        require_null_label(net, guidance_scale, label_drop)
+        require_null_label(net, f"guidance_scale={guidance_scale}" if guidance_scale != 1 else None, label_drop)
         if quotient == "difference" and not hasattr(net, "forward_difference"):
             _log.warning(
                 "%s has no forward_difference: the consistency quotient takes two forwards in float32",
@@ -112,19 +116,12 @@ class SoFlow(nn.Module):
                 "min_gap=0 divides rounding error by nothing when the quotient takes two forwards; "
                 "use quotient='difference' or min_gap=1e-4"
             )
-        self.network = net
         self.path, self.parameterization, self.quotient = path, parameterization, quotient
         self.guidance_scale, self.guidance_mix = guidance_scale, guidance_mix
         self.guidance_decay_time, self.label_drop = guidance_decay_time, label_drop
-        self.p, self.eps, self.velocity_share = p, eps, velocity_share
+        self.p, self.eps = p, eps
         self.time_mean, self.time_std = tuple(time_mean), tuple(time_std)
         self.gap_schedule, self.gap_init, self.gap_end, self.min_gap = gap_schedule, gap_init, gap_end, min_gap
-        self.impl = kernels.resolve_impl(impl or getattr(net, "impl", "auto"))
-
-    @property
-    def ops(self):
-        """The module of ops that ``impl`` stands for."""
-        return kernels.ops(self.impl)
 
     # ------------------------------------------------------------------------------------------------ the model
 
@@ -133,14 +130,7 @@ class SoFlow(nn.Module):
         return paths.velocity_scale(self.parameterization) * self.network(x, t, t, labels)
 
     def solution(self, x: Tensor, t: Tensor, s: Tensor, labels: Tensor | None = None) -> Tensor:
-        """``f(x,t,s,y)``: where a sample x at time t is at time s.
-
-        Args:
-            x: (B, C, H, W). t, s: (B,) in [0, 1], s <= t. labels: (B,) int64, or None for "no label".
-
-        Returns:
-            (B, C, H, W).
-        """
+        """``f(x,t,s,y) = a x + b F``; see the base class."""
         a, b = (c.view(-1, 1, 1, 1) for c in paths.solution_coefficients(t, s, self.parameterization))
         return a * x + b * self.network(x, t, s, labels)
 
@@ -187,28 +177,6 @@ class SoFlow(nn.Module):
         x_t, v_t = self.ops.interpolate(x0, noise, t, path=self.path)
         return self._consistency_loss(x_t, v_t, t, t - l if gap is None else gap, s, labels, drop)
 
-    def loss(
-        self,
-        x0: Tensor,
-        labels: Tensor | None,
-        progress: float | Tensor,
-        seed: int | Tensor = 0,
-        step: int | Tensor = 0,
-        *,
-        first_row: int = 0,
-    ) -> TotalLoss:
-        """Both losses of a batch, ``loss_v·n_v/B + loss_c·n_c/B``; draws everything from (seed, step, global row).
-
-        Args:
-            x0: (B, C, H, W). labels: (B,) int64 or None. progress: of the training, in [0, 1].
-            seed, step: of the draws.
-            first_row: index of x0[0] in the global batch, where this is a part of it.
-        """
-        order, n_velocity = paths.row_order(x0.shape[0], self.velocity_share, first_row)
-        order = torch.tensor(order, device=x0.device)
-        labels = None if labels is None else labels[order]
-        return self.loss_of_rows(x0[order], labels, first_row + order, n_velocity, progress, seed, step)
-
     def loss_of_rows(
         self,
         x0: Tensor,
@@ -222,14 +190,10 @@ class SoFlow(nn.Module):
         *,
         merged: bool = False,
     ) -> TotalLoss:
-        """:meth:`loss` of rows already ordered velocity first, see :func:`soflow_fast.paths.row_order`.
+        """Both losses, ``loss_v·n_v/B + loss_c·n_c/B``; see the base class.
 
-        Args:
-            rows: (B,) int64 global row indices. n_velocity: how many train the velocity. latent_scale: x0 holds latent
-                moments (B, 2C, H, W), see :func:`soflow_fast.kernels.reference.noisy_sample`.
-            merged: the same numbers in two network calls: one without gradient for all of the guidance, one with
-                gradient for both losses, whose consistency rows carry the difference. Otherwise each loss makes its
-                own calls, six in all, as published.
+        Merged, there are two network calls: one without gradient for all of the guidance, one with gradient for both
+        losses, whose consistency rows carry the difference. Otherwise each loss makes its own: six, as published.
         """
         times = self.draw_times(rows, n_velocity, progress, seed, step)
         if x0.dtype == torch.float64:
@@ -242,10 +206,7 @@ class SoFlow(nn.Module):
             parts = self._merged_parts(x_t, v_t, times, labels, drop, n_velocity)
         else:
             parts = self._separate_parts(x_t, v_t, times, labels, drop, n_velocity)
-        total = x_t.new_zeros(())
-        for part in parts.values():
-            total = total + part.loss * (len(part.t) / len(rows))
-        return TotalLoss(total, parts)
+        return combine(parts)
 
     def _separate_parts(self, x_t, v_t, times, labels, drop, n_velocity) -> dict[str, LossOutput]:
         parts = {}
@@ -270,7 +231,7 @@ class SoFlow(nn.Module):
             F_null, F_own = F.split([len(t), len(s)])
             v = self._target_velocity(v, F_null[n:], F_own, t_c, drop[n:])
             F_null = F_null[:n]
-        labels = self._input_labels(labels, drop)
+        labels = self.input_labels(labels, drop)
         s_all = torch.cat([t[:n], s])
         if not len(s):
             F, dF = self.network(x_t, t, s_all, labels), None
@@ -297,11 +258,6 @@ class SoFlow(nn.Module):
         gap = torch.minimum(((t - s) * ratio).clamp(min=self.min_gap), t - s)
         return Times(torch.cat([velocity_t, t]), s, gap)
 
-    def _input_labels(self, labels: Tensor | None, drop: Tensor | None) -> Tensor | None:
-        if labels is None or drop is None:
-            return labels
-        return torch.where(drop, self.network.num_classes, labels)
-
     def _guided(self, labels: Tensor | None) -> bool:
         return labels is not None and self.guidance_scale != 1
 
@@ -319,7 +275,7 @@ class SoFlow(nn.Module):
 
     def _velocity_loss(self, x_t, v_t, t, labels, drop) -> LossOutput:
         F_null = self._null_output(x_t, t, labels) if self._guided(labels) else None
-        F = self.network(x_t, t, t, self._input_labels(labels, drop))
+        F = self.network(x_t, t, t, self.input_labels(labels, drop))
         return self._reduce_velocity(F, v_t, F_null, t, drop)
 
     def _reduce_velocity(self, F, v_t, F_null, t, drop) -> LossOutput:
@@ -338,7 +294,7 @@ class SoFlow(nn.Module):
             with torch.no_grad():
                 F_own = self.network(x_t, t, t, labels)
             v = self._target_velocity(v_t, F_null, F_own, t, drop)
-        labels = self._input_labels(labels, drop)
+        labels = self.input_labels(labels, drop)
         F, dF = self._with_difference(x_t, t, s, labels, v, gap)
         return self._reduce_consistency(F, dF, v, x_t, t, gap, s)
 
@@ -370,26 +326,3 @@ class SoFlow(nn.Module):
             tangent=self.quotient == "tangent",
         )
         return LossOutput(loss.mean(), mse, weight, t)
-
-
-def require_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    """ValueError unless value is one of the choices."""
-    if value not in choices:
-        raise ValueError(f"{name}={value!r} is not known; choose one of {', '.join(choices)}")
-
-
-def require_range(name: str, value: float, low: float, high: float) -> None:
-    """ValueError unless ``low <= value <= high``."""
-    if not low <= value <= high:
-        raise ValueError(f"{name}={value} is outside [{low}, {high}]")
-
-
-def require_null_label(net: nn.Module, guidance_scale: float, label_drop: float) -> None:
-    """ValueError where labels are dropped or guided by a "no label" that is never trained or has no row."""
-    if guidance_scale != 1 and label_drop == 0:
-        raise ValueError(
-            f"guidance_scale={guidance_scale} needs a 'no label' prediction, which label_drop=0 never trains; "
-            "set label_drop > 0 or guidance_scale=1"
-        )
-    if guidance_scale != 1 or label_drop > 0:
-        getattr(net, "null_label", None)

@@ -1,0 +1,65 @@
+"""Low-precision compute copies of float32 master parameters."""
+
+import torch
+from torch import Tensor, nn
+
+PRECISIONS = ("bf16", "tf32", "fp32")
+
+
+class _ToMaster(torch.autograd.Function):
+    """The compute copies as differentiable values of their masters: no work forward, one cast backward."""
+
+    @staticmethod
+    def forward(ctx, copies: list[Tensor], *masters: Tensor) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        ctx.dtype = masters[0].dtype
+        return tuple(copy.view_as(copy) for copy in copies)
+
+    @staticmethod
+    def backward(ctx, *gradients: Tensor | None):
+        present = [g for g in gradients if g is not None]
+        wide = [torch.empty_like(g, dtype=ctx.dtype) for g in present]
+        torch._foreach_copy_(wide, present)
+        wide = iter(wide)
+        return None, *(None if g is None else next(wide) for g in gradients)
+
+
+class ComputeCopy:
+    """Persistent low-precision copies of a module's parameters, the masters.
+
+    The copies take the masters' place in a forward; gradients reach and accumulate on the masters in float32. A copy
+    whose master has since been written (by an optimizer, a checkpoint, the user) is refreshed before it is used.
+
+    Args:
+        module: whose parameters are the masters. dtype: of the copies.
+    """
+
+    def __init__(self, module: nn.Module, dtype: torch.dtype = torch.bfloat16):
+        self._masters = dict(module.named_parameters())
+        self.copies = {name: p.detach().to(dtype) for name, p in self._masters.items()}
+        self._trained = [name for name, p in self._masters.items() if p.requires_grad]
+        self._versions = self._current_versions()
+
+    def _current_versions(self) -> list[int]:
+        return [p._version for p in self._masters.values()]
+
+    def mark_fresh(self) -> None:
+        """Declares the copies equal to the masters, after an optimizer pass that wrote both."""
+        self._versions = self._current_versions()
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Copies the masters that were written since the last refresh."""
+        versions = self._current_versions()
+        if versions == self._versions:
+            return
+        pairs = zip(self.copies.values(), self._masters.values(), self._versions, versions, strict=True)
+        copies, masters = zip(*((c, m) for c, m, old, new in pairs if old != new), strict=True)
+        torch._foreach_copy_(copies, masters)
+        self._versions = versions
+
+    def parameters(self) -> dict[str, Tensor]:
+        """The copies by their masters' names, for :func:`torch.func.functional_call`; gradients go to the masters."""
+        copies = [self.copies[name] for name in self._trained]
+        masters = [self._masters[name] for name in self._trained]
+        return {**self.copies, **dict(zip(self._trained, _ToMaster.apply(copies, *masters), strict=True))}
