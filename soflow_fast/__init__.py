@@ -10,7 +10,9 @@ except ModuleNotFoundError as error:
         "run Python from another directory, or pip install -e the checkout"
     ) from None
 
+from soflow_fast.config import TrainConfig
 from soflow_fast.dit import DiT
 from soflow_fast.objectives.soflow import SoFlow
+from soflow_fast.trainer import Trainer
 
-__all__ = ["DiT", "SoFlow"]
+__all__ = ["DiT", "SoFlow", "TrainConfig", "Trainer"]

@@ -16,7 +16,7 @@ from jsonargparse import ArgumentError, ArgumentParser
 
 from soflow_fast import interop
 
-DATA_KINDS = ("digits", "latents", "folder")
+DATA_KINDS = ("digits", "latents", "folder", "given")
 
 
 @dataclass
@@ -56,7 +56,7 @@ class DataConfig:
 
     Attributes:
         kind: ``digits`` (scikit-learn's handwritten digits), ``latents`` (an HDF5 file of latent moments) or ``folder``
-            (images by class). path: of the file or folder, not used by the digits.
+            (images by class), or ``given`` (an object given to the Trainer). path: of the file or folder, not used by the digits.
         latent_scale: what unscaled latents are multiplied by. vae: name or folder of the diffusers ``AutoencoderKL``
             that decodes latents; without it samples stay latents.
         workers: loader processes, 0 for none. prefetch: batches each of them reads ahead.
@@ -74,7 +74,7 @@ class DataConfig:
             self.kind in DATA_KINDS, f"data.kind={self.kind!r} is not known; choose one of {', '.join(DATA_KINDS)}"
         )
         _require(
-            self.kind == "digits" or self.path is not None,
+            self.kind in ("digits", "given") or self.path is not None,
             f"data.path is missing, and data.kind={self.kind!r} needs one; set data.path",
         )
         _require(0 < self.latent_scale < math.inf, f"data.latent_scale={self.latent_scale} must be greater than 0")

@@ -21,12 +21,6 @@ def batch_indices(n: int, batch: int, step: int, seed: int) -> list[int]:
 
     Args:
         n: samples in the data set, at least batch. batch: rows of the global batch. step: from 0. seed: of the run.
-
-    Raises:
-        ValueError: if the data set has no full batch.
     """
-    per_epoch = n // batch
-    if per_epoch == 0:
-        raise ValueError(f"batch_size={batch} is more than the {n} samples of the data; choose at most {n}")
-    epoch, position = divmod(step, per_epoch)
+    epoch, position = divmod(step, n // batch)
     return permutation(n, seed, epoch)[position * batch : (position + 1) * batch].tolist()

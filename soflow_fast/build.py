@@ -1,0 +1,115 @@
+"""From a configuration to its objects: device, network, objective, data."""
+
+from dataclasses import asdict, replace
+
+import torch
+from torch import nn
+from torch.utils.data import Dataset
+
+from soflow_fast.config import ModelConfig, TrainConfig
+from soflow_fast.data import ImageFolder, LatentMoments, digits
+from soflow_fast.dit import DiT
+from soflow_fast.objectives.soflow import SoFlow
+
+#: The class of each objective; its section of the configuration holds its arguments.
+OBJECTIVES = {"soflow": SoFlow}
+
+#: In a configuration, stands for a network or a data set that was given to the Trainer as an object.
+GIVEN = "given"
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device that ``auto``, ``cpu``, ``cuda`` or ``cuda:1`` stands for on this machine.
+
+    Raises:
+        ValueError: for another name, or a GPU that is not there.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    kind, _, index = name.partition(":")
+    if kind not in ("cpu", "cuda") or (index and not index.isdecimal()):
+        raise ValueError(f"device={name!r} is not known; choose auto, cpu, cuda or cuda:N")
+    if kind == "cuda":
+        if not torch.cuda.is_available():
+            raise ValueError(f"device={name!r} needs a CUDA GPU and none is visible; choose device=cpu or auto")
+        if index and int(index) >= torch.cuda.device_count():
+            raise ValueError(f"device={name!r} is not there: {torch.cuda.device_count()} GPUs are visible, from cuda:0")
+    return torch.device(name)
+
+
+def build_network(config: ModelConfig, label_drop: float) -> DiT:
+    """The DiT of a configuration.
+
+    Args:
+        label_drop: of the objective: where it is positive, or there are no classes, there is a row for "no label".
+    """
+    if config.preset == GIVEN:
+        raise ValueError(
+            "this configuration's network was given to the Trainer as an object; load its checkpoint in Python"
+        )
+    sizes = {name: value for name, value in asdict(config).items() if value is not None and name != "preset"}
+    has_null = label_drop > 0 or config.num_classes == 0
+    return DiT.from_preset(config.preset, class_dropout_prob=float(has_null), **sizes)
+
+
+def build_model(config: TrainConfig, network: nn.Module | None = None) -> nn.Module:
+    """The objective of a configuration over its network, or over the one given; initialised from the seed alone.
+
+    It is built on the CPU (or the meta device, if that is the default), so that every device starts from the same
+    weights, and the caller's random state stays as it was.
+    """
+    section = asdict(config.objective_section)
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(config.seed)
+        if network is None:
+            network = build_network(config.model, section["label_drop"])
+        return OBJECTIVES[config.objective](network, **section)
+
+
+def sample_shape(config: TrainConfig) -> tuple[int, int, int]:
+    """(C, S, S) of a sample."""
+    return config.model.in_channels, config.model.input_size, config.model.input_size
+
+
+def build_dataset(config: TrainConfig) -> Dataset:
+    """The training data of a configuration."""
+    data, model = config.data, config.model
+    if data.kind == GIVEN:
+        raise ValueError("data.kind='given' stands for Trainer(config, dataset=...); choose another data.kind")
+    if data.kind == "digits":
+        return digits("train")
+    form = {"channels": model.in_channels, "size": model.input_size, "num_classes": model.num_classes}
+    if data.kind == "folder":
+        return ImageFolder(data.path, **form)
+    return LatentMoments(data.path, **form, scale=data.latent_scale)
+
+
+def check_dataset(config: TrainConfig, dataset: Dataset) -> float | None:
+    """The scale of latent moments if that is what a data set holds, None if it holds samples.
+
+    Raises:
+        ValueError: if it has no full batch, or its samples are neither (C, S, S) nor (2C, S, S).
+    """
+    if len(dataset) < config.batch_size:
+        raise ValueError(
+            f"batch_size={config.batch_size} is more than the {len(dataset)} samples of the data; "
+            f"choose at most {len(dataset)}"
+        )
+    shape, (channels, *size) = tuple(dataset[0][0].shape), sample_shape(config)
+    if shape == (channels, *size):
+        return None
+    if shape == (2 * channels, *size):
+        return config.data.latent_scale
+    raise ValueError(
+        f"the data has samples of shape {shape} and the model takes {(channels, *size)}; set model.in_channels and "
+        "model.input_size to those of the data"
+    )
+
+
+def with_given(config: TrainConfig, *, network: bool, dataset: bool) -> TrainConfig:
+    """The configuration with what was given as an object marked as such."""
+    if network:
+        config = replace(config, model=replace(config.model, preset=GIVEN))
+    if dataset:
+        config = replace(config, data=replace(config.data, kind=GIVEN))
+    return config

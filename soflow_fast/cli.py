@@ -1,0 +1,183 @@
+"""The command ``soflow``: train, sample, eval, demo, doctor.
+
+Bad input ends in one sentence and exit code 2, a training run that does not stay finite in one sentence and 1.
+"""
+
+import argparse
+import json
+import logging
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+
+from soflow_fast import doctor
+from soflow_fast.build import sample_shape
+from soflow_fast.config import TrainConfig
+from soflow_fast.dry_run import describe
+from soflow_fast.evaluate import evaluate
+from soflow_fast.images import balanced_labels, generate, save_samples, vae_decoder
+from soflow_fast.trainer import Trainer, load_run
+
+_OVERRIDES = "any value of the configuration by its name, such as --optimizer.learning_rate 3e-4"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command line; returns the exit code."""
+    parser = _parser()
+    args, overrides = parser.parse_known_args(argv)
+    if overrides and args.command is not _train:
+        parser.error(f"unrecognized arguments: {' '.join(overrides)}")
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    args.overrides = overrides
+    try:
+        args.command(args)
+    except (ValueError, FloatingPointError) as error:
+        print(f"soflow: {error}", file=sys.stderr)
+        return 2 if isinstance(error, ValueError) else 1
+    except KeyboardInterrupt:
+        print("soflow: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="soflow", description="Train one-step image generators with Solution Flow Models.", allow_abbrev=False)
+    commands = parser.add_subparsers(title="commands", required=True)
+
+    def add(name: str, command: Callable, summary: str, **options) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=summary, description=summary, allow_abbrev=False, **options)
+        sub.set_defaults(command=command)
+        return sub
+
+    train = add("train", _train, "train, or go on with, the run of a configuration", epilog=f"--name value: {_OVERRIDES}")
+    train.add_argument("config", help="YAML file: nested, or a published SoFlow file as it is")
+    train.add_argument("--dry-run", action="store_true", help="show configuration, sizes, FLOPs and memory, and stop")
+
+    sample = add("sample", _sample, "draw samples from a run")
+    sample.add_argument("run", help="folder of the run")
+    sample.add_argument("--count", type=int, default=64, help="how many (default 64)")
+    sample.add_argument("--steps", type=int, default=1, help="network calls per sample (default 1)")
+    sample.add_argument("--labels", help="classes, such as 3 or 1,5,7, repeated in turn (default all)")
+    sample.add_argument("--seed", type=int, default=0, help="of the noise (default 0)")
+    sample.add_argument("--out", help="file without suffix (default RUN/samples/<steps>-step)")
+
+    score = add("eval", _eval, "score a run's samples")
+    score.add_argument("run", help="folder of the run")
+    score.add_argument("--count", type=int, help="how many samples (default: as configured)")
+    score.add_argument("--steps", type=int, help="network calls per sample (default: as configured)")
+    score.add_argument("--seed", type=int, default=0, help="of the noise (default 0)")
+    score.add_argument("--reference", help="folder of real images (default: as configured)")
+    score.add_argument("--features", help="feature extractor of torch-fidelity, or pixels (default: as configured)")
+    score.add_argument("--weights", help="file of the extractor's weights (default: as configured, or downloaded)")
+
+    demo = add("demo", _demo, "train on scikit-learn's digits and score the result, in minutes on a CPU")
+    demo.add_argument("--run-dir", default="runs/demo", help="where to write (default runs/demo)")
+    demo.add_argument("--seed", type=int, default=0, help="of every draw (default 0)")
+
+    for sub in (sample, score, demo):
+        sub.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default auto)")
+    for sub in (sample, score):
+        sub.add_argument("--vae", help="autoencoder that decodes latents (default: data.vae of the run)")
+    add("doctor", _doctor, "what is installed, which GPU there is, and what would be chosen")
+    return parser
+
+
+def _train(args: argparse.Namespace) -> None:
+    config = TrainConfig.from_yaml(args.config, args.overrides)
+    if args.dry_run:
+        print(describe(config))
+        return
+    print(f"done: {Trainer(config).fit()}")
+
+
+def _sample(args: argparse.Namespace) -> None:
+    _require_positive("--count", args.count)
+    _require_positive("--steps", args.steps)
+    config, model, _ = load_run(args.run, args.device)
+    labels = _labels(args.labels, args.count, config.model.num_classes)
+    decode = _decoder(config, args.vae, model)
+    started = time.perf_counter()
+    parts = generate(
+        model,
+        labels,
+        args.count,
+        sample_shape(config),
+        steps=args.steps,
+        seed=args.seed,
+        batch=config.evaluation.batch_size,
+    )
+    samples = torch.cat([part.cpu() for part in parts])
+    seconds = time.perf_counter() - started
+    stem = Path(args.out) if args.out else Path(args.run) / "samples" / f"{args.steps}-step"
+    path = save_samples(samples.to(next(model.parameters()).device), stem, config.output.sample_shape[1], decode)
+    what = "latents (no autoencoder is set: --vae)" if path.suffix == ".npy" else "samples"
+    print(f"{args.count} {what} in {args.steps} step(s), {args.count / seconds:.4g} images/s: {path}")
+
+
+def _eval(args: argparse.Namespace) -> None:
+    config, model, step = load_run(args.run, args.device)
+    given = {
+        "samples": args.count,
+        "steps": args.steps,
+        "reference": args.reference,
+        "features": args.features,
+        "weights": args.weights,
+    }
+    wanted = replace(config.evaluation, **{name: value for name, value in given.items() if value is not None})
+    config = replace(config, evaluation=wanted, device=args.device)
+    folder = Path(args.run) / "evaluation" / f"step-{step:08d}-{wanted.steps}-step"
+    scores = evaluate(model, config, folder, decode=_decoder(config, args.vae, model), seed=args.seed)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    path = folder.with_suffix(".json")
+    path.write_text(json.dumps({"step": step, "seed": args.seed, **scores}, indent=2) + "\n")
+    for name, value in scores.items():
+        print(f"{name:<20}{value if isinstance(value, str) else f'{value:.4f}'}")
+    print(f"{'written to':<20}{path}")
+
+
+def _demo(args: argparse.Namespace) -> None:
+    missing = [name for name in ("matplotlib", "sklearn", "torch_fidelity") if find_spec(name) is None]
+    if missing:
+        raise ValueError(f"the demo needs {', '.join(missing)}, not installed; run pip install 'soflow-fast[demo]'")
+    from soflow_fast.demo import run_demo
+
+    results = run_demo(args.run_dir, args.seed, args.device)
+    print(f"\n{'':<22}one step   two steps")
+    for name in results["one_step"]:
+        print(f"{name:<22}{results['one_step'][name]:8.3f}   {results['two_steps'][name]:9.3f}")
+    print(f"\nwrote {args.run_dir}/samples.png, losses.png, metrics.json and {results['checkpoint']}")
+    print(f"{results['seconds']:.0f} s, of which {results['seconds_training']:.0f} s of training")
+
+
+def _doctor(args: argparse.Namespace) -> None:
+    print(doctor.report())
+
+
+def _labels(text: str | None, count: int, num_classes: int) -> torch.Tensor | None:
+    if text is None:
+        return balanced_labels(count, num_classes)
+    if not all(part.strip().isdecimal() and int(part) < num_classes for part in text.split(",")):
+        raise ValueError(f"--labels {text!r} is not a list of classes in 0..{num_classes - 1}, such as 1,5,7")
+    chosen = torch.tensor([int(part) for part in text.split(",")])
+    return chosen[torch.arange(count) % len(chosen)]
+
+
+def _decoder(config: TrainConfig, name: str | None, model: torch.nn.Module):
+    name = name or config.data.vae
+    if name is None:
+        return None
+    return vae_decoder(name, config.data.latent_scale, next(model.parameters()).device)
+
+
+def _require_positive(name: str, value: int) -> None:
+    if value < 1:
+        raise ValueError(f"{name} {value} is not possible; it must be at least 1")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,83 @@
+"""``soflow doctor``: what is installed, which GPU there is, and what ``auto`` would choose here and why."""
+
+import platform
+from importlib import metadata
+
+import torch
+
+from soflow_fast.attention import resolve_attention
+from soflow_fast.kernels import resolve_impl
+
+# Package, and what is missing without it.
+_PACKAGES = {
+    "torch": "everything",
+    "triton": "impl='triton'",
+    "h5py": "data.kind='latents'",
+    "pillow": "data.kind='folder' and sample grids",
+    "scikit-learn": "data.kind='digits' and the demo",
+    "torch-fidelity": "scores",
+    "torchvision": "scores",
+    "matplotlib": "the demo's figures",
+    "diffusers": "decoding latents (data.vae)",
+    "flash-attn": "attention='flash_attn'",
+}
+
+# A head dim that every backend supports: the reasons below are about the machine, not about a model.
+_HEAD_DIM = 64
+
+
+def report() -> str:
+    """The text of ``soflow doctor``."""
+    lines = [f"soflow-fast {_version('soflow-fast')}, Python {platform.python_version()}, {platform.platform()}", ""]
+    lines += ["packages"]
+    for name, use in _PACKAGES.items():
+        lines.append(f"  {name:<16}{_version(name) or f'not installed: needed for {use}'}")
+    lines += ["", "devices", f"  cpu             {torch.get_num_threads()} threads"]
+    lines += [f"  {name:<16}{text}" for name, text in _gpus()]
+    impl, attention = resolve_impl("auto"), resolve_attention("auto", _HEAD_DIM)
+    lines += ["", "choices", f"  device=auto     {'cuda' if torch.cuda.is_available() else 'cpu'}"]
+    lines += [f"  impl=auto       {impl}: {_why_impl(impl)}"]
+    lines += [f"  attention=auto  {attention}: {_why_attention(attention)}"]
+    for backend in ("flash_attn", "cudnn"):
+        lines.append(f"  attention={backend:<11}{_availability(backend)}")
+    return "\n".join(lines)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _gpus() -> list[tuple[str, str]]:
+    if not torch.cuda.is_available():
+        built = f"torch is built for CUDA {torch.version.cuda}" if torch.version.cuda else "torch is built without CUDA"
+        return [("cuda", f"no GPU is visible ({built})")]
+    found = []
+    for index in range(torch.cuda.device_count()):
+        gpu = torch.cuda.get_device_properties(index)
+        memory = gpu.total_memory / 2**30
+        found.append((f"cuda:{index}", f"{gpu.name}, {memory:.0f} GiB, compute capability {gpu.major}.{gpu.minor}"))
+    return found
+
+
+def _why_impl(impl: str) -> str:
+    if impl == "triton":
+        return "a CUDA GPU that runs the fused kernels is visible"
+    try:
+        resolve_impl("triton")
+    except ValueError as error:
+        return str(error).removeprefix("impl='triton' ")
+    return "Triton's interpreter is on, which is for tests"
+
+
+def _why_attention(backend: str) -> str:
+    return "torch's own choice among its kernels" if backend == "sdpa" else "the best measured on this GPU"
+
+
+def _availability(backend: str) -> str:
+    try:
+        return f"{resolve_attention(backend, _HEAD_DIM)}: available"
+    except ValueError as error:
+        return str(error).removeprefix(f"attention={backend!r} ")

@@ -1,0 +1,107 @@
+"""From a trained model to files: samples in any number, decoded latents, PNG grids.
+
+Shapes: n samples, C channels, S height and width. Images are in [-1, 1].
+"""
+
+import importlib.util
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from soflow_fast.kernels.reference import Stream, normal
+from soflow_fast.sample import sample
+
+_CHANNELS = {1: "grey", 3: "RGB"}
+
+
+def generate(
+    model: nn.Module, labels: Tensor | None, n: int, shape: tuple[int, ...], *, steps: int, seed: int, batch: int
+) -> Iterator[Tensor]:
+    """Samples in batches; sample i depends on (seed, i) and its label alone.
+
+    Args:
+        model: an objective. labels: (n,) int64, or None for "no label". shape: (C, S, S). steps: network calls each.
+        seed: of the noise. batch: samples at a time.
+
+    Yields:
+        (at most batch, C, S, S) float32 on the model's device.
+    """
+    device = next(model.parameters()).device
+    for first in range(0, n, batch):
+        rows = torch.arange(first, min(first + batch, n), device=device)
+        noise = normal(rows, int(np.prod(shape)), seed=seed, step=0, stream=Stream.RENOISE).view(-1, *shape)
+        part = None if labels is None else labels[first : first + batch].to(device)
+        yield sample(model, noise, part, steps, seed=seed, first_row=first)
+
+
+def balanced_labels(n: int, num_classes: int) -> Tensor | None:
+    """0, 1, .., num_classes−1, 0, ..: (n,) int64, or None if there are no classes."""
+    return torch.arange(n) % num_classes if num_classes else None
+
+
+def vae_decoder(name: str, scale: float, device: torch.device) -> Callable[[Tensor], Tensor]:
+    """The function from scaled latents (n, C, S, S) to images (n, 3, 8S, 8S) of a diffusers ``AutoencoderKL``.
+
+    Args:
+        name: of the published autoencoder, or a folder that holds one. scale: what latents were multiplied by.
+
+    Raises:
+        ValueError: if diffusers is not installed or the autoencoder cannot be read.
+    """
+    if importlib.util.find_spec("diffusers") is None:
+        raise ValueError(
+            f"data.vae={name!r} needs the package diffusers, which is not installed; "
+            "run pip install 'soflow-fast[vae]', or leave data.vae out to keep latents"
+        )
+    from diffusers import AutoencoderKL
+
+    try:
+        vae = AutoencoderKL.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"data.vae={name!r} cannot be read ({error}); give a name or a folder that can") from None
+    vae = vae.to(device).eval().requires_grad_(False)
+    return lambda latents: vae.decode(latents / scale).sample
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """[-1, 1] to 0..255, same shape."""
+    return ((images.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+
+
+def are_images(channels: int) -> bool:
+    """Whether a sample of so many channels can be written as an image."""
+    return channels in _CHANNELS
+
+
+def save_png(image: Tensor, path: Path) -> None:
+    """Writes one image (C, H, W) in [-1, 1], C = 1 or 3."""
+    pixels = to_uint8(image).permute(1, 2, 0).cpu().numpy()
+    Image.fromarray(pixels.squeeze(2) if pixels.shape[2] == 1 else pixels).save(path)
+
+
+def grid(images: Tensor, columns: int, least_size: int = 32) -> Tensor:
+    """Images (n, C, S, S) row by row as one image (C, H, W), small ones enlarged to at least ``least_size`` pixels."""
+    factor = max(1, least_size // images.shape[-1])
+    images = images.repeat_interleave(factor, dim=2).repeat_interleave(factor, dim=3)
+    images = nn.functional.pad(images, (1, 1, 1, 1), value=-1.0)
+    blank = images.new_full((-len(images) % columns, *images.shape[1:]), -1.0)
+    cells = torch.cat([images, blank]).unflatten(0, (-1, columns))
+    return cells.permute(2, 0, 3, 1, 4).flatten(3).flatten(1, 2)
+
+
+def save_samples(samples: Tensor, stem: Path, columns: int, decode: Callable[[Tensor], Tensor] | None) -> Path:
+    """Writes a PNG grid, or where there are only latents, an array ``.npy`` (n, C, S, S) float32; returns its path."""
+    if decode is not None:
+        samples = decode(samples)
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    if are_images(samples.shape[1]):
+        path = stem.with_suffix(".png")
+        save_png(grid(samples, columns), path)
+    else:
+        path = stem.with_suffix(".npy")
+        np.save(path, samples.float().cpu().numpy())
+    return path

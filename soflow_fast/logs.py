@@ -1,0 +1,151 @@
+"""What a run reports: a progress bar, ``metrics.jsonl`` and TensorBoard events."""
+
+import json
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from soflow_fast.objectives.base import LossOutput
+from soflow_fast.step import StepStats
+
+METRICS_NAME = "metrics.jsonl"
+TIME_BINS = 10
+
+
+class Meter:
+    """Means over the steps since it was last read, kept on the device; only reading waits for the device.
+
+    Steps that were left out because a value was not finite do not enter the means; they are counted.
+
+    Attributes:
+        skipped: 0-d int64, steps left out in the whole run. first_skipped: 0-d int64, the first of them counted from 1,
+            or 0.
+    """
+
+    def __init__(self, device: torch.device, skipped: int = 0):
+        self.skipped = torch.full((), skipped, dtype=torch.int64, device=device)
+        self.first_skipped = torch.zeros_like(self.skipped)
+        self._edges = torch.arange(1, TIME_BINS, device=device) / TIME_BINS
+        self._sums: dict[str, Tensor] = {}
+
+    def update(self, step: int, stats: StepStats) -> None:
+        """Adds step number ``step``, counted from 1."""
+        self.skipped += ~stats.finite
+        first = ~stats.finite & (self.first_skipped == 0)
+        self.first_skipped += first * step
+        self._add("total", torch.stack([torch.ones_like(stats.loss), stats.loss, stats.grad_norm]), stats.finite)
+        for name, part in stats.parts.items():
+            self._add(name, self._sums_of(part), stats.finite)
+
+    def read(self) -> dict[str, float | list[float | None]]:
+        """The means by name, and a fresh start.
+
+        ``<part>/mse`` is unweighted and ``<part>/weighted`` is times the adaptive weight; ``<part>/mse_by_time`` is
+        over :data:`TIME_BINS` equal bins of t, None where a bin had no rows.
+        """
+        names = list(self._sums)
+        if not names:
+            return {}
+        sums = dict(zip(names, torch.nn.utils.rnn.pad_sequence(list(self._sums.values())).T.tolist(), strict=True))
+        self._sums = {}
+        steps, loss, grad_norm = sums.pop("total")[:3]
+        if not steps:
+            return {}
+        values = {"loss": loss / steps, "grad_norm": grad_norm / steps}
+        for name, (rows, mse, weighted, *bins) in sums.items():
+            totals, counts = bins[:TIME_BINS], bins[TIME_BINS:]
+            values[f"{name}/mse"], values[f"{name}/weighted"] = mse / rows, weighted / rows
+            by_time = [total / n if n else None for total, n in zip(totals, counts, strict=True)]
+            values[f"{name}/mse_by_time"] = by_time
+        return values
+
+    def _sums_of(self, part: LossOutput) -> Tensor:
+        """(3 + 2·TIME_BINS,): rows, mse, weighted mse; then mse and rows of each time bin."""
+        bins = torch.bucketize(part.t.float(), self._edges, right=True)
+        member = (bins[:, None] == torch.arange(TIME_BINS, device=bins.device)).float()
+        mse = part.mse.float()
+        plain = torch.stack([torch.ones_like(mse).sum(), mse.sum(), (part.weight * mse).sum()])
+        return torch.cat([plain, mse @ member, member.sum(0)])
+
+    def _add(self, name: str, values: Tensor, finite: Tensor) -> None:
+        values = torch.where(finite, values, 0)
+        self._sums[name] = self._sums[name] + values if name in self._sums else values
+
+
+class RunLog:
+    """Writes the metrics of a run that has done ``start`` of ``total`` steps; what an earlier part of the run wrote
+    beyond that is taken back.
+
+    Args:
+        folder: of the run. batch: images per step.
+    """
+
+    def __init__(self, folder: Path, start: int, total: int, batch: int):
+        self.path, self.batch = folder / METRICS_NAME, batch
+        self._take_back(start)
+        self._writer = SummaryWriter(str(folder), purge_step=start + 1)
+        self._bar = tqdm(initial=start, total=total, unit="step", dynamic_ncols=True, smoothing=0.05, mininterval=0.5)
+        self._last, self._clock = start, time.perf_counter()
+
+    def advance(self) -> None:
+        """One more step on the bar."""
+        self._bar.update()
+
+    def write(self, step: int, values: dict[str, float | list[float | None]]) -> None:
+        """One line of metrics after step number ``step``; adds ``images_per_second`` since the last one."""
+        now = time.perf_counter()
+        rate = (step - self._last) * self.batch / (now - self._clock)
+        self._last, self._clock = step, now
+        values = {"step": step, **values, "images_per_second": rate}
+        self.append(values)
+        losses = {name.split("/")[0]: f"{value:.4g}" for name, value in values.items() if name.endswith("/mse")}
+        self._bar.set_postfix({**losses, "images/s": f"{rate:.4g}"})
+
+    def append(self, values: dict) -> None:
+        """Any values with their ``step``, to the file and to TensorBoard."""
+        with self.path.open("a") as file:
+            file.write(json.dumps(values) + "\n")
+        for name, value in values.items():
+            for suffix, number in _scalars(value):
+                self._writer.add_scalar(name + suffix, number, values["step"])
+
+    @contextmanager
+    def off_the_clock(self) -> Iterator[None]:
+        """What happens within does not count for images/s."""
+        entered = time.perf_counter()
+        yield
+        self._clock += time.perf_counter() - entered
+
+    def close(self) -> None:
+        """Flushes everything."""
+        self._bar.close()
+        self._writer.close()
+
+    def _take_back(self, start: int) -> None:
+        if not self.path.exists():
+            return
+        kept = []
+        for line in self.path.read_text().splitlines():
+            try:
+                if json.loads(line)["step"] > start:
+                    break
+            except json.JSONDecodeError:  # the line that a kill cut short
+                break
+            kept.append(line + "\n")
+        temporary = self.path.with_suffix(".writing")
+        temporary.write_text("".join(kept))
+        os.replace(temporary, self.path)
+
+
+def _scalars(value) -> list[tuple[str, float]]:
+    if isinstance(value, list):
+        width = 1 / len(value)
+        return [(f"/t={i * width:.1f}", x) for i, x in enumerate(value) if x is not None]
+    return [("", value)] if isinstance(value, (int, float)) else []

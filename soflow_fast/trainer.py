@@ -1,0 +1,227 @@
+"""The training run: steps, metrics, sample grids, checkpoints, and going on where it stopped."""
+
+import os
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.utils.data import Dataset
+
+from soflow_fast import build, checkpoint
+from soflow_fast.config import TrainConfig
+from soflow_fast.data import batches
+from soflow_fast.ema import EMA
+from soflow_fast.evaluate import check_evaluation, evaluate
+from soflow_fast.images import balanced_labels, generate, save_samples, vae_decoder
+from soflow_fast.logs import METRICS_NAME, Meter, RunLog
+from soflow_fast.step import TrainStep
+
+CONFIG_NAME = "config.yaml"
+CHECKPOINTS = "checkpoints"
+
+
+class Trainer:
+    """One training run in a folder; the same call again goes on where it stopped.
+
+    The trained weights are a pure function of the configuration, the data and the network: stopping, even by a kill,
+    and going on changes nothing (bitwise on a CPU).
+
+    Where the loss or the gradient norm is not finite, the step is left out: weights, optimizer and averages stay as
+    they were. Such steps are counted on the device and looked at whenever metrics or a checkpoint are written; more
+    than ``max_skipped_steps`` of them stop the run, before anything is saved.
+
+    Args:
+        config: see :class:`~soflow_fast.TrainConfig`.
+        model: a network ``net(x, t, s, labels)`` with ``net.num_classes`` to train instead of the configuration's
+            DiT, or an objective such as :class:`~soflow_fast.SoFlow` over one.
+        dataset: map-style, of (sample, label), to train on instead of the configuration's data; samples (C, H, W)
+            floating point, or (2C, H, W) latent moments.
+
+    Raises:
+        ValueError: for a configuration that is impossible on this machine or does not fit the data.
+    """
+
+    def __init__(self, config: TrainConfig, *, model: nn.Module | None = None, dataset: Dataset | None = None):
+        self.config = config = build.with_given(config, network=model is not None, dataset=dataset is not None)
+        self.device = build.resolve_device(config.device)
+        if not hasattr(model, "loss_of_rows"):
+            model = build.build_model(config, model)
+        self.model = model.to(self.device)
+        self.dataset = build.build_dataset(config) if dataset is None else dataset
+        latent_scale = build.check_dataset(config, self.dataset)
+        wanted = config.optimizer
+        self.optimizer = torch.optim.AdamW(
+            [p for p in self.model.parameters() if p.requires_grad],
+            lr=wanted.learning_rate,
+            betas=wanted.betas,
+            eps=wanted.eps,
+            weight_decay=wanted.weight_decay,
+            fused=True,
+        )
+        self.ema = EMA(self.model, config.ema.decay, config.ema.warmup)
+        self.step = TrainStep(
+            self.model,
+            optimizer=self.optimizer,
+            ema=self.ema,
+            total_steps=config.total_steps,
+            seed=config.seed,
+            accumulation=wanted.accumulation,
+            grad_clip=wanted.grad_clip,
+            latent_scale=latent_scale,
+        )
+        self._decode = None
+        if config.data.vae is not None:
+            self._decode = vae_decoder(config.data.vae, config.data.latent_scale, self.device)
+        if config.evaluation.every:
+            check_evaluation(config)
+        self.run_dir = Path(config.run_dir)
+        self.checkpoints = self.run_dir / CHECKPOINTS
+
+    def fit(self) -> Path:
+        """Trains to the last step, from the newest checkpoint of the run's folder if there is one.
+
+        Returns:
+            The path of the last checkpoint.
+
+        Raises:
+            ValueError: if the folder belongs to another configuration or model; nothing in it is changed.
+            FloatingPointError: after more steps that are not finite than the configuration allows.
+        """
+        config, output = self.config, self.config.output
+        start, skipped = self._restore()
+        self._claim_folder()
+        steps = batches(
+            self.dataset,
+            batch=config.batch_size,
+            steps=range(start, config.total_steps),
+            seed=config.seed,
+            num_classes=config.model.num_classes,
+            workers=config.data.workers,
+            prefetch=config.data.prefetch,
+            device=self.device,
+        )
+        meter = Meter(self.device, skipped)
+        log = RunLog(self.run_dir, start, config.total_steps, config.batch_size)
+        try:
+            for done, (x, labels) in enumerate(steps, start + 1):
+                meter.update(done, self.step(x, labels))
+                log.advance()
+                last = done == config.total_steps
+                if last or done % output.log_every == 0:
+                    self._require_finite(meter)
+                    log.write(done, meter.read())
+                with log.off_the_clock():
+                    if last or _due(done, output.checkpoint_every):
+                        self._require_finite(meter)
+                        self._save(done, meter)
+                    if _due(done, output.sample_every):
+                        self._write_samples(done)
+                    if _due(done, config.evaluation.every):
+                        self._evaluate(done, log)
+        finally:
+            log.close()
+        return checkpoint.path_of(self.checkpoints, config.total_steps)
+
+    def _restore(self) -> tuple[int, int]:
+        """Loads the newest checkpoint, if there is one; steps done and steps skipped."""
+        _require_same_run(self.run_dir, self.config)
+        found = checkpoint.committed(self.checkpoints)
+        if not found:
+            return 0, 0
+        state = checkpoint.load(found[-1], self.device)
+        checkpoint.load_weights(self.model, state.model, found[-1])
+        self.optimizer.load_state_dict(state.optimizer)
+        self.ema.load_state_dict(state.ema, state.ema_updates)
+        self.step.step.fill_(state.step)
+        return state.step, state.skipped_steps
+
+    def _claim_folder(self) -> None:
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        temporary = self.run_dir / f".{CONFIG_NAME}.writing"
+        temporary.write_text(self.config.to_yaml())
+        os.replace(temporary, self.run_dir / CONFIG_NAME)
+
+    def _save(self, step: int, meter: Meter) -> None:
+        state = checkpoint.State(
+            step=step,
+            model=self.model.state_dict(),
+            ema=self.ema.state_dict(),
+            optimizer=self.optimizer.state_dict(),
+            ema_updates=int(self.ema.updates),
+            skipped_steps=int(meter.skipped),
+        )
+        checkpoint.save(self.checkpoints, state, self.config.output.keep_checkpoints)
+
+    def _require_finite(self, meter: Meter) -> None:
+        skipped = int(meter.skipped)
+        if skipped <= self.config.max_skipped_steps:
+            return
+        found = checkpoint.committed(self.checkpoints)
+        raise FloatingPointError(
+            f"the loss or the gradient norm was not finite at step {int(meter.first_skipped)} ({skipped} such steps "
+            f"so far, max_skipped_steps={self.config.max_skipped_steps}); the last good checkpoint is "
+            f"{found[-1] if found else 'the start'}: lower optimizer.learning_rate, set optimizer.grad_clip or raise "
+            "max_skipped_steps"
+        )
+
+    def _write_samples(self, step: int) -> None:
+        rows, columns = self.config.output.sample_shape
+        n = rows * columns
+        with self.ema.applied():
+            parts = generate(
+                self.model,
+                balanced_labels(n, self.config.model.num_classes),
+                n,
+                build.sample_shape(self.config),
+                steps=self.config.output.sample_steps,
+                seed=self.config.seed,
+                batch=self.config.evaluation.batch_size,
+            )
+            samples = torch.cat(list(parts))
+        save_samples(samples, self.run_dir / "samples" / f"step-{step:08d}", columns, self._decode)
+
+    def _evaluate(self, step: int, log: RunLog) -> None:
+        with self.ema.applied():
+            folder = self.run_dir / "evaluation" / f"step-{step:08d}"
+            scores = evaluate(self.model, self.config, folder, decode=self._decode)
+        log.append({"step": step, **{f"evaluation/{name}": value for name, value in scores.items()}})
+
+
+def load_run(run_dir: str | Path, device: str = "auto") -> tuple[TrainConfig, nn.Module, int]:
+    """The configuration of a run, its model with the averaged weights of the newest checkpoint, and the step.
+
+    Raises:
+        ValueError: if there is no such run or no checkpoint in it.
+    """
+    run_dir = Path(run_dir)
+    if not (run_dir / CONFIG_NAME).is_file():
+        raise ValueError(f"{run_dir} is not a run: it holds no {CONFIG_NAME}; give the run_dir of a training run")
+    config = TrainConfig.from_yaml(run_dir / CONFIG_NAME)
+    found = checkpoint.committed(run_dir / CHECKPOINTS)
+    if not found:
+        raise ValueError(f"the run {run_dir} has no checkpoint yet; let it train to its first one")
+    state = checkpoint.load(found[-1])
+    model = build.build_model(config)
+    checkpoint.load_weights(model, {**state.model, **state.ema}, found[-1])
+    return config, model.to(build.resolve_device(device)).eval(), state.step
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def _require_same_run(run_dir: Path, config: TrainConfig) -> None:
+    if run_dir.exists() and not run_dir.is_dir():
+        raise ValueError(f"run_dir={str(run_dir)!r} is a file; choose a folder")
+    started = bool(checkpoint.committed(run_dir / CHECKPOINTS)) or (run_dir / METRICS_NAME).exists()
+    if not started:
+        return
+    if not (run_dir / CONFIG_NAME).exists():
+        raise ValueError(f"run_dir={str(run_dir)!r} holds a run without its {CONFIG_NAME}; choose another folder")
+    theirs = TrainConfig.from_yaml(run_dir / CONFIG_NAME)
+    name = config.first_difference(theirs)
+    if name is not None:
+        raise ValueError(
+            f"run_dir={str(run_dir)!r} holds a run with {name}={theirs.flat()[name]!r}, and this one has "
+            f"{config.flat()[name]!r}; use that value, or choose another run_dir"
+        )
