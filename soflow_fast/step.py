@@ -24,11 +24,13 @@ class StepStats(NamedTuple):
 
     Attributes:
         loss: 0-d. grad_norm: 0-d, global L2 norm before clipping. parts: the losses by name, over this process's rows.
+        finite: 0-d bool, whether the gradient is; if not, the step was left out.
     """
 
     loss: Tensor
     grad_norm: Tensor
     parts: dict[str, LossOutput]
+    finite: Tensor
 
 
 class _Loss(nn.Module):
@@ -63,11 +65,13 @@ class TrainStep:
 
     Every draw of step k depends on (seed, k, global row) alone, so a run can stop and go on, or be split over
     processes and micro-batches, without changing its numbers. Progress and the step live on the device; nothing is
-    read on the host.
+    read on the host. Where the gradient is not finite, a fused optimizer and the EMA stay as they were: that too is
+    decided on the device.
 
     Args:
         model: an objective such as :class:`~soflow_fast.SoFlow`, already on its device.
-        optimizer: over ``model.parameters()``. ema: updated after each step, or None.
+        optimizer: over ``model.parameters()``, best with ``fused=True``: only fused ones can leave a step out.
+        ema: updated after each step, or None.
         total_steps: of the run; progress is step/total_steps. seed: of all draws.
         accumulation: micro-batches per step; it divides the batch. grad_clip: largest global gradient norm, or None.
         latent_scale: x0 holds latent moments (B, 2C, H, W), see
@@ -171,20 +175,23 @@ class TrainStep:
                     out = self._loss(x0, labels, order, rows, n_velocity, progress, self.step)
                     (out.loss / self.accumulation).backward()
                 outputs.append(out)
-        grad_norm = self._update()
+        grad_norm, finite = self._update()
         self.step += 1
         loss = torch.stack([out.loss.detach() for out in outputs]).mean()
-        return StepStats(loss, grad_norm, _joined([out.parts for out in outputs]))
+        return StepStats(loss, grad_norm, _joined([out.parts for out in outputs]), finite)
 
-    def _update(self) -> Tensor:
+    def _update(self) -> tuple[Tensor, Tensor]:
         limit = float("inf") if self.grad_clip is None else self.grad_clip
         grad_norm = nn.utils.clip_grad_norm_(self._parameters, limit)
+        finite = torch.isfinite(grad_norm)
+        # the protocol by which torch's GradScaler tells a fused optimizer to leave a step out
+        self.optimizer.grad_scale, self.optimizer.found_inf = None, 1 - finite.float()
         self.optimizer.step()
         if self.ema is not None:
-            self.ema.update()
+            self.ema.update(finite)
         if self.copy is not None:
             self.copy.refresh()
-        return grad_norm
+        return grad_norm, finite
 
     def _row_orders(self, batch: int) -> list[tuple[Tensor, Tensor, int]]:
         """For each micro-batch: offsets into the rows, velocity first; their global rows; how many are velocity."""
