@@ -57,6 +57,7 @@ class Trainer:
             eps=wanted.eps,
             weight_decay=wanted.weight_decay,
             fused=True,
+            capturable=self.device.type == "cuda",
         )
         self.ema = EMA(self.model, config.ema.decay, config.ema.warmup)
         self.step = TrainStep(
