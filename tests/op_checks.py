@@ -1,7 +1,8 @@
 """What every fused op is checked for; each ``test_<op>.py`` calls these on its own shapes.
 
 The reference in float64 is the truth. A fused op may be at most twice as far from it as the reference run in the same
-low precision is, plus ``atol``: 1e-6 (float32) or 2^-9 (bfloat16, float16) of the largest value.
+low precision is, plus ``atol``: 1e-6 (float32) or 2^-9 (bfloat16, float16) of the largest value. Triton's interpreter
+cuts float32 off where bfloat16 ends instead of rounding it, an error of up to 2^-8: there atol is that.
 """
 
 import contextlib
@@ -14,6 +15,7 @@ from torch import Tensor
 from soflow_fast.kernels import fused, reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+_ATOL = {torch.float32: 1e-6, torch.float16: 2.0**-9, torch.bfloat16: 2.0**-9 if DEVICE == "cuda" else 2.0**-8}
 
 
 def _tuple(outputs) -> tuple[Tensor, ...]:
@@ -90,7 +92,7 @@ def check_accuracy(
 ):
     """Forward and every gradient against the float64 reference, by the rule of this module; NaN never passes."""
     for i, (ours, plain, scale, dtype) in enumerate(errors(name, arguments, options, gradients, **kwargs)):
-        atol = (1e-6 if dtype == torch.float32 else 2.0**-9) * scale
+        atol = _ATOL[dtype] * scale
         assert ours <= 2 * plain + atol, f"{name}, result {i}: error {ours:.3g}, reference {plain:.3g}, atol {atol:.3g}"
 
 
