@@ -13,11 +13,16 @@ class Inputs:
 
     Args:
         device: of the tensors. dtype: what "low precision" is in this run.
+        max_rows: the largest batch, so that a case can be tried where its real size takes too long; None: as it is.
     """
 
-    def __init__(self, device: str, dtype: torch.dtype = torch.bfloat16, seed: int = 0):
-        self.device, self.dtype = device, dtype
+    def __init__(self, device: str, dtype: torch.dtype = torch.bfloat16, seed: int = 0, max_rows: int | None = None):
+        self.device, self.dtype, self.max_rows = device, dtype, max_rows
         self._generator = None if device == "meta" else torch.Generator(device).manual_seed(seed)
+
+    def rows(self, batch: int) -> int:
+        """How many rows a case of this batch makes in this run."""
+        return batch if self.max_rows is None else min(batch, self.max_rows)
 
     def normal(self, *shape: int, scale: float = 1.0, dtype: torch.dtype | None = None) -> Tensor:
         """Normal values, by default in the run's low precision."""

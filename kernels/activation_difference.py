@@ -108,10 +108,10 @@ def silu_difference(u: Tensor, du: Tensor, *, tangent: bool = False) -> Tensor:
 def cases() -> list[Case]:
     """Shapes of the consistency rows of a batch of 256: the MLP's hidden units, and the conditioning."""
 
-    def inputs(*shape: int):
+    def inputs(batch: int, *shape: int):
         def make(new: Inputs) -> dict:
-            u = new.normal(*shape)
-            return {"u": u, "du": new.normal(*shape, scale=1e-3)}
+            rows = new.rows(batch)
+            return {"u": new.normal(rows, *shape), "du": new.normal(rows, *shape, scale=1e-3)}
 
         return make
 

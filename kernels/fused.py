@@ -1,12 +1,13 @@
 """The fused ops, with the names and signatures of ``reference``."""
 
-from . import activation_difference
+from . import activation_difference, adaln
 from ._cases import Case
 from .activation_difference import gelu_difference, silu_difference
+from .adaln import gated_residual_layernorm, modulated_layernorm
 
-__all__ = ["gelu_difference", "silu_difference"]
+__all__ = ["gated_residual_layernorm", "gelu_difference", "modulated_layernorm", "silu_difference"]
 
-_FAMILIES = (activation_difference,)
+_FAMILIES = (activation_difference, adaln)
 
 
 def cases() -> list[Case]:

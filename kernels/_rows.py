@@ -1,0 +1,75 @@
+"""A row of D channels held by one program: how its columns lie on the threads, and loads, stores and sums of it.
+
+A row is cut into strips of 4 columns per thread; a strip is one coalesced access of a warp, 16 bytes a thread in
+float32 and 8 in bfloat16. (8 columns a thread would be 16 bytes in bfloat16, but then a float32 store leaves gaps, and
+the compiler moves such values through shared memory.) As the width is a compile-time constant, the compiler drops the
+tests of whole strips and every strip beyond the row: 1152 = 2¼ strips of 512 cost 3 strips, not the 4 of a power of
+two, and need no second code path for the remainder.
+"""
+
+import triton
+import triton.language as tl
+
+_VECTOR = 4
+_MAX_STRIPS = 3
+
+
+def row_warps(width: int) -> int:
+    """Warps per row: the fewest, so that reductions stay narrow, that leave at most 3 strips (12 values) a thread."""
+    threads = triton.cdiv(width, _VECTOR * _MAX_STRIPS)
+    return triton.next_power_of_2(triton.cdiv(threads, 32))
+
+
+@triton.jit
+def row_columns(D: tl.constexpr, THREADS: tl.constexpr):
+    """The columns of a row, (THREADS, strips, 4); those beyond D are masked by the functions below."""
+    strips: tl.constexpr = triton.next_power_of_2(triton.cdiv(D, 4 * THREADS))
+    thread = tl.arange(0, THREADS)[:, None, None]
+    strip = tl.arange(0, strips)[None, :, None]
+    return strip * (4 * THREADS) + thread * 4 + tl.arange(0, 4)[None, None, :]
+
+
+@triton.jit
+def load_row(ptr, columns, D: tl.constexpr):
+    """The row at ptr in float32, 0 beyond D."""
+    return tl.load(ptr + columns, mask=columns < D, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def store_row(ptr, columns, row, D: tl.constexpr):
+    """Rounds the row to the pointer's dtype and stores it."""
+    tl.store(ptr + columns, row.to(ptr.dtype.element_ty), mask=columns < D)
+
+
+@triton.jit
+def _add_2(a0, a1, b0, b1):
+    return a0 + b0, a1 + b1
+
+
+@triton.jit
+def _add_3(a0, a1, a2, b0, b1, b2):
+    return a0 + b0, a1 + b1, a2 + b2
+
+
+@triton.jit
+def _thread_sum(row):
+    """(THREADS,): the sum of what each thread holds."""
+    return tl.sum(tl.sum(row, 2), 1)
+
+
+@triton.jit
+def sum_row(row):
+    """The sum of a row, zero beyond D."""
+    return tl.sum(_thread_sum(row), 0)
+
+
+@triton.jit
+def sum_rows_2(a, b):
+    """The sums of two rows, with one exchange between the threads."""
+    return tl.reduce((_thread_sum(a), _thread_sum(b)), 0, _add_2)
+
+
+@triton.jit
+def sum_rows_3(a, b, c):
+    """The sums of three rows, with one exchange between the threads."""
+    return tl.reduce((_thread_sum(a), _thread_sum(b), _thread_sum(c)), 0, _add_3)

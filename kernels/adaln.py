@@ -1,0 +1,430 @@
+"""adaLN: gate, residual, LayerNorm and modulation in one pass, and their backward in one pass.
+
+    x_new = x + gate·branch,   n = (x_new − mean)·rstd,   h = n(1+scale) + shift
+
+Backward, with g = dh(1+scale) and dx_new the gradient that arrives at the residual stream:
+
+    dx = dx_new + rstd(g − mean(g) − n·mean(g·n)),   dbranch = gate·dx
+    dshift = Σ_tokens dh,   dscale = Σ_tokens dh·n,   dgate = Σ_tokens dx·branch
+
+One pass over the tokens gives all five: a program walks over a chunk of one sample's tokens, keeps the three sums in
+registers, and writes them as float32 partial sums (B, chunks, 3, D), which a second small kernel adds in a fixed order.
+
+Shapes: B rows (samples), N tokens, D width.
+
+Bytes per token and channel, bfloat16 operands:    residual stream float32    bfloat16
+    forward    reads x, branch; writes x_new, h           4+2+4+2 = 12        2+2+2+2 = 8
+    backward   reads dh, dx_new, x_new, branch            2+4+4+2             2+2+2+2
+               writes dx, dbranch                         4+2     = 18        2+2     = 12
+    partial sums, written and read, chunks of 32 tokens   24/32   =  0.75                0.75
+    a block (two of each)                                           61.5                41.5
+In chunks of 16 tokens (small batches) a block takes 63 and 43. Rows of gate, shift and scale are read once per 8 or
+more tokens, from the L2 cache.
+
+Saved for the backward: x_new (which the next op reads anyway), branch, gate, scale, and mean and rstd of each token:
+8 bytes a token, under 0.05 % of the backward's bytes, against two more exchanges between the threads of a row.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._cases import Case, Inputs
+from ._launch import Launch, launch, require_dtype, require_shape
+from ._rows import load_row, row_columns, row_warps, store_row, sum_row, sum_rows_2
+
+# Tokens per program. Forward: enough to reuse the modulation, few enough for several programs per SM at 64 tokens.
+# Backward: 32 keep the partial sums under 5 % of the bytes; where that leaves less than 8 programs for each of an
+# H100's 132 SMs, 16.
+_FORWARD_TOKENS = 8
+_BACKWARD_TOKENS = (32, 16)
+_ENOUGH_PROGRAMS = 1024
+
+# Registers for 4 rows of up to 1536 channels in flight per SM: 18 KiB each in the backward, twice what the latency of
+# HBM needs at 4.3 TB/s.
+_FORWARD_REGISTERS = 128
+_BACKWARD_REGISTERS = 128
+_SUM = Launch(num_warps=1, max_registers=64)
+_SUM_CHUNKS = 8
+_SUM_COLUMNS = 128
+
+
+@triton.jit(do_not_specialize=["N", "chunk"])
+def _adaln_forward_kernel(
+    x_ptr,  # (B, N, D)
+    branch_ptr,  # (B, N, D), or None: then x is normalised as it is
+    gate_ptr,  # (B, D), row stride stride_gate; None without branch
+    shift_ptr,  # (B, D), row stride stride_shift
+    scale_ptr,  # (B, D), row stride stride_scale
+    x_new_ptr,  # (B, N, D); None without branch
+    h_ptr,  # (B, N, D)
+    mean_ptr,  # (B, N)
+    rstd_ptr,  # (B, N)
+    stride_gate,
+    stride_shift,
+    stride_scale,
+    N: tl.int64,
+    chunk: tl.int64,
+    EPS: tl.constexpr,
+    D: tl.constexpr,
+    THREADS: tl.constexpr,
+):
+    sample = tl.program_id(0).to(tl.int64)
+    first = tl.program_id(1).to(tl.int64) * chunk
+    columns = row_columns(D, THREADS)
+    shift = load_row(shift_ptr + sample * stride_shift, columns, D)
+    gain = 1 + load_row(scale_ptr + sample * stride_scale, columns, D)
+    if branch_ptr is not None:
+        gate = load_row(gate_ptr + sample * stride_gate, columns, D)
+    for token in range(sample * N + first, sample * N + tl.minimum(first + chunk, N)):
+        x = load_row(x_ptr + token * D, columns, D)
+        if branch_ptr is not None:
+            x = (x + gate * load_row(branch_ptr + token * D, columns, D)).to(x_new_ptr.dtype.element_ty)
+            store_row(x_new_ptr + token * D, columns, x, D)
+            x = x.to(tl.float32)
+        mean = sum_row(x) / D
+        centred = tl.where(columns < D, x - mean, 0.0)
+        rstd = tl.rsqrt(sum_row(centred * centred) / D + EPS)
+        store_row(h_ptr + token * D, columns, centred * rstd * gain + shift, D)
+        tl.store(mean_ptr + token, mean)
+        tl.store(rstd_ptr + token, rstd)
+
+
+@triton.jit(do_not_specialize=["N", "chunk"])
+def _adaln_backward_kernel(
+    dh_ptr,  # (B, N, D)
+    dx_new_ptr,  # (B, N, D), or None: nothing arrives at the residual stream
+    x_ptr,  # (B, N, D), what was normalised
+    branch_ptr,  # (B, N, D) or None
+    gate_ptr,  # (B, D), row stride stride_gate; None without branch
+    scale_ptr,  # (B, D), row stride stride_scale
+    mean_ptr,  # (B, N)
+    rstd_ptr,  # (B, N)
+    dx_ptr,  # (B, N, D)
+    dbranch_ptr,  # (B, N, D); None without branch
+    partial_ptr,  # (B, chunks, 2 or 3, D): of dshift, dscale and, with branch, dgate
+    stride_gate,
+    stride_scale,
+    N: tl.int64,
+    chunk: tl.int64,
+    SUMS: tl.constexpr,
+    D: tl.constexpr,
+    THREADS: tl.constexpr,
+):
+    sample = tl.program_id(0).to(tl.int64)
+    first = tl.program_id(1).to(tl.int64) * chunk
+    columns = row_columns(D, THREADS)
+    gain = 1 + load_row(scale_ptr + sample * stride_scale, columns, D)
+    dshift = tl.zeros(columns.shape, tl.float32)
+    dscale = tl.zeros(columns.shape, tl.float32)
+    if branch_ptr is not None:
+        gate = load_row(gate_ptr + sample * stride_gate, columns, D)
+        dgate = tl.zeros(columns.shape, tl.float32)
+    for token in range(sample * N + first, sample * N + tl.minimum(first + chunk, N)):
+        dh = load_row(dh_ptr + token * D, columns, D)
+        x = load_row(x_ptr + token * D, columns, D)
+        if branch_ptr is not None:
+            branch = load_row(branch_ptr + token * D, columns, D)
+        if dx_new_ptr is not None:
+            dx_new = load_row(dx_new_ptr + token * D, columns, D)
+        rstd = tl.load(rstd_ptr + token)
+        n = tl.where(columns < D, (x - tl.load(mean_ptr + token)) * rstd, 0.0)
+        g = dh * gain
+        sum_g, sum_gn = sum_rows_2(g, g * n)
+        dx = rstd * (g - sum_g / D - n * (sum_gn / D))
+        if dx_new_ptr is not None:
+            dx += dx_new
+        store_row(dx_ptr + token * D, columns, dx, D)
+        dshift += dh
+        dscale += dh * n
+        if branch_ptr is not None:
+            store_row(dbranch_ptr + token * D, columns, dx * gate, D)
+            dgate += dx * branch
+    partial_ptr += (sample * tl.num_programs(1) + tl.program_id(1)) * (SUMS * D)
+    store_row(partial_ptr, columns, dshift, D)
+    store_row(partial_ptr + D, columns, dscale, D)
+    if branch_ptr is not None:
+        store_row(partial_ptr + 2 * D, columns, dgate, D)
+
+
+@triton.jit(do_not_specialize=["chunks"])
+def _sum_partials_kernel(
+    partial_ptr,  # (B, chunks, C)
+    sum_ptr,  # (B, C)
+    chunks: tl.int64,
+    C,
+    CHUNKS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    sample = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
+    total = tl.zeros((CHUNKS, COLUMNS), tl.float32)
+    for first in range(0, chunks, CHUNKS):
+        chunk = first + tl.arange(0, CHUNKS)
+        mask = (chunk < chunks)[:, None] & (columns < C)[None, :]
+        total += tl.load(partial_ptr + (sample * chunks + chunk)[:, None] * C + columns[None, :], mask=mask, other=0.0)
+    tl.store(sum_ptr + sample * C + columns, tl.sum(total, 0).to(sum_ptr.dtype.element_ty), mask=columns < C)
+
+
+def _tokens_per_program(B: int, N: int) -> int:
+    """Of the backward; see the launch table."""
+    many, few = _BACKWARD_TOKENS
+    return many if B * triton.cdiv(N, many) >= _ENOUGH_PROGRAMS else few
+
+
+def _forward(x, branch, gate, shift, scale, eps, dtype) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
+    """``(x_new, h, mean, rstd)``; x_new is None without branch."""
+    B, N, D = x.shape
+    x_new = None if branch is None else torch.empty_like(x)
+    h = x.new_empty((B, N, D), dtype=dtype)
+    mean, rstd = (x.new_empty((B, N), dtype=torch.float32) for _ in range(2))
+    warps = row_warps(D)
+    launch(
+        _adaln_forward_kernel,
+        lambda: (B, triton.cdiv(N, _FORWARD_TOKENS)),
+        x,
+        branch,
+        gate,
+        shift,
+        scale,
+        x_new,
+        h,
+        mean,
+        rstd,
+        0 if gate is None else gate.stride(0),
+        shift.stride(0),
+        scale.stride(0),
+        N,
+        _FORWARD_TOKENS,
+        EPS=eps,
+        D=D,
+        THREADS=32 * warps,
+        config=Launch(warps, max_registers=_FORWARD_REGISTERS),
+    )
+    return x_new, h, mean, rstd
+
+
+def _backward(dh, dx_new, x, branch, gate, scale, mean, rstd) -> tuple[Tensor, Tensor | None, Tensor]:
+    """``(dx, dbranch, sums)``: sums are dshift, dscale and, with branch, dgate, (B, 2 or 3, D)."""
+    B, N, D = x.shape
+    dh = dh.contiguous()
+    dx_new = None if dx_new is None else dx_new.contiguous()
+    dx = torch.empty_like(x)
+    dbranch = None if branch is None else torch.empty_like(branch)
+    tokens = _tokens_per_program(B, N)
+    chunks = triton.cdiv(N, tokens)
+    n_sums = 2 if branch is None else 3
+    partials = x.new_empty((B, chunks, n_sums, D), dtype=torch.float32)
+    sums = scale.new_empty((B, n_sums, D))
+    warps = row_warps(D)
+    launch(
+        _adaln_backward_kernel,
+        lambda: (B, chunks),
+        dh,
+        dx_new,
+        x,
+        branch,
+        gate,
+        scale,
+        mean,
+        rstd,
+        dx,
+        dbranch,
+        partials,
+        0 if gate is None else gate.stride(0),
+        scale.stride(0),
+        N,
+        tokens,
+        SUMS=n_sums,
+        D=D,
+        THREADS=32 * warps,
+        config=Launch(warps, max_registers=_BACKWARD_REGISTERS),
+    )
+    launch(
+        _sum_partials_kernel,
+        lambda: (B, triton.cdiv(n_sums * D, _SUM_COLUMNS)),
+        partials,
+        sums,
+        chunks,
+        n_sums * D,
+        CHUNKS=_SUM_CHUNKS,
+        COLUMNS=_SUM_COLUMNS,
+        config=_SUM,
+    )
+    return dx, dbranch, sums
+
+
+def _layernorm_fwd(
+    x: Tensor, shift: Tensor, scale: Tensor, eps: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _forward(x, None, None, shift, scale, eps, dtype)[1:]
+
+
+def _layernorm_bwd(dh: Tensor, x: Tensor, scale: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
+    dx, _, sums = _backward(dh, None, x, None, None, scale, mean, rstd)
+    return dx, sums
+
+
+def _gated_fwd(
+    x: Tensor, branch: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, eps: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _forward(x, branch, gate, shift, scale, eps, dtype)
+
+
+def _gated_bwd(
+    dh: Tensor,
+    dx_new: Tensor | None,
+    x_new: Tensor,
+    branch: Tensor,
+    gate: Tensor,
+    scale: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _backward(dh, dx_new, x_new, branch, gate, scale, mean, rstd)
+
+
+_layernorm_fwd_op = torch.library.custom_op("soflow::modulated_layernorm_fwd", _layernorm_fwd, mutates_args=())
+_layernorm_fwd_op.register_fake(_layernorm_fwd)
+_layernorm_bwd_op = torch.library.custom_op("soflow::modulated_layernorm_bwd", _layernorm_bwd, mutates_args=())
+_layernorm_bwd_op.register_fake(_layernorm_bwd)
+_gated_fwd_op = torch.library.custom_op("soflow::gated_residual_layernorm_fwd", _gated_fwd, mutates_args=())
+_gated_fwd_op.register_fake(_gated_fwd)
+_gated_bwd_op = torch.library.custom_op("soflow::gated_residual_layernorm_bwd", _gated_bwd, mutates_args=())
+_gated_bwd_op.register_fake(_gated_bwd)
+
+
+class _ModulatedLayerNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(x, shift, scale, eps, dtype):
+        return _layernorm_fwd_op(x, shift, scale, eps, dtype)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, _, scale, _, _ = inputs
+        _, mean, rstd = output
+        ctx.mark_non_differentiable(mean, rstd)
+        ctx.save_for_backward(x, scale, mean, rstd)
+
+    @staticmethod
+    def backward(ctx, dh, _mean, _rstd):
+        dx, sums = _layernorm_bwd_op(dh, *ctx.saved_tensors)
+        dshift, dscale = sums.unbind(1)
+        return dx, dshift, dscale, None, None
+
+
+class _GatedResidualLayerNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(x, branch, gate, shift, scale, eps, dtype):
+        return _gated_fwd_op(x, branch, gate, shift, scale, eps, dtype)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _, branch, gate, _, scale, _, ctx.dtype = inputs
+        x_new, _, mean, rstd = output
+        ctx.mark_non_differentiable(mean, rstd)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x_new, branch, gate, scale, mean, rstd)
+
+    @staticmethod
+    def backward(ctx, dx_new, dh, _mean, _rstd):
+        if dh is None:
+            dh = torch.zeros_like(dx_new, dtype=ctx.dtype)
+        dx, dbranch, sums = _gated_bwd_op(dh, dx_new, *ctx.saved_tensors)
+        dshift, dscale, dgate = sums.unbind(1)
+        return dx, dbranch, dgate, dshift, dscale, None, None
+
+
+def _rows(name: str, modulation: Tensor, like: Tensor, dtype: torch.dtype) -> Tensor:
+    """A shift, scale or gate with contiguous rows; ValueError unless it is (B, D) in that dtype."""
+    require_shape(name, modulation, (like.shape[0], like.shape[2]))
+    if modulation.dtype != dtype:
+        raise ValueError(
+            f"{name} has dtype {modulation.dtype} where {dtype} is needed: all modulation shares one dtype"
+        )
+    return modulation if modulation.stride(1) == 1 else modulation.contiguous()
+
+
+def _check_tokens(name: str, tensor: Tensor) -> None:
+    require_dtype(name, tensor)
+    if tensor.dim() != 3:
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)} where (rows, tokens, width) is needed")
+
+
+def modulated_layernorm(
+    x: Tensor, shift: Tensor, scale: Tensor, *, eps: float = 1e-6, dtype: torch.dtype | None = None
+) -> Tensor:
+    """Fused :func:`soflow_fast.kernels.reference.modulated_layernorm`.
+
+    Args:
+        x: (B, N, D). shift, scale: (B, D), one dtype, any row stride. dtype: of the result, by default that of x.
+
+    Returns:
+        (B, N, D).
+
+    Raises:
+        ValueError: for a shape or dtype that does not fit.
+    """
+    _check_tokens("x", x)
+    require_dtype("scale", scale)
+    shift, scale = (_rows(k, v, x, scale.dtype) for k, v in (("shift", shift), ("scale", scale)))
+    return _ModulatedLayerNorm.apply(x.contiguous(), shift, scale, eps, dtype or x.dtype)[0]
+
+
+def gated_residual_layernorm(
+    x: Tensor,
+    branch: Tensor,
+    gate: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    *,
+    eps: float = 1e-6,
+    dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Fused :func:`soflow_fast.kernels.reference.gated_residual_layernorm`.
+
+    Args:
+        x, branch: (B, N, D). gate, shift, scale: (B, D), one dtype, any row stride. dtype: of h, by default branch's.
+
+    Returns:
+        ``(x_new, h)``, (B, N, D); x_new has the dtype of x and h normalises the rounded x_new.
+
+    Raises:
+        ValueError: for a shape or dtype that does not fit.
+    """
+    _check_tokens("x", x)
+    require_shape("branch", branch, x.shape)
+    require_dtype("branch", branch)
+    require_dtype("scale", scale)
+    modulation = (("gate", gate), ("shift", shift), ("scale", scale))
+    gate, shift, scale = (_rows(k, v, x, scale.dtype) for k, v in modulation)
+    x, branch = x.contiguous(), branch.contiguous()
+    return _GatedResidualLayerNorm.apply(x, branch, gate, shift, scale, eps, dtype or branch.dtype)[:2]
+
+
+def cases() -> list[Case]:
+    """Shapes of a batch of 256; the modulation are slices of one (B, chunks, D) tensor, as in the DiT."""
+
+    def inputs(tokens: int, width: int, residual: torch.dtype | None, gated: bool):
+        def make(new: Inputs) -> dict:
+            B = new.rows(256)
+            gate, shift, scale = new.normal(B, 8, width, scale=0.5).unbind(1)[:3]
+            x = new.normal(B, tokens, width, dtype=residual)
+            if not gated:
+                return {"x": x, "shift": shift, "scale": scale}
+            return {"x": x, "branch": new.normal(B, tokens, width), "gate": gate, "shift": shift, "scale": scale}
+
+        return make
+
+    sizes = {"S/2": (256, 384), "B/4": (64, 768), "L/2": (256, 1024), "XL/2": (256, 1152)}
+    gradients = ("x", "branch", "gate", "shift", "scale")
+    cases = []
+    for name, size in sizes.items():
+        op = "gated_residual_layernorm"
+        cases.append(Case(op, name, inputs(*size, torch.float32, gated=True), gradients=gradients))
+        cases.append(Case(op, f"{name} narrow residual", inputs(*size, None, gated=True), gradients=gradients))
+        first = inputs(*size, torch.float32, gated=False)
+        options = {"dtype": torch.bfloat16}
+        cases.append(Case("modulated_layernorm", name, first, options, gradients=("x", "shift", "scale")))
+    return cases
