@@ -116,6 +116,20 @@ class OptimizerConfig:
 
 
 @dataclass
+class ComputeConfig:
+    """How a step is computed, see :class:`~soflow_fast.step.TrainStep`; None is its own choice for the device.
+
+    Attributes:
+        precision: ``bf16``, ``tf32`` or ``fp32``. compile: whether torch.compile is used. cuda_graph: whether a step is
+            one CUDA graph.
+    """
+
+    precision: str | None = None
+    compile: bool | None = None
+    cuda_graph: bool | None = None
+
+
+@dataclass
 class EMAConfig:
     """The averaged weights that samples are drawn from, see :class:`~soflow_fast.ema.EMA`."""
 
@@ -230,6 +244,7 @@ class TrainConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=lambda: DataConfig(path="imagenet_latent.hdf5"))
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    compute: ComputeConfig = field(default_factory=ComputeConfig)
     ema: EMAConfig = field(default_factory=EMAConfig)
     soflow: SoFlowConfig = field(default_factory=SoFlowConfig)
     output: OutputConfig = field(default_factory=OutputConfig)

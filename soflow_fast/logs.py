@@ -37,12 +37,12 @@ class Meter:
 
     def update(self, step: int, stats: StepStats) -> None:
         """Adds step number ``step``, counted from 1."""
-        self.skipped += ~stats.finite
-        first = ~stats.finite & (self.first_skipped == 0)
-        self.first_skipped += first * step
-        self._add("total", torch.stack([torch.ones_like(stats.loss), stats.loss, stats.grad_norm]), stats.finite)
+        finite = stats.finite & stats.loss.isfinite()
+        self.skipped += ~finite
+        self.first_skipped += (~finite & (self.first_skipped == 0)) * step
+        self._add("total", torch.stack([torch.ones_like(stats.loss), stats.loss, stats.grad_norm]), finite)
         for name, part in stats.parts.items():
-            self._add(name, self._sums_of(part), stats.finite)
+            self._add(name, self._sums_of(part), finite)
 
     def read(self) -> dict[str, float | list[float | None]]:
         """The means by name, and a fresh start.

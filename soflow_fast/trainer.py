@@ -69,6 +69,9 @@ class Trainer:
             accumulation=wanted.accumulation,
             grad_clip=wanted.grad_clip,
             latent_scale=latent_scale,
+            precision=config.compute.precision,
+            compile=config.compute.compile,
+            cuda_graph=config.compute.cuda_graph,
         )
         self._decode = None
         if config.data.vae is not None:
