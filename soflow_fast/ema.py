@@ -41,7 +41,8 @@ class EMA:
     def update(self, taken: Tensor | bool = True) -> None:
         """One update, after an optimizer step; nothing changes where ``taken``, a 0-d bool, says there was none."""
         weight = (1 - self.current_decay()) * taken
-        torch._foreach_lerp_(list(self.averages.values()), [p.float() for p in self._parameters.values()], weight)
+        averages, parameters = list(self.averages.values()), [p.float() for p in self._parameters.values()]
+        torch._foreach_lerp_(averages, parameters, [weight] * len(averages))  # one tensor would be read on the host
         self.updates += taken
 
     @contextmanager

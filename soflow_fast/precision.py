@@ -28,7 +28,7 @@ class ComputeCopy:
     """Persistent low-precision copies of a module's parameters, the masters.
 
     The copies take the masters' place in a forward; gradients reach and accumulate on the masters in float32. A copy
-    whose master has since been written (by an optimizer, a checkpoint, the user) is refreshed before it is used.
+    whose master has since been written is refreshed before it is used.
 
     Args:
         module: whose parameters are the masters. dtype: of the copies.
@@ -43,20 +43,16 @@ class ComputeCopy:
     def _current_versions(self) -> list[int]:
         return [p._version for p in self._masters.values()]
 
-    def mark_fresh(self) -> None:
-        """Declares the copies equal to the masters, after an optimizer pass that wrote both."""
+    @torch.no_grad()
+    def write(self) -> None:
+        """Copies every master: after an optimizer step, as torch's fused ones do not count their writes as versions."""
+        torch._foreach_copy_(list(self.copies.values()), list(self._masters.values()))
         self._versions = self._current_versions()
 
-    @torch.no_grad()
     def refresh(self) -> None:
-        """Copies the masters that were written since the last refresh."""
-        versions = self._current_versions()
-        if versions == self._versions:
-            return
-        pairs = zip(self.copies.values(), self._masters.values(), self._versions, versions, strict=True)
-        copies, masters = zip(*((c, m) for c, m, old, new in pairs if old != new), strict=True)
-        torch._foreach_copy_(copies, masters)
-        self._versions = versions
+        """Copies the masters if any of them was written since the last time, by a checkpoint or by the user."""
+        if self._current_versions() != self._versions:
+            self.write()
 
     def parameters(self) -> dict[str, Tensor]:
         """The copies by their masters' names, for :func:`torch.func.functional_call`; gradients go to the masters."""

@@ -158,10 +158,7 @@ class TrainStep:
             return _on_side_stream(self._run, x0, labels)
         if self._graph is None:
             self._graph = _Graph(self._run, x0, labels)
-        stats = self._graph.replay(x0, labels)
-        if self.copy is not None:
-            self.copy.mark_fresh()
-        return stats
+        return self._graph.replay(x0, labels)
 
     def _run(self, x0: Tensor, labels: Tensor | None) -> StepStats:
         self.optimizer.zero_grad(set_to_none=True)
@@ -190,7 +187,7 @@ class TrainStep:
         if self.ema is not None:
             self.ema.update(finite)
         if self.copy is not None:
-            self.copy.refresh()
+            self.copy.write()
         return grad_norm, finite
 
     def _row_orders(self, batch: int) -> list[tuple[Tensor, Tensor, int]]:
