@@ -1,19 +1,26 @@
 """Diffusion transformer with adaLN-Zero (Peebles & Xie 2023) conditioned on two times, and its difference forward.
 
-Shapes: B rows, b rows that carry a difference, N tokens, D width, H heads, h head dim, C channels, p patch size.
-The state_dict keys are those of the public SoFlow checkpoints.
+Shapes: B rows, b rows that carry a difference, N tokens, D width, C channels, p patch size. The
+state_dict keys are those of the public SoFlow checkpoints.
 """
-
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from soflow_fast import kernels
-from soflow_fast.attention import attention, resolve_attention
-
-_SINUSOID_WIDTH = 256
-_LN_EPS = 1e-6
+from soflow_fast.attention import resolve_attention
+from soflow_fast.layers import (
+    LN_EPS,
+    SINUSOID_WIDTH,
+    Call,
+    DiTBlock,
+    FinalLayer,
+    LabelEmbedder,
+    PatchEmbed,
+    TimestepEmbedder,
+    linear,
+    linear_difference,
+)
 
 #: patch size, width, depth, heads
 PRESETS = {
@@ -25,161 +32,6 @@ PRESETS = {
     "DiT-L/2": (2, 1024, 24, 16),
     "DiT-XL/2": (2, 1152, 28, 16),
 }
-
-
-class _Shift(NamedTuple):
-    """Which rows carry a difference, and whether it is a finite one or the tangent."""
-
-    rows: slice
-    tangent: bool
-
-
-def _linear(layer: nn.Linear, x: Tensor) -> Tensor:
-    return nn.functional.linear(x, layer.weight.to(x.dtype), layer.bias.to(x.dtype))
-
-
-def _linear_difference(layer: nn.Linear, d: Tensor) -> Tensor:
-    return nn.functional.linear(d, layer.weight.to(d.dtype))
-
-
-class PatchEmbed(nn.Module):
-    """Non-overlapping p×p patches to tokens, row-major; the weight has a convolution's layout (D, C, p, p)."""
-
-    def __init__(self, patch_size: int, in_channels: int, hidden_size: int):
-        super().__init__()
-        self.patch_size = patch_size
-        self.proj = nn.Conv2d(in_channels, hidden_size, kernel_size=patch_size, stride=patch_size)
-
-    def _patches(self, x: Tensor) -> Tensor:
-        p = self.patch_size
-        return x.unflatten(3, (-1, p)).unflatten(2, (-1, p)).permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return nn.functional.linear(
-            self._patches(x), self.proj.weight.flatten(1).to(x.dtype), self.proj.bias.to(x.dtype)
-        )
-
-    def difference(self, dx: Tensor) -> Tensor:
-        return nn.functional.linear(self._patches(dx), self.proj.weight.flatten(1).to(dx.dtype))
-
-
-class TimestepEmbedder(nn.Module):
-    """Linear–SiLU–Linear on the sinusoids of a time."""
-
-    def __init__(self, hidden_size: int):
-        super().__init__()
-        self.mlp = nn.Sequential(
-            nn.Linear(_SINUSOID_WIDTH, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size)
-        )
-
-    def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        """The embedding and, for the difference, the SiLU's input."""
-        u = _linear(self.mlp[0], features)
-        return _linear(self.mlp[2], nn.functional.silu(u)), u
-
-    def difference(self, u: Tensor, d_features: Tensor, tangent: bool, ops) -> Tensor:
-        du = _linear_difference(self.mlp[0], d_features)
-        return _linear_difference(self.mlp[2], ops.silu_difference(u, du, tangent=tangent))
-
-
-class LabelEmbedder(nn.Module):
-    """The label table; its last row is "no label" where label dropping is on."""
-
-    def __init__(self, num_classes: int, hidden_size: int, class_dropout_prob: float):
-        super().__init__()
-        self.embedding_table = nn.Embedding(num_classes + (class_dropout_prob > 0), hidden_size)
-
-
-class Attention(nn.Module):
-    """Multi-head self-attention; the qkv output reshapes to (B, N, 3, H, h)."""
-
-    def __init__(self, hidden_size: int, num_heads: int, backend: str):
-        super().__init__()
-        self.num_heads, self.backend = num_heads, backend
-        self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
-        self.proj = nn.Linear(hidden_size, hidden_size)
-
-    def _heads(self, qkv: Tensor) -> tuple[Tensor, ...]:
-        return qkv.unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-
-    def forward(self, h: Tensor, dh: Tensor | None, shift: _Shift | None, ops) -> tuple[Tensor, Tensor | None]:
-        q, k, v = self._heads(_linear(self.qkv, h))
-        o = attention(q, k, v, self.backend)
-        out = _linear(self.proj, o.transpose(1, 2).flatten(2))
-        if shift is None:
-            return out, None
-        with torch.no_grad():
-            rows = shift.rows
-            dq, dk, dv = self._heads(_linear_difference(self.qkv, dh))
-            do = ops.attention_difference(q[rows], k[rows], v[rows], dq, dk, dv, o[rows], tangent=shift.tangent)
-            return out, _linear_difference(self.proj, do.transpose(1, 2).flatten(2))
-
-
-class Mlp(nn.Module):
-    """Linear–tanh-GELU–Linear."""
-
-    def __init__(self, hidden_size: int, mlp_hidden_size: int):
-        super().__init__()
-        self.fc1 = nn.Linear(hidden_size, mlp_hidden_size)
-        self.fc2 = nn.Linear(mlp_hidden_size, hidden_size)
-
-    def forward(self, h: Tensor, dh: Tensor | None, shift: _Shift | None, ops) -> tuple[Tensor, Tensor | None]:
-        u = _linear(self.fc1, h)
-        out = _linear(self.fc2, nn.functional.gelu(u, approximate="tanh"))
-        if shift is None:
-            return out, None
-        with torch.no_grad():
-            du = _linear_difference(self.fc1, dh)
-            return out, _linear_difference(self.fc2, ops.gelu_difference(u[shift.rows], du, tangent=shift.tangent))
-
-
-class DiTBlock(nn.Module):
-    """Attention and MLP, each gated into the residual stream.
-
-    A block receives its input already normalised and modulated, and returns the next block's: then each gate, residual
-    and following LayerNorm is one op.
-    """
-
-    def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float, backend: str):
-        super().__init__()
-        self.attn = Attention(hidden_size, num_heads, backend)
-        self.mlp = Mlp(hidden_size, int(hidden_size * mlp_ratio))
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
-
-    def forward(self, x, h, modulation, pair, shift, ops):
-        """One block.
-
-        Args:
-            x: (B, N, D) residual stream. h: (B, N, D) normalised, modulated x.
-            modulation: gate, shift, scale of the attention's output and the MLP's input, then gate, shift, scale of
-                the MLP's output and the next block's input; (B, D) each.
-            pair: ``(d, dh, dmodulation)``, the differences of the three above on the shifted rows, or Nones.
-
-        Returns:
-            ``(x, h, d, dh)`` for the next block.
-        """
-        d, dh, dmodulation = pair
-        for i, layer in enumerate((self.attn, self.mlp)):
-            branch, d_branch = layer(h, dh, shift, ops)
-            gate, *shift_scale = modulation[3 * i : 3 * i + 3]
-            x, h = ops.gated_residual_layernorm(x, branch, gate, *shift_scale, eps=_LN_EPS)
-            if shift is not None:
-                with torch.no_grad():
-                    rows = shift.rows
-                    d, dh = ops.gated_residual_layernorm_difference(
-                        x[rows], d, branch[rows], d_branch, gate[rows], shift_scale[1][rows],
-                        *dmodulation[3 * i : 3 * i + 3], eps=_LN_EPS, tangent=shift.tangent,
-                    )  # fmt: skip
-        return x, h, d, dh
-
-
-class FinalLayer(nn.Module):
-    """The output projection and the modulation before it; the vector per token is (p, p, C), channel fastest."""
-
-    def __init__(self, hidden_size: int, patch_size: int, out_channels: int):
-        super().__init__()
-        self.linear = nn.Linear(hidden_size, patch_size * patch_size * out_channels)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size))
 
 
 def _sincos_position_embedding(hidden_size: int, grid: int) -> Tensor:
@@ -205,7 +57,7 @@ class DiT(nn.Module):
         impl: ``auto``, ``torch`` or ``triton``, see :func:`soflow_fast.kernels.resolve_impl`.
         attention: see :func:`soflow_fast.attention.resolve_attention`.
         compute_dtype: of matrix operands and activations; by default that of the parameters, which are cast to it.
-        residual_dtype: of the residual stream and of its difference; by default compute_dtype.
+        residual_dtype: of the residual stream and of its difference, at least as wide as compute_dtype, the default.
 
     Raises:
         ValueError: for sizes that do not divide, and for an implementation that cannot run here.
@@ -246,7 +98,7 @@ class DiT(nn.Module):
         self.t_embedder = TimestepEmbedder(hidden_size)
         self.s_embedder = TimestepEmbedder(hidden_size)
         self.y_embedder = LabelEmbedder(num_classes, hidden_size, class_dropout_prob)
-        self.blocks = nn.ModuleList(DiTBlock(hidden_size, num_heads, mlp_ratio, self.attention) for _ in range(depth))
+        self.blocks = nn.ModuleList(DiTBlock(hidden_size, num_heads, mlp_ratio) for _ in range(depth))
         self.final_layer = FinalLayer(hidden_size, patch_size, in_channels)
         self._initialize()
 
@@ -269,11 +121,6 @@ class DiT(nn.Module):
             nn.init.normal_(layer.weight, std=0.02)
         for layer in (*self._modulation_layers(), self.final_layer.linear):
             nn.init.zeros_(layer.weight)
-
-    @property
-    def ops(self):
-        """The module of ops that ``impl`` stands for."""
-        return kernels.ops(self.impl)
 
     @property
     def null_label(self) -> int:
@@ -299,7 +146,7 @@ class DiT(nn.Module):
         Returns:
             (B, C, input_size, input_size), dtype of x.
         """
-        return self._run(x, t, s, labels)[0]
+        return self._run(x, t, s, labels, Call(kernels.ops(self.impl), self.attention))[0]
 
     def forward_difference(
         self,
@@ -329,47 +176,57 @@ class DiT(nn.Module):
         """
         if mode not in ("difference", "tangent"):
             raise ValueError(f"mode={mode!r} is not known; choose 'difference' or 'tangent'")
-        shift = _Shift(slice(None) if rows is None else rows, mode == "tangent")
-        return self._run(x, t, s, labels, shift, dx, dt)
+        rows = slice(None) if rows is None else rows
+        call = Call(kernels.ops(self.impl), self.attention, rows, mode == "tangent")
+        return self._run(x, t, s, labels, call, dx, dt)
 
-    def _run(self, x, t, s, labels, shift=None, dx=None, dt=None):
+    def jvp(
+        self, x: Tensor, t: Tensor, s: Tensor, labels: Tensor | None, dx: Tensor, dt: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """``F`` and its derivative along (dx, dt) by :func:`torch.func.jvp`, for comparison with the tangent mode.
+
+        Forward-mode AD has no flash attention: this runs the math backend and the plain torch ops, on all rows.
+        """
+        call = Call(kernels.ops("torch"), "math")
+        return torch.func.jvp(lambda x, t: self._run(x, t, s, labels, call)[0], (x, t), (dx, dt))
+
+    def _run(self, x, t, s, labels, call: Call, dx=None, dt=None):
         dtype = self.compute_dtype or self.x_embedder.proj.weight.dtype
-        residual_dtype = self.residual_dtype or dtype
-        ops = self.ops
+        residual_dtype = torch.promote_types(self.residual_dtype or dtype, dtype)
+        ops, rows = call.ops, call.rows
         tokens = self.x_embedder(x.to(dtype)).to(residual_dtype) + self.pos_embed.to(residual_dtype)
-        modulation, dmodulation = self._modulation(t, s, labels, dtype, shift, dt)
-        h = ops.modulated_layernorm(tokens, *modulation[:2], eps=_LN_EPS, dtype=dtype)
+        modulation, dmodulation = self._modulation(t, s, labels, dtype, call, dt)
+        h = ops.modulated_layernorm(tokens, *modulation[:2], eps=LN_EPS, dtype=dtype)
         d = dh = None
-        if shift is not None:
+        if rows is not None:
             with torch.no_grad():
-                rows = shift.rows
                 d = self.x_embedder.difference(dx.to(dtype)).to(residual_dtype)
                 dh = ops.modulated_layernorm_difference(
                     tokens[rows], d, modulation[1][rows], *dmodulation[:2],
-                    eps=_LN_EPS, dtype=dtype, tangent=shift.tangent,
+                    eps=LN_EPS, dtype=dtype, tangent=call.tangent,
                 )  # fmt: skip
         for i, block in enumerate(self.blocks):
             window = slice(6 * i + 2, 6 * i + 8)
-            pair = (d, dh, dmodulation[window] if shift is not None else None)
-            tokens, h, d, dh = block(tokens, h, modulation[window], pair, shift, ops)
-        out = self._unpatchify(_linear(self.final_layer.linear, h)).to(x.dtype)
-        if shift is None:
+            pair = (d, dh, None if rows is None else dmodulation[window])
+            tokens, h, d, dh = block(tokens, h, modulation[window], pair, call)
+        out = self._unpatchify(linear(self.final_layer.linear, h)).to(x.dtype)
+        if rows is None:
             return out, None
         with torch.no_grad():
-            return out, self._unpatchify(_linear_difference(self.final_layer.linear, dh)).to(x.dtype)
+            return out, self._unpatchify(linear_difference(self.final_layer.linear, dh)).to(x.dtype)
 
     def _modulation_layers(self) -> list[nn.Linear]:
         return [m.adaLN_modulation[1] for m in (*self.blocks, self.final_layer)]
 
-    def _modulation(self, t, s, labels, dtype, shift, dt):
+    def _modulation(self, t, s, labels, dtype, call: Call, dt):
         """All shifts, scales and gates, 6·depth+2 of (B, D), from one product over the stacked weights.
 
         In the order of use: shift, scale, gate, shift, scale, gate of each block; shift, scale of the last layer.
         """
         if labels is None:
             labels = torch.full(t.shape, self.null_label, device=t.device)
-        ops = self.ops
-        features = ops.time_sinusoids(t, s, width=_SINUSOID_WIDTH, dtype=dtype)
+        ops, rows = call.ops, call.rows
+        features = ops.time_sinusoids(t, s, width=SINUSOID_WIDTH, dtype=dtype)
         t_embedding, u_t = self.t_embedder(features[0])
         s_embedding, u_s = self.s_embedder(features[1])
         table = self.y_embedder.embedding_table.weight
@@ -378,16 +235,15 @@ class DiT(nn.Module):
         weight = torch.cat([layer.weight.to(dtype) for layer in layers])
         bias = torch.cat([layer.bias.to(dtype) for layer in layers])
         modulation = nn.functional.linear(active, weight, bias).unflatten(1, (-1, self.hidden_size)).unbind(1)
-        if shift is None:
+        if rows is None:
             return modulation, None
         with torch.no_grad():
-            rows = shift.rows
             d_features = ops.time_sinusoids_difference(
-                t[rows], s[rows], dt, width=_SINUSOID_WIDTH, dtype=dtype, tangent=shift.tangent
+                t[rows], s[rows], dt, width=SINUSOID_WIDTH, dtype=dtype, tangent=call.tangent
             )
-            dc = self.t_embedder.difference(u_t[rows], d_features[0], shift.tangent, ops)
-            dc = dc + self.s_embedder.difference(u_s[rows], d_features[1], shift.tangent, ops)
-            d_active = ops.silu_difference(c[rows], dc, tangent=shift.tangent)
+            dc = self.t_embedder.difference(u_t, d_features[0], call)
+            dc = dc + self.s_embedder.difference(u_s, d_features[1], call)
+            d_active = ops.silu_difference(c[rows], dc, tangent=call.tangent)
             dmodulation = nn.functional.linear(d_active, weight).unflatten(1, (-1, self.hidden_size)).unbind(1)
         return modulation, dmodulation
 

@@ -1,0 +1,173 @@
+"""The layers of the DiT, each also on the difference of its input.
+
+Shapes: B rows, b rows that carry a difference, N tokens, D width, H heads, h head dim, C channels, p patch size. A
+layer given the difference ``d`` of its input returns, beside its output, the output's difference, without gradient.
+"""
+
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from soflow_fast.attention import attention
+
+SINUSOID_WIDTH = 256
+LN_EPS = 1e-6
+
+
+class Call(NamedTuple):
+    """How one forward is computed: by which ops and attention, and which rows carry a difference or a tangent."""
+
+    ops: ModuleType
+    attention: str
+    rows: slice | None = None
+    tangent: bool = False
+
+
+def linear(layer: nn.Linear, x: Tensor) -> Tensor:
+    """The layer in the dtype of x."""
+    return nn.functional.linear(x, layer.weight.to(x.dtype), layer.bias.to(x.dtype))
+
+
+def linear_difference(layer: nn.Linear, d: Tensor) -> Tensor:
+    """The layer's difference, in the dtype of d: no bias."""
+    return nn.functional.linear(d, layer.weight.to(d.dtype))
+
+
+class PatchEmbed(nn.Module):
+    """Non-overlapping p×p patches to tokens, row-major; the weight has a convolution's layout (D, C, p, p)."""
+
+    def __init__(self, patch_size: int, in_channels: int, hidden_size: int):
+        super().__init__()
+        self.patch_size = patch_size
+        self.proj = nn.Conv2d(in_channels, hidden_size, kernel_size=patch_size, stride=patch_size)
+
+    def _patches(self, x: Tensor) -> Tensor:
+        p = self.patch_size
+        return x.unflatten(3, (-1, p)).unflatten(2, (-1, p)).permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(
+            self._patches(x), self.proj.weight.flatten(1).to(x.dtype), self.proj.bias.to(x.dtype)
+        )
+
+    def difference(self, dx: Tensor) -> Tensor:
+        return nn.functional.linear(self._patches(dx), self.proj.weight.flatten(1).to(dx.dtype))
+
+
+class TimestepEmbedder(nn.Module):
+    """Linear–SiLU–Linear on the sinusoids of a time."""
+
+    def __init__(self, hidden_size: int):
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(SINUSOID_WIDTH, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size))
+
+    def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """The embedding and, for the difference, the SiLU's input."""
+        u = linear(self.mlp[0], features)
+        return linear(self.mlp[2], nn.functional.silu(u)), u
+
+    def difference(self, u: Tensor, d_features: Tensor, call: Call) -> Tensor:
+        du = linear_difference(self.mlp[0], d_features)
+        return linear_difference(self.mlp[2], call.ops.silu_difference(u[call.rows], du, tangent=call.tangent))
+
+
+class LabelEmbedder(nn.Module):
+    """The label table; its last row is "no label" where label dropping is on."""
+
+    def __init__(self, num_classes: int, hidden_size: int, class_dropout_prob: float):
+        super().__init__()
+        self.embedding_table = nn.Embedding(num_classes + (class_dropout_prob > 0), hidden_size)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention; the qkv output reshapes to (B, N, 3, H, h)."""
+
+    def __init__(self, hidden_size: int, num_heads: int):
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
+        self.proj = nn.Linear(hidden_size, hidden_size)
+
+    def _heads(self, qkv: Tensor) -> tuple[Tensor, ...]:
+        return qkv.unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+
+    def forward(self, h: Tensor, dh: Tensor | None, call: Call) -> tuple[Tensor, Tensor | None]:
+        q, k, v = self._heads(linear(self.qkv, h))
+        o = attention(q, k, v, call.attention)
+        out = linear(self.proj, o.transpose(1, 2).flatten(2))
+        if call.rows is None:
+            return out, None
+        with torch.no_grad():
+            primal = [y[call.rows] for y in (q, k, v)]
+            difference = self._heads(linear_difference(self.qkv, dh))
+            do = call.ops.attention_difference(*primal, *difference, o[call.rows], tangent=call.tangent)
+            return out, linear_difference(self.proj, do.transpose(1, 2).flatten(2))
+
+
+class Mlp(nn.Module):
+    """Linear–tanh-GELU–Linear."""
+
+    def __init__(self, hidden_size: int, mlp_hidden_size: int):
+        super().__init__()
+        self.fc1 = nn.Linear(hidden_size, mlp_hidden_size)
+        self.fc2 = nn.Linear(mlp_hidden_size, hidden_size)
+
+    def forward(self, h: Tensor, dh: Tensor | None, call: Call) -> tuple[Tensor, Tensor | None]:
+        u = linear(self.fc1, h)
+        out = linear(self.fc2, nn.functional.gelu(u, approximate="tanh"))
+        if call.rows is None:
+            return out, None
+        with torch.no_grad():
+            dg = call.ops.gelu_difference(u[call.rows], linear_difference(self.fc1, dh), tangent=call.tangent)
+            return out, linear_difference(self.fc2, dg)
+
+
+class DiTBlock(nn.Module):
+    """Attention and MLP, each gated into the residual stream.
+
+    A block receives its input already normalised and modulated, and returns the next block's: then each gate, residual
+    and following LayerNorm is one op.
+    """
+
+    def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float):
+        super().__init__()
+        self.attn = Attention(hidden_size, num_heads)
+        self.mlp = Mlp(hidden_size, int(hidden_size * mlp_ratio))
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
+
+    def forward(self, x, h, modulation, pair, call: Call):
+        """One block.
+
+        Args:
+            x: (B, N, D) residual stream. h: (B, N, D) normalised, modulated x.
+            modulation: gate, shift, scale of the attention's output and the MLP's input, then gate, shift, scale of
+                the MLP's output and the next block's input; (B, D) each.
+            pair: ``(d, dh, dmodulation)``, the differences of the three above on the rows that carry one, or Nones.
+
+        Returns:
+            ``(x, h, d, dh)`` for the next block.
+        """
+        d, dh, dmodulation = pair
+        for i, layer in enumerate((self.attn, self.mlp)):
+            branch, d_branch = layer(h, dh, call)
+            gate, shift, scale = modulation[3 * i : 3 * i + 3]
+            x, h = call.ops.gated_residual_layernorm(x, branch, gate, shift, scale, eps=LN_EPS)
+            if call.rows is not None:
+                with torch.no_grad():
+                    primal = [y[call.rows] for y in (x, branch, gate, scale)]
+                    d, dh = call.ops.gated_residual_layernorm_difference(
+                        primal[0], d, primal[1], d_branch, *primal[2:], *dmodulation[3 * i : 3 * i + 3],
+                        eps=LN_EPS, tangent=call.tangent,
+                    )  # fmt: skip
+        return x, h, d, dh
+
+
+class FinalLayer(nn.Module):
+    """The output projection and the modulation before it; the vector per token is (p, p, C), channel fastest."""
+
+    def __init__(self, hidden_size: int, patch_size: int, out_channels: int):
+        super().__init__()
+        self.linear = nn.Linear(hidden_size, patch_size * patch_size * out_channels)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size))
