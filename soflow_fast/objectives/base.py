@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from soflow_fast import kernels, paths
+from soflow_fast.sample import sample
 
 
 class LossOutput(NamedTuple):
@@ -115,6 +116,12 @@ class Objective(nn.Module):
             (B, C, H, W).
         """
         raise NotImplementedError
+
+    def sample(
+        self, noise: Tensor, labels: Tensor | None = None, steps: int = 1, *, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """Samples from noise in ``steps`` jumps, see :func:`soflow_fast.sample.sample`."""
+        return sample(self, noise, labels, steps, generator=generator)
 
     def input_labels(self, labels: Tensor | None, drop: Tensor | None) -> Tensor | None:
         """The labels the network sees: "no label" on the dropped rows."""

@@ -20,7 +20,6 @@ from soflow_fast.objectives.base import (
     require_null_label,
     require_range,
 )
-from soflow_fast.sample import sample
 
 _log = logging.getLogger(__name__)
 
@@ -133,12 +132,6 @@ class SoFlow(Objective):
         """``f(x,t,s,y) = a x + b F``; see the base class."""
         a, b = (c.view(-1, 1, 1, 1) for c in paths.solution_coefficients(t, s, self.parameterization))
         return a * x + b * self.network(x, t, s, labels)
-
-    def sample(
-        self, noise: Tensor, labels: Tensor | None = None, steps: int = 1, *, generator: torch.Generator | None = None
-    ) -> Tensor:
-        """Samples from noise in ``steps`` network calls, see :func:`soflow_fast.sample.sample`."""
-        return sample(self, noise, labels, steps, generator=generator)
 
     # --------------------------------------------------------------------------------------------------- losses
 
