@@ -78,6 +78,8 @@ def build_dataset(config: TrainConfig) -> Dataset:
         raise ValueError("data.kind='given' stands for Trainer(config, dataset=...); choose another data.kind")
     if data.kind == "digits":
         return digits("train")
+    if data.path is None:
+        raise ValueError(f"data.path is missing, and data.kind={data.kind!r} needs one; set data.path")
     form = {"channels": model.in_channels, "size": model.input_size, "num_classes": model.num_classes}
     if data.kind == "folder":
         return ImageFolder(data.path, **form)

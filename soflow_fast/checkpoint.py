@@ -48,9 +48,10 @@ def committed(folder: Path) -> list[Path]:
 def save(folder: Path, state: State, keep: int) -> Path:
     """Writes a checkpoint, then removes all but the newest ``keep``; returns its path."""
     folder.mkdir(parents=True, exist_ok=True)
+    for unfinished in folder.glob(f"{_WRITING}*"):
+        shutil.rmtree(unfinished)
     final = path_of(folder, state.step)
     temporary = folder / f"{_WRITING}{final.name}"
-    shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     save_file(_on_host(state.model), temporary / "model.safetensors")
     save_file(_on_host(state.ema), temporary / "ema.safetensors")

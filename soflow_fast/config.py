@@ -55,8 +55,8 @@ class DataConfig:
     """The training data.
 
     Attributes:
-        kind: ``digits`` (scikit-learn's handwritten digits), ``latents`` (an HDF5 file of latent moments) or ``folder``
-            (images by class), or ``given`` (an object given to the Trainer). path: of the file or folder, not used by the digits.
+        kind: ``digits`` (scikit-learn's handwritten digits), ``latents`` (an HDF5 file of latent moments), ``folder``
+            (images by class) or ``given`` (an object given to the Trainer). path: of the file or folder.
         latent_scale: what unscaled latents are multiplied by. vae: name or folder of the diffusers ``AutoencoderKL``
             that decodes latents; without it samples stay latents.
         workers: loader processes, 0 for none. prefetch: batches each of them reads ahead.
@@ -72,10 +72,6 @@ class DataConfig:
     def __post_init__(self):
         _require(
             self.kind in DATA_KINDS, f"data.kind={self.kind!r} is not known; choose one of {', '.join(DATA_KINDS)}"
-        )
-        _require(
-            self.kind in ("digits", "given") or self.path is not None,
-            f"data.path is missing, and data.kind={self.kind!r} needs one; set data.path",
         )
         _require(0 < self.latent_scale < math.inf, f"data.latent_scale={self.latent_scale} must be greater than 0")
         _require_count("data.workers", self.workers, least=0)
@@ -242,7 +238,7 @@ class TrainConfig:
     device: str = "auto"
     max_skipped_steps: int = 0
     model: ModelConfig = field(default_factory=ModelConfig)
-    data: DataConfig = field(default_factory=lambda: DataConfig(path="imagenet_latent.hdf5"))
+    data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     compute: ComputeConfig = field(default_factory=ComputeConfig)
     ema: EMAConfig = field(default_factory=EMAConfig)
@@ -252,9 +248,7 @@ class TrainConfig:
 
     def __post_init__(self):
         for name, value in self.flat().items():
-            _require(
-                not (isinstance(value, float) and math.isnan(value)), f"{name}={value} is not a number; give one"
-            )
+            _require(not (isinstance(value, float) and math.isnan(value)), f"{name}={value} is not a number; give one")
         _require(
             self.objective in OBJECTIVE_SECTIONS,
             f"objective={self.objective!r} is not known; choose one of {', '.join(OBJECTIVE_SECTIONS)}",
@@ -349,7 +343,9 @@ def _read_yaml(path: Path) -> dict:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        raise ValueError(f"the config file {path} is not valid YAML{where}: {getattr(error, 'problem', error)}") from None
+        raise ValueError(
+            f"the config file {path} is not valid YAML{where}: {getattr(error, 'problem', error)}"
+        ) from None
     except UnicodeDecodeError:
         raise ValueError(f"the config file {path} is not a text file; give the path of a YAML file") from None
     _require(raw is not None, f"the config file {path} is empty; it needs at least one 'key: value'")

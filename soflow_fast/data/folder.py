@@ -53,7 +53,9 @@ class ImageFolder(Dataset):
         file, label = self.samples[index]
         try:
             with Image.open(file) as image:
-                square = _centre_square(image.convert(self.mode)).resize((self.size, self.size), Image.Resampling.LANCZOS)
+                square = _centre_square(image.convert(self.mode)).resize(
+                    (self.size, self.size), Image.Resampling.LANCZOS
+                )
         except (UnidentifiedImageError, OSError) as error:
             raise ValueError(f"the image {file} cannot be read ({error}); repair or remove it") from None
         pixels = torch.from_numpy(np.array(square, dtype=np.float32)) / 127.5 - 1

@@ -1,0 +1,90 @@
+"""Small training runs that several tests share."""
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import h5py
+import numpy as np
+import torch
+
+from soflow_fast.config import (
+    DataConfig,
+    EvaluationConfig,
+    ModelConfig,
+    OptimizerConfig,
+    OutputConfig,
+    SoFlowConfig,
+    TrainConfig,
+)
+
+
+def tiny_config(run_dir, **changes) -> TrainConfig:
+    """A DiT of 16 channels and one block on the digits: a step takes milliseconds."""
+    config = TrainConfig(
+        run_dir=str(run_dir),
+        batch_size=16,
+        total_steps=6,
+        device="cpu",
+        model=ModelConfig(
+            input_size=8, in_channels=1, num_classes=10, patch_size=4, hidden_size=16, depth=1, num_heads=2
+        ),
+        data=DataConfig(kind="digits", workers=0),
+        optimizer=OptimizerConfig(learning_rate=1e-3),
+        soflow=SoFlowConfig(guidance_scale=2.0),
+        output=OutputConfig(log_every=2, sample_every=0, sample_shape=(2, 5), checkpoint_every=2),
+        evaluation=EvaluationConfig(samples=20, batch_size=8),
+    )
+    return replace(config, **changes)
+
+
+def write_config(path: Path, config: TrainConfig) -> Path:
+    path.write_text(config.to_yaml())
+    return path
+
+
+def soflow(*args: str, environment: dict[str, str] | None = None) -> subprocess.CompletedProcess:
+    """The command in a process of its own, without Triton's interpreter."""
+    inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    return subprocess.run(
+        [sys.executable, "-m", "soflow_fast.cli", *args],
+        capture_output=True,
+        text=True,
+        env={**inherited, "OMP_NUM_THREADS": "1", **(environment or {})},
+        timeout=300,
+    )
+
+
+def write_latents(path: Path, n=40, channels=4, size=8, classes=10, **changes) -> Path:
+    """An HDF5 file of the published form with made-up, unscaled latents; an array given as None is left out."""
+    generator = np.random.default_rng(0)
+    mean = 5.5 * generator.standard_normal((n, channels, size, size))
+    std = generator.uniform(0.01, 0.1, mean.shape)
+    arrays = {
+        "latents": np.concatenate([mean, std], axis=1).astype(np.float32),
+        "labels": np.arange(n) % classes,
+        "amount": np.int64(n),
+        "latent_size": np.int64(size),
+        **changes,
+    }
+    with h5py.File(path, "w") as file:
+        for name, array in arrays.items():
+            if array is not None:
+                file[name] = array
+    return path
+
+
+class Blobs(torch.utils.data.Dataset):
+    """A user's own data set: (sample, label) by index."""
+
+    def __init__(self, n=64, shape=(1, 8, 8), classes=10):
+        self.samples = torch.randn(n, *shape, generator=torch.Generator().manual_seed(5))
+        self.classes = classes
+
+    def __len__(self):
+        return len(self.samples)
+
+    def __getitem__(self, index):
+        return self.samples[index], index % self.classes

@@ -1,0 +1,140 @@
+"""Checkpoints: exact, committed or not there at all, whatever instant the process dies at."""
+
+import json
+import os
+import shutil
+
+import pytest
+import torch
+from torch import nn
+
+from soflow_fast import checkpoint
+from soflow_fast.checkpoint import State
+
+
+def _state(step: int) -> State:
+    values = torch.arange(6.0).view(2, 3) + step
+    optimizer = {
+        "state": {0: {"step": torch.tensor(float(step)), "exp_avg": values / 7}},
+        "param_groups": [{"lr": 0.1}],
+    }
+    return State(step, {"network.w": values}, {"network.w": values.T}, optimizer, ema_updates=step - 1, skipped_steps=2)
+
+
+def _assert_equal(read: State, written: State) -> None:
+    assert (read.step, read.ema_updates, read.skipped_steps) == (
+        written.step,
+        written.ema_updates,
+        written.skipped_steps,
+    )
+    assert torch.equal(read.model["network.w"], written.model["network.w"])
+    assert torch.equal(read.ema["network.w"], written.ema["network.w"])
+    ours, theirs = read.optimizer["state"][0], written.optimizer["state"][0]
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert read.optimizer["param_groups"] == written.optimizer["param_groups"]
+
+
+def test_what_is_written_is_read_and_the_newest_stay(tmp_path):
+    for step in (1, 20, 300):
+        path = checkpoint.save(tmp_path, _state(step), keep=2)
+        assert path.name == f"step-{step:08d}"
+    assert [path.name for path in checkpoint.committed(tmp_path)] == ["step-00000020", "step-00000300"]
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["step-00000020", "step-00000300"]
+    for path in checkpoint.committed(tmp_path):
+        _assert_equal(checkpoint.load(path), _state(int(path.name[5:])))
+
+
+def test_without_its_marker_a_checkpoint_does_not_count(tmp_path):
+    checkpoint.save(tmp_path, _state(1), keep=2)
+    newer = checkpoint.save(tmp_path, _state(2), keep=2)
+    (newer / "COMMITTED").unlink()
+    assert [path.name for path in checkpoint.committed(tmp_path)] == ["step-00000001"]
+    checkpoint.save(tmp_path, _state(2), keep=2)
+    _assert_equal(checkpoint.load(checkpoint.committed(tmp_path)[-1]), _state(2))
+
+
+class _Killed(BaseException):
+    pass
+
+
+# Everything that changes what is on the disk.
+_DANGEROUS = [
+    (os, "fsync"),
+    (os, "rename"),
+    (os, "unlink"),
+    (os, "rmdir"),
+    (os, "mkdir"),
+    (shutil, "rmtree"),
+    (json, "dumps"),
+]
+
+
+def test_a_kill_before_any_change_of_the_disk_leaves_the_last_or_the_new_checkpoint(tmp_path, monkeypatch):
+    calls, survivors = 0, set()
+    while True:
+        folder, left = tmp_path / str(calls), calls
+
+        def dying(original):
+            def call(*args, **kwargs):
+                nonlocal left
+                if left == 0:
+                    raise _Killed
+                left -= 1
+                return original(*args, **kwargs)
+
+            return call
+
+        checkpoint.save(folder, _state(1), keep=1)
+        with monkeypatch.context() as patch:
+            for module, name in _DANGEROUS:
+                patch.setattr(module, name, dying(getattr(module, name)))
+            try:
+                checkpoint.save(folder, _state(2), keep=1)
+                finished = True
+            except _Killed:
+                finished = False
+        newest = checkpoint.load(checkpoint.committed(folder)[-1])
+        _assert_equal(newest, _state(newest.step))
+        survivors.add(newest.step)
+        checkpoint.save(folder, _state(3), keep=1)
+        assert [entry.name for entry in folder.iterdir()] == ["step-00000003"]
+        if finished:
+            break
+        calls += 1
+    assert calls > 10
+    assert survivors == {1, 2}
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "ema.safetensors", "optimizer.pt", "state.json"])
+@pytest.mark.parametrize("damage", ["cut", "gone"])
+def test_damage_is_refused(tmp_path, name, damage):
+    path = checkpoint.save(tmp_path, _state(1), keep=1)
+    raw = (path / name).read_bytes()
+    if damage == "cut":
+        (path / name).write_bytes(raw[:-1])
+    else:
+        (path / name).unlink()
+    with pytest.raises(
+        ValueError, match=rf"damaged \({name} has {len(raw) - 1 if damage == 'cut' else 0} of {len(raw)} bytes\)"
+    ):
+        checkpoint.load(path)
+
+
+@pytest.mark.parametrize(
+    ("weights", "words"),
+    [
+        ({"weight": torch.zeros(3, 2)}, "bias is missing there and (3,) in this model"),
+        ({"weight": torch.zeros(3, 4), "bias": torch.zeros(3)}, "weight is (3, 4) there and (3, 2) in this model"),
+        (
+            {"weight": torch.zeros(3, 2), "bias": torch.zeros(3), "x": torch.zeros(1)},
+            "x is (1,) there and missing in this",
+        ),
+    ],
+)
+def test_a_checkpoint_of_another_model_is_refused_and_changes_nothing(tmp_path, weights, words):
+    model = nn.Linear(2, 3)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match="of another model") as error:
+        checkpoint.load_weights(model, weights, tmp_path)
+    assert words in str(error.value)
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())

@@ -1,0 +1,121 @@
+"""Configuration: the published defaults, reading, overriding, and one clear sentence for every mistake."""
+
+import re
+
+import pytest
+from runs import tiny_config
+
+from soflow_fast import TrainConfig
+
+
+def test_defaults_are_the_published_imagenet_recipe():
+    config = TrainConfig()
+    assert (config.model.preset, config.model.input_size, config.model.in_channels) == ("DiT-B/4", 32, 4)
+    assert (config.batch_size, config.model.num_classes, config.data.latent_scale) == (256, 1000, 0.18215)
+    assert (config.optimizer.learning_rate, config.optimizer.betas, config.optimizer.weight_decay) == (
+        1e-4,
+        (0.9, 0.99),
+        0,
+    )
+    soflow = config.soflow
+    assert (soflow.guidance_scale, soflow.guidance_mix, soflow.label_drop, soflow.guidance_decay_time) == (
+        3,
+        0.25,
+        0.1,
+        0.8,
+    )
+    assert (soflow.p, soflow.eps, soflow.velocity_share, config.ema.decay) == (1, 0.01, 0.75, 0.9999)
+    assert (soflow.time_mean, soflow.time_std) == ((-0.2, -1.0, 0.2), (1.0, 0.8, 0.8))
+    assert (soflow.gap_schedule, soflow.gap_init, soflow.gap_end, soflow.min_gap) == ("exponential", 0.1, 0.002, 1e-4)
+
+
+def test_yaml_and_overrides(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text("batch_size: 32\noptimizer:\n  learning_rate: 3e-4\n  betas: [0.9, 0.95]\nmodel:\n  depth: 3\n")
+    config = TrainConfig.from_yaml(
+        path, ["--batch_size", "64", "--ema.warmup=false", "--optimizer.betas", "[0.5, 0.6]"]
+    )
+    assert (config.batch_size, config.ema.warmup) == (64, False)
+    assert (config.optimizer.learning_rate, config.optimizer.betas) == (3e-4, (0.5, 0.6))
+    assert (config.model.depth, config.model.preset) == (3, "DiT-B/4")
+
+
+def test_written_config_reads_back_equal(tmp_path):
+    config = tiny_config(tmp_path, seed=7)
+    path = tmp_path / "config.yaml"
+    path.write_text(config.to_yaml())
+    assert TrainConfig.from_yaml(path) == config
+
+
+@pytest.mark.parametrize(
+    ("raw", "overrides", "words"),
+    [
+        ({"lerning_rate": 1}, [], ["lerning_rate", "optimizer.learning_rate"]),
+        ({"optimizer": {"learning_rat": 1}}, [], ["optimizer.learning_rat", "'optimizer.learning_rate'"]),
+        ({"modle": {"depth": 1}}, [], ["modle.depth", "model.depth"]),
+        ({}, ["--bach_size", "3"], ["bach_size", "'batch_size'"]),
+        ({}, ["stray"], ["stray"]),
+        ({"model": 3}, [], ["model=3", "indented"]),
+        ({"batch_size": 0}, [], ["batch_size=0", "at least 1"]),
+        ({"batch_size": "many"}, [], ["batch_size=many", "int"]),
+        ({"batch_size": None}, [], ["batch_size", "no value"]),
+        ({"total_steps": 1.5}, [], ["total_steps=1.5", "int"]),
+        ({"seed": -1}, [], ["seed=-1", "2^63"]),
+        ({"objective": "soflw"}, [], ["objective='soflw'", "soflow"]),
+        ({"optimizer": {"learning_rate": -1e-4}}, [], ["optimizer.learning_rate=-0.0001", "greater than 0"]),
+        ({}, ["--optimizer.learning_rate", "-1"], ["optimizer.learning_rate=-1.0", "greater than 0"]),
+        ({"optimizer": {"learning_rate": float("nan")}}, [], ["optimizer.learning_rate=nan"]),
+        ({"optimizer": {"betas": [0.9]}}, [], ["optimizer.betas=[0.9]", "tuple[float, float]"]),
+        ({"optimizer": {"betas": [0.9, 1.0]}}, [], ["optimizer.betas=(0.9, 1.0)", "[0, 1)"]),
+        ({"optimizer": {"weight_decay": -1}}, [], ["optimizer.weight_decay=-1", "negative"]),
+        ({"optimizer": {"grad_clip": 0}}, [], ["optimizer.grad_clip=0", "null"]),
+        ({"optimizer": {"accumulation": 3}}, [], ["optimizer.accumulation=3", "batch_size=256"]),
+        ({"ema": {"decay": 1.0}}, [], ["ema.decay=1.0", "[0, 1)"]),
+        ({"data": {"kind": "latens"}}, [], ["data.kind='latens'", "latents"]),
+        ({"data": {"workers": -1}}, [], ["data.workers=-1", "at least 0"]),
+        ({"model": {"depth": 0}}, [], ["model.depth=0", "at least 1"]),
+        ({"soflow": {"time_mean": [0, 0]}}, [], ["soflow.time_mean", "tuple[float, float, float]"]),
+        ({"soflow": {"p": float("nan")}}, [], ["soflow.p=nan"]),
+        ({"output": {"log_every": 0}}, [], ["output.log_every=0"]),
+    ],
+)
+def test_mistakes_are_one_sentence(raw, overrides, words):
+    with pytest.raises(ValueError, match=re.escape(words[0])) as error:
+        TrainConfig.from_dict(raw, overrides)
+    message = str(error.value)
+    assert "\n" not in message
+    for word in words:
+        assert word in message
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (None, ["does not exist"]),
+        ("", ["is empty"]),
+        ("- 1\n- 2\n", ["list", "key: value"]),
+        ("model: [1, 2\n", ["not valid YAML", "line"]),
+        ("model:\n  depth: 1\n depth: 2\n", ["not valid YAML", "line"]),
+    ],
+)
+def test_unreadable_files_are_one_sentence(tmp_path, text, words):
+    path = tmp_path / "config.yaml"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(ValueError, match=re.escape(words[0])) as error:
+        TrainConfig.from_yaml(path)
+    for word in ["config.yaml", *words]:
+        assert word in str(error.value)
+
+
+def test_only_what_changes_the_weights_makes_another_run(tmp_path):
+    config = tiny_config(tmp_path)
+    same = config.to_dict()
+    same["run_dir"], same["device"], same["data"]["workers"], same["output"]["log_every"] = "elsewhere", "auto", 7, 99
+    assert config.first_difference(TrainConfig.from_dict(same)) is None
+    for name, change in (
+        ("seed", {"seed": 1}),
+        ("model.depth", {"model": {**config.to_dict()["model"], "depth": 2}}),
+        ("soflow.gap_end", {"soflow": {**config.to_dict()["soflow"], "gap_end": 0.01}}),
+    ):
+        assert config.first_difference(TrainConfig.from_dict({**config.to_dict(), **change})) == name

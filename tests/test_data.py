@@ -1,0 +1,233 @@
+"""Data sets, their refusals, and the order of the data."""
+
+import re
+
+import h5py
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from runs import Blobs, write_latents
+
+from soflow_fast.data import ImageFolder, LatentMoments, batches, digits
+from soflow_fast.data.order import batch_indices, permutation
+
+CPU = torch.device("cpu")
+
+
+def _first_word(row: int, seed: int, step: int, stream: int) -> int:
+    """The first output word of Philox4x32-10 as Salmon et al. (2011) define it."""
+    c, k = [0, row, step, stream], [seed & 0xFFFFFFFF, seed >> 32]
+    for _ in range(10):
+        high0, low0 = divmod(0xD2511F53 * c[0], 2**32)
+        high1, low1 = divmod(0xCD9E8D57 * c[2], 2**32)
+        c = [high1 ^ c[1] ^ k[0], low1, high0 ^ c[3] ^ k[1], low0]
+        k = [(k[0] + 0x9E3779B9) % 2**32, (k[1] + 0xBB67AE85) % 2**32]
+    return c[0]
+
+
+def _batches(dataset, steps, **options):
+    options = {"batch": 8, "seed": 3, "num_classes": 10, "device": CPU, **options}
+    return list(batches(dataset, steps=steps, **options))
+
+
+# --------------------------------------------------------------------------------------------------------- order
+
+
+def test_order_is_the_argsort_of_philox_words():
+    seed, epoch, order_stream = 5 + (7 << 32), 2, 5
+    words = [_first_word(row, seed, epoch, order_stream) for row in range(50)]
+    assert permutation(50, seed, epoch).tolist() == sorted(range(50), key=words.__getitem__)
+
+
+def test_an_epoch_is_a_permutation_without_its_last_partial_batch():
+    epochs = [[i for step in range(3 * e, 3 * e + 3) for i in batch_indices(14, 4, step, seed=0)] for e in range(2)]
+    for epoch in epochs:
+        assert len(set(epoch)) == 12
+        assert set(epoch) <= set(range(14))
+    assert epochs[0] != epochs[1]
+
+
+def test_order_does_not_depend_on_workers_or_on_where_it_starts():
+    straight = _batches(Blobs(30), range(7))
+    for again in (
+        _batches(Blobs(30), range(7), workers=2),
+        _batches(Blobs(30), range(2)) + _batches(Blobs(30), range(2, 7)),
+    ):
+        for (x, y), (x_again, y_again) in zip(straight, again, strict=True):
+            assert torch.equal(x, x_again)
+            assert torch.equal(y, y_again)
+
+
+def test_loading_leaves_the_global_random_state_alone():
+    before = torch.get_rng_state()
+    _batches(Blobs(30), range(2), workers=1)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_without_classes_there_are_no_labels():
+    assert _batches(Blobs(), range(1), num_classes=0)[0][1] is None
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_labels_outside_the_classes_are_refused(workers):
+    with pytest.raises(ValueError, match=r"labels from \d to [6-9], outside the classes 0\.\.5; set model.num_classes"):
+        _batches(Blobs(classes=10), range(1), num_classes=6, batch=32, workers=workers)
+
+
+class _Odd(Blobs):
+    def __init__(self, sample, label):
+        super().__init__()
+        self.sample, self.label = sample, label
+
+    def __getitem__(self, index):
+        return self.sample, self.label
+
+
+@pytest.mark.parametrize(
+    ("sample", "label", "words"),
+    [
+        (torch.zeros(1, 8, 8, dtype=torch.uint8), 0, "samples of torch.uint8; they must be floating point"),
+        (torch.zeros(1, 8, 8), 0.5, "labels of torch.float64; they must be integers"),
+        (torch.zeros(1, 8, 8), torch.zeros(10), "labels of torch.float32; they must be integers"),
+    ],
+)
+def test_samples_and_labels_of_another_kind_are_refused(sample, label, words):
+    with pytest.raises(ValueError, match=re.escape(words)):
+        _batches(_Odd(sample, label), range(1))
+
+
+# -------------------------------------------------------------------------------------------------------- digits
+
+
+def test_digits_split_never_changes_and_covers_everything():
+    parts = {name: digits(name).tensors for name in ("train", "held_out", "all")}
+    assert [len(parts[name][0]) for name in parts] == [1347, 450, 1797]
+    images, labels = parts["all"]
+    assert images.shape == (1797, 1, 8, 8)
+    assert (images.min(), images.max(), images.dtype) == (-1, 1, torch.float32)
+    assert torch.bincount(labels).tolist() == [178, 182, 177, 183, 181, 182, 181, 179, 174, 180]
+    together = torch.cat([parts["train"][0], parts["held_out"][0]])
+    assert torch.equal(together, images)
+    with pytest.raises(ValueError, match="split='test' is not known"):
+        digits("test")
+
+
+# ------------------------------------------------------------------------------------------------------- latents
+
+FORM = {"channels": 4, "size": 8, "num_classes": 10, "scale": 0.18215}
+
+
+@pytest.mark.parametrize("as_folder", [False, True])
+def test_latents_are_what_the_file_holds_in_the_order_asked_for(tmp_path, as_folder):
+    path = write_latents(tmp_path / "imagenet_latent.hdf5")
+    data = LatentMoments(tmp_path if as_folder else path, **FORM)
+    with h5py.File(path) as file:
+        latents, labels = file["latents"][:], file["labels"][:]
+    wanted = [7, 3, 39, 3, 0]
+    assert len(data) == 40
+    for (moments, label), index in zip(data.__getitems__(wanted), wanted, strict=True):
+        assert np.array_equal(moments.numpy(), latents[index])
+        assert label == labels[index]
+    assert np.array_equal(data[5][0].numpy(), latents[5])
+
+
+def test_latents_can_be_read_by_workers(tmp_path):
+    data = LatentMoments(write_latents(tmp_path / "latents.hdf5"), **FORM)
+    first = data[0][0]  # the file is open before the workers start
+    plain, worked = _batches(data, range(3)), _batches(data, range(3), workers=2)
+    assert first.shape == (8, 8, 8)
+    assert all(torch.equal(a[0], b[0]) for a, b in zip(plain, worked, strict=True))
+
+
+def _moments(mean=5.5, std=0.05, shape=(40, 4, 8, 8)):
+    noise = np.random.default_rng(1).standard_normal(shape)
+    return np.concatenate([mean * noise, np.full(shape, std)], axis=1).astype(np.float32)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"latents": None}, ["no array 'latents'", "(N, 8, 8, 8)"]),
+        ({"labels": None}, ["no array 'labels'"]),
+        ({"latents": _moments(shape=(40, 3, 8, 8))}, ["(40, 6, 8, 8)", "4 channels of mean"]),
+        ({"latents": _moments(shape=(40, 4, 4, 4))}, ["(40, 8, 4, 4)", "(N, 8, 8, 8)"]),
+        ({"latents": np.zeros((40, 8), np.float32)}, ["(40, 8)"]),
+        ({"labels": np.arange(39)}, ["(39,)", "(40,)"]),
+        ({"labels": np.zeros(40, np.float32)}, ["float32", "integers"]),
+        ({"labels": np.arange(40)}, ["0 to 39", "0..9", "model.num_classes"]),
+        ({"labels": np.arange(40) - 1}, ["-1 to 38", "0..9"]),
+        ({"amount": np.int64(50)}, ["amount=50", "40", "incomplete"]),
+        ({"latent_size": np.int64(64)}, ["latent_size=64", "8"]),
+        ({"latents": _moments(std=0.0)}, ["standard deviations", "must be positive"]),
+        ({"latents": _moments(std=-3.0)}, ["go down to -3", "logarithm"]),
+        ({"latents": _moments(mean=np.nan)}, ["not finite"]),
+        ({"latents": _moments() * np.float32(0.18215)}, ["0.18215", "near 1", "unscaled"]),
+        ({"latents": _moments() / np.float32(0.18215)}, ["0.18215", "near 1"]),
+    ],
+)
+def test_latents_of_another_form_are_refused(tmp_path, changes, words):
+    path = write_latents(tmp_path / "latents.hdf5", **changes)
+    with pytest.raises(ValueError, match=re.escape(words[0])) as error:
+        LatentMoments(path, **FORM)
+    for word in ["latents.hdf5", *words]:
+        assert word in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_scaled_latents_are_taken_when_the_scale_says_so(tmp_path):
+    path = write_latents(tmp_path / "latents.hdf5", latents=_moments() * np.float32(0.18215))
+    assert len(LatentMoments(path, **{**FORM, "scale": 1.0})) == 40
+
+
+@pytest.mark.parametrize("kept", [0, 100, 0.5, 0.97])
+def test_a_truncated_file_is_refused(tmp_path, kept):
+    path = write_latents(tmp_path / "latents.hdf5")
+    raw = path.read_bytes()
+    path.write_bytes(raw[: kept if isinstance(kept, int) else int(kept * len(raw))])
+    with pytest.raises(ValueError, match=r"cannot be read as HDF5 .* damaged or incomplete"):
+        LatentMoments(path, **FORM)
+
+
+def test_a_missing_file_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"nowhere\.hdf5 does not exist; set data\.path"):
+        LatentMoments(tmp_path / "nowhere.hdf5", **FORM)
+
+
+# -------------------------------------------------------------------------------------------------------- folder
+
+
+def _write_image(path, array, mode=None):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.asarray(array, np.uint8), mode).save(path)
+
+
+def test_folder_reads_classes_by_name_and_crops_the_centre(tmp_path):
+    _write_image(tmp_path / "b" / "wide.png", np.tile(np.repeat([0, 255, 0], [4, 8, 4]), (8, 1)))
+    _write_image(tmp_path / "a" / "deep" / "red.PNG", np.tile([255, 0, 0], (16, 16, 1)))
+    (tmp_path / "a" / "notes.txt").write_text("not an image")
+    data = ImageFolder(tmp_path, channels=3, size=8, num_classes=2)
+    assert [label for _, label in data] == [0, 1]
+    red, wide = data[0][0], data[1][0]
+    assert red.shape == wide.shape == (3, 8, 8)
+    assert torch.equal(red, torch.tensor([1.0, -1, -1]).view(3, 1, 1).expand(3, 8, 8))
+    assert torch.equal(wide, torch.ones(3, 8, 8))
+    grey = ImageFolder(tmp_path, channels=1, size=4, num_classes=0)[1][0]
+    assert torch.equal(grey, torch.ones(1, 4, 4))
+
+
+def test_folder_refusals(tmp_path):
+    form = {"channels": 3, "size": 8, "num_classes": 1}
+    with pytest.raises(ValueError, match=r"does not exist; set data\.path"):
+        ImageFolder(tmp_path / "nowhere", **form)
+    with pytest.raises(ValueError, match="holds no images"):
+        ImageFolder(tmp_path, **form)
+    _write_image(tmp_path / "a" / "x.png", np.zeros((8, 8)))
+    (tmp_path / "a" / "y.png").write_bytes(b"not a png")
+    with pytest.raises(ValueError, match=r"model\.in_channels=2 does not fit images"):
+        ImageFolder(tmp_path, channels=2, size=8, num_classes=1)
+    with pytest.raises(ValueError, match=r"y\.png cannot be read .*; repair or remove it"):
+        _batches(ImageFolder(tmp_path, **form), range(1), batch=2, workers=1)
+    _write_image(tmp_path / "b" / "x.png", np.zeros((8, 8)))
+    with pytest.raises(ValueError, match=r"2 class folders, outside the classes 0\.\.0; set model\.num_classes=2"):
+        ImageFolder(tmp_path, **form)

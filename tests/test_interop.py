@@ -1,0 +1,124 @@
+"""The published SoFlow YAML files, as they are."""
+
+import re
+
+import pytest
+
+from soflow_fast import TrainConfig
+
+IMAGENET = """
+working_dir: './runs/imagenet' # comment
+noising_type: 'Linear' # Linear or Triangular
+coefficient_type: 'Euler'
+model_type: 'DiT-XL-2'
+dataset_type: 'Imagenet'
+data_size: 32
+dataset_path: './imagenet_latent'
+velocity_loss_ratio: 0.75
+p: 1.0
+eps: 0.01
+time_mean: [-0.2, -1.0, 0.2]
+time_std: [1.0, 0.8, 0.8]
+cfg_scale: 2.5
+mix_ratio: 0.25
+cfg_drop_rate: 0.1
+cfg_decay_time: 0.8
+l_schedule: 'Exponent'
+l_init_ratio: 0.1
+l_end_ratio: 0.002
+total_steps: 1200000
+ema_decay_rate: 0.9999
+learning_rate: 1e-4
+betas: [0.9, 0.99]
+weight_decay: 0.0
+batch_size: 256
+num_workers: 12
+prefetch_factor: 6
+eval_steps: 50000
+eval_batch_size: 125
+eval_NFE: 2
+eval_demo_steps: 1000
+eval_demo_shape: [4, 8]
+ckpt_saving_steps: 200000
+logging_steps: 100
+seed: 42
+"""
+
+
+def _read(tmp_path, text):
+    path = tmp_path / "imagenet.yaml"
+    path.write_text(text)
+    return TrainConfig.from_yaml(path)
+
+
+def test_imagenet_file_as_it_is(tmp_path):
+    config = _read(tmp_path, IMAGENET)
+    assert (config.run_dir, config.batch_size, config.total_steps, config.seed) == (
+        "./runs/imagenet",
+        256,
+        1_200_000,
+        42,
+    )
+    assert (config.model.preset, config.model.input_size, config.model.in_channels) == ("DiT-XL/2", 32, 4)
+    assert config.model.num_classes == 1000
+    assert (config.data.kind, config.data.path, config.data.workers, config.data.prefetch) == (
+        "latents",
+        "./imagenet_latent",
+        12,
+        6,
+    )
+    assert (config.soflow.path, config.soflow.parameterization) == ("linear", "euler")
+    assert (config.soflow.guidance_scale, config.soflow.guidance_mix, config.soflow.guidance_decay_time) == (
+        2.5,
+        0.25,
+        0.8,
+    )
+    assert (config.soflow.label_drop, config.soflow.velocity_share) == (0.1, 0.75)
+    assert (config.soflow.time_mean, config.soflow.time_std) == ((-0.2, -1.0, 0.2), (1.0, 0.8, 0.8))
+    assert (config.soflow.gap_schedule, config.soflow.gap_init, config.soflow.gap_end) == ("exponential", 0.1, 0.002)
+    assert (config.optimizer.learning_rate, config.optimizer.betas, config.ema.decay) == (1e-4, (0.9, 0.99), 0.9999)
+    output = config.output
+    assert (output.log_every, output.checkpoint_every, output.sample_every, output.sample_shape) == (
+        100,
+        200_000,
+        1000,
+        (4, 8),
+    )
+    assert (config.evaluation.every, config.evaluation.batch_size, config.evaluation.steps) == (50_000, 125, 2)
+
+
+@pytest.mark.parametrize("word", ["Trig", "Triangular"])
+def test_both_names_of_the_trigonometric_path(tmp_path, word):
+    config = _read(tmp_path, IMAGENET.replace("'Linear'", word).replace("'Euler'", word))
+    assert (config.soflow.path, config.soflow.parameterization) == ("trig", "trig")
+
+
+@pytest.mark.parametrize(
+    ("word", "ours"), [("Const", "const"), ("Linear", "linear"), ("Cosine", "cosine"), ("Exponent", "exponential")]
+)
+def test_schedules(tmp_path, word, ours):
+    assert _read(tmp_path, IMAGENET.replace("'Exponent'", word)).soflow.gap_schedule == ours
+
+
+def test_keys_left_out_have_the_published_trainers_values(tmp_path):
+    config = _read(tmp_path, "model_type: DiT-B-4\n")
+    assert (config.soflow.guidance_scale, config.soflow.label_drop, config.seed) == (1.0, 0.0, 42)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (IMAGENET.replace("DiT-XL-2", "UNet"), ["UNet", "not built yet"]),
+        (IMAGENET.replace("'Imagenet'", "CIFAR10"), ["CIFAR10", "not built yet"]),
+        (IMAGENET.replace("DiT-XL-2", "DiT-Z-2"), ["model_type", "DiT-Z-2", "DiT-XL-2"]),
+        (IMAGENET.replace("l_schedule", "l_shedule"), ["l_shedule", "l_schedule"]),
+        (IMAGENET.replace("'Exponent'", "Sqrt"), ["l_schedule", "Sqrt", "Cosine"]),
+        (IMAGENET.replace("[4, 8]", "32"), ["eval_demo_shape", "32"]),
+        (IMAGENET.replace("1e-4", "-1"), ["learning_rate", "-1"]),
+    ],
+)
+def test_mistakes_are_one_sentence(tmp_path, text, words):
+    with pytest.raises(ValueError, match=re.escape(words[0])) as error:
+        _read(tmp_path, text)
+    for word in words:
+        assert word in str(error.value)
