@@ -2,7 +2,8 @@
 
 The reference in float64 is the truth. A fused op may be at most twice as far from it as the reference run in the same
 low precision is, plus ``atol``: 1e-6 (float32) or 2^-9 (bfloat16, float16) of the largest value. Triton's interpreter
-cuts float32 off where bfloat16 ends instead of rounding it, an error of up to 2^-8: there atol is that.
+cuts float32 off where bfloat16 ends instead of rounding it: an error of up to 2^-8 where a stream is stored and again
+where a result is, so there atol is 2^-7.
 """
 
 import contextlib
@@ -15,7 +16,7 @@ from torch import Tensor
 from soflow_fast.kernels import fused, reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-_ATOL = {torch.float32: 1e-6, torch.float16: 2.0**-9, torch.bfloat16: 2.0**-9 if DEVICE == "cuda" else 2.0**-8}
+_ATOL = {torch.float32: 1e-6, torch.float16: 2.0**-9, torch.bfloat16: 2.0**-9 if DEVICE == "cuda" else 2.0**-7}
 
 
 def _tuple(outputs) -> tuple[Tensor, ...]:
