@@ -9,6 +9,9 @@ two, and need no second code path for the remainder.
 
 import triton
 import triton.language as tl
+from torch import Tensor
+
+from ._launch import require_dtype, require_shape
 
 _VECTOR = 4
 _MAX_STRIPS = 3
@@ -18,6 +21,30 @@ def row_warps(width: int) -> int:
     """Warps per row: the fewest, so that reductions stay narrow, that leave at most 3 strips (12 values) a thread."""
     threads = triton.cdiv(width, _VECTOR * _MAX_STRIPS)
     return triton.next_power_of_2(triton.cdiv(threads, 32))
+
+
+def require_tokens(**tensors: Tensor) -> list[Tensor]:
+    """The tensors, contiguous; ValueError unless all are (rows, tokens, width) like the first, in known dtypes."""
+    shape = next(iter(tensors.values())).shape
+    for name, tensor in tensors.items():
+        if len(shape) != 3:
+            raise ValueError(f"{name} has shape {tuple(shape)} where (rows, tokens, width) is needed")
+        require_shape(name, tensor, shape)
+        require_dtype(name, tensor)
+    return [tensor.contiguous() for tensor in tensors.values()]
+
+
+def require_modulation(x: Tensor, **modulation: Tensor) -> list[Tensor]:
+    """Shifts, scales and gates with contiguous rows; ValueError unless all are (rows, width) of x in one dtype."""
+    dtype = next(iter(modulation.values())).dtype
+    for name, tensor in modulation.items():
+        require_shape(name, tensor, (x.shape[0], x.shape[2]))
+        require_dtype(name, tensor)
+        if tensor.dtype != dtype:
+            raise ValueError(
+                f"{name} has dtype {tensor.dtype} where {dtype} is needed: all modulation shares one dtype"
+            )
+    return [tensor if tensor.stride(1) == 1 else tensor.contiguous() for tensor in modulation.values()]
 
 
 @triton.jit

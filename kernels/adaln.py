@@ -31,8 +31,17 @@ import triton.language as tl
 from torch import Tensor
 
 from ._cases import Case, Inputs
-from ._launch import Launch, launch, require_dtype, require_shape
-from ._rows import load_row, row_columns, row_warps, store_row, sum_row, sum_rows_2
+from ._launch import Launch, launch
+from ._rows import (
+    load_row,
+    require_modulation,
+    require_tokens,
+    row_columns,
+    row_warps,
+    store_row,
+    sum_row,
+    sum_rows_2,
+)
 
 # Tokens per program. Forward: enough to reuse the modulation, few enough for several programs per SM at 64 tokens.
 # Backward: 32 keep the partial sums under 5 % of the bytes; where that leaves less than 8 programs for each of an
@@ -336,22 +345,6 @@ class _GatedResidualLayerNorm(torch.autograd.Function):
         return dx, dbranch, dgate, dshift, dscale, None, None
 
 
-def _rows(name: str, modulation: Tensor, like: Tensor, dtype: torch.dtype) -> Tensor:
-    """A shift, scale or gate with contiguous rows; ValueError unless it is (B, D) in that dtype."""
-    require_shape(name, modulation, (like.shape[0], like.shape[2]))
-    if modulation.dtype != dtype:
-        raise ValueError(
-            f"{name} has dtype {modulation.dtype} where {dtype} is needed: all modulation shares one dtype"
-        )
-    return modulation if modulation.stride(1) == 1 else modulation.contiguous()
-
-
-def _check_tokens(name: str, tensor: Tensor) -> None:
-    require_dtype(name, tensor)
-    if tensor.dim() != 3:
-        raise ValueError(f"{name} has shape {tuple(tensor.shape)} where (rows, tokens, width) is needed")
-
-
 def modulated_layernorm(
     x: Tensor, shift: Tensor, scale: Tensor, *, eps: float = 1e-6, dtype: torch.dtype | None = None
 ) -> Tensor:
@@ -366,10 +359,9 @@ def modulated_layernorm(
     Raises:
         ValueError: for a shape or dtype that does not fit.
     """
-    _check_tokens("x", x)
-    require_dtype("scale", scale)
-    shift, scale = (_rows(k, v, x, scale.dtype) for k, v in (("shift", shift), ("scale", scale)))
-    return _ModulatedLayerNorm.apply(x.contiguous(), shift, scale, eps, dtype or x.dtype)[0]
+    (x,) = require_tokens(x=x)
+    shift, scale = require_modulation(x, shift=shift, scale=scale)
+    return _ModulatedLayerNorm.apply(x, shift, scale, eps, dtype or x.dtype)[0]
 
 
 def gated_residual_layernorm(
@@ -393,13 +385,8 @@ def gated_residual_layernorm(
     Raises:
         ValueError: for a shape or dtype that does not fit.
     """
-    _check_tokens("x", x)
-    require_shape("branch", branch, x.shape)
-    require_dtype("branch", branch)
-    require_dtype("scale", scale)
-    modulation = (("gate", gate), ("shift", shift), ("scale", scale))
-    gate, shift, scale = (_rows(k, v, x, scale.dtype) for k, v in modulation)
-    x, branch = x.contiguous(), branch.contiguous()
+    x, branch = require_tokens(x=x, branch=branch)
+    gate, shift, scale = require_modulation(x, gate=gate, shift=shift, scale=scale)
     return _GatedResidualLayerNorm.apply(x, branch, gate, shift, scale, eps, dtype or branch.dtype)[:2]
 
 

@@ -1,13 +1,21 @@
 """The fused ops, with the names and signatures of ``reference``."""
 
-from . import activation_difference, adaln
+from . import activation_difference, adaln, adaln_difference
 from ._cases import Case
 from .activation_difference import gelu_difference, silu_difference
 from .adaln import gated_residual_layernorm, modulated_layernorm
+from .adaln_difference import gated_residual_layernorm_difference, modulated_layernorm_difference
 
-__all__ = ["gated_residual_layernorm", "gelu_difference", "modulated_layernorm", "silu_difference"]
+__all__ = [
+    "gated_residual_layernorm",
+    "gated_residual_layernorm_difference",
+    "gelu_difference",
+    "modulated_layernorm",
+    "modulated_layernorm_difference",
+    "silu_difference",
+]
 
-_FAMILIES = (activation_difference, adaln)
+_FAMILIES = (activation_difference, adaln, adaln_difference)
 
 
 def cases() -> list[Case]:

@@ -170,8 +170,8 @@ def test_bad_inputs():
         fused.modulated_layernorm(x[0], shift, scale)
     with pytest.raises(ValueError, match=r"x has dtype torch\.float64"):
         fused.modulated_layernorm(x.double(), shift, scale)
-    with pytest.raises(ValueError, match=r"shift has dtype torch\.bfloat16 where torch\.float32 is needed"):
-        fused.modulated_layernorm(x, shift.bfloat16(), scale)
+    with pytest.raises(ValueError, match=r"scale has dtype torch\.bfloat16 where torch\.float32 is needed"):
+        fused.modulated_layernorm(x, shift, scale.bfloat16())
     with pytest.raises(ValueError, match=r"branch has shape \(2, 4, 24\) where \(2, 5, 24\) is needed"):
         fused.gated_residual_layernorm(x, branch[:, 1:], gate, shift, scale)
     with recording() as launches, pytest.raises(ValueError, match="gate has shape"):
