@@ -25,3 +25,23 @@ def tanh(x):
 def tanh_difference(tanh_a, tanh_b, difference):
     """``tanh a − tanh b`` from ``difference = a − b``: ``tanh(a−b)(1 − tanh a·tanh b)``."""
     return tanh(difference) * (1 - tanh_a * tanh_b)
+
+
+@triton.jit
+def sin_cos(x):
+    """``(sin x, cos x)`` for |x| up to 1e4, the sine accurate relative to its value near zero (the hardware's is not).
+
+    The nearest multiple of π/2, in three parts, is taken off; then the Taylor polynomials up to |r| = π/4 (next terms
+    2e-9 and 2e-9).
+    """
+    quarters = tl.floor(x * 0.6366197723675814 + 0.5)
+    r = ((x - quarters * 1.5703125) - quarters * 4.837512969970703e-4) - quarters * 7.549789954891882e-8
+    square = r * r
+    sine = r + r * square * (-1 / 6 + square * (1 / 120 + square * (-1 / 5040 + square * (1 / 362880))))
+    cosine = -1 / 2 + square * (1 / 24 + square * (-1 / 720 + square * (1 / 40320 - square * (1 / 3628800))))
+    cosine = 1 + square * cosine
+    quadrant = quarters.to(tl.int32)
+    swap = quadrant % 2 != 0
+    sin = tl.where(swap, cosine, sine)
+    cos = tl.where(swap, sine, cosine)
+    return tl.where(quadrant & 2 != 0, -sin, sin), tl.where((quadrant + 1) & 2 != 0, -cos, cos)
