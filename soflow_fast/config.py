@@ -3,18 +3,14 @@
 The defaults are the published ImageNet 256 recipe (arXiv 2512.15657) with DiT-B/4 on 4×32×32 latents.
 """
 
-import difflib
 import math
-import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, get_args
-
-import yaml
-from jsonargparse import ArgumentError, ArgumentParser
+from typing import Any
 
 from soflow_fast import interop
+from soflow_fast.config_io import dump_yaml, flatten, lists, parse, read_yaml, require
 
 DATA_KINDS = ("digits", "latents", "folder", "given")
 
@@ -47,7 +43,7 @@ class ModelConfig:
             if getattr(self, name) is not None:
                 _require_count(f"model.{name}", getattr(self, name))
         _require_count("model.num_classes", self.num_classes, least=0)
-        _require(self.mlp_ratio > 0, f"model.mlp_ratio={self.mlp_ratio} must be greater than 0")
+        require(self.mlp_ratio > 0, f"model.mlp_ratio={self.mlp_ratio} must be greater than 0")
 
 
 @dataclass
@@ -70,10 +66,8 @@ class DataConfig:
     prefetch: int = 4
 
     def __post_init__(self):
-        _require(
-            self.kind in DATA_KINDS, f"data.kind={self.kind!r} is not known; choose one of {', '.join(DATA_KINDS)}"
-        )
-        _require(0 < self.latent_scale < math.inf, f"data.latent_scale={self.latent_scale} must be greater than 0")
+        require(self.kind in DATA_KINDS, f"data.kind={self.kind!r} is not known; choose one of {', '.join(DATA_KINDS)}")
+        require(0 < self.latent_scale < math.inf, f"data.latent_scale={self.latent_scale} must be greater than 0")
         _require_count("data.workers", self.workers, least=0)
         _require_count("data.prefetch", self.prefetch)
 
@@ -95,16 +89,16 @@ class OptimizerConfig:
     accumulation: int = 1
 
     def __post_init__(self):
-        _require(
+        require(
             0 < self.learning_rate < math.inf,
             f"optimizer.learning_rate={self.learning_rate} must be greater than 0",
         )
-        _require(
+        require(
             all(0 <= beta < 1 for beta in self.betas), f"optimizer.betas={tuple(self.betas)} must both be in [0, 1)"
         )
-        _require(0 < self.eps < math.inf, f"optimizer.eps={self.eps} must be greater than 0")
-        _require(0 <= self.weight_decay < math.inf, f"optimizer.weight_decay={self.weight_decay} must not be negative")
-        _require(
+        require(0 < self.eps < math.inf, f"optimizer.eps={self.eps} must be greater than 0")
+        require(0 <= self.weight_decay < math.inf, f"optimizer.weight_decay={self.weight_decay} must not be negative")
+        require(
             self.grad_clip is None or self.grad_clip > 0,
             f"optimizer.grad_clip={self.grad_clip} must be greater than 0, or null for no clipping",
         )
@@ -133,7 +127,7 @@ class EMAConfig:
     warmup: bool = True
 
     def __post_init__(self):
-        _require(0 <= self.decay < 1, f"ema.decay={self.decay} must be in [0, 1)")
+        require(0 <= self.decay < 1, f"ema.decay={self.decay} must be in [0, 1)")
 
 
 @dataclass
@@ -158,8 +152,44 @@ class SoFlowConfig:
     quotient: str = "difference"
 
 
+@dataclass
+class MeanFlowConfig:
+    """The objective ``meanflow``, with the published settings of B/4; every attribute is an argument of
+    :class:`~soflow_fast.objectives.meanflow.MeanFlow`, which checks it."""
+
+    path: str = "linear"
+    guidance_scale: float = 3.0
+    guidance_mix: float = 0.0
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
+    label_drop: float = 0.1
+    p: float = 1.0
+    eps: float = 0.01
+    velocity_share: float = 0.75
+    time_mean: float = -0.4
+    time_std: float = 1.0
+    derivative: str = "tangent"
+    difference_step: float = 1e-3
+
+
+@dataclass
+class FlowMatchingConfig:
+    """The objective ``flow_matching``; every attribute is an argument of
+    :class:`~soflow_fast.objectives.flow_matching.FlowMatching`, which checks it."""
+
+    path: str = "linear"
+    guidance_scale: float = 1.0
+    guidance_mix: float = 1.0
+    guidance_decay_time: float = 1.0
+    label_drop: float = 0.1
+    p: float = 0.0
+    eps: float = 0.01
+    time_mean: float = 0.0
+    time_std: float = 1.0
+    ode_steps: int = 32
+
+
 #: The section of each objective; the section's name in the file is the objective's.
-OBJECTIVE_SECTIONS = {"soflow": SoFlowConfig}
+OBJECTIVE_SECTIONS = {"soflow": SoFlowConfig, "meanflow": MeanFlowConfig, "flow_matching": FlowMatchingConfig}
 
 
 @dataclass
@@ -243,21 +273,23 @@ class TrainConfig:
     compute: ComputeConfig = field(default_factory=ComputeConfig)
     ema: EMAConfig = field(default_factory=EMAConfig)
     soflow: SoFlowConfig = field(default_factory=SoFlowConfig)
+    meanflow: MeanFlowConfig = field(default_factory=MeanFlowConfig)
+    flow_matching: FlowMatchingConfig = field(default_factory=FlowMatchingConfig)
     output: OutputConfig = field(default_factory=OutputConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
     def __post_init__(self):
         for name, value in self.flat().items():
-            _require(not (isinstance(value, float) and math.isnan(value)), f"{name}={value} is not a number; give one")
-        _require(
+            require(not (isinstance(value, float) and math.isnan(value)), f"{name}={value} is not a number; give one")
+        require(
             self.objective in OBJECTIVE_SECTIONS,
             f"objective={self.objective!r} is not known; choose one of {', '.join(OBJECTIVE_SECTIONS)}",
         )
         for name in ("batch_size", "total_steps"):
             _require_count(name, getattr(self, name))
         _require_count("max_skipped_steps", self.max_skipped_steps, least=0)
-        _require(0 <= self.seed < 2**63, f"seed={self.seed} must be in [0, 2^63)")
-        _require(
+        require(0 <= self.seed < 2**63, f"seed={self.seed} must be in [0, 2^63)")
+        require(
             self.batch_size % self.optimizer.accumulation == 0,
             f"optimizer.accumulation={self.optimizer.accumulation} does not divide batch_size={self.batch_size}; "
             "choose one that does",
@@ -280,133 +312,38 @@ class TrainConfig:
             ValueError: for a file that is missing, empty or malformed, an unknown key (with the nearest one) and a
                 value that is impossible.
         """
-        return cls.from_dict(_read_yaml(Path(path)), overrides)
+        return cls.from_dict(read_yaml(Path(path)), overrides)
 
     @classmethod
     def from_dict(cls, raw: dict, overrides: Sequence[str] = ()) -> "TrainConfig":
         """:meth:`from_yaml` of a mapping already read."""
         raw = interop.from_public(raw) if interop.is_public(raw) else raw
-        known = set(_leaves(cls))
-        _require_known(_flatten(raw), known)
-        _require_known({arg[2:].split("=")[0]: None for arg in overrides if arg.startswith("--")}, known)
-        parser = ArgumentParser(exit_on_error=False)
-        parser.add_class_arguments(cls)
-        try:
-            namespace = parser.parse_object(raw)
-            if overrides:
-                namespace = parser.parse_args(list(overrides), namespace=namespace)
-        except ArgumentError as error:
-            raise ValueError(_one_sentence(str(error))) from None
-        optional = {name for name, annotation in _leaves(cls).items() if type(None) in get_args(annotation)}
-        for name in known - optional:
-            _require(namespace[name] is not None, f"{name} has no value; give one, or leave the key out")
-        return cls(**{f.name: parser.instantiate(namespace)[f.name] for f in fields(cls)})
+        return cls(**parse(cls, raw, overrides))
 
     def to_dict(self) -> dict:
-        """The nested mapping that :meth:`from_dict` reads; tuples are lists, as YAML has them."""
-        return _lists(asdict(self))
+        """The nested mapping that :meth:`from_dict` reads, without the sections of the other objectives."""
+        nested = lists(asdict(self))
+        return {
+            name: value for name, value in nested.items() if name == self.objective or name not in OBJECTIVE_SECTIONS
+        }
 
     def to_yaml(self) -> str:
         """The text of a file that :meth:`from_yaml` reads."""
-        return yaml.safe_dump(self.to_dict(), sort_keys=False)
+        return dump_yaml(self.to_dict())
 
     def flat(self) -> dict[str, Any]:
         """Every value by its dotted name."""
-        return _flatten(asdict(self))
+        return flatten(asdict(self))
 
     def first_difference(self, other: "TrainConfig") -> str | None:
         """The first dotted name whose values differ in a way that changes the trained weights, or None."""
         theirs = other.flat()
-        for name, value in self.flat().items():
-            objective = name.split(".")[0]
-            unused = objective in OBJECTIVE_SECTIONS and objective != self.objective
-            if name in _FREE or name.startswith(_FREE_SECTIONS) or unused:
-                continue
-            if value != theirs[name]:
+        for name in flatten(self.to_dict()):
+            free = name in _FREE or name.startswith(_FREE_SECTIONS)
+            if not free and self.flat()[name] != theirs[name]:
                 return name
         return None
 
 
-def _require(condition: bool, sentence: str) -> None:
-    if not condition:
-        raise ValueError(sentence)
-
-
 def _require_count(name: str, value: int, least: int = 1) -> None:
-    _require(value >= least, f"{name}={value} is not possible; it must be at least {least}")
-
-
-def _read_yaml(path: Path) -> dict:
-    _require(path.is_file(), f"the config file {path} does not exist; give the path of a YAML file")
-    try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        raise ValueError(
-            f"the config file {path} is not valid YAML{where}: {getattr(error, 'problem', error)}"
-        ) from None
-    except UnicodeDecodeError:
-        raise ValueError(f"the config file {path} is not a text file; give the path of a YAML file") from None
-    _require(raw is not None, f"the config file {path} is empty; it needs at least one 'key: value'")
-    _require(isinstance(raw, dict), f"the config file {path} holds a {type(raw).__name__}; it needs 'key: value' lines")
-    return raw
-
-
-def _leaves(cls: type, prefix: str = "") -> dict[str, Any]:
-    """Dotted name to annotation of every value of a config class."""
-    found = {}
-    for f in fields(cls):
-        if is_dataclass(f.type):
-            found.update(_leaves(f.type, f"{prefix}{f.name}."))
-        else:
-            found[prefix + f.name] = f.type
-    return found
-
-
-def _flatten(nested: dict, prefix: str = "") -> dict[str, Any]:
-    found = {}
-    for key, value in nested.items():
-        if isinstance(value, dict) and value:
-            found.update(_flatten(value, f"{prefix}{key}."))
-        else:
-            found[f"{prefix}{key}"] = value
-    return found
-
-
-def _require_known(given: dict[str, Any], known: set[str]) -> None:
-    sections = {name.rsplit(".", 1)[0] for name in known if "." in name}
-    for name, value in given.items():
-        if name in sections:
-            _require(value == {}, f"{name}={value!r} is not a section; write {name}: followed by indented keys")
-        elif name not in known:
-            raise ValueError(f"unknown key {name!r}; the nearest is {_nearest(name, known)!r}")
-
-
-def _nearest(name: str, known: set[str]) -> str:
-    """The known name most like this one, whole or by its last part."""
-
-    def likeness(candidate: str) -> float:
-        whole = difflib.SequenceMatcher(None, name, candidate).ratio()
-        return max(whole, difflib.SequenceMatcher(None, name.split(".")[-1], candidate.split(".")[-1]).ratio())
-
-    return max(sorted(known), key=likeness)
-
-
-def _one_sentence(message: str) -> str:
-    """jsonargparse's message about one key, on one line and without Python's type syntax."""
-    message = re.sub(r"<class '(\w+)'>", r"\1", message)
-    found = re.search(r'Parser key "([^"]+)":\s*(.*)', message, re.DOTALL)
-    if found is None:
-        return " ".join(message.split())
-    name, rest = found.groups()
-    annotation = _leaves(TrainConfig).get(name)
-    expected = annotation.__name__ if isinstance(annotation, type) else str(annotation).replace("typing.", "")
-    value = re.search(r"(?:Got|Given) value: (.*)", rest)
-    return f"{name}={value.group(1) if value else '?'} does not fit; it must be: {expected}"
-
-
-def _lists(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _lists(item) for key, item in value.items()}
-    return list(value) if isinstance(value, tuple) else value
+    require(value >= least, f"{name}={value} is not possible; it must be at least {least}")

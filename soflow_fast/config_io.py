@@ -1,0 +1,125 @@
+"""Reading a configuration: YAML, ``--name value`` overrides, and one sentence for every mistake."""
+
+import difflib
+import re
+from collections.abc import Sequence
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from jsonargparse import ArgumentError, ArgumentParser
+
+
+def require(condition: bool, sentence: str) -> None:
+    """ValueError with that sentence unless the condition holds."""
+    if not condition:
+        raise ValueError(sentence)
+
+
+def parse(cls: type, raw: dict, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """Constructor arguments of a config class from a nested mapping and command line arguments.
+
+    Raises:
+        ValueError: for an unknown key (with the nearest one) and a value of another type.
+    """
+    known = leaves(cls)
+    _require_known(flatten(raw), set(known))
+    _require_known({arg[2:].split("=")[0]: None for arg in overrides if arg.startswith("--")}, set(known))
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(cls)
+    try:
+        namespace = parser.parse_object(raw)
+        if overrides:
+            namespace = parser.parse_args(list(overrides), namespace=namespace)
+    except ArgumentError as error:
+        raise ValueError(_one_sentence(cls, str(error))) from None
+    for name, annotation in known.items():
+        if type(None) not in get_args(annotation):
+            require(namespace[name] is not None, f"{name} has no value; give one, or leave the key out")
+    built = parser.instantiate(namespace)
+    return {f.name: built[f.name] for f in fields(cls)}
+
+
+def read_yaml(path: Path) -> dict:
+    """The mapping in a YAML file; ValueError if it is missing, empty, malformed or not a mapping."""
+    require(path.is_file(), f"the config file {path} does not exist; give the path of a YAML file")
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        raise ValueError(
+            f"the config file {path} is not valid YAML{where}: {getattr(error, 'problem', error)}"
+        ) from None
+    except UnicodeDecodeError:
+        raise ValueError(f"the config file {path} is not a text file; give the path of a YAML file") from None
+    require(raw is not None, f"the config file {path} is empty; it needs at least one 'key: value'")
+    require(isinstance(raw, dict), f"the config file {path} holds a {type(raw).__name__}; it needs 'key: value' lines")
+    return raw
+
+
+def leaves(cls: type, prefix: str = "") -> dict[str, Any]:
+    """Dotted name to annotation of every value of a config class."""
+    found = {}
+    for f in fields(cls):
+        if is_dataclass(f.type):
+            found.update(leaves(f.type, f"{prefix}{f.name}."))
+        else:
+            found[prefix + f.name] = f.type
+    return found
+
+
+def flatten(nested: dict, prefix: str = "") -> dict[str, Any]:
+    """Dotted name to value of a nested mapping."""
+    found = {}
+    for key, value in nested.items():
+        if isinstance(value, dict) and value:
+            found.update(flatten(value, f"{prefix}{key}."))
+        else:
+            found[f"{prefix}{key}"] = value
+    return found
+
+
+def _require_known(given: dict[str, Any], known: set[str]) -> None:
+    sections = {name.rsplit(".", 1)[0] for name in known if "." in name}
+    for name, value in given.items():
+        if name in sections:
+            require(value == {}, f"{name}={value!r} is not a section; write {name}: followed by indented keys")
+        elif name not in known:
+            raise ValueError(f"unknown key {name!r}; the nearest is {_nearest(name, known)!r}")
+
+
+def _nearest(name: str, known: set[str]) -> str:
+    """The known name most like this one, whole or by its last part."""
+
+    def likeness(candidate: str) -> float:
+        whole = difflib.SequenceMatcher(None, name, candidate).ratio()
+        return max(whole, difflib.SequenceMatcher(None, name.split(".")[-1], candidate.split(".")[-1]).ratio())
+
+    return max(sorted(known), key=likeness)
+
+
+def _one_sentence(cls: type, message: str) -> str:
+    """jsonargparse's message about one key, on one line and without Python's type syntax."""
+    message = re.sub(r"<class '(\w+)'>", r"\1", message)
+    found = re.search(r'Parser key "([^"]+)":\s*(.*)', message, re.DOTALL)
+    if found is None:
+        return " ".join(message.split())
+    name, rest = found.groups()
+    annotation = leaves(cls).get(name)
+    expected = annotation.__name__ if isinstance(annotation, type) else str(annotation).replace("typing.", "")
+    value = re.search(r"(?:Got|Given) value: (.*)", rest)
+    return f"{name}={value.group(1) if value else '?'} does not fit; it must be: {expected}"
+
+
+def dump_yaml(nested: dict) -> str:
+    """The text of a YAML file; keys keep their order."""
+    return yaml.safe_dump(nested, sort_keys=False)
+
+
+def lists(value: Any) -> Any:
+    """A nested mapping with lists in place of tuples, as YAML has them."""
+    if isinstance(value, dict):
+        return {key: lists(item) for key, item in value.items()}
+    return list(value) if isinstance(value, tuple) else value

@@ -1,0 +1,93 @@
+"""From a configuration to its objects."""
+
+import dataclasses
+import inspect
+import re
+
+import pytest
+import torch
+from runs import Blobs, tiny_config
+
+from soflow_fast import DiT, TrainConfig, build
+from soflow_fast.config import OBJECTIVE_SECTIONS, ModelConfig
+
+
+def test_every_objective_has_a_section_with_exactly_its_arguments():
+    assert OBJECTIVE_SECTIONS.keys() == build.OBJECTIVES.keys()
+    for name, section in OBJECTIVE_SECTIONS.items():
+        arguments = set(inspect.signature(build.OBJECTIVES[name]).parameters) - {"net", "impl"}
+        assert {f.name for f in dataclasses.fields(section)} == arguments
+
+
+@pytest.mark.parametrize("objective", ["soflow", "meanflow", "flow_matching"])
+def test_initialisation_is_a_function_of_the_seed_alone(tmp_path, objective):
+    config = tiny_config(tmp_path, objective=objective)
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    first = build.build_model(config).state_dict()
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(2)
+    again = build.build_model(config).state_dict()
+    other = build.build_model(dataclasses.replace(config, seed=1)).state_dict()
+    name = "network.blocks.0.attn.qkv.weight"
+    assert torch.equal(first[name], again[name])
+    assert not torch.equal(first[name], other[name])
+
+
+@pytest.mark.parametrize(("label_drop", "num_classes", "rows"), [(0.1, 10, 11), (0.0, 10, 10), (0.0, 0, 1)])
+def test_the_label_table_has_a_null_row_only_where_one_is_used(label_drop, num_classes, rows):
+    sizes = ModelConfig(input_size=8, in_channels=1, num_classes=num_classes, hidden_size=16, depth=1, num_heads=2)
+    net = build.build_network(sizes, label_drop)
+    assert net.y_embedder.embedding_table.num_embeddings == rows
+
+
+def test_sizes_replace_the_presets():
+    net = build.build_network(ModelConfig(preset="DiT-B/4", depth=1, num_heads=6, num_classes=3), 0.1)
+    assert (net.patch_size, net.hidden_size, net.depth, net.num_heads, net.num_classes) == (4, 768, 1, 6, 3)
+
+
+@pytest.mark.parametrize(
+    ("raw", "words"),
+    [
+        ({"model": {"num_heads": 7}}, ["num_heads=7", "hidden_size=768"]),
+        ({"model": {"patch_size": 5}}, ["patch_size=5", "input_size=32"]),
+        ({"model": {"preset": "DiT-Q/4"}}, ["DiT-Q/4", "DiT-XL/2"]),
+        ({"model": {"attention": "flash_attn"}}, ["attention='flash_attn'", "flash-attn", "attention='sdpa'"]),
+        ({"model": {"preset": "given"}}, ["given to the Trainer"]),
+        ({"soflow": {"label_drop": 0.0}}, ["guidance_scale=3.0", "label_drop"]),
+        ({"soflow": {"gap_end": 0.0}}, ["gap_end=0.0", "(0, 1]"]),
+        ({"soflow": {"path": "straight"}}, ["path='straight'", "linear"]),
+    ],
+)
+def test_models_that_cannot_be(raw, words):
+    config = TrainConfig.from_dict({**raw, "model": {"depth": 1, **raw.get("model", {})}})
+    with pytest.raises(ValueError, match=re.escape(words[0])) as error:
+        build.build_model(config)
+    for word in words:
+        assert word in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("device", "words"),
+    [("gpu", "device='gpu' is not known"), ("cuda:x", "device='cuda:x' is not known"), ("cuda:99", "device='cuda:99'")],
+)
+def test_devices_that_cannot_be(device, words):
+    with pytest.raises(ValueError, match=words):
+        build.resolve_device(device)
+
+
+def test_data_that_does_not_fit_the_model(tmp_path):
+    config = tiny_config(tmp_path)
+    assert build.check_dataset(config, Blobs(shape=(1, 8, 8))) is None
+    assert build.check_dataset(config, Blobs(shape=(2, 8, 8))) == 0.18215
+    with pytest.raises(ValueError, match=re.escape("samples of shape (3, 8, 8) and the model takes (1, 8, 8)")):
+        build.check_dataset(config, Blobs(shape=(3, 8, 8)))
+    with pytest.raises(ValueError, match="batch_size=16 is more than the 9 samples"):
+        build.check_dataset(config, Blobs(n=9))
+    with pytest.raises(ValueError, match=r"data\.path is missing"):
+        build.build_dataset(TrainConfig())
+
+
+def test_a_network_given_as_an_object_is_used():
+    net = DiT(8, 4, 1, 16, 1, 2, num_classes=10)
+    assert build.build_model(TrainConfig(), net).network is net
