@@ -4,8 +4,11 @@ Shapes: B rows, b rows that carry a difference, N tokens, D width, C channels, p
 state_dict keys are those of the public SoFlow checkpoints.
 """
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from soflow_fast import kernels
 from soflow_fast.attention import resolve_attention
@@ -21,6 +24,8 @@ from soflow_fast.layers import (
     linear,
     linear_difference,
 )
+
+RECOMPUTE = ("none", "elementwise", "block")
 
 #: patch size, width, depth, heads
 PRESETS = {
@@ -58,6 +63,8 @@ class DiT(nn.Module):
         attention: see :func:`soflow_fast.attention.resolve_attention`.
         compute_dtype: of matrix operands and activations; by default that of the parameters, which are cast to it.
         residual_dtype: of the residual stream and of its difference, at least as wide as compute_dtype, the default.
+        recompute: what the backward computes again instead of keeping it: ``none``, ``elementwise`` (the GELU: a third
+            of the activations less than with none) or ``block`` (everything but the blocks' inputs).
 
     Raises:
         ValueError: for sizes that do not divide, and for an implementation that cannot run here.
@@ -79,6 +86,7 @@ class DiT(nn.Module):
         attention: str = "auto",
         compute_dtype: torch.dtype | None = None,
         residual_dtype: torch.dtype | None = None,
+        recompute: str = "none",
     ):
         super().__init__()
         _require_divides("patch_size", patch_size, "input_size", input_size)
@@ -91,6 +99,9 @@ class DiT(nn.Module):
         self.impl = kernels.resolve_impl(impl)
         self.attention = resolve_attention(attention, hidden_size // num_heads)
         self.compute_dtype, self.residual_dtype = compute_dtype, residual_dtype
+        if recompute not in RECOMPUTE:
+            raise ValueError(f"recompute={recompute!r} is not known; choose one of {', '.join(RECOMPUTE)}")
+        self.recompute = recompute
 
         grid = input_size // patch_size
         self.pos_embed = nn.Parameter(_sincos_position_embedding(hidden_size, grid), requires_grad=False)
@@ -146,7 +157,7 @@ class DiT(nn.Module):
         Returns:
             (B, C, input_size, input_size), dtype of x.
         """
-        return self._run(x, t, s, labels, Call(kernels.ops(self.impl), self.attention))[0]
+        return self._run(x, t, s, labels, self._call())[0]
 
     def forward_difference(
         self,
@@ -176,8 +187,7 @@ class DiT(nn.Module):
         """
         if mode not in ("difference", "tangent"):
             raise ValueError(f"mode={mode!r} is not known; choose 'difference' or 'tangent'")
-        rows = slice(None) if rows is None else rows
-        call = Call(kernels.ops(self.impl), self.attention, rows, mode == "tangent")
+        call = self._call(slice(None) if rows is None else rows, mode == "tangent")
         return self._run(x, t, s, labels, call, dx, dt)
 
     def jvp(
@@ -189,6 +199,9 @@ class DiT(nn.Module):
         """
         call = Call(kernels.ops("torch"), "math")
         return torch.func.jvp(lambda x, t: self._run(x, t, s, labels, call)[0], (x, t), (dx, dt))
+
+    def _call(self, rows: slice | None = None, tangent: bool = False) -> Call:
+        return Call(kernels.ops(self.impl), self.attention, rows, tangent, self.recompute)
 
     def _run(self, x, t, s, labels, call: Call, dx=None, dt=None):
         dtype = self.compute_dtype or self.x_embedder.proj.weight.dtype
@@ -208,7 +221,10 @@ class DiT(nn.Module):
         for i, block in enumerate(self.blocks):
             window = slice(6 * i + 2, 6 * i + 8)
             pair = (d, dh, None if rows is None else dmodulation[window])
-            tokens, h, d, dh = block(tokens, h, modulation[window], pair, call)
+            run = block
+            if call.recompute == "block" and torch.is_grad_enabled():
+                run = partial(checkpoint, block, use_reentrant=False)
+            tokens, h, d, dh = run(tokens, h, modulation[window], pair, call)
         out = self._unpatchify(linear(self.final_layer.linear, h)).to(x.dtype)
         if rows is None:
             return out, None

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from soflow_fast.attention import attention
 
@@ -23,6 +24,19 @@ class Call(NamedTuple):
     attention: str
     rows: slice | None = None
     tangent: bool = False
+    recompute: str = "none"
+
+
+_PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
+
+
+def _save_products():
+    """A checkpoint policy: the backward recomputes everything but matrix products."""
+
+    def policy(context, op, *args, **kwargs) -> CheckpointPolicy:
+        return CheckpointPolicy.MUST_SAVE if op in _PRODUCTS else CheckpointPolicy.PREFER_RECOMPUTE
+
+    return create_selective_checkpoint_contexts(policy)
 
 
 def linear(layer: nn.Linear, x: Tensor) -> Tensor:
@@ -116,12 +130,18 @@ class Mlp(nn.Module):
 
     def forward(self, h: Tensor, dh: Tensor | None, call: Call) -> tuple[Tensor, Tensor | None]:
         u = linear(self.fc1, h)
-        out = linear(self.fc2, nn.functional.gelu(u, approximate="tanh"))
+        if call.recompute == "elementwise" and torch.is_grad_enabled():
+            out = checkpoint(self._down, u, use_reentrant=False, context_fn=_save_products)
+        else:
+            out = self._down(u)
         if call.rows is None:
             return out, None
         with torch.no_grad():
             dg = call.ops.gelu_difference(u[call.rows], linear_difference(self.fc1, dh), tangent=call.tangent)
             return out, linear_difference(self.fc2, dg)
+
+    def _down(self, u: Tensor) -> Tensor:
+        return linear(self.fc2, nn.functional.gelu(u, approximate="tanh"))
 
 
 class DiTBlock(nn.Module):
