@@ -1,6 +1,6 @@
 """Exponential moving average of the parameters, with a warm-up."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -44,6 +44,11 @@ class EMA:
         averages, parameters = list(self.averages.values()), [p.float() for p in self._parameters.values()]
         torch._foreach_lerp_(averages, parameters, [weight] * len(averages))  # one tensor would be read on the host
         self.updates += taken
+
+    def averages_of(self, parameters: Sequence[Tensor]) -> list[Tensor]:
+        """The averages of the given parameters, for an optimizer that updates them itself."""
+        by_parameter = {id(p): self.averages[name] for name, p in self._parameters.items()}
+        return [by_parameter[id(p)] for p in parameters]
 
     @contextmanager
     def applied(self) -> Iterator[None]:

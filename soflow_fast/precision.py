@@ -1,5 +1,7 @@
 """Low-precision compute copies of float32 master parameters."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -47,7 +49,16 @@ class ComputeCopy:
     def write(self) -> None:
         """Copies every master: after an optimizer step, as torch's fused ones do not count their writes as versions."""
         torch._foreach_copy_(list(self.copies.values()), list(self._masters.values()))
+        self.mark_written()
+
+    def mark_written(self) -> None:
+        """Declares the copies equal to the masters, after an optimizer that wrote both."""
         self._versions = self._current_versions()
+
+    def copies_of(self, parameters: Sequence[Tensor]) -> list[Tensor]:
+        """The copies of the given masters, for an optimizer that writes them itself."""
+        by_master = {id(p): self.copies[name] for name, p in self._masters.items()}
+        return [by_master[id(p)] for p in parameters]
 
     def refresh(self) -> None:
         """Copies the masters if any of them was written since the last time, by a checkpoint or by the user."""

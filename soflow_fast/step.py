@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Iterator
 from fractions import Fraction
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.parallel import DistributedDataParallel
 
+from soflow_fast import optim
 from soflow_fast.ema import EMA
 from soflow_fast.objectives.base import LossOutput, Objective, TotalLoss, require_choice
 from soflow_fast.paths import row_order
@@ -70,7 +72,8 @@ class TrainStep:
 
     Args:
         model: an objective such as :class:`~soflow_fast.SoFlow`, already on its device.
-        optimizer: over ``model.parameters()``, best with ``fused=True``: only fused ones can leave a step out.
+        optimizer: over ``model.parameters()``, best :class:`~soflow_fast.optim.AdamW`; of torch's, only those with
+            ``fused=True`` can leave a step out and only those with ``capturable=True`` go into a CUDA graph.
         ema: updated after each step, or None.
         total_steps: of the run; progress is step/total_steps. seed: of all draws.
         accumulation: micro-batches per step; it divides the batch. grad_clip: largest global gradient norm, or None.
@@ -121,6 +124,11 @@ class TrainStep:
                 f"cuda_graph=True needs the model on a CUDA GPU and one process; "
                 f"it is on {device} with {world_size}: set cuda_graph=False"
             )
+        if self.cuda_graph and not all(group.get("capturable", True) for group in optimizer.param_groups):
+            raise ValueError(
+                "cuda_graph=True needs an optimizer built with capturable=True, or soflow_fast.optim.AdamW; "
+                "this one was not: rebuild it or set cuda_graph=False"
+            )
         self.model, self.optimizer, self.ema = model, optimizer, ema
         self.total_steps, self.accumulation, self.grad_clip = total_steps, accumulation, grad_clip
         self.rank, self.world_size = rank, world_size
@@ -151,6 +159,8 @@ class TrainStep:
         """
         if self.copy is not None:
             self.copy.refresh()
+        if isinstance(self.optimizer, optim.AdamW):
+            self.optimizer.prepare()
         if not self.cuda_graph:
             return self._run(x0, labels)
         if self._graph is None and self._steps_run < _STEPS_BEFORE_CAPTURE:
@@ -158,6 +168,8 @@ class TrainStep:
             return _on_side_stream(self._run, x0, labels)
         if self._graph is None:
             self._graph = _Graph(self._run, x0, labels)
+            if isinstance(self.optimizer, optim.AdamW):
+                self.optimizer.prepare()
         return self._graph.replay(x0, labels)
 
     def _run(self, x0: Tensor, labels: Tensor | None) -> StepStats:
@@ -172,23 +184,11 @@ class TrainStep:
                     out = self._loss(x0, labels, order, rows, n_velocity, progress, self.step)
                     (out.loss / self.accumulation).backward()
                 outputs.append(out)
-        grad_norm, finite = self._update()
+        update = self.optimizer.update if isinstance(self.optimizer, optim.AdamW) else partial(optim.update, self.optimizer)
+        grad_norm, finite = update(ema=self.ema, copy=self.copy, grad_clip=self.grad_clip)
         self.step += 1
         loss = torch.stack([out.loss.detach() for out in outputs]).mean()
         return StepStats(loss, grad_norm, _joined([out.parts for out in outputs]), finite)
-
-    def _update(self) -> tuple[Tensor, Tensor]:
-        limit = float("inf") if self.grad_clip is None else self.grad_clip
-        grad_norm = nn.utils.clip_grad_norm_(self._parameters, limit)
-        finite = torch.isfinite(grad_norm)
-        # the protocol by which torch's GradScaler tells a fused optimizer to leave a step out
-        self.optimizer.grad_scale, self.optimizer.found_inf = None, 1 - finite.float()
-        self.optimizer.step()
-        if self.ema is not None:
-            self.ema.update(finite)
-        if self.copy is not None:
-            self.copy.write()
-        return grad_norm, finite
 
     def _row_orders(self, batch: int) -> list[tuple[Tensor, Tensor, int]]:
         """For each micro-batch: offsets into the rows, velocity first; their global rows; how many are velocity."""

@@ -1,0 +1,201 @@
+"""AdamW in one pass: equal to torch's AdamW, clipping and EMA, exchanging state with it."""
+
+import math
+from copy import deepcopy
+
+import pytest
+import torch
+from op_checks import DEVICE
+from torch import nn
+
+from soflow_fast.ema import EMA
+from soflow_fast.optim import AdamW, update
+from soflow_fast.precision import ComputeCopy
+
+SHAPES = ((3, 5), (1024,), (1,), (70, 61))  # below, at and above one block, and not a multiple of 16 bytes
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.weights = nn.ParameterList(torch.randn(shape, generator=generator) for shape in SHAPES)
+        self.to(DEVICE)
+
+
+def gradients(step, scale=1.0):
+    generator = torch.Generator().manual_seed(100 + step)
+    return [scale * torch.randn(shape, generator=generator).to(DEVICE) for shape in SHAPES]
+
+
+def give(net, values):
+    for p, g in zip(net.weights, values, strict=True):
+        p.grad = g.clone()
+
+
+def assert_equal(ours, theirs, rtol=2e-6, atol=1e-7):
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=rtol, atol=atol)
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+@pytest.mark.parametrize("grad_clip", [None, 0.5])
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_equals_torch_adamw_and_ema(impl, grad_clip, weight_decay):
+    options = {"lr": 3e-3, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": weight_decay}
+    net, plain = Net(), Net()
+    ema, copy = EMA(net, 0.99), ComputeCopy(net)
+    optimizer = AdamW(net.parameters(), impl=impl, **options)
+    reference = torch.optim.AdamW(plain.parameters(), foreach=False, **options)
+    averages = [p.detach().clone() for p in plain.weights]
+    for step in range(5):
+        give(net, gradients(step))
+        give(plain, gradients(step))
+        norm, finite = optimizer.update(ema=ema, copy=copy, grad_clip=grad_clip)
+        expected_norm = math.sqrt(sum(g.double().square().sum().item() for g in gradients(step)))
+        if grad_clip is not None:
+            for p in plain.weights:
+                p.grad *= min(1.0, grad_clip / (expected_norm + 1e-6))
+        reference.step()
+        decay = min(0.99, (1 + step) / (10 + step))
+        averages = [decay * a + (1 - decay) * p.detach() for a, p in zip(averages, plain.weights, strict=True)]
+        assert finite
+        assert norm.item() == pytest.approx(expected_norm, rel=1e-6)
+    assert_equal([p.detach() for p in net.weights], [p.detach() for p in plain.weights])
+    assert_equal(ema.averages.values(), averages)
+    assert ema.updates == 5
+    for p, c in zip(net.weights, copy.copies.values(), strict=True):
+        assert torch.equal(c, p.detach().bfloat16()) or DEVICE == "cpu"  # the interpreter truncates to bfloat16
+        assert (c.float() - p.detach()).abs().max() <= 2**-7 * p.detach().abs().max()
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_state_goes_to_torch_and_back(impl):
+    ours, theirs = Net(), Net()
+    optimizer = AdamW(ours.parameters(), lr=1e-2, impl=impl)
+    reference = torch.optim.AdamW(theirs.parameters(), lr=1e-2, betas=(0.9, 0.99), weight_decay=0.0)
+    for step in range(3):
+        give(ours, gradients(step))
+        optimizer.update()
+    theirs.load_state_dict(ours.state_dict())
+    reference.load_state_dict(deepcopy(optimizer.state_dict()))
+    give(theirs, gradients(3))
+    reference.step()
+    give(ours, gradients(3))
+    optimizer.update()
+    assert_equal([p.detach() for p in ours.weights], [p.detach() for p in theirs.weights])
+
+    again = Net()
+    again.load_state_dict(theirs.state_dict())
+    resumed = AdamW(again.parameters(), lr=1e-2, impl=impl)
+    resumed.load_state_dict(deepcopy(reference.state_dict()))
+    give(again, gradients(4))
+    resumed.update()
+    give(ours, gradients(4))
+    optimizer.update()
+    assert_equal([p.detach() for p in again.weights], [p.detach() for p in ours.weights])
+
+
+def test_a_state_loaded_between_steps_is_used():
+    """The tables point at the state's tensors, so loading must write into them."""
+    net = Net()
+    optimizer = AdamW(net.parameters(), lr=1e-2, impl="triton")
+    give(net, gradients(0))
+    optimizer.update()
+    saved_state, saved = deepcopy((optimizer.state_dict(), net.state_dict()))
+    results = []
+    for _ in range(2):
+        net.load_state_dict(saved)
+        optimizer.load_state_dict(saved_state)
+        give(net, gradients(1))
+        optimizer.update()
+        results.append([p.detach().clone() for p in net.weights])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_gradient_that_is_not_finite_changes_nothing(impl, bad):
+    net = Net()
+    ema, copy = EMA(net, 0.9), ComputeCopy(net)
+    optimizer = AdamW(net.parameters(), lr=1e-2, impl=impl)
+    give(net, gradients(0))
+    optimizer.update(ema=ema, copy=copy)
+    before = [t.clone() for t in (*net.parameters(), *ema.averages.values(), *copy.copies.values())]
+    state = [t.clone() for s in optimizer.state.values() for t in s.values()]
+    give(net, gradients(1))
+    net.weights[1].grad[7] = bad
+    norm, finite = optimizer.update(ema=ema, copy=copy)
+    assert not finite
+    assert not norm.isfinite()
+    after = [*net.parameters(), *ema.averages.values(), *copy.copies.values()]
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(state, (t for s in optimizer.state.values() for t in s.values()), strict=True)
+    )
+    assert ema.updates == 1
+
+
+def test_a_scheduler_sets_the_learning_rate():
+    net, plain = Net(), Net()
+    pairs = [
+        (net, AdamW(net.parameters(), lr=1e-2, impl="triton")),
+        (plain, torch.optim.AdamW(plain.parameters(), lr=1e-2, betas=(0.9, 0.99), weight_decay=0.0)),
+    ]
+    schedulers = [torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5) for _, optimizer in pairs]
+    for step in range(3):
+        for (module, optimizer), scheduler in zip(pairs, schedulers, strict=True):
+            give(module, gradients(step))
+            if isinstance(optimizer, AdamW):
+                optimizer.prepare()
+                optimizer.update()
+                optimizer._opt_called = True  # the scheduler's check that a step came before it
+            else:
+                optimizer.step()
+            scheduler.step()
+    assert_equal([p.detach() for p in net.weights], [p.detach() for p in plain.weights])
+
+
+def test_parameter_groups():
+    net, plain = Net(), Net()
+
+    def groups(module):
+        return [
+            {"params": list(module.weights[:2]), "weight_decay": 0.5},
+            {"params": list(module.weights[2:]), "lr": 1e-1},
+        ]
+
+    optimizer = AdamW(groups(net), lr=1e-2, impl="triton")
+    reference = torch.optim.AdamW(groups(plain), lr=1e-2, betas=(0.9, 0.99), weight_decay=0.0)
+    give(net, gradients(0))
+    give(plain, gradients(0))
+    norm, _ = optimizer.update()
+    reference.step()
+    assert norm.item() == pytest.approx(math.sqrt(sum(g.square().sum().item() for g in gradients(0))), rel=1e-6)
+    assert_equal([p.detach() for p in net.weights], [p.detach() for p in plain.weights])
+
+
+def test_other_optimizers_take_the_same_update():
+    net, plain = Net(), Net()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    ema = EMA(net, 0.5, warmup=False)
+    give(net, gradients(0))
+    update(optimizer, ema=ema, grad_clip=1.0)
+    norm = math.sqrt(sum(g.square().sum().item() for g in gradients(0)))
+    expected = [p.detach() - 0.1 * g / norm for p, g in zip(plain.weights, gradients(0), strict=True)]
+    assert_equal([p.detach() for p in net.weights], expected, rtol=1e-5)
+    assert_equal(
+        ema.averages.values(),
+        [0.5 * p.detach() + 0.5 * e for p, e in zip(plain.weights, expected, strict=True)],
+        rtol=1e-5,
+    )
+
+
+def test_bad_inputs():
+    net = Net().double()
+    with pytest.raises(ValueError, match=r"takes float32 parameters and got torch.float64; use impl='torch'"):
+        AdamW(net.parameters(), impl="triton")
+    net = Net()
+    optimizer = AdamW(net.parameters(), impl="triton")
+    with pytest.raises(RuntimeError, match="needs a gradient for every parameter"):
+        optimizer.update()
