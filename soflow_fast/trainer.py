@@ -44,11 +44,14 @@ class Trainer:
     def __init__(self, config: TrainConfig, *, model: nn.Module | None = None, dataset: Dataset | None = None):
         self.config = config = build.with_given(config, network=model is not None, dataset=dataset is not None)
         self.device = build.resolve_device(config.device)
+        if model is None:
+            with torch.device("meta"):  # a value that cannot be is found before large weights are drawn
+                build.build_model(config)
+        self.dataset = build.build_dataset(config) if dataset is None else dataset
+        latent_scale = build.check_dataset(config, self.dataset)
         if not hasattr(model, "loss_of_rows"):
             model = build.build_model(config, model)
         self.model = model.to(self.device)
-        self.dataset = build.build_dataset(config) if dataset is None else dataset
-        latent_scale = build.check_dataset(config, self.dataset)
         wanted = config.optimizer
         self.optimizer = torch.optim.AdamW(
             [p for p in self.model.parameters() if p.requires_grad],
@@ -204,10 +207,13 @@ def load_run(run_dir: str | Path, device: str = "auto") -> tuple[TrainConfig, nn
     found = checkpoint.committed(run_dir / CHECKPOINTS)
     if not found:
         raise ValueError(f"the run {run_dir} has no checkpoint yet; let it train to its first one")
+    target = build.resolve_device(device)
     state = checkpoint.load(found[-1])
-    model = build.build_model(config)
+    with torch.device("meta"):
+        model = build.build_model(config)
+    model = model.to_empty(device=target).eval()
     checkpoint.load_weights(model, {**state.model, **state.ema}, found[-1])
-    return config, model.to(build.resolve_device(device)).eval(), state.step
+    return config, model, state.step
 
 
 def _due(step: int, every: int) -> bool:

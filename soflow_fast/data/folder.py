@@ -25,11 +25,11 @@ class ImageFolder(Dataset):
 
     def __init__(self, path: str | Path, *, channels: int, size: int, num_classes: int):
         self.path, self.size = Path(path), size
+        if not self.path.is_dir():
+            raise ValueError(f"the image folder {self.path} does not exist; set data.path to a folder of class folders")
         if channels not in _MODES:
             raise ValueError(f"model.in_channels={channels} does not fit images; choose 1 (grey) or 3 (RGB)")
         self.mode = _MODES[channels]
-        if not self.path.is_dir():
-            raise ValueError(f"the image folder {self.path} does not exist; set data.path to a folder of class folders")
         self.classes = sorted(entry.name for entry in self.path.iterdir() if entry.is_dir())
         if num_classes and len(self.classes) > num_classes:
             raise ValueError(

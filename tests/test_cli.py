@@ -1,0 +1,232 @@
+"""The command line: one sentence and exit code 2 for bad input, and what the commands print and write."""
+
+import json
+from dataclasses import replace
+from importlib import metadata
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from runs import soflow, tiny_config, write_config, write_latents
+from test_interop import IMAGENET
+
+from soflow_fast import Trainer
+from soflow_fast.cli import main
+from soflow_fast.config import DataConfig, ModelConfig
+
+needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="is about a machine without a GPU")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A finished run on the digits."""
+    folder = tmp_path_factory.mktemp("run")
+    Trainer(tiny_config(folder)).fit()
+    return folder
+
+
+def _files(folder):
+    return {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+def _refused(capsys, *args) -> str:
+    """The sentence with which a command line is refused."""
+    assert main([str(arg) for arg in args]) == 2
+    printed = capsys.readouterr()
+    assert printed.err.startswith("soflow: ")
+    assert printed.err.count("\n") == 1
+    assert "Traceback" not in printed.err
+    return printed.err
+
+
+# ------------------------------------------------------------------------------------------------------ bad input
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (None, ["config.yaml", "does not exist"]),
+        ("", ["config.yaml", "is empty"]),
+        ("model: [", ["config.yaml", "not valid YAML"]),
+        ("modell:\n  depth: 1\n", ["modell.depth", "model.depth"]),
+        ("batch_size: 0\n", ["batch_size=0", "at least 1"]),
+        ("optimizer:\n  learning_rate: -1e-4\n", ["optimizer.learning_rate=-0.0001", "greater than 0"]),
+        ("model:\n  num_heads: 7\n", ["num_heads=7", "hidden_size=768"]),
+        ("model:\n  patch_size: 5\n", ["patch_size=5", "input_size=32"]),
+        ("soflow:\n  label_drop: 0\n", ["guidance_scale=3.0", "label_drop > 0"]),
+        ("soflow:\n  gap_end: 0\n", ["gap_end=0.0", "(0, 1]"]),
+        ("model:\n  attention: flash_attn\n", ["attention='flash_attn'", "attention='sdpa'"]),
+        ("data:\n  path: nowhere.hdf5\nmodel: {depth: 1}\n", ["nowhere.hdf5", "does not exist"]),
+        ("data: {kind: folder, path: nowhere}\nmodel: {depth: 1}\n", ["nowhere", "does not exist"]),
+        (IMAGENET.replace("0.002", "0.0"), ["gap_end=0.0"]),
+        (IMAGENET.replace("DiT-XL-2", "UNet"), ["UNet", "not built yet"]),
+    ],
+)
+def test_bad_configurations(tmp_path, capsys, monkeypatch, text, words):
+    monkeypatch.chdir(tmp_path)
+    if text is not None:
+        (tmp_path / "config.yaml").write_text(text)
+    before = _files(tmp_path)
+    sentence = _refused(capsys, "train", "config.yaml")
+    for word in words:
+        assert word in sentence
+    assert _files(tmp_path) == before
+
+
+@needs_no_gpu
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--device", "cuda"], ["device='cuda'", "device=cpu"]),
+        (["--model.impl", "triton"], ["impl='triton'", "impl='torch'"]),
+        (["--compute.cuda_graph", "true"], ["cuda_graph=True", "cuda_graph=False"]),
+    ],
+)
+def test_what_this_machine_cannot_do(tmp_path, arguments, words):
+    path = write_config(tmp_path / "config.yaml", tiny_config(tmp_path / "run"))
+    result = soflow("train", str(path), *arguments)
+    assert result.returncode == 2
+    assert result.stderr.startswith("soflow: ")
+    assert result.stderr.count("\n") == 1
+    assert all(word in result.stderr for word in words)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"labels": None}, ["no array 'labels'"]),
+        ({"latents": np.zeros((40, 6, 8, 8), np.float32)}, ["(40, 6, 8, 8)", "(N, 8, 8, 8)"]),
+        ({"labels": np.arange(40)}, ["outside the classes 0..9"]),
+    ],
+)
+def test_bad_latents(tmp_path, capsys, changes, words):
+    path = write_latents(tmp_path / "latents.hdf5", **changes)
+    model = ModelConfig(input_size=8, num_classes=10, hidden_size=16, depth=1, num_heads=2)
+    config = tiny_config(tmp_path / "run", model=model, data=DataConfig(path=str(path)))
+    sentence = _refused(capsys, "train", write_config(tmp_path / "config.yaml", config))
+    for word in ["latents.hdf5", *words]:
+        assert word in sentence
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_truncated_latents_file(tmp_path, capsys):
+    path = write_latents(tmp_path / "latents.hdf5")
+    path.write_bytes(path.read_bytes()[:-1000])
+    config = tiny_config(tmp_path / "run", data=DataConfig(path=str(path)))
+    config = replace(config, model=replace(config.model, in_channels=4))
+    assert "damaged or incomplete" in _refused(capsys, "train", write_config(tmp_path / "config.yaml", config))
+
+
+def test_a_run_of_another_config_is_refused_and_kept(run, tmp_path, capsys):
+    path, before = write_config(tmp_path / "config.yaml", tiny_config(run, seed=9)), _files(run)
+    assert "holds a run with seed=0, and this one has 9" in _refused(capsys, "train", path)
+    assert _files(run) == before
+
+
+def test_bad_arguments_of_the_other_commands(run, tmp_path, capsys):
+    assert "is not a run" in _refused(capsys, "sample", tmp_path)
+    assert "is not a run" in _refused(capsys, "eval", tmp_path)
+    assert "--count 0" in _refused(capsys, "sample", run, "--count", 0)
+    assert "--steps 0" in _refused(capsys, "sample", run, "--steps", 0)
+    assert "--labels '3,10'" in _refused(capsys, "sample", run, "--labels", "3,10")
+    assert "evaluation.steps=0" in _refused(capsys, "eval", run, "--steps", 0)
+    assert "device='gpu'" in _refused(capsys, "sample", run, "--device", "gpu")
+    with pytest.raises(SystemExit) as stopped:
+        main(["sample", str(run), "--cuont", "3"])
+    assert stopped.value.code == 2
+
+
+def test_a_damaged_checkpoint_is_refused(tmp_path, capsys):
+    config = tiny_config(tmp_path / "run", total_steps=1)
+    weights = Trainer(config).fit() / "model.safetensors"
+    capsys.readouterr()
+    weights.write_bytes(weights.read_bytes()[:-1])
+    path = write_config(tmp_path / "config.yaml", config)
+    for command in (["train", path], ["sample", config.run_dir], ["eval", config.run_dir]):
+        assert "is damaged (model.safetensors" in _refused(capsys, *command)
+
+
+# ------------------------------------------------------------------------------------------------------- commands
+
+
+def test_train_with_overrides_in_a_process_of_its_own(tmp_path):
+    path = write_config(tmp_path / "config.yaml", tiny_config(tmp_path / "run"))
+    result = soflow("train", str(path), "--total_steps", "3", "--optimizer.learning_rate=2e-3")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == f"done: {tmp_path / 'run' / 'checkpoints' / 'step-00000003'}\n"
+    assert "velocity=" in result.stderr
+    assert "images/s=" in result.stderr
+    assert "learning_rate: 0.002" in (tmp_path / "run" / "config.yaml").read_text()
+
+
+@pytest.mark.parametrize(
+    ("model", "parameters", "forward"), [("DiT-B-4", "131.2 M", 11.1), ("DiT-XL-2", "676.7 M", 237)]
+)
+def test_dry_run_of_a_published_file(tmp_path, capsys, monkeypatch, model, parameters, forward):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "imagenet.yaml").write_text(IMAGENET.replace("DiT-XL-2", model))
+    assert main(["train", "imagenet.yaml", "--dry-run", "--batch_size", "64"]) == 0
+    printed = capsys.readouterr().out
+    assert f"preset: {model[:-2]}/{model[-1]}" in printed
+    assert f"parameters              {parameters}" in printed
+    flops = float(printed.split(" G per image")[0].split("(")[-1].replace(",", ""))
+    assert flops == pytest.approx(4.5 * forward, rel=0.02)  # the six network calls of a step are 4.5 whole forwards
+    assert [file.name for file in tmp_path.iterdir()] == ["imagenet.yaml"]
+
+
+def test_sample(run, tmp_path, capsys):
+    assert (
+        main(["sample", str(run), "--count", "10", "--steps", "2", "--labels", "3,7", "--out", str(tmp_path / "x")])
+        == 0
+    )
+    assert "10 samples in 2 step(s), " in capsys.readouterr().out
+    assert Image.open(tmp_path / "x.png").size == (5 * 34, 2 * 34)
+    again = [
+        main(["sample", str(run), "--count", "10", "--seed", seed, "--out", str(tmp_path / seed)]) for seed in "00112"
+    ]
+    assert again == [0] * 5
+    pictures = [(tmp_path / f"{seed}.png").read_bytes() for seed in "012"]
+    assert len(set(pictures)) == 3
+
+
+def test_eval_of_the_digits(run, capsys):
+    assert main(["eval", str(run), "--count", "40", "--steps", "2"]) == 0
+    written = json.loads((run / "evaluation" / "step-00000006-2-step.json").read_text())
+    assert written["step"] == 6
+    printed = capsys.readouterr().out
+    for name in ("frechet_all", "frechet_held_out", "recognised", "memorisation"):
+        assert f"{name:<20}{written[name]:.4f}" in printed
+
+
+def test_latents_train_sample_and_evaluate_without_an_autoencoder(tmp_path, capsys):
+    data = DataConfig(path=str(write_latents(tmp_path / "latents.hdf5")), workers=0)
+    config = tiny_config(tmp_path / "run", data=data, total_steps=2)
+    config = replace(config, model=replace(config.model, in_channels=4), output=replace(config.output, sample_every=2))
+    assert main(["train", str(write_config(tmp_path / "config.yaml", config))]) == 0
+    assert np.load(tmp_path / "run" / "samples" / "step-00000002.npy").shape == (10, 4, 8, 8)
+    assert main(["sample", str(tmp_path / "run"), "--count", "3"]) == 0
+    assert "3 latents (no autoencoder is set: --vae)" in capsys.readouterr().out
+    assert main(["eval", str(tmp_path / "run"), "--count", "5"]) == 0
+    assert np.load(tmp_path / "run" / "evaluation" / "step-00000002-1-step.npy").shape == (5, 4, 8, 8)
+
+
+def test_a_run_that_does_not_stay_finite_ends_with_code_1(tmp_path, capsys):
+    config = tiny_config(tmp_path / "run")
+    path = write_config(
+        tmp_path / "config.yaml", replace(config, optimizer=replace(config.optimizer, learning_rate=1e30))
+    )
+    assert main(["train", str(path)]) == 1
+    assert "was not finite at step" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_doctor(capsys):
+    assert main(["doctor"]) == 0
+    printed = capsys.readouterr().out
+    assert f"torch           {metadata.version('torch')}" in printed
+    assert "impl=auto       " in printed
+    assert "attention=auto  " in printed
+    if not torch.cuda.is_available():
+        assert "no GPU is visible" in printed
+        assert "device=auto     cpu" in printed
