@@ -60,11 +60,13 @@ def build_model(config: TrainConfig, network: nn.Module | None = None) -> nn.Mod
     It is built on the CPU (or the meta device, if that is the default), so that every device starts from the same
     weights, and the caller's random state stays as it was.
     """
-    section = asdict(config.objective_section)
+    section = {**asdict(config.objective_section), "impl": config.model.impl}
+    if config.model.impl == "auto" and resolve_device(config.device).type == "cpu":
+        section["impl"] = "torch"  # the fused kernels are for GPUs, also where there is one that is not used
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(config.seed)
         if network is None:
-            network = build_network(config.model, section["label_drop"])
+            network = build_network(replace(config.model, impl=section["impl"]), section["label_drop"])
         return OBJECTIVES[config.objective](network, **section)
 
 

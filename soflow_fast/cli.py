@@ -46,7 +46,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="soflow", description="Train one-step image generators with Solution Flow Models.", allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        prog="soflow", description="Train one-step image generators with Solution Flow Models.", allow_abbrev=False
+    )
     commands = parser.add_subparsers(title="commands", required=True)
 
     def add(name: str, command: Callable, summary: str, **options) -> argparse.ArgumentParser:
@@ -54,7 +56,9 @@ def _parser() -> argparse.ArgumentParser:
         sub.set_defaults(command=command)
         return sub
 
-    train = add("train", _train, "train, or go on with, the run of a configuration", epilog=f"--name value: {_OVERRIDES}")
+    train = add(
+        "train", _train, "train, or go on with, the run of a configuration", epilog=f"--name value: {_OVERRIDES}"
+    )
     train.add_argument("config", help="YAML file: nested, or a published SoFlow file as it is")
     train.add_argument("--dry-run", action="store_true", help="show configuration, sizes, FLOPs and memory, and stop")
 
@@ -129,7 +133,7 @@ def _eval(args: argparse.Namespace) -> None:
         "weights": args.weights,
     }
     wanted = replace(config.evaluation, **{name: value for name, value in given.items() if value is not None})
-    config = replace(config, evaluation=wanted, device=args.device)
+    config = replace(config, evaluation=wanted)
     folder = Path(args.run) / "evaluation" / f"step-{step:08d}-{wanted.steps}-step"
     scores = evaluate(model, config, folder, decode=_decoder(config, args.vae, model), seed=args.seed)
     folder.parent.mkdir(parents=True, exist_ok=True)

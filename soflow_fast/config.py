@@ -21,7 +21,7 @@ class ModelConfig:
 
     Attributes:
         preset: such as ``DiT-B/4``. input_size, in_channels, num_classes: of the data. patch_size, hidden_size, depth,
-            num_heads, mlp_ratio, impl, attention: see :class:`~soflow_fast.DiT`.
+            num_heads, mlp_ratio, impl, attention, recompute: see :class:`~soflow_fast.DiT`.
     """
 
     preset: str = "DiT-B/4"
@@ -35,6 +35,7 @@ class ModelConfig:
     mlp_ratio: float = 4.0
     impl: str = "auto"
     attention: str = "auto"
+    recompute: str = "none"
 
     def __post_init__(self):
         for name in ("input_size", "in_channels"):
@@ -244,7 +245,7 @@ class EvaluationConfig:
 
 
 # What may change between the parts of one run: it has no influence on the trained weights.
-_FREE = {"run_dir", "device", "max_skipped_steps", "data.workers", "data.prefetch", "data.vae"}
+_FREE = {"run_dir", "device", "max_skipped_steps", "model.recompute", "data.workers", "data.prefetch", "data.vae"}
 _FREE_SECTIONS = ("output.", "evaluation.")
 
 

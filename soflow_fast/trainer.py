@@ -1,6 +1,7 @@
 """The training run: steps, metrics, sample grids, checkpoints, and going on where it stopped."""
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -14,6 +15,7 @@ from soflow_fast.ema import EMA
 from soflow_fast.evaluate import check_evaluation, evaluate
 from soflow_fast.images import balanced_labels, generate, save_samples, vae_decoder
 from soflow_fast.logs import METRICS_NAME, Meter, RunLog
+from soflow_fast.optim import AdamW
 from soflow_fast.step import TrainStep
 
 CONFIG_NAME = "config.yaml"
@@ -53,14 +55,13 @@ class Trainer:
             model = build.build_model(config, model)
         self.model = model.to(self.device)
         wanted = config.optimizer
-        self.optimizer = torch.optim.AdamW(
+        self.optimizer = AdamW(
             [p for p in self.model.parameters() if p.requires_grad],
             lr=wanted.learning_rate,
             betas=wanted.betas,
             eps=wanted.eps,
             weight_decay=wanted.weight_decay,
-            fused=True,
-            capturable=self.device.type == "cuda",
+            impl=self.model.impl,
         )
         self.ema = EMA(self.model, config.ema.decay, config.ema.warmup)
         self.step = TrainStep(
@@ -203,15 +204,14 @@ def load_run(run_dir: str | Path, device: str = "auto") -> tuple[TrainConfig, nn
     run_dir = Path(run_dir)
     if not (run_dir / CONFIG_NAME).is_file():
         raise ValueError(f"{run_dir} is not a run: it holds no {CONFIG_NAME}; give the run_dir of a training run")
-    config = TrainConfig.from_yaml(run_dir / CONFIG_NAME)
+    config = replace(TrainConfig.from_yaml(run_dir / CONFIG_NAME), device=device)
     found = checkpoint.committed(run_dir / CHECKPOINTS)
     if not found:
         raise ValueError(f"the run {run_dir} has no checkpoint yet; let it train to its first one")
-    target = build.resolve_device(device)
-    state = checkpoint.load(found[-1])
     with torch.device("meta"):
         model = build.build_model(config)
-    model = model.to_empty(device=target).eval()
+    state = checkpoint.load(found[-1])
+    model = model.to_empty(device=build.resolve_device(device)).eval()
     checkpoint.load_weights(model, {**state.model, **state.ema}, found[-1])
     return config, model, state.step
 
