@@ -55,9 +55,9 @@ class Binary(NamedTuple):
         return None
 
 
-def record_case(case: Case, dtype: torch.dtype = torch.bfloat16) -> list[Record]:
+def record_case(case: Case, dtype: torch.dtype = torch.bfloat16, max_rows: int | None = None) -> list[Record]:
     """The launches that a case makes, forward and backward, recorded on meta tensors."""
-    arguments = case.inputs(Inputs("meta", dtype))
+    arguments = case.inputs(Inputs("meta", dtype, max_rows=max_rows))
     for name in case.gradients:
         arguments[name].requires_grad_()
     with recording() as records:
@@ -70,7 +70,7 @@ def record_case(case: Case, dtype: torch.dtype = torch.bfloat16) -> list[Record]
 
 def specialize(record: Record, arch: int):
     """``(source, options)`` for the compiler: what Triton's launcher would make of the recorded arguments."""
-    backend = make_backend(GPUTarget("cuda", arch, 32))
+    backend = make_backend(_target(arch))
     options = {"num_warps": record.config.num_warps, "num_stages": record.config.num_stages}
     bind = create_function_from_signature(record.kernel.signature, record.kernel.params, backend)
     bound, specialization, extra = bind(*record.args, **record.constants, **options)
@@ -80,10 +80,19 @@ def specialize(record: Record, arch: int):
     return ASTSource(record.kernel, signature, constexprs, attrs), parsed
 
 
+def compile_launch(record: Record, arch: int):
+    """Compiles one recorded launch; ``.asm`` of the result holds every stage from "ttir" to "cubin"."""
+    source, options = specialize(record, arch)
+    return triton.compile(source, target=_target(arch), options=options.__dict__)
+
+
+def _target(arch: int) -> GPUTarget:
+    return GPUTarget("cuda", arch, 32)
+
+
 def compile_record(record: Record, case: str, arch: int) -> Binary:
     """Compiles one recorded launch and reads the compiler's resource report."""
-    source, options = specialize(record, arch)
-    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options.__dict__)
+    compiled = compile_launch(record, arch)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()

@@ -111,6 +111,14 @@ def test_an_unused_output(used):
         torch.testing.assert_close(ours, truth, rtol=1e-5, atol=1e-5)
 
 
+def test_an_absent_gradient_is_not_read():
+    arguments = {k: v.to("meta").requires_grad_() for k, v in _inputs(GATED, (2, 5, 24), torch.float32).items()}
+    _, h = fused.gated_residual_layernorm(**arguments)
+    with recording() as launches:
+        h.sum().backward()
+    assert launches[0].args[1] is None
+
+
 @pytest.mark.parametrize("name", GRADIENTS)
 def test_strided_inputs(name):
     arguments = _inputs(name, (2, 3, 24), torch.float32)

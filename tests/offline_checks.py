@@ -1,0 +1,124 @@
+"""What is checked of compiled kernels, without a GPU; ``test_aot.py`` runs each in a process without the interpreter.
+
+python tests/offline_checks.py CHECK
+"""
+
+import re
+import sys
+
+import torch
+import triton
+import triton.language as tl
+
+from soflow_fast.kernels import _aot, fused
+from soflow_fast.kernels._cases import Inputs
+from soflow_fast.kernels._launch import Launch, Record, recording
+
+ARCH = 90
+
+
+def _hashes(records: list[Record]) -> list[tuple]:
+    """What tells one binary from another: source, signature, specialisation, constants; and the launch options."""
+    return [(_aot.specialize(r, ARCH)[0].hash(), r.config) for r in records]
+
+
+def _elements(records: list[Record]) -> int:
+    return sum(a.numel() for r in records for a in r.args if isinstance(a, torch.Tensor))
+
+
+def one_binary_for_every_batch():
+    """Batch sizes that are 1, odd, and a multiple of 16 launch the same binaries."""
+    for case in fused.cases():
+        runs = [_aot.record_case(case, max_rows=rows) for rows in (None, 48, 7, 1)]
+        assert len({_elements(run) for run in runs}) == len(runs), f"{case.op} {case.name} ignores Inputs.rows"
+        first, *others = map(_hashes, runs)
+        assert all(other == first for other in others), f"{case.op} {case.name}: a batch size has its own binary"
+
+
+def one_binary_for_every_number_of_tokens():
+    """Token counts from 1 to 4096 launch the same binaries."""
+
+    def hashes(tokens: int) -> list[tuple]:
+        x, branch = (torch.empty(2, tokens, 384, device="meta", requires_grad=True) for _ in range(2))
+        m = torch.empty(2, 384, device="meta")
+        with recording() as records:
+            outputs = fused.gated_residual_layernorm(x, branch, m, m, m)
+            torch.autograd.backward(outputs, [torch.empty_like(o) for o in outputs])
+            fused.gated_residual_layernorm_difference(x, x, x, x, m, m, m, m, m)
+            fused.gelu_difference(x, x)
+        return _hashes(records)
+
+    assert len(hashes(256)) == 5
+    assert all(hashes(tokens) == hashes(256) for tokens in (1, 7, 16, 64, 4096))
+
+
+def program_ids_are_widened_before_they_are_multiplied():
+    """No kernel multiplies in 32 bits what a program id went into: offsets stay right beyond 2^31 elements."""
+    seen = set()
+    for case in fused.cases():
+        for record in _aot.record_case(case):
+            if record.kernel not in seen:
+                seen.add(record.kernel)
+                narrow = _narrow_products(record)
+                assert not narrow, f"{record.kernel.__name__}: {narrow[0]}"
+    assert _narrow_products(_record(_narrow_kernel, Launch()))
+
+
+def _narrow_products(record: Record) -> list[str]:
+    """The 32-bit multiplications by values that come from a program id, in Triton's intermediate code."""
+    from_program_id, found = set(), []
+    for line in _aot.compile_launch(record, ARCH).asm["ttir"].splitlines():
+        assignment = re.match(r"\s*(%\w+) = (\S+) (.*)", line)
+        if not assignment:
+            continue
+        name, operation, operands = assignment.groups()
+        result_type = re.split(r" : | -> | to ", re.sub(r" loc\(.*", "", operands))[-1]
+        used = set(re.findall(r"%\w+", operands))
+        if operation == "tt.get_program_id" or (used & from_program_id and "i32" in result_type):
+            from_program_id.add(name)
+            if operation == "arith.muli":
+                found.append(line.strip())
+    return found
+
+
+@triton.jit
+def _narrow_kernel(x_ptr, n: tl.int64):
+    offsets = tl.program_id(0) * 1024 + tl.arange(0, 1024)
+    tl.store(x_ptr + offsets, 0.0, mask=offsets < n)
+
+
+@triton.jit
+def _greedy_kernel(x_ptr, n: tl.int64):
+    offsets = tl.arange(0, 16384)
+    x = tl.load(x_ptr + offsets)
+    tl.store(x_ptr + offsets, x - tl.sum(x))
+
+
+def _record(kernel, config: Launch) -> Record:
+    return Record(kernel, (torch.empty(16384, device="meta"), 16384), {}, config)
+
+
+def a_spill_is_refused():
+    """512 values a thread do not fit in 255 registers."""
+    binary = _aot.compile_record(_record(_greedy_kernel, Launch(num_warps=1)), "planted", ARCH)
+    assert binary.stack > 0
+    assert "spills" in binary.problem
+
+
+def too_many_registers_are_refused():
+    """The limit of the launch table counts, not only the hardware's."""
+    binary = _aot.compile_record(_record(_greedy_kernel, Launch(num_warps=8, max_registers=32)), "planted", ARCH)
+    assert binary.stack == 0
+    assert "more than the 32 its launch table allows" in binary.problem
+
+
+def bytes_are_those_of_the_tensors():
+    """``bytes_moved`` counts every tensor argument once."""
+    (case,) = (c for c in fused.cases() if (c.op, c.name) == ("gelu_difference", "B/4"))
+    (record,) = _aot.record_case(case)
+    u = case.inputs(Inputs("meta"))["u"]
+    assert _aot.compile_record(record, "bytes", ARCH).bytes_moved == 3 * 2 * u.numel()
+
+
+if __name__ == "__main__":
+    globals()[sys.argv[1]]()
