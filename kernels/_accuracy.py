@@ -1,0 +1,102 @@
+"""How far a fused op is from the truth: one rule for the tests, the benchmark and the table of errors.
+
+The reference in float64 is the truth. A fused op may be at most twice as far from it as the reference run in the same
+low precision is, plus ``atol``: 1e-6 (float32) or 2^-9 (bfloat16, float16) of the largest value. Triton's interpreter
+cuts float32 off where bfloat16 ends instead of rounding it: an error of up to 2^-8 where a stream is stored and again
+where a result is, so there atol is 2^-7.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from triton import knobs
+
+from . import fused, reference
+
+_ATOL = {torch.float32: 1e-6, torch.float16: 2.0**-9, torch.bfloat16: 2.0**-9}
+_INTERPRETED_ATOL = {**_ATOL, torch.bfloat16: 2.0**-7}
+
+
+class Error(NamedTuple):
+    """Of one output or gradient: the largest errors of the fused op and of the reference in the same low precision.
+
+    Attributes:
+        name: ``output 0``, ``gradient of x``. dtype: of the result. ours, plain: largest absolute errors.
+        scale: largest absolute value of the truth.
+    """
+
+    name: str
+    dtype: torch.dtype
+    ours: float
+    plain: float
+    scale: float
+
+    @property
+    def allowed(self) -> float:
+        """The largest error of the fused op that the rule allows."""
+        atol = _INTERPRETED_ATOL if knobs.runtime.interpret else _ATOL
+        return 2 * self.plain + atol[self.dtype] * self.scale
+
+    @property
+    def within(self) -> bool:
+        """Whether the rule holds; never for NaN."""
+        return self.ours <= self.allowed
+
+
+def as_tuple(outputs: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """An op's outputs as a tuple, also of one."""
+    return (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
+
+
+def run(
+    op: Callable,
+    arguments: dict[str, Any],
+    options: dict[str, Any],
+    gradients: Sequence[str] = (),
+    output_gradients: Sequence[Tensor] | None = None,
+) -> list[Tensor]:
+    """The outputs of an op and then the gradients of the named arguments.
+
+    The gradients are those of the differentiable outputs weighted by ``output_gradients``, by default repeatable noise.
+    """
+    arguments = {k: v.detach() if isinstance(v, Tensor) else v for k, v in arguments.items()}
+    for name in gradients:
+        arguments[name].requires_grad_()
+    outputs = as_tuple(op(**arguments, **options))
+    results = [o.detach() for o in outputs]
+    if gradients:
+        differentiable = [o for o in outputs if o.requires_grad]
+        if output_gradients is None:
+            generator = torch.Generator(outputs[0].device).manual_seed(1)
+            output_gradients = [torch.randn(o.shape, generator=generator, device=o.device) for o in differentiable]
+        inputs = [arguments[name] for name in gradients]
+        results += torch.autograd.grad(
+            differentiable, inputs, [g.to(o) for g, o in zip(output_gradients, differentiable, strict=True)]
+        )
+    return results
+
+
+def errors(
+    name: str, arguments: dict[str, Any], options: dict[str, Any], gradients: Sequence[str] = (), **kwargs
+) -> list[Error]:
+    """The errors of every output and gradient of the op ``name``; arguments as :func:`run` takes them."""
+    wide_options = {k: torch.float64 if isinstance(v, torch.dtype) else v for k, v in options.items()}
+    truth = run(getattr(reference, name), _in_float64(arguments), wide_options, gradients, **kwargs)
+    plain = run(getattr(reference, name), arguments, options, gradients, **kwargs)
+    ours = run(getattr(fused, name), arguments, options, gradients, **kwargs)
+    names = [f"output {i}" for i in range(len(truth) - len(gradients))] + [f"gradient of {g}" for g in gradients]
+    rows = []
+    for which, t, p, o in zip(names, truth, plain, ours, strict=True):
+        assert (o.shape, o.dtype) == (p.shape, p.dtype), (name, which, o.shape, o.dtype, p.shape, p.dtype)
+        rows.append(Error(which, o.dtype, _largest(o - t), _largest(p - t), _largest(t)))
+    return rows
+
+
+def _in_float64(arguments: dict[str, Any]) -> dict[str, Any]:
+    return {k: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in arguments.items()}
+
+
+def _largest(x: Tensor) -> float:
+    return x.abs().max().item()
