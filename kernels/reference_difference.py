@@ -173,6 +173,11 @@ def silu_difference(u: Tensor, du: Tensor, *, tangent: bool = False) -> Tensor:
 # -------------------------------------------------------------------------------------------------- attention
 
 
+def _expm1(x: Tensor) -> Tensor:
+    """``e^x − 1`` as ``tanh(x/2)(e^x + 1)``: compiled for a CPU, torch.expm1 becomes exp(x) − 1 and cancels."""
+    return torch.tanh(x / 2) * (torch.exp(x) + 1)
+
+
 def attention_difference(
     q: Tensor, k: Tensor, v: Tensor, dq: Tensor, dk: Tensor, dv: Tensor, o: Tensor, *, tangent: bool = False
 ) -> Tensor:
@@ -198,7 +203,7 @@ def attention_difference(
         ds = (dq @ k.mT + q @ dk.mT) * scale
         dp = p * (ds - (p * ds).sum(-1, keepdim=True))
         return (dp @ v + p @ dv_wide).to(dv.dtype)
-    e = torch.expm1((dq @ (k + dk).mT + q @ dk.mT) * scale)
+    e = _expm1((dq @ (k + dk).mT + q @ dk.mT) * scale)
     z = (p * e).sum(-1, keepdim=True)
     dp = p * (e - z) / (1 + z)
     return (dp @ (v + dv_wide) + p @ dv_wide).to(dv.dtype)
