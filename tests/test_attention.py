@@ -1,0 +1,102 @@
+"""Attention backends against the plain formula, and what cannot run here."""
+
+import importlib.util
+import math
+
+import pytest
+import torch
+
+from soflow_fast.attention import BACKENDS, attention, resolve_attention
+
+# what runs on a CPU; a GPU has the others as well
+CPU_BACKENDS = ("sdpa", "math")
+HEAD_DIMS = (8, 36, 64, 72)
+
+
+def _qkv(head_dim, dtype=torch.float64, device="cpu"):
+    generator = torch.Generator().manual_seed(0)
+    # heads in the middle, as the fused qkv projection leaves them: the tensors are strided
+    qkv = torch.randn(2, 24, 3, 4, head_dim, generator=generator, dtype=torch.float64)
+    return [y.to(device, dtype).requires_grad_() for y in qkv.permute(2, 0, 3, 1, 4)]
+
+
+def _plain(q, k, v):
+    scores = torch.einsum("bhnd,bhmd->bhnm", q, k) / math.sqrt(q.shape[-1])
+    return torch.einsum("bhnm,bhmd->bhnd", scores.exp() / scores.exp().sum(-1, keepdim=True), v)
+
+
+def _outputs_and_gradients(function, qkv):
+    out = function(*qkv)
+    weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    return [out, *torch.autograd.grad(out, qkv, weights.to(out))]
+
+
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
+def test_backend_and_its_gradients(backend, head_dim):
+    expected = _outputs_and_gradients(_plain, _qkv(head_dim))
+    wide = _outputs_and_gradients(lambda q, k, v: attention(q, k, v, backend), _qkv(head_dim))
+    narrow = _outputs_and_gradients(lambda q, k, v: attention(q, k, v, backend), _qkv(head_dim, torch.float32))
+    for truth, value, single in zip(expected, wide, narrow, strict=True):
+        torch.testing.assert_close(value, truth, rtol=0, atol=1e-12)
+        assert single.dtype == torch.float32
+        torch.testing.assert_close(single.double(), truth, rtol=0, atol=1e-5)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="half-precision GPU backends need a GPU")
+@pytest.mark.parametrize("head_dim", [64, 72])
+@pytest.mark.parametrize("backend", ["sdpa", "cudnn", "flash_attn"])
+def test_gpu_backend_and_its_gradients(backend, head_dim):
+    if backend == "flash_attn" and importlib.util.find_spec("flash_attn") is None:
+        pytest.skip("flash-attn is not installed")
+    expected = _outputs_and_gradients(_plain, _qkv(head_dim))
+    ours = _outputs_and_gradients(lambda q, k, v: attention(q, k, v, backend), _qkv(head_dim, torch.bfloat16, "cuda"))
+    for truth, value in zip(expected, ours, strict=True):
+        error = (value.double().cpu() - truth).norm() / truth.norm()
+        assert error < 2e-2
+
+
+def test_math_has_a_forward_mode_derivative():
+    qkv = [y.detach() for y in _qkv(8)]
+    directions = tuple(torch.randn(y.shape, generator=torch.Generator().manual_seed(2)).double() for y in qkv)
+    ours = torch.func.jvp(lambda q, k, v: attention(q, k, v, "math"), tuple(qkv), directions)[1]
+    torch.testing.assert_close(ours, torch.func.jvp(_plain, tuple(qkv), directions)[1], rtol=0, atol=1e-12)
+
+
+def test_names_stand_for_backends():
+    assert resolve_attention("auto", 64) == "sdpa"
+    for backend in CPU_BACKENDS:
+        assert resolve_attention(backend, 36) == backend
+
+
+def test_unknown_backend_names_the_choices():
+    with pytest.raises(ValueError, match=r"attention='flash' is not known; choose one of auto, sdpa"):
+        resolve_attention("flash", 64)
+    assert set(BACKENDS) >= {"auto", *CPU_BACKENDS}
+
+
+def test_flash_attn_that_is_not_installed_says_what_to_install(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"pip install 'soflow-fast\[flash\]'"):
+        resolve_attention("flash_attn", 64)
+
+
+def test_flash_attn_without_a_gpu(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="needs a CUDA GPU and none is visible"):
+        resolve_attention("flash_attn", 64)
+
+
+@pytest.mark.parametrize("head_dim", [36, 264])
+def test_flash_attn_refuses_head_dims_it_has_no_kernel_for(monkeypatch, head_dim):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(ValueError, match=f"multiples of 8 up to 256, and this model has {head_dim}"):
+        resolve_attention("flash_attn", head_dim)
+
+
+def test_cudnn_without_a_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="attention='cudnn' needs a CUDA GPU with cuDNN"):
+        resolve_attention("cudnn", 64)
