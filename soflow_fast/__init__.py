@@ -1,7 +1,7 @@
 """soflow-fast: train one-step image generators with Solution Flow Models (arXiv 2512.15657)."""
 
 try:
-    from soflow_fast import kernels as kernels
+    import soflow_fast.kernels as kernels
 except ModuleNotFoundError as error:
     if error.name != "soflow_fast.kernels":
         raise

@@ -148,12 +148,12 @@ def _demo(args: argparse.Namespace) -> None:
     missing = [name for name in ("matplotlib", "sklearn", "torch_fidelity") if find_spec(name) is None]
     if missing:
         raise ValueError(f"the demo needs {', '.join(missing)}, not installed; run pip install 'soflow-fast[demo]'")
-    from soflow_fast.demo import run_demo
+    from soflow_fast.demo import AIMS, run_demo
 
     results = run_demo(args.run_dir, args.seed, args.device)
-    print(f"\n{'':<22}one step   two steps")
-    for name in results["one_step"]:
-        print(f"{name:<22}{results['one_step'][name]:8.3f}   {results['two_steps'][name]:9.3f}")
+    print(f"\n{'':<20}{'one step':>10}{'aim':>10}{'two steps':>12}")
+    for name, aim in AIMS.items():
+        print(f"{name:<20}{results['one_step'][name]:>10.3f}{aim:>10}{results['two_steps'][name]:>12.3f}")
     print(f"\nwrote {args.run_dir}/samples.png, losses.png, metrics.json and {results['checkpoint']}")
     print(f"{results['seconds']:.0f} s, of which {results['seconds_training']:.0f} s of training")
 

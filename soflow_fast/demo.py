@@ -26,7 +26,11 @@ from soflow_fast.logs import METRICS_NAME
 from soflow_fast.trainer import Trainer, load_run
 
 STEPS = 1000
-_SAMPLES = 5000
+SAMPLES = 5000
+
+#: What one-step samples must reach: at most, or at least.
+AIMS = {"frechet_all": "<= 2.5", "frechet_held_out": "<= 3.5", "recognised": ">= 0.97", "memorisation": ">= 0.9"}
+
 _COLUMNS = 10
 
 
@@ -52,7 +56,7 @@ def demo_config(run_dir: str, seed: int = 0, device: str = "auto") -> TrainConfi
         ema=EMAConfig(decay=0.999),
         soflow=SoFlowConfig(guidance_scale=2.0),
         output=OutputConfig(log_every=20, sample_every=200, sample_shape=(10, 10), checkpoint_every=200),
-        evaluation=EvaluationConfig(samples=_SAMPLES, batch_size=1000),
+        evaluation=EvaluationConfig(samples=SAMPLES, batch_size=1000),
     )
 
 
@@ -67,11 +71,11 @@ def run_demo(run_dir: str, seed: int = 0, device: str = "auto") -> dict:
     last = Trainer(config).fit()
     trained = time.perf_counter()
     config, model, step = load_run(run_dir, device)
-    labels = balanced_labels(_SAMPLES, config.model.num_classes)
+    labels = balanced_labels(SAMPLES, config.model.num_classes)
     results = {}
     for steps, name in ((1, "one_step"), (2, "two_steps")):
         parts = generate(
-            model, labels, _SAMPLES, sample_shape(config), steps=steps, seed=seed, batch=config.evaluation.batch_size
+            model, labels, SAMPLES, sample_shape(config), steps=steps, seed=seed, batch=config.evaluation.batch_size
         )
         samples = torch.cat([part.cpu() for part in parts])
         results[name] = digit_scores(samples, labels)
@@ -80,7 +84,7 @@ def run_demo(run_dir: str, seed: int = 0, device: str = "auto") -> dict:
     _draw_losses(Path(run_dir))
     results |= {
         "steps": step,
-        "samples": _SAMPLES,
+        "samples": SAMPLES,
         "seed": seed,
         "seconds_training": round(trained - started, 1),
         "seconds": round(time.perf_counter() - started, 1),
@@ -99,7 +103,7 @@ def _draw_samples(samples: Tensor, labels: Tensor, folder: Path) -> None:
         (panels[1], "real digits", real, real_labels),
     ):
         rows = [images[classes == digit][:_COLUMNS] for digit in range(10)]
-        panel.imshow(to_uint8(grid(torch.cat(rows), _COLUMNS))[0], cmap="gray", interpolation="nearest")
+        panel.imshow(to_uint8(grid(torch.cat(rows), _COLUMNS))[0].numpy(), cmap="gray", interpolation="nearest")
         panel.set_title(title)
         panel.axis("off")
     figure.savefig(folder / "samples.png", dpi=120)

@@ -1,0 +1,49 @@
+"""The digits demo: what it writes, and that a shortened training already learns the digits."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from PIL import Image
+
+from soflow_fast import Trainer, demo
+from soflow_fast.build import sample_shape
+from soflow_fast.cli import main
+from soflow_fast.evaluate import digit_scores
+from soflow_fast.images import balanced_labels, generate
+
+
+def test_demo_writes_what_it_names(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(demo, "STEPS", 20)
+    monkeypatch.setattr(demo, "SAMPLES", 200)
+    run_dir = tmp_path / "demo"
+    assert main(["demo", "--run-dir", str(run_dir), "--device", "cpu"]) == 0
+    printed = capsys.readouterr().out
+    checkpoint = run_dir / "checkpoints" / "step-00000020"
+    assert f"wrote {run_dir}/samples.png, losses.png, metrics.json and {checkpoint}" in printed
+    metrics = json.loads((run_dir / "metrics.json").read_text())
+    for steps in ("one_step", "two_steps"):
+        assert metrics[steps].keys() == demo.AIMS.keys()
+    assert f"{metrics['one_step']['frechet_all']:.3f}" in printed
+    assert (metrics["samples"], metrics["steps"], metrics["checkpoint"]) == (200, 20, str(checkpoint))
+    assert metrics["seconds"] >= metrics["seconds_training"] > 0
+    for name in ("samples.png", "losses.png"):
+        with Image.open(run_dir / name) as picture:
+            assert min(picture.size) > 400
+            assert len(set(picture.convert("L").tobytes())) > 20  # not blank
+
+
+@pytest.mark.slow
+def test_four_hundred_half_batches_learn_the_digits(tmp_path):
+    config = replace(demo.demo_config(str(tmp_path), device="cpu"), total_steps=400, batch_size=128)
+    run = Trainer(config)
+    run.fit()
+    labels = balanced_labels(2000, 10)
+    with run.ema.applied():
+        parts = generate(run.model, labels, 2000, sample_shape(config), steps=1, seed=0, batch=1000)
+        scores = digit_scores(torch.cat(list(parts)), labels)
+    assert scores["frechet_all"] < 3.2
+    assert scores["frechet_held_out"] < 3.8
+    assert scores["recognised"] > 0.6
+    assert scores["memorisation"] > 0.9
