@@ -15,4 +15,4 @@ from soflow_fast.dit import DiT
 from soflow_fast.objectives.soflow import SoFlow
 from soflow_fast.trainer import Trainer
 
-__all__ = ["DiT", "SoFlow", "TrainConfig", "Trainer"]
+__all__ = ["DiT", "SoFlow", "TrainConfig", "Trainer", "kernels"]
