@@ -19,7 +19,6 @@ from typing import NamedTuple
 
 import torch
 import triton
-from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
@@ -107,7 +106,7 @@ def compile_record(record: Record, case: str, arch: int) -> Binary:
         registers=usage["REG"],
         stack=usage["STACK"] + usage["LOCAL"],
         shared=compiled.metadata.shared,
-        bytes_moved=sum(a.numel() * a.element_size() for a in record.args if isinstance(a, Tensor)),
+        bytes_moved=record.bytes_moved,
         max_registers=record.config.max_registers,
     )
 

@@ -33,6 +33,11 @@ class Record(NamedTuple):
     constants: dict[str, Any]
     config: Launch
 
+    @property
+    def bytes_moved(self) -> int:
+        """Every tensor argument once."""
+        return sum(a.numel() * a.element_size() for a in self.args if isinstance(a, Tensor))
+
 
 _records: list[Record] | None = None
 
