@@ -1,0 +1,127 @@
+"""The training step against the loss it is made of, differentiated by hand in the test."""
+
+import pytest
+import torch
+from runs import tiny_config
+
+from soflow_fast import build, optim
+from soflow_fast.ema import EMA
+from soflow_fast.step import TrainStep
+
+LR = 0.1
+
+
+def _model(seed=0, dtype=torch.float64):
+    model = build.build_model(tiny_config("unused", seed=seed)).to(dtype)
+    generator = torch.Generator().manual_seed(seed)
+    torch.nn.init.normal_(model.network.final_layer.linear.weight, std=0.1, generator=generator)
+    return model
+
+
+def _batch(n=16, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(n, 1, 8, 8, generator=generator, dtype=dtype)
+    return x, torch.randint(0, 10, (n,), generator=generator)
+
+
+def _step(model, **options):
+    optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+    return TrainStep(model, optimizer=optimizer, **{"total_steps": 10, "seed": 3, **options})
+
+
+def _weights(model):
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+def test_three_steps_of_gradient_descent_at_the_right_progress_and_draws():
+    x, labels = _batch()
+    model, expected = _model(), _model()
+    step = _step(model)
+    for k in range(3):
+        stats = step(x, labels)
+        loss = expected.loss(x, labels, k / 10, seed=3, step=k).loss
+        parameters = [p for p in expected.parameters() if p.requires_grad]
+        gradients = torch.autograd.grad(loss, parameters)
+        with torch.no_grad():
+            for p, gradient in zip(parameters, gradients, strict=True):
+                p -= LR * gradient
+        norm = torch.cat([gradient.flatten() for gradient in gradients]).norm()
+        torch.testing.assert_close(stats.loss, loss.detach())
+        torch.testing.assert_close(stats.grad_norm, norm)
+        assert stats.finite
+        assert {name: len(part.t) for name, part in stats.parts.items()} == {"velocity": 12, "consistency": 4}
+    torch.testing.assert_close(_weights(model), _weights(expected))
+    assert int(step.step) == 3
+
+
+@pytest.mark.parametrize("accumulation", [2, 4])
+def test_micro_batches_change_nothing(accumulation):
+    x, labels = _batch()
+    whole, parts = _model(), _model()
+    for model, n in ((whole, 1), (parts, accumulation)):
+        step = _step(model, accumulation=n)
+        for _ in range(2):
+            stats = step(x, labels)
+    assert len(stats.parts["velocity"].mse) == 12
+    torch.testing.assert_close(_weights(parts), _weights(whole))
+
+
+def test_two_halves_of_a_batch_are_the_rows_of_two_processes():
+    # the gradients of two processes average to the whole batch's; here each half is a step of its own
+    x, labels = _batch()
+    moved = []
+    for rank, rows in ((0, slice(0, 8)), (1, slice(8, 16)), (None, slice(None))):
+        model = _model()
+        before = _weights(model)
+        out = model.loss(x[rows], labels[rows], 0.0, seed=3, step=0, first_row=8 * (rank or 0))
+        out.loss.backward()
+        moved.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad]))
+        assert torch.equal(_weights(model), before)
+    torch.testing.assert_close((moved[0] + moved[1]) / 2, moved[2])
+
+
+def test_clipping_limits_the_norm():
+    x, labels = _batch()
+    model = _model()
+    before = _weights(model)
+    norm = _step(model, grad_clip=1e-3)(x, labels).grad_norm
+    assert norm > 1e-3
+    assert (_weights(model) - before).norm() == pytest.approx(LR * 1e-3, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda parameters: torch.optim.AdamW(parameters, lr=LR, fused=True),
+        lambda parameters: optim.AdamW(parameters, lr=LR, impl="torch"),
+    ],
+    ids=["torch", "ours"],
+)
+def test_a_step_that_is_not_finite_changes_nothing_but_the_step(make):
+    x, labels = _batch(dtype=torch.float32)
+    model = _model(dtype=torch.float32)
+    ema = EMA(model)
+    optimizer = make([p for p in model.parameters() if p.requires_grad])
+    step = TrainStep(model, optimizer=optimizer, ema=ema, total_steps=10)
+    step(x, labels)
+    before = _weights(model), {name: value.clone() for name, value in ema.state_dict().items()}
+    stats = step(x / 0, labels)
+    assert not stats.finite
+    assert torch.equal(_weights(model), before[0])
+    assert all(torch.equal(value, before[1][name]) for name, value in ema.state_dict().items())
+    assert (int(step.step), int(ema.updates)) == (2, 1)
+    assert {float(state["step"]) for state in optimizer.state.values()} == {1.0}
+    assert step(x, labels).finite
+    assert not torch.equal(_weights(model), before[0])
+
+
+def test_settings_that_cannot_be():
+    x, labels = _batch(12)
+    with pytest.raises(ValueError, match=r"batches of 6 rows do not all hold .* a multiple of 4"):
+        _step(_model(), accumulation=2)(x, labels)
+    with pytest.raises(ValueError, match="accumulation=5 does not divide the batch of 12 rows"):
+        _step(_model(), accumulation=5)(x, labels)
+    with pytest.raises(ValueError, match="precision='fp8' is not known"):
+        _step(_model(), precision="fp8")
+    with pytest.raises(ValueError, match="cuda_graph=True needs the model on a CUDA GPU"):
+        _step(_model(), cuda_graph=True)
