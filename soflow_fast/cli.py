@@ -5,7 +5,6 @@ Bad input ends in one sentence and exit code 2, a training run that does not sta
 
 import argparse
 import json
-import logging
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -32,13 +31,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     args, overrides = parser.parse_known_args(argv)
     if overrides and args.command is not _train:
         parser.error(f"unrecognized arguments: {' '.join(overrides)}")
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
     args.overrides = overrides
     try:
         args.command(args)
-    except (ValueError, FloatingPointError) as error:
+    except (ValueError, OSError) as error:
         print(f"soflow: {error}", file=sys.stderr)
-        return 2 if isinstance(error, ValueError) else 1
+        return 2
+    except FloatingPointError as error:
+        print(f"soflow: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("soflow: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
         return 130

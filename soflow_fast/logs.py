@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -115,6 +116,10 @@ class RunLog:
         for name, value in values.items():
             for suffix, number in _scalars(value):
                 self._writer.add_scalar(name + suffix, number, values["step"])
+
+    def say(self, sentence: str) -> None:
+        """A line above the progress bar."""
+        self._bar.write(sentence, file=sys.stderr)
 
     @contextmanager
     def off_the_clock(self) -> Iterator[None]:

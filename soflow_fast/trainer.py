@@ -96,8 +96,11 @@ class Trainer:
             FloatingPointError: after more steps that are not finite than the configuration allows.
         """
         config, output = self.config, self.config.output
+        last_checkpoint = checkpoint.path_of(self.checkpoints, config.total_steps)
         start, skipped = self._restore()
         self._claim_folder()
+        if start == config.total_steps:
+            return last_checkpoint
         steps = batches(
             self.dataset,
             batch=config.batch_size,
@@ -110,6 +113,7 @@ class Trainer:
         )
         meter = Meter(self.device, skipped)
         log = RunLog(self.run_dir, start, config.total_steps, config.batch_size)
+        log.say(self._description(start))
         try:
             for done, (x, labels) in enumerate(steps, start + 1):
                 meter.update(done, self.step(x, labels))
@@ -128,7 +132,18 @@ class Trainer:
                         self._evaluate(done, log)
         finally:
             log.close()
-        return checkpoint.path_of(self.checkpoints, config.total_steps)
+        return last_checkpoint
+
+    def _description(self, start: int) -> str:
+        choices = {
+            "impl": self.model.impl,
+            "attention": getattr(self.model.network, "attention", "the network's own"),
+            "precision": self.step.precision,
+            "compile": self.step.compile,
+            "cuda_graph": self.step.cuda_graph,
+        }
+        chosen = ", ".join(f"{name}={value}" for name, value in choices.items())
+        return f"step {start} of {self.config.total_steps} on {self.device}: {chosen}"
 
     def _restore(self) -> tuple[int, int]:
         """Loads the newest checkpoint, if there is one; steps done and steps skipped."""

@@ -4,6 +4,7 @@ Arrays: ``latents`` float (N, 2C, S, S), the mean and then the standard deviatio
 integer (N,); scalars ``amount`` = N and ``latent_size`` = S.
 """
 
+import os
 from pathlib import Path
 
 import h5py
@@ -35,6 +36,7 @@ class LatentMoments(Dataset):
         path = Path(path)
         self.path = path / PUBLIC_NAME if path.is_dir() else path
         self._file: h5py.File | None = None
+        self._opened_by: int | None = None
         if not self.path.is_file():
             raise ValueError(f"the latents file {self.path} does not exist; set data.path to an HDF5 file of latents")
         try:
@@ -57,15 +59,15 @@ class LatentMoments(Dataset):
 
     def __getitems__(self, indices: list[int]) -> list[tuple[Tensor, Tensor]]:
         """The samples of a batch in the order asked for: (2C, S, S) float32 and 0-d int64."""
-        if self._file is None:
-            self._file = h5py.File(self.path, "r")
+        if self._opened_by != os.getpid():  # a worker must not share the file position of the process it came from
+            self._file, self._opened_by = h5py.File(self.path, "r"), os.getpid()
         ascending, back = np.unique(np.asarray(indices), return_inverse=True)
         moments = torch.from_numpy(self._file["latents"][ascending].astype(np.float32, copy=False))[back]
         labels = torch.from_numpy(self._file["labels"][ascending].astype(np.int64, copy=False))[back]
         return list(zip(moments, labels, strict=True))
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "_file": None}
+        return {**self.__dict__, "_file": None, "_opened_by": None}
 
     def _check_form(self, file: h5py.File, channels: int, size: int) -> None:
         for name in ("latents", "labels"):
