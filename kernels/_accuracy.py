@@ -78,24 +78,32 @@ def run(
     return results
 
 
-def errors(
+def truth(
     name: str, arguments: dict[str, Any], options: dict[str, Any], gradients: Sequence[str] = (), **kwargs
-) -> list[Error]:
-    """The errors of every output and gradient of the op ``name``; arguments as :func:`run` takes them."""
+) -> list[Tensor]:
+    """What :func:`run` gives for the reference op ``name`` in float64."""
+    wide = {k: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in arguments.items()}
     wide_options = {k: torch.float64 if isinstance(v, torch.dtype) else v for k, v in options.items()}
-    truth = run(getattr(reference, name), _in_float64(arguments), wide_options, gradients, **kwargs)
-    plain = run(getattr(reference, name), arguments, options, gradients, **kwargs)
-    ours = run(getattr(fused, name), arguments, options, gradients, **kwargs)
-    names = [f"output {i}" for i in range(len(truth) - len(gradients))] + [f"gradient of {g}" for g in gradients]
+    return run(getattr(reference, name), wide, wide_options, gradients, **kwargs)
+
+
+def compare(ours: list[Tensor], plain: list[Tensor], exact: list[Tensor], gradients: Sequence[str] = ()) -> list[Error]:
+    """The errors of two results of :func:`run` against the truth."""
+    names = [f"output {i}" for i in range(len(exact) - len(gradients))] + [f"gradient of {g}" for g in gradients]
     rows = []
-    for which, t, p, o in zip(names, truth, plain, ours, strict=True):
-        assert (o.shape, o.dtype) == (p.shape, p.dtype), (name, which, o.shape, o.dtype, p.shape, p.dtype)
-        rows.append(Error(which, o.dtype, _largest(o - t), _largest(p - t), _largest(t)))
+    for name, o, p, t in zip(names, ours, plain, exact, strict=True):
+        assert (o.shape, o.dtype) == (p.shape, p.dtype), (name, o.shape, o.dtype, p.shape, p.dtype)
+        rows.append(Error(name, o.dtype, _largest(o - t), _largest(p - t), _largest(t)))
     return rows
 
 
-def _in_float64(arguments: dict[str, Any]) -> dict[str, Any]:
-    return {k: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in arguments.items()}
+def errors(
+    name: str, arguments: dict[str, Any], options: dict[str, Any], gradients: Sequence[str] = (), **kwargs
+) -> list[Error]:
+    """The errors of every output and gradient of the fused op ``name``; arguments as :func:`run` takes them."""
+    inputs = (arguments, options, gradients)
+    ours, plain = (run(getattr(module, name), *inputs, **kwargs) for module in (fused, reference))
+    return compare(ours, plain, truth(name, *inputs, **kwargs), gradients)
 
 
 def _largest(x: Tensor) -> float:

@@ -102,7 +102,7 @@ def _load_condition(t_ptr, s_ptr, table_ptr, label, row, columns, classes, D: tl
     return tl.where(known, c, float("nan"))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["classes"])
 def _condition_forward_kernel(
     t_ptr,  # (B, D)
     s_ptr,  # (B, D)
@@ -110,7 +110,7 @@ def _condition_forward_kernel(
     labels_ptr,  # (B,)
     c_ptr,  # (B, D)
     active_ptr,  # (B, D)
-    classes,
+    classes: tl.int64,
     D: tl.constexpr,
     THREADS: tl.constexpr,
 ):
@@ -121,7 +121,7 @@ def _condition_forward_kernel(
     store_row(active_ptr + row * D, columns, c * tl.sigmoid(c), D)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["classes"])
 def _condition_backward_kernel(
     dactive_ptr,  # (B, D)
     t_ptr,  # (B, D)
@@ -129,7 +129,7 @@ def _condition_backward_kernel(
     table_ptr,  # (classes, D)
     labels_ptr,  # (B,)
     dc_ptr,  # (B, D), the gradient of both embeddings
-    classes,
+    classes: tl.int64,
     D: tl.constexpr,
     THREADS: tl.constexpr,
 ):
@@ -350,7 +350,7 @@ def cases() -> list[Case]:
 
     def embeddings(width: int):
         def make(new: Inputs) -> dict:
-            B, classes = new.rows(256), 1001
+            B, classes = new.rows(256), new.rows(1001)
             t_embedding, s_embedding = new.normal(B, width), new.normal(B, width)
             table, labels = new.normal(classes, width, dtype=torch.float32), new.integers(B, high=classes)
             return {"t_embedding": t_embedding, "s_embedding": s_embedding, "table": table, "labels": labels}

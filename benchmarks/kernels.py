@@ -1,0 +1,190 @@
+"""Fused ops against the same formula in plain torch, eager and compiled: time, GB/s, share of the copy bandwidth.
+
+    python benchmarks/kernels.py [--only OP] [--json OUT.json] [--smoke]
+    pytest benchmarks/kernels.py
+
+Runs every case of ``soflow_fast.kernels.fused`` with bfloat16 operands. An op whose results are not as exact as its
+tests demand is not timed, and the run fails. GB/s are the bytes that the fused op moves, for every provider, so they
+compare as times do. ``--smoke`` takes the smallest case of each op with one row; so does a machine without a GPU, in
+Triton's interpreter and in float32 (its products of bfloat16 matrices are wrong): those times mean nothing.
+"""
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import _interpreter  # noqa: F401
+import pytest
+import torch
+from _measure import environment
+from _timing import Timer, copy_bandwidth, launch_floor_ms
+from torch import Tensor
+
+from soflow_fast.kernels import _accuracy, _aot, fused, reference
+from soflow_fast.kernels._cases import Case, Inputs
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
+PROVIDERS = ("eager", "compiled", "ours")
+FORWARD, BOTH = "forward", "forward+backward"
+
+
+def modes(case: Case) -> tuple[str, ...]:
+    """The forward, and with the backward where the case has gradients."""
+    return (FORWARD, BOTH) if case.gradients else (FORWARD,)
+
+
+def selected(smoke: bool, only: str | None = None) -> list[Case]:
+    """The cases to run: all, or in a smoke run the smallest of each op."""
+    cases = [case for case in fused.cases() if not only or only in case.op]
+    if not smoke:
+        return cases
+    smallest = {}
+    for case in sorted(cases, key=lambda c: bytes_moved(c, FORWARD, None), reverse=True):
+        smallest[case.op] = case
+    return list(smallest.values())
+
+
+def bytes_moved(case: Case, mode: str, max_rows: int | None) -> int:
+    """Of the fused op: every tensor argument of its launches once."""
+    case = case if mode == BOTH else replace(case, gradients=())
+    return sum(record.bytes_moved for record in _aot.record_case(case, DTYPE, max_rows))
+
+
+def failed_checks(case: Case, max_rows: int | None) -> list[str]:
+    """The results of the fused op that are further from the truth than the rule of its tests allows."""
+    arguments = case.inputs(Inputs(DEVICE, DTYPE, max_rows=max_rows))
+    rows = _accuracy.errors(case.op, arguments, case.options, case.gradients)
+    return [f"{row.name}: error {row.ours:.3g}, allowed {row.allowed:.3g}" for row in rows if not row.within]
+
+
+def make_step(case: Case, mode: str, provider: str, max_rows: int | None) -> Callable[[], object]:
+    """A function of no arguments that runs the case once."""
+    op = getattr(fused if provider == "ours" else reference, case.op)
+    if provider == "compiled":
+        torch.compiler.reset()
+        # on a CPU only the plumbing is tried, and generating C++ would take most of the time
+        op = torch.compile(op, fullgraph=True, backend="inductor" if DEVICE == "cuda" else "aot_eager")
+    arguments = case.inputs(Inputs(DEVICE, DTYPE, max_rows=max_rows))
+
+    if mode == FORWARD:
+
+        def step():
+            with torch.no_grad():
+                return op(**arguments, **case.options)
+
+        return step
+
+    inputs = [arguments[name].requires_grad_() for name in case.gradients]
+
+    def run(gradients: list[Tensor] | None = None):
+        outputs = [o for o in _accuracy.as_tuple(op(**arguments, **case.options)) if o.requires_grad]
+        gradients = gradients or [torch.randn_like(o) for o in outputs]
+        torch.autograd.grad(outputs, inputs, gradients)
+        return gradients
+
+    gradients = run()
+    return lambda: run(gradients)
+
+
+def measure(cases: list[Case], max_rows: int | None) -> dict:
+    """Environment, copy bandwidth and one row per case, mode and provider; ready for JSON."""
+    timer = Timer(DEVICE)
+    bandwidth = copy_bandwidth(timer)
+    report = {"environment": environment(), "dtype": str(DTYPE), "max_rows": max_rows}
+    report |= {"copy_gb_per_s": bandwidth, "launch_floor_ms": launch_floor_ms(timer), "refused": [], "rows": []}
+    for case in cases:
+        name = {"op": case.op, "case": case.name}
+        failures = failed_checks(case, max_rows)
+        if failures:
+            report["refused"].append({**name, "failures": failures})
+            print(f"{case.op} {case.name}: not timed, because {failures[0]}", file=sys.stderr)
+            continue
+        for mode in modes(case):
+            moved = bytes_moved(case, mode, max_rows)
+            for provider in PROVIDERS:
+                timing = timer(make_step(case, mode, provider, max_rows))
+                rate = moved / timing.median / 1e6
+                row = {**name, "mode": mode, "provider": provider, "ms": timing.median, "ms_low": timing.low}
+                row |= {"ms_high": timing.high, "repeats": timing.repeats, "bytes": moved, "gb_per_s": rate}
+                report["rows"].append({**row, "percent_of_copy": 100 * rate / bandwidth})
+        print(f"{case.op} {case.name}", file=sys.stderr)
+    return report
+
+
+def table(report: dict) -> str:
+    """The report as text: one line per case and mode."""
+    times = {}
+    for row in report["rows"]:
+        times.setdefault((row["op"], row["case"], row["mode"]), {})[row["provider"]] = row
+    lines = [
+        f"copy {report['copy_gb_per_s']:.0f} GB/s, launch floor {1e3 * report['launch_floor_ms']:.1f} us, "
+        f"device {(report['environment']['gpu'] or report['environment']['cpu']).get('name', 'CPU, interpreter')}",
+        f"{'op':36} {'case':22} {'mode':16} {'eager ms':>9} {'compiled':>9} {'ours ms':>9} {'spread':>7} {'GB/s':>6}"
+        f" {'copy':>5} {'vs compiled':>11}",
+    ]
+    for (op, case, mode), row in times.items():
+        ours, compiled = row["ours"], row["compiled"]
+        spread, ratio = (ours["ms_high"] - ours["ms_low"]) / ours["ms"], compiled["ms"] / ours["ms"]
+        lines.append(
+            f"{op:36} {case:22} {mode:16} {row['eager']['ms']:9.4f} {compiled['ms']:9.4f} {ours['ms']:9.4f} "
+            f"{spread:7.1%} {ours['gb_per_s']:6.0f} {ours['percent_of_copy']:4.0f}% {ratio:10.2f}x"
+        )
+    ratios = [row["compiled"]["ms"] / row["ours"]["ms"] for row in times.values()]
+    if ratios:
+        mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
+        slower = sum(ratio < 1 for ratio in ratios)
+        lines.append(f"{len(ratios)} measured, {slower} slower than compiled, geometric mean {mean:.2f}x of compiled")
+    lines.append(f"{len(report['refused'])} refused")
+    return "\n".join(lines)
+
+
+def main() -> int:
+    """Measures, writes the JSON, prints the table; 1 if an op failed its check."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", metavar="OP", help="only ops whose name contains this")
+    parser.add_argument("--json", type=Path, metavar="OUT", help="write the report here")
+    parser.add_argument("--smoke", action="store_true", help="the smallest case of each op, one row")
+    arguments = parser.parse_args()
+    smoke = arguments.smoke or DEVICE == "cpu"
+    report = measure(selected(smoke, arguments.only), 1 if smoke else None)
+    if arguments.json:
+        arguments.json.write_text(json.dumps(report, indent=1) + "\n")
+    print(table(report))
+    return bool(report["refused"])
+
+
+_SMOKE_ROWS = 1 if DEVICE == "cpu" else None
+
+
+@pytest.mark.parametrize("provider", PROVIDERS)
+@pytest.mark.parametrize(
+    ("case", "mode"),
+    [
+        pytest.param(case, mode, id=f"{case.op}-{case.name}-{mode}")
+        for case in selected(smoke=DEVICE == "cpu")
+        for mode in modes(case)
+    ],
+)
+def test_kernel(benchmark, case, mode, provider):
+    """A regression suite for pytest-benchmark: its times include the launches."""
+    if provider == "ours":
+        assert not failed_checks(case, _SMOKE_ROWS)
+    step = make_step(case, mode, provider, _SMOKE_ROWS)
+
+    def synchronous_step():
+        step()
+        if DEVICE == "cuda":
+            torch.cuda.synchronize()
+
+    benchmark.group = f"{case.op} {case.name} {mode}"
+    benchmark.extra_info["bytes"] = bytes_moved(case, mode, _SMOKE_ROWS)
+    benchmark.pedantic(synchronous_step, rounds=1 if DEVICE == "cpu" else 50, warmup_rounds=DEVICE == "cuda")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
