@@ -1,0 +1,80 @@
+"""What a benchmark must say about where it ran."""
+
+import importlib.metadata
+import platform
+import subprocess
+from pathlib import Path
+
+import torch
+
+_PACKAGES = ("soflow-fast", "torch", "triton", "numpy")
+
+
+def environment() -> dict:
+    """Hardware, package versions and commit of this run, ready for JSON.
+
+    Returns:
+        ``python``, ``versions`` (package: version or None), ``cpu`` (model, cores, threads torch uses), ``gpu`` (name,
+        driver, clocks in MHz, power limit in W; or None), ``commit`` (hash and whether files differ from it; or None).
+    """
+    return {
+        "python": platform.python_version(),
+        "versions": {name: _version(name) for name in _PACKAGES},
+        "cpu": {"model": _cpu_model(), "cores": len(_usable_cores()), "threads": torch.get_num_threads()},
+        "gpu": _gpu(),
+        "commit": _commit(),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _cpu_model() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _usable_cores() -> set[int]:
+    import os
+
+    return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
+
+
+def _gpu() -> dict | None:
+    if not torch.cuda.is_available():
+        return None
+    import pynvml
+
+    pynvml.nvmlInit()
+    try:
+        # CUDA's numbering need not be NVML's: find the device by its UUID.
+        device = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties().uuid}".encode())
+        return {
+            "name": torch.cuda.get_device_name(),
+            "driver": pynvml.nvmlSystemGetDriverVersion(),
+            "cuda": torch.version.cuda,
+            "sm_clock_mhz": pynvml.nvmlDeviceGetClockInfo(device, pynvml.NVML_CLOCK_SM),
+            "memory_clock_mhz": pynvml.nvmlDeviceGetClockInfo(device, pynvml.NVML_CLOCK_MEM),
+            "power_limit_w": pynvml.nvmlDeviceGetEnforcedPowerLimit(device) / 1000,
+        }
+    finally:
+        pynvml.nvmlShutdown()
+
+
+def _commit() -> dict | None:
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(Path(__file__).parent), *arguments]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+    try:
+        return {"hash": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))}
+    except (OSError, subprocess.CalledProcessError):
+        return None
