@@ -34,12 +34,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     args.overrides = overrides
     try:
         args.command(args)
-    except (ValueError, OSError) as error:
-        print(f"soflow: {error}", file=sys.stderr)
-        return 2
-    except FloatingPointError as error:
-        print(f"soflow: {error}", file=sys.stderr)
-        return 1
+    except (ValueError, OSError, FloatingPointError) as error:
+        print(f"soflow: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1 if isinstance(error, FloatingPointError) else 2
     except KeyboardInterrupt:
         print("soflow: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
         return 130

@@ -51,8 +51,9 @@ def digit_scores(samples: Tensor, labels: Tensor) -> dict[str, float]:
 
 def check_evaluation(config: TrainConfig) -> None:
     """ValueError where :func:`evaluate` could not run at all, so that a training run need not find out late."""
-    _fidelity()
     reference = _reference(config)
+    if config.data.kind == "digits" or reference is not None:
+        _fidelity()
     if reference is not None and not reference.is_dir():
         raise ValueError(f"evaluation.reference={str(reference)!r} is not a folder; give one of real images")
 
@@ -72,7 +73,8 @@ def evaluate(
     written as one array.
 
     Args:
-        model: an objective, its weights already those to score. folder: for the samples of images and latents.
+        model: an objective, its weights already those to score. folder: for the samples of images and latents, in
+            place of any that are there.
         decode: from latents to images, see :func:`soflow_fast.images.vae_decoder`. seed: of the noise.
 
     Returns:
@@ -96,6 +98,8 @@ def evaluate(
     elif config.data.kind == "latents" or not are_images(config.model.in_channels):
         return {"samples": str(_write_latents(parts, wanted.samples, config, folder))}
     folder.mkdir(parents=True, exist_ok=True)
+    for earlier in folder.glob("*.png"):
+        earlier.unlink()
     for number, image in enumerate(image for part in parts for image in part):
         save_png(image, folder / f"{number:06d}.png")
     scores: dict[str, float | str] = {"samples": str(folder)}

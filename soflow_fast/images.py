@@ -60,7 +60,7 @@ def vae_decoder(name: str, scale: float, device: torch.device) -> Callable[[Tens
     from diffusers import AutoencoderKL
 
     try:
-        vae = AutoencoderKL.from_pretrained(name)
+        vae = AutoencoderKL.from_pretrained(name, low_cpu_mem_usage=False)
     except (OSError, ValueError) as error:
         raise ValueError(f"data.vae={name!r} cannot be read ({error}); give a name or a folder that can") from None
     vae = vae.to(device).eval().requires_grad_(False)

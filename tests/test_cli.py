@@ -125,6 +125,12 @@ def test_a_run_of_another_config_is_refused_and_kept(run, tmp_path, capsys):
     assert _files(run) == before
 
 
+def test_a_folder_that_cannot_be_made(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    path = write_config(tmp_path / "config.yaml", tiny_config(tmp_path / "file" / "run"))
+    assert str(tmp_path / "file" / "run") in _refused(capsys, "train", path)
+
+
 def test_bad_arguments_of_the_other_commands(run, tmp_path, capsys):
     assert "is not a run" in _refused(capsys, "sample", tmp_path)
     assert "is not a run" in _refused(capsys, "eval", tmp_path)

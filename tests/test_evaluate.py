@@ -111,6 +111,8 @@ def test_folder_scores_equal_those_of_the_images(tmp_path):
         data=DataConfig(kind="folder", path=str(tmp_path / "real")),
         evaluation=EvaluationConfig(samples=30, batch_size=7, features="pixels"),
     )
+    (tmp_path / "samples").mkdir()
+    Image.fromarray(levels[0]).save(tmp_path / "samples" / "of-an-earlier-evaluation.png")
     scores = evaluate.evaluate(model, config, tmp_path / "samples", seed=1)
     samples = torch.cat(list(generate(model, balanced_labels(30, 10), 30, (3, 8, 8), steps=1, seed=1, batch=30)))
     real = torch.from_numpy(levels).permute(0, 3, 1, 2)
@@ -137,7 +139,7 @@ class _FakeVae(torch.nn.Module):
     """Stands in for diffusers' AutoencoderKL: eight times the size, three of the channels."""
 
     @classmethod
-    def from_pretrained(cls, name):
+    def from_pretrained(cls, name, low_cpu_mem_usage):
         if name == "nowhere":
             raise OSError("no such autoencoder")
         return cls()
