@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 
-from soflow_fast.config import ModelConfig, TrainConfig
+from soflow_fast.config import GIVEN, ModelConfig, TrainConfig
 from soflow_fast.data import ImageFolder, LatentMoments, digits
 from soflow_fast.dit import DiT
 from soflow_fast.objectives.flow_matching import FlowMatching
@@ -15,9 +15,6 @@ from soflow_fast.objectives.soflow import SoFlow
 
 #: The class of each objective; its section of the configuration holds its arguments.
 OBJECTIVES = {"soflow": SoFlow, "meanflow": MeanFlow, "flow_matching": FlowMatching}
-
-#: In a configuration, stands for a network or a data set that was given to the Trainer as an object.
-GIVEN = "given"
 
 
 def resolve_device(name: str) -> torch.device:

@@ -19,7 +19,7 @@ from soflow_fast.build import sample_shape
 from soflow_fast.config import TrainConfig
 from soflow_fast.dry_run import describe
 from soflow_fast.evaluate import evaluate
-from soflow_fast.images import balanced_labels, generate, save_samples, vae_decoder
+from soflow_fast.images import Decoder, balanced_labels, generate, save_samples, vae_decoder
 from soflow_fast.trainer import Trainer, load_run
 
 _OVERRIDES = "any value of the configuration by its name, such as --optimizer.learning_rate 3e-4"
@@ -102,7 +102,6 @@ def _sample(args: argparse.Namespace) -> None:
     _require_positive("--steps", args.steps)
     config, model, _ = load_run(args.run, args.device)
     labels = _labels(args.labels, args.count, config.model.num_classes)
-    decode = _decoder(config, args.vae, model)
     started = time.perf_counter()
     parts = generate(
         model,
@@ -112,11 +111,12 @@ def _sample(args: argparse.Namespace) -> None:
         steps=args.steps,
         seed=args.seed,
         batch=config.evaluation.batch_size,
+        decode=_decoder(config, args.vae, model),
     )
-    samples = torch.cat([part.cpu() for part in parts])
+    samples = torch.cat(list(parts))
     seconds = time.perf_counter() - started
     stem = Path(args.out) if args.out else Path(args.run) / "samples" / f"{args.steps}-step"
-    path = save_samples(samples.to(next(model.parameters()).device), stem, config.output.sample_shape[1], decode)
+    path = save_samples(samples, stem, config.output.sample_shape[1])
     what = "latents (no autoencoder is set: --vae)" if path.suffix == ".npy" else "samples"
     print(f"{args.count} {what} in {args.steps} step(s), {args.count / seconds:.4g} images/s: {path}")
 
@@ -169,7 +169,7 @@ def _labels(text: str | None, count: int, num_classes: int) -> torch.Tensor | No
     return chosen[torch.arange(count) % len(chosen)]
 
 
-def _decoder(config: TrainConfig, name: str | None, model: torch.nn.Module):
+def _decoder(config: TrainConfig, name: str | None, model: torch.nn.Module) -> Decoder | None:
     name = name or config.data.vae
     if name is None:
         return None

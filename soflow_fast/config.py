@@ -12,7 +12,10 @@ from typing import Any
 from soflow_fast import interop
 from soflow_fast.config_io import dump_yaml, flatten, lists, parse, read_yaml, require
 
-DATA_KINDS = ("digits", "latents", "folder", "given")
+#: Stands for a network or a data set that was given to the Trainer as an object.
+GIVEN = "given"
+
+DATA_KINDS = ("digits", "latents", "folder", GIVEN)
 
 
 @dataclass

@@ -77,7 +77,7 @@ def run_demo(run_dir: str, seed: int = 0, device: str = "auto") -> dict:
         parts = generate(
             model, labels, SAMPLES, sample_shape(config), steps=steps, seed=seed, batch=config.evaluation.batch_size
         )
-        samples = torch.cat([part.cpu() for part in parts])
+        samples = torch.cat(list(parts))
         results[name] = digit_scores(samples, labels)
         if steps == 1:
             _draw_samples(samples, labels, Path(run_dir))

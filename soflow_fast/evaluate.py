@@ -5,7 +5,6 @@ Shapes: n samples, C channels, S height and width. Images are in [-1, 1].
 
 import importlib.util
 import logging
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 from soflow_fast.build import sample_shape
 from soflow_fast.config import TrainConfig
 from soflow_fast.data import digits
-from soflow_fast.images import are_images, balanced_labels, generate, save_png
+from soflow_fast.images import Decoder, are_images, balanced_labels, generate, save_png
 
 _log = logging.getLogger(__name__)
 
@@ -27,7 +26,7 @@ def digit_scores(samples: Tensor, labels: Tensor) -> dict[str, float]:
     """How good samples of the handwritten digits are.
 
     Args:
-        samples: (n, 1, 8, 8) in [-1, 1]. labels: (n,) the classes they were asked for.
+        samples: (n, 1, 8, 8) float32 in [-1, 1], on the CPU. labels: (n,) the classes they were asked for.
 
     Returns:
         ``frechet_all`` and ``frechet_held_out``: distance in pixel space to all real digits and to those not trained
@@ -38,7 +37,6 @@ def digit_scores(samples: Tensor, labels: Tensor) -> dict[str, float]:
     from sklearn.linear_model import LogisticRegression
 
     train, held_out, real = (digits(split).tensors for split in ("train", "held_out", "all"))
-    samples, labels = samples.float().cpu(), labels.cpu()
     classifier = LogisticRegression(max_iter=1000).fit(real[0].flatten(1).numpy(), real[1].numpy())
     recognised = classifier.predict(samples.flatten(1).numpy()) == labels.numpy()
     return {
@@ -63,7 +61,7 @@ def evaluate(
     config: TrainConfig,
     folder: Path,
     *,
-    decode: Callable[[Tensor], Tensor] | None = None,
+    decode: Decoder | None = None,
     seed: int = 0,
 ) -> dict[str, float | str]:
     """Draws samples and scores them as the configuration's ``evaluation`` section says.
@@ -90,12 +88,11 @@ def evaluate(
         steps=wanted.steps,
         seed=seed,
         batch=wanted.batch_size,
+        decode=decode,
     )
     if config.data.kind == "digits":
-        return digit_scores(torch.cat([part.cpu() for part in parts]), labels)
-    if decode is not None:
-        parts = (decode(part) for part in parts)
-    elif config.data.kind == "latents" or not are_images(config.model.in_channels):
+        return digit_scores(torch.cat(list(parts)), labels)
+    if decode is None and (config.data.kind == "latents" or not are_images(config.model.in_channels)):
         return {"samples": str(_write_latents(parts, wanted.samples, config, folder))}
     folder.mkdir(parents=True, exist_ok=True)
     for earlier in folder.glob("*.png"):
@@ -141,7 +138,7 @@ def _write_latents(parts, n: int, config: TrainConfig, folder: Path) -> Path:
     array = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=(n, *sample_shape(config)))
     first = 0
     for part in parts:
-        array[first : first + len(part)] = part.float().cpu().numpy()
+        array[first : first + len(part)] = part.numpy()
         first += len(part)
     array.flush()
     _log.warning("no autoencoder is set (data.vae), so the samples stay latents: %s", path)

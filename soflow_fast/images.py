@@ -18,24 +18,36 @@ from soflow_fast.sample import sample
 _CHANNELS = {1: "grey", 3: "RGB"}
 
 
+Decoder = Callable[[Tensor], Tensor]
+
+
 def generate(
-    model: nn.Module, labels: Tensor | None, n: int, shape: tuple[int, ...], *, steps: int, seed: int, batch: int
+    model: nn.Module,
+    labels: Tensor | None,
+    n: int,
+    shape: tuple[int, ...],
+    *,
+    steps: int,
+    seed: int,
+    batch: int,
+    decode: Decoder | None = None,
 ) -> Iterator[Tensor]:
     """Samples in batches; sample i depends on (seed, i) and its label alone.
 
     Args:
         model: an objective. labels: (n,) int64, or None for "no label". shape: (C, S, S). steps: network calls each.
-        seed: of the noise. batch: samples at a time.
+        seed: of the noise. batch: samples at a time. decode: from latents to images, see :func:`vae_decoder`.
 
     Yields:
-        (at most batch, C, S, S) float32 on the model's device.
+        (at most batch, C, S, S) float32, or what decode makes of them, on the CPU.
     """
     device = next(model.parameters()).device
     for first in range(0, n, batch):
         rows = torch.arange(first, min(first + batch, n), device=device)
         noise = normal(rows, int(np.prod(shape)), seed=seed, step=0, stream=Stream.RENOISE).view(-1, *shape)
         part = None if labels is None else labels[first : first + batch].to(device)
-        yield sample(model, noise, part, steps, seed=seed, first_row=first)
+        samples = sample(model, noise, part, steps, seed=seed, first_row=first)
+        yield (samples if decode is None else decode(samples)).float().cpu()
 
 
 def balanced_labels(n: int, num_classes: int) -> Tensor | None:
@@ -43,7 +55,7 @@ def balanced_labels(n: int, num_classes: int) -> Tensor | None:
     return torch.arange(n) % num_classes if num_classes else None
 
 
-def vae_decoder(name: str, scale: float, device: torch.device) -> Callable[[Tensor], Tensor]:
+def vae_decoder(name: str, scale: float, device: torch.device) -> Decoder:
     """The function from scaled latents (n, C, S, S) to images (n, 3, 8S, 8S) of a diffusers ``AutoencoderKL``.
 
     Args:
@@ -79,7 +91,7 @@ def are_images(channels: int) -> bool:
 
 def save_png(image: Tensor, path: Path) -> None:
     """Writes one image (C, H, W) in [-1, 1], C = 1 or 3."""
-    pixels = to_uint8(image).permute(1, 2, 0).cpu().numpy()
+    pixels = to_uint8(image).permute(1, 2, 0).numpy()
     Image.fromarray(pixels.squeeze(2) if pixels.shape[2] == 1 else pixels).save(path)
 
 
@@ -93,15 +105,13 @@ def grid(images: Tensor, columns: int, least_size: int = 32) -> Tensor:
     return cells.permute(2, 0, 3, 1, 4).flatten(3).flatten(1, 2)
 
 
-def save_samples(samples: Tensor, stem: Path, columns: int, decode: Callable[[Tensor], Tensor] | None) -> Path:
-    """Writes a PNG grid, or where there are only latents, an array ``.npy`` (n, C, S, S) float32; returns its path."""
-    if decode is not None:
-        samples = decode(samples)
+def save_samples(samples: Tensor, stem: Path, columns: int) -> Path:
+    """Writes a PNG grid, or of what is no image, an array ``.npy`` (n, C, S, S) float32; returns its path."""
     stem.parent.mkdir(parents=True, exist_ok=True)
     if are_images(samples.shape[1]):
         path = stem.with_suffix(".png")
         save_png(grid(samples, columns), path)
     else:
         path = stem.with_suffix(".npy")
-        np.save(path, samples.float().cpu().numpy())
+        np.save(path, samples.numpy())
     return path

@@ -199,9 +199,10 @@ class Trainer:
                 steps=self.config.output.sample_steps,
                 seed=self.config.seed,
                 batch=self.config.evaluation.batch_size,
+                decode=self._decode,
             )
             samples = torch.cat(list(parts))
-        save_samples(samples, self.run_dir / "samples" / f"step-{step:08d}", columns, self._decode)
+        save_samples(samples, self.run_dir / "samples" / f"step-{step:08d}", columns)
 
     def _evaluate(self, step: int, log: RunLog) -> None:
         with self.ema.applied():

@@ -2,7 +2,6 @@
 
 import json
 from dataclasses import replace
-from importlib import metadata
 
 import numpy as np
 import pytest
@@ -225,14 +224,3 @@ def test_a_run_that_does_not_stay_finite_ends_with_code_1(tmp_path, capsys):
     )
     assert main(["train", str(path)]) == 1
     assert "was not finite at step" in capsys.readouterr().err.splitlines()[-1]
-
-
-def test_doctor(capsys):
-    assert main(["doctor"]) == 0
-    printed = capsys.readouterr().out
-    assert f"torch           {metadata.version('torch')}" in printed
-    assert "impl=auto       " in printed
-    assert "attention=auto  " in printed
-    if not torch.cuda.is_available():
-        assert "no GPU is visible" in printed
-        assert "device=auto     cpu" in printed

@@ -90,7 +90,7 @@ def test_grid_places_images_row_by_row():
 @pytest.mark.parametrize(("channels", "suffix"), [(1, ".png"), (3, ".png"), (4, ".npy")])
 def test_saved_samples(tmp_path, channels, suffix):
     samples = torch.zeros(5, channels, 8, 8)
-    path = save_samples(samples, tmp_path / "a" / "grid", 5, None)
+    path = save_samples(samples, tmp_path / "a" / "grid", 5)
     assert path.suffix == suffix
     if suffix == ".npy":
         assert np.array_equal(np.load(path), samples.numpy())
@@ -154,8 +154,14 @@ def test_latents_are_unscaled_and_decoded(monkeypatch):
     package.AutoencoderKL, package.__spec__ = _FakeVae, importlib.util.spec_from_loader("diffusers", None)
     monkeypatch.setitem(sys.modules, "diffusers", package)
     latents = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    images = vae_decoder("some/vae", 0.18215, torch.device("cpu"))(latents)
-    torch.testing.assert_close(images[:, :, ::8, ::8], latents[:, :3] / 1.8215)
+    decode = vae_decoder("some/vae", 0.18215, torch.device("cpu"))
+    torch.testing.assert_close(decode(latents)[:, :, ::8, ::8], latents[:, :3] / 1.8215)
+    options = {"steps": 1, "seed": 0, "batch": 2}
+    model = _model(channels=4)
+    plain, decoded = (
+        torch.cat(list(generate(model, None, 3, (4, 8, 8), decode=function, **options))) for function in (None, decode)
+    )
+    torch.testing.assert_close(decoded, decode(plain))
     with pytest.raises(ValueError, match=r"data\.vae='nowhere' cannot be read \(no such autoencoder\)"):
         vae_decoder("nowhere", 1.0, torch.device("cpu"))
 

@@ -1,0 +1,47 @@
+"""``soflow doctor``: what is installed, what there is, what would be chosen."""
+
+from importlib import metadata
+
+import pytest
+import torch
+from runs import soflow
+
+from soflow_fast import doctor
+
+
+def test_packages_are_listed_with_their_version_or_their_use(monkeypatch):
+    def version(name):
+        if name == "h5py":
+            raise metadata.PackageNotFoundError(name)
+        return "1.2.3"
+
+    monkeypatch.setattr(metadata, "version", version)
+    lines = doctor.report().splitlines()
+    assert "  torch           1.2.3" in lines
+    assert "  h5py            not installed: needed for data.kind='latents'" in lines
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="is about a machine without a GPU")
+def test_without_a_gpu_the_choices_and_their_reasons():
+    result = soflow("doctor")
+    assert result.returncode == 0, result.stderr
+    lines = result.stdout.splitlines()
+    assert any(line.startswith("  cuda            no GPU is visible") for line in lines)
+    assert "  device=auto     cpu" in lines
+    assert any(line.startswith("  impl=auto       torch: needs a CUDA GPU and none is visible") for line in lines)
+    assert any(line.startswith("  attention=auto  sdpa") for line in lines)
+    assert any(line.startswith("  attention=cudnn      needs a CUDA GPU") for line in lines)
+
+
+def test_a_gpu_is_described(monkeypatch):
+    class Gpu:
+        name, total_memory, major, minor = "Some GPU", 80 * 2**30, 9, 0
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: Gpu)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    lines = doctor.report().splitlines()
+    assert "  cuda:0          Some GPU, 80 GiB, compute capability 9.0" in lines
+    assert "  device=auto     cuda" in lines
+    assert any(line.startswith("  impl=auto       triton: a CUDA GPU") for line in lines)
