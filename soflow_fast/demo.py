@@ -97,14 +97,14 @@ def run_demo(run_dir: str, seed: int = 0, device: str = "auto") -> dict:
 def _draw_samples(samples: Tensor, labels: Tensor, folder: Path) -> None:
     """One-step samples next to real digits, a row per class."""
     real, real_labels = digits("all").tensors
-    figure, panels = plt.subplots(1, 2, figsize=(10, 5.2), layout="constrained")
+    figure, panels = plt.subplots(1, 2, figsize=(10, 5.4), layout="constrained")
     for panel, title, images, classes in (
         (panels[0], "one-step samples", samples, labels),
         (panels[1], "real digits", real, real_labels),
     ):
         rows = [images[classes == digit][:_COLUMNS] for digit in range(10)]
         panel.imshow(to_uint8(grid(torch.cat(rows), _COLUMNS))[0].numpy(), cmap="gray", interpolation="nearest")
-        panel.set_title(title)
+        panel.set_title(title, pad=8)
         panel.axis("off")
     figure.savefig(folder / "samples.png", dpi=120)
     plt.close(figure)

@@ -13,7 +13,7 @@ from soflow_fast.config import TrainConfig
 from soflow_fast.data import batches
 from soflow_fast.ema import EMA
 from soflow_fast.evaluate import check_evaluation, evaluate
-from soflow_fast.images import balanced_labels, generate, save_samples, vae_decoder
+from soflow_fast.images import are_images, balanced_labels, generate, save_samples, vae_decoder
 from soflow_fast.logs import METRICS_NAME, Meter, RunLog
 from soflow_fast.optim import AdamW
 from soflow_fast.step import TrainStep
@@ -114,6 +114,8 @@ class Trainer:
         meter = Meter(self.device, skipped)
         log = RunLog(self.run_dir, start, config.total_steps, config.batch_size)
         log.say(self._description(start))
+        if self._decode is None and not are_images(config.model.in_channels):
+            log.say("no autoencoder is set (data.vae), so samples stay latents: arrays in .npy files")
         try:
             for done, (x, labels) in enumerate(steps, start + 1):
                 meter.update(done, self.step(x, labels))

@@ -210,6 +210,7 @@ def test_latents_train_sample_and_evaluate_without_an_autoencoder(tmp_path, caps
     config = tiny_config(tmp_path / "run", data=data, total_steps=2)
     config = replace(config, model=replace(config.model, in_channels=4), output=replace(config.output, sample_every=2))
     assert main(["train", str(write_config(tmp_path / "config.yaml", config))]) == 0
+    assert "no autoencoder is set (data.vae), so samples stay latents" in capsys.readouterr().err
     assert np.load(tmp_path / "run" / "samples" / "step-00000002.npy").shape == (10, 4, 8, 8)
     assert main(["sample", str(tmp_path / "run"), "--count", "3"]) == 0
     assert "3 latents (no autoencoder is set: --vae)" in capsys.readouterr().out
