@@ -82,8 +82,7 @@ def truth(
     name: str, arguments: dict[str, Any], options: dict[str, Any], gradients: Sequence[str] = (), **kwargs
 ) -> list[Tensor]:
     """What :func:`run` gives for the reference op ``name`` in float64."""
-    wide = {k: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in arguments.items()}
-    wide_options = {k: torch.float64 if isinstance(v, torch.dtype) else v for k, v in options.items()}
+    wide, wide_options = ({k: _in_float64(v) for k, v in values.items()} for values in (arguments, options))
     return run(getattr(reference, name), wide, wide_options, gradients, **kwargs)
 
 
@@ -104,6 +103,13 @@ def errors(
     inputs = (arguments, options, gradients)
     ours, plain = (run(getattr(module, name), *inputs, **kwargs) for module in (fused, reference))
     return compare(ours, plain, truth(name, *inputs, **kwargs), gradients)
+
+
+def _in_float64(value: Any) -> Any:
+    """A floating-point tensor, or the name of such a dtype, in float64; anything else as it is."""
+    if isinstance(value, torch.dtype):
+        return torch.float64
+    return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
 def _largest(x: Tensor) -> float:

@@ -45,7 +45,7 @@ class Case:
     Attributes:
         op: name of the public function, the same in ``reference`` and ``fused``.
         name: the shape, such as "XL/2".
-        inputs: makes the tensor arguments by name.
+        inputs: makes the arguments by name: the tensors, and ``dtype`` where it is the run's low precision.
         options: the other keyword arguments.
         gradients: names of the arguments that need a gradient; then the backward is part of the case.
     """

@@ -399,7 +399,7 @@ def cases() -> list[Case]:
             gate, shift, scale = new.normal(B, 8, width, scale=0.5).unbind(1)[:3]
             x = new.normal(B, tokens, width, dtype=residual)
             if not gated:
-                return {"x": x, "shift": shift, "scale": scale}
+                return {"x": x, "shift": shift, "scale": scale, "dtype": new.dtype}
             return {"x": x, "branch": new.normal(B, tokens, width), "gate": gate, "shift": shift, "scale": scale}
 
         return make
@@ -412,6 +412,5 @@ def cases() -> list[Case]:
         cases.append(Case(op, name, inputs(*size, torch.float32, gated=True), gradients=gradients))
         cases.append(Case(op, f"{name} narrow residual", inputs(*size, None, gated=True), gradients=gradients))
         first = inputs(*size, torch.float32, gated=False)
-        options = {"dtype": torch.bfloat16}
-        cases.append(Case("modulated_layernorm", name, first, options, gradients=("x", "shift", "scale")))
+        cases.append(Case("modulated_layernorm", name, first, gradients=("x", "shift", "scale")))
     return cases

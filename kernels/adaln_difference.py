@@ -248,7 +248,7 @@ def cases() -> list[Case]:
             d = new.normal(b, tokens, width, scale=1e-3, dtype=residual)
             modulation = {"scale": scale, "dshift": dshift, "dscale": dscale}
             if not gated:
-                return {"x": x, "d": d, **modulation}
+                return {"x": x, "d": d, "dtype": new.dtype, **modulation}
             branch, d_branch = new.normal(b, tokens, width), new.normal(b, tokens, width, scale=1e-3)
             gates = {"gate": gate, "dgate": dgate}
             return {"x_new": x, "d": d, "branch": branch, "d_branch": d_branch, **gates, **modulation}
@@ -263,5 +263,5 @@ def cases() -> list[Case]:
         cases.append(Case(op, f"{name} tangent", inputs(*size, wide, gated=True), {"tangent": True}))
         cases.append(Case(op, f"{name} narrow residual", inputs(*size, None, gated=True)))
         first = inputs(*size, wide, gated=False)
-        cases.append(Case("modulated_layernorm_difference", name, first, {"dtype": torch.bfloat16}))
+        cases.append(Case("modulated_layernorm_difference", name, first))
     return cases

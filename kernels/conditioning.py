@@ -343,8 +343,8 @@ def cases() -> list[Case]:
     def times(batch: int, step: bool):
         def make(new: Inputs) -> dict:
             B = new.rows(batch)
-            t, s = new.uniform(B, low=0.5), new.uniform(B, high=0.5)
-            return {"t": t, "s": s, "dt": -new.uniform(B, high=0.01)} if step else {"t": t, "s": s}
+            both = {"t": new.uniform(B, low=0.5), "s": new.uniform(B, high=0.5), "dtype": new.dtype}
+            return {**both, "dt": -new.uniform(B, high=0.01)} if step else both
 
         return make
 
@@ -357,12 +357,11 @@ def cases() -> list[Case]:
 
         return make
 
-    low = {"dtype": torch.bfloat16}
     gradients = ("t_embedding", "s_embedding", "table")
     return [
-        Case("time_sinusoids", "every size", times(256, step=False), low),
-        Case("time_sinusoids_difference", "every size", times(64, step=True), low),
-        Case("time_sinusoids_difference", "every size, tangent", times(64, step=True), {**low, "tangent": True}),
+        Case("time_sinusoids", "every size", times(256, step=False)),
+        Case("time_sinusoids_difference", "every size", times(64, step=True)),
+        Case("time_sinusoids_difference", "every size, tangent", times(64, step=True), {"tangent": True}),
         *(
             Case("condition", name, embeddings(width), gradients=gradients)
             for name, width in (("S/2", 384), ("B/4", 768), ("L/2", 1024), ("XL/2", 1152))

@@ -1,0 +1,166 @@
+"""Errors of each fused op by dtype, against float64.
+
+    python benchmarks/errors.py [--only OP] [--json OUT.json]
+
+Three forms of each op are compared with the reference in float64, on one row of the inputs of its largest training
+size: ``fused``; ``reference``, which computes in float32 and rounds once; and ``plain``, the formula as it is usually
+written, every intermediate rounded to its inputs' dtype, and a difference as two evaluations subtracted. An error is
+the largest absolute error over the largest absolute value. Without a GPU the fused ops run in Triton's interpreter,
+which truncates to bfloat16 where a GPU rounds, and whose products of bfloat16 matrices are wrong: those are left out.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import _interpreter  # noqa: F401
+import torch
+from _measure import environment
+from torch import Tensor, nn
+
+from soflow_fast.kernels import _accuracy, fused, reference
+from soflow_fast.kernels._cases import Case, Inputs
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+# ------------------------------------------------------------------------------------------------- plain forms
+
+
+def modulated_layernorm(x, shift, scale, *, eps=1e-6, dtype=None):
+    n = nn.functional.layer_norm(x, x.shape[-1:], eps=eps).to(dtype or x.dtype)
+    return n * (1 + scale[:, None]) + shift[:, None]
+
+
+def gated_residual_layernorm(x, branch, gate, shift, scale, *, eps=1e-6, dtype=None):
+    x_new = x + gate[:, None] * branch
+    return x_new, modulated_layernorm(x_new, shift, scale, eps=eps, dtype=dtype or branch.dtype)
+
+
+def condition(t_embedding, s_embedding, table, labels):
+    c = t_embedding + s_embedding + nn.functional.embedding(labels, table).to(t_embedding.dtype)
+    return c.detach(), nn.functional.silu(c)
+
+
+def time_sinusoids(t, s, *, width=256, dtype=None):
+    tau = torch.stack([t, t - s]).to(dtype or t.dtype)
+    phase = tau[..., None] * reference.frequencies(width, tau)
+    return torch.cat([phase.cos(), phase.sin()], dim=-1)
+
+
+def modulated_layernorm_difference(x, d, scale, dshift, dscale, **options):
+    moved = modulated_layernorm(x + d, dshift, scale + dscale, **options)
+    return moved - modulated_layernorm(x, torch.zeros_like(dshift), scale, **options)
+
+
+def gated_residual_layernorm_difference(
+    x_new, d, branch, d_branch, gate, scale, dgate, dshift, dscale, *, dtype=None, **options
+):
+    options["dtype"] = dtype or d_branch.dtype
+    gated = (gate + dgate)[:, None] * (branch + d_branch)
+    moved = x_new - gate[:, None] * branch + d + gated
+    return moved - x_new, modulated_layernorm_difference(x_new, moved - x_new, scale, dshift, dscale, **options)
+
+
+def gelu_difference(u, du):
+    return nn.functional.gelu(u + du, approximate="tanh") - nn.functional.gelu(u, approximate="tanh")
+
+
+def silu_difference(u, du):
+    return nn.functional.silu(u + du) - nn.functional.silu(u)
+
+
+def attention_difference(q, k, v, dq, dk, dv, o):
+    return nn.functional.scaled_dot_product_attention(q + dq, k + dk, v + dv) - o
+
+
+def time_sinusoids_difference(t, s, dt, *, width=256, dtype=None):
+    moved = time_sinusoids(t + dt, s, width=width, dtype=dtype)
+    return moved - time_sinusoids(t, s, width=width, dtype=dtype)
+
+
+PLAIN = {
+    form.__name__: form
+    for form in (
+        modulated_layernorm,
+        gated_residual_layernorm,
+        condition,
+        time_sinusoids,
+        modulated_layernorm_difference,
+        gated_residual_layernorm_difference,
+        gelu_difference,
+        silu_difference,
+        attention_difference,
+        time_sinusoids_difference,
+    )
+}
+
+
+# ------------------------------------------------------------------------------------------------ measurements
+
+
+def cases(only: str | None) -> list[Case]:
+    """Of each op the cases of XL/2, or all where its size is not that of a model."""
+    chosen = [case for case in fused.cases() if not only or only in case.op]
+    sized = {case.op for case in chosen if case.name.startswith("XL/2")}
+    return [case for case in chosen if case.op not in sized or case.name.startswith("XL/2")]
+
+
+def measure(case: Case, dtype_name: str) -> list[dict]:
+    """One row per output and gradient: relative errors of the three forms, None where there is no plain form."""
+    arguments = case.inputs(Inputs(DEVICE, DTYPES[dtype_name], max_rows=1))
+    inputs = (arguments, case.options, case.gradients)
+    exact = _accuracy.truth(case.op, *inputs)
+    ours, upcast = (_accuracy.run(getattr(module, case.op), *inputs) for module in (fused, reference))
+    plain = None
+    if case.op in PLAIN and not case.options.get("tangent"):
+        plain = _accuracy.run(PLAIN[case.op], *inputs)
+    rows = []
+    for i, error in enumerate(_accuracy.compare(ours, upcast, exact, case.gradients)):
+        row = {"op": case.op, "case": case.name, "inputs": dtype_name, "result": error.name}
+        row |= {"dtype": str(error.dtype).removeprefix("torch."), "fused": error.ours / error.scale}
+        row |= {"reference": error.plain / error.scale, "within_rule": error.within}
+        rows.append({**row, "plain": None if plain is None else _relative(plain[i], exact[i])})
+    return rows
+
+
+def _relative(x: Tensor, exact: Tensor) -> float:
+    return ((x - exact).abs().max() / exact.abs().max()).item()
+
+
+def table(rows: list[dict]) -> str:
+    """Markdown."""
+    lines = ["| op | case | inputs | result | fused | reference | plain |", "|---|---|---|---|---|---|---|"]
+    for row in rows:
+        errors = " | ".join("" if row[k] is None else f"{row[k]:.1e}" for k in ("fused", "reference", "plain"))
+        lines.append(f"| {row['op']} | {row['case']} | {row['inputs']} | {row['result']} | {errors} |")
+    outside = sum(not row["within_rule"] for row in rows)
+    return "\n".join([*lines, "", f"{len(rows)} results, {outside} outside the rule of the tests"])
+
+
+def main() -> int:
+    """Prints the table, writes the JSON; 1 if a result is less exact than the tests allow."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", metavar="OP", help="only ops whose name contains this")
+    parser.add_argument("--json", type=Path, metavar="OUT", help="write the rows here")
+    arguments = parser.parse_args()
+    rows = []
+    for case in cases(arguments.only):
+        for dtype_name in DTYPES:
+            if DEVICE == "cpu" and dtype_name == "bfloat16" and case.op == "attention_difference":
+                continue
+            rows += measure(case, dtype_name)
+        print(case.op, case.name, file=sys.stderr)
+    if arguments.json:
+        lines = ",\n".join(json.dumps(row) for row in rows)
+        device = "GPU" if DEVICE == "cuda" else "CPU, Triton's interpreter"
+        head = json.dumps({"environment": environment(), "device": device}, indent=1)[:-2]
+        arguments.json.write_text(f'{head},\n "rows": [\n{lines}\n]\n}}\n')
+    print(table(rows))
+    return any(not row["within_rule"] for row in rows)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
