@@ -47,7 +47,10 @@ class _Loss(nn.Module):
         self.model, self.copy = model, copy
         self.settings = {"seed": seed, "latent_scale": latent_scale, "merged": merged}
         self.autocast = autocast
-        self.compute = torch.compile(self._compute, fullgraph=True, dynamic=False) if compile else self._compute
+        self.compute = self._compute
+        if compile:
+            backend = "inductor" if compile is True else compile
+            self.compute = torch.compile(self._compute, backend=backend, fullgraph=True, dynamic=False)
 
     def _compute(self, parameters, x0, labels, order, rows, n_velocity, progress, step) -> TotalLoss:
         labels = None if labels is None else labels[order]
@@ -82,7 +85,7 @@ class TrainStep:
         precision: ``bf16`` computes on bfloat16 copies of the float32 parameters (networks other than DiT under
             autocast), ``tf32`` on the parameters with TensorFloat-32 products, ``fp32`` on the parameters as they are.
             By default bf16 on a GPU, else fp32.
-        compile: torch.compile the loss, by default on a GPU.
+        compile: torch.compile the loss, with the backend named if it is a name; by default on a GPU.
         cuda_graph: replay the whole step as one CUDA graph, by default on a GPU with one process. The first steps run
             without it, then it is captured; batches must keep their shape.
         merged: compute the loss in its fewest network calls.
@@ -106,7 +109,7 @@ class TrainStep:
         grad_clip: float | None = None,
         latent_scale: float | None = None,
         precision: str | None = None,
-        compile: bool | None = None,
+        compile: bool | str | None = None,
         cuda_graph: bool | None = None,
         merged: bool = True,
         rank: int = 0,
@@ -184,7 +187,9 @@ class TrainStep:
                     out = self._loss(x0, labels, order, rows, n_velocity, progress, self.step)
                     (out.loss / self.accumulation).backward()
                 outputs.append(out)
-        update = self.optimizer.update if isinstance(self.optimizer, optim.AdamW) else partial(optim.update, self.optimizer)
+        update = (
+            self.optimizer.update if isinstance(self.optimizer, optim.AdamW) else partial(optim.update, self.optimizer)
+        )
         grad_norm, finite = update(ema=self.ema, copy=self.copy, grad_clip=self.grad_clip)
         self.step += 1
         loss = torch.stack([out.loss.detach() for out in outputs]).mean()

@@ -1,0 +1,149 @@
+"""The training step in its fast forms gives the numbers of the plain one."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from fast_step_runs import distances, make_model, make_step, train, training_batch
+
+from soflow_fast.objectives.flow_matching import FlowMatching
+from soflow_fast.objectives.meanflow import MeanFlow
+from soflow_fast.precision import ComputeCopy
+
+
+@pytest.fixture(scope="module")
+def plain64():
+    return train(torch.float64, merged=False)
+
+
+@pytest.fixture(scope="module")
+def plain32():
+    return train(torch.float32, merged=False)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"accumulation": 4},
+        {"compile": "aot_eager"},
+        {"network": {"recompute": "elementwise"}},
+        {"network": {"recompute": "block"}},
+    ],
+    ids=str,
+)
+def test_merged_equals_plain_in_float64(plain64, options):
+    losses, model = train(torch.float64, **options)
+    assert losses == pytest.approx(plain64[0], rel=1e-9)
+    assert max(distances(model, plain64[1]).values()) < 1e-9
+
+
+def test_merged_equals_plain_in_float32(plain32):
+    losses, model = train(torch.float32)
+    assert losses == pytest.approx(plain32[0], rel=1e-5)
+    assert max(distances(model, plain32[1]).values()) < 1e-5
+
+
+@pytest.mark.slow
+def test_inductor_equals_plain_in_float32(plain32):
+    """The graph that trains for real; Inductor rounds the draws of times its own way, by 1e-7."""
+    losses, model = train(torch.float32, compile=True)
+    assert losses == pytest.approx(plain32[0], rel=1e-5)
+    assert max(distances(model, plain32[1]).values()) < 1e-5
+
+
+@pytest.mark.parametrize("objective", [MeanFlow, FlowMatching])
+def test_other_objectives_compile(objective):
+    plain, _ = train(torch.float64, steps=3, objective=objective)
+    compiled, _ = train(torch.float64, steps=3, objective=objective, compile="aot_eager")
+    assert compiled == pytest.approx(plain, rel=1e-12)
+
+
+def test_one_graph_and_one_compilation_in_a_run():
+    torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
+    train(torch.float32, steps=4, compile="aot_eager", accumulation=2)
+    counters = torch._dynamo.utils.counters
+    assert counters["stats"]["unique_graphs"] == 1
+    assert not counters["graph_break"]
+
+
+def test_bfloat16_follows_float32(plain32):
+    """Twenty steps in bfloat16 stay within its rounding of the float32 ones."""
+    losses, model = train(torch.float32, precision="bf16")
+    assert losses == pytest.approx(plain32[0], rel=3e-3)
+    assert max(distances(model, plain32[1]).values()) < 0.03
+    assert all(p.dtype == torch.float32 for p in model.parameters())
+
+
+def test_compute_copies_are_the_rounded_masters_after_every_step():
+    model = make_model(torch.float32)
+    step, _ = make_step(model, precision="bf16")
+    for k in range(2):
+        step(*training_batch(k, torch.float32))
+        for name, p in model.named_parameters():
+            assert torch.equal(step.copy.copies[name], p.detach().bfloat16())
+
+
+def test_a_master_written_by_hand_is_seen_by_the_next_step():
+    model, other = make_model(torch.float32), make_model(torch.float32)
+    with torch.no_grad():
+        other.network.final_layer.linear.weight.mul_(2)
+    expected = make_step(other, precision="bf16")[0](*training_batch(0, torch.float32)).loss
+    step, _ = make_step(model, precision="bf16")
+    with torch.no_grad():
+        model.network.final_layer.linear.weight.mul_(2)
+    assert step(*training_batch(0, torch.float32)).loss == expected
+
+
+def test_gradients_of_copies_reach_the_masters_in_float32():
+    """Two micro-gradients that bfloat16 could not add: 1 and 2^-9."""
+    master = torch.nn.Linear(1, 1, bias=False)
+    copy = ComputeCopy(master)
+    for value in (1.0, 2.0**-9):
+        weight = copy.parameters()["weight"]
+        assert weight.dtype == torch.bfloat16
+        (weight * value).sum().backward()
+    assert master.weight.grad.dtype == torch.float32
+    assert master.weight.grad.item() == 1 + 2.0**-9
+
+
+@pytest.mark.parametrize("mode", ["fp32 eager", "fp32 compiled"])
+def test_two_processes_equal_one(tmp_path, plain32, mode):
+    path = tmp_path / "rank0.pt"
+    precision, form = mode.split()
+    here = Path(__file__).parent
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = subprocess.run(
+        [*command, str(here / "data_parallel.py"), str(path), precision, form], capture_output=True, text=True, cwd=here
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    saved = torch.load(path)
+    assert saved["losses"] == pytest.approx(plain32[0], rel=1e-6)
+    other = make_model(torch.float32)
+    other.load_state_dict(saved["parameters"])
+    assert max(distances(other, plain32[1]).values()) < 1e-6
+
+
+def test_a_cuda_graph_needs_a_gpu_and_one_process():
+    if torch.cuda.is_available():
+        pytest.skip("a GPU is present: the graph itself is tested below")
+    with pytest.raises(ValueError, match="cuda_graph=True needs the model on a CUDA GPU and one process"):
+        make_step(make_model(torch.float32), cuda_graph=True)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="a CUDA graph needs a GPU")
+def test_cuda_graph_equals_eager():
+    results = []
+    for options in ({"cuda_graph": False, "compile": False}, {"cuda_graph": True, "compile": False}):
+        model = make_model(torch.float32).cuda()
+        step, _ = make_step(model, precision="bf16", **options)
+        losses = []
+        for k in range(8):
+            x, labels = training_batch(k, torch.float32)
+            losses.append(step(x.cuda(), labels.cuda()).loss.item())
+        results.append((losses, model))
+    assert results[0][0] == pytest.approx(results[1][0], rel=1e-6)
+    assert max(distances(results[1][1], results[0][1]).values()) < 1e-6
