@@ -139,7 +139,8 @@ def _adaln_backward_kernel(
         if dx_new_ptr is not None:
             dx_new = load_row(dx_new_ptr + token * D, columns, D)
         rstd = tl.load(rstd_ptr + token)
-        n = (x - tl.load(mean_ptr + token)) * rstd  # not zero beyond D, but dh and branch are
+        # zero beyond D, so that a strip that lies there costs nothing
+        n = tl.where(columns < D, (x - tl.load(mean_ptr + token)) * rstd, 0.0)
         g = dh * gain
         sum_g, sum_gn = sum_rows_2(g, g * n)
         dx = rstd * (g - sum_g / D - n * (sum_gn / D))
