@@ -226,10 +226,8 @@ def load_run(run_dir: str | Path, device: str = "auto") -> tuple[TrainConfig, nn
     found = checkpoint.committed(run_dir / CHECKPOINTS)
     if not found:
         raise ValueError(f"the run {run_dir} has no checkpoint yet; let it train to its first one")
-    with torch.device("meta"):
-        model = build.build_model(config)
     state = checkpoint.load(found[-1])
-    model = model.to_empty(device=build.resolve_device(device)).eval()
+    model = build.build_model(config).to(build.resolve_device(device)).eval()
     checkpoint.load_weights(model, {**state.model, **state.ema}, found[-1])
     return config, model, state.step
 
