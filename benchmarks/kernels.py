@@ -62,33 +62,32 @@ def failed_checks(case: Case, max_rows: int | None) -> list[str]:
     return [f"{row.name}: error {row.ours:.3g}, allowed {row.allowed:.3g}" for row in rows if not row.within]
 
 
-def make_step(case: Case, mode: str, provider: str, max_rows: int | None) -> Callable[[], object]:
-    """A function of no arguments that runs the case once."""
+def make_op(case: Case, provider: str) -> Callable:
+    """The case's op, eager, compiled or fused."""
     op = getattr(fused if provider == "ours" else reference, case.op)
-    if provider == "compiled":
-        torch.compiler.reset()
-        # on a CPU only the plumbing is tried, and generating C++ would take most of the time
-        op = torch.compile(op, fullgraph=True, backend="inductor" if DEVICE == "cuda" else "aot_eager")
+    if provider != "compiled":
+        return op
+    torch.compiler.reset()
+    # on a CPU only the plumbing is tried, and generating C++ would take most of the time
+    return torch.compile(op, fullgraph=True, backend="inductor" if DEVICE == "cuda" else "aot_eager")
+
+
+def make_step(case: Case, mode: str, op: Callable, max_rows: int | None) -> Callable[[], object]:
+    """A function of no arguments that runs the op once; also the forward alone keeps what its backward needs."""
     arguments = case.inputs(Inputs(DEVICE, DTYPE, max_rows=max_rows))
-
-    if mode == FORWARD:
-
-        def step():
-            with torch.no_grad():
-                return op(**arguments, **case.options)
-
-        return step
-
     inputs = [arguments[name].requires_grad_() for name in case.gradients]
 
-    def run(gradients: list[Tensor] | None = None):
-        outputs = [o for o in _accuracy.as_tuple(op(**arguments, **case.options)) if o.requires_grad]
-        gradients = gradients or [torch.randn_like(o) for o in outputs]
-        torch.autograd.grad(outputs, inputs, gradients)
-        return gradients
+    def forward() -> tuple[Tensor, ...]:
+        return _accuracy.as_tuple(op(**arguments, **case.options))
 
-    gradients = run()
-    return lambda: run(gradients)
+    if mode == FORWARD:
+        return forward
+    gradients = [torch.randn_like(o) for o in forward() if o.requires_grad]
+
+    def forward_and_backward():
+        return torch.autograd.grad([o for o in forward() if o.requires_grad], inputs, gradients)
+
+    return forward_and_backward
 
 
 def measure(cases: list[Case], max_rows: int | None) -> dict:
@@ -104,10 +103,11 @@ def measure(cases: list[Case], max_rows: int | None) -> dict:
             report["refused"].append({**name, "failures": failures})
             print(f"{case.op} {case.name}: not timed, because {failures[0]}", file=sys.stderr)
             continue
-        for mode in modes(case):
-            moved = bytes_moved(case, mode, max_rows)
-            for provider in PROVIDERS:
-                timing = timer(make_step(case, mode, provider, max_rows))
+        for provider in PROVIDERS:
+            op = make_op(case, provider)
+            for mode in modes(case):
+                moved = bytes_moved(case, mode, max_rows)
+                timing = timer(make_step(case, mode, op, max_rows))
                 rate = moved / timing.median / 1e6
                 row = {**name, "mode": mode, "provider": provider, "ms": timing.median, "ms_low": timing.low}
                 row |= {"ms_high": timing.high, "repeats": timing.repeats, "bytes": moved, "gb_per_s": rate}
@@ -174,7 +174,7 @@ def test_kernel(benchmark, case, mode, provider):
     """A regression suite for pytest-benchmark: its times include the launches."""
     if provider == "ours":
         assert not failed_checks(case, _SMOKE_ROWS)
-    step = make_step(case, mode, provider, _SMOKE_ROWS)
+    step = make_step(case, mode, make_op(case, provider), _SMOKE_ROWS)
 
     def synchronous_step():
         step()
