@@ -1,0 +1,114 @@
+"""A whole DiT and a whole objective, ``impl="triton"`` against ``impl="torch"``; on a CPU in Triton's interpreter."""
+
+import inspect
+
+import pytest
+import torch
+from op_checks import DEVICE
+
+from soflow_fast import DiT, SoFlow
+from soflow_fast.kernels import fused, reference
+
+# Everything is float32: what differs is the order of sums.
+_RTOL = 2e-5
+
+
+def _dit(impl: str, **overrides: int) -> DiT:
+    """The width and heads of DiT-S, 16 tokens, two blocks; every parameter random, also those that start at zero."""
+    sizes = {"input_size": 8, "depth": 2, "num_classes": 5, **overrides}
+    net = DiT.from_preset("DiT-S/2", impl=impl, attention="math", **sizes).to(DEVICE)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in net.parameters():
+            p.copy_(torch.randn(p.shape, generator=generator) * 0.3 / max(1, p[0].numel()) ** 0.5)
+    return net
+
+
+def _batch(rows: int = 3):
+    generator = torch.Generator().manual_seed(1)
+    x, dx, g = torch.randn(3, rows, 4, 8, 8, generator=generator).to(DEVICE)
+    t = torch.linspace(0.3, 0.9, rows, device=DEVICE)
+    labels = torch.arange(rows, device=DEVICE) % 6
+    return x, t, t / 3, labels, 1e-3 * dx, -1e-3 * t, g
+
+
+def _gradients(net: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: p.grad for name, p in net.named_parameters() if p.requires_grad}
+
+
+def _assert_close(ours: torch.Tensor, expected: torch.Tensor, what: str):
+    error, scale = (ours - expected).abs().max().item(), expected.abs().max().item()
+    assert scale > 0, what
+    assert error <= _RTOL * scale, f"{what}: {error:.3g} of {scale:.3g}"
+
+
+def test_fused_has_every_op_of_the_reference():
+    names = set(reference.__all__) - {"Stream", "philox"}
+    assert names <= set(fused.__all__)
+    for name in fused.__all__:
+        ours, expected = (
+            [(p.name, p.kind, p.default) for p in inspect.signature(getattr(module, name)).parameters.values()]
+            for module in (fused, reference)
+        )
+        assert ours == expected, name
+
+
+def test_every_op_has_a_case():
+    assert {case.op for case in fused.cases()} == set(fused.__all__)
+
+
+def test_dit_forward_and_every_parameter_gradient():
+    x, t, s, labels, _, _, g = _batch()
+    nets = [_dit(impl) for impl in ("torch", "triton")]
+    outputs = [net(x, t, s, labels) for net in nets]
+    for out in outputs:
+        out.backward(g)
+    _assert_close(outputs[1], outputs[0], "output")
+    expected = _gradients(nets[0])
+    for name, gradient in _gradients(nets[1]).items():
+        _assert_close(gradient, expected[name], name)
+
+
+@pytest.mark.parametrize("mode", ["difference", "tangent"])
+def test_dit_difference_forward(mode):
+    x, t, s, labels, dx, dt, _ = _batch()
+    rows = slice(1, None)
+    results = [
+        _dit(impl).forward_difference(x, t, s, labels, dx[rows], dt[rows], rows=rows, mode=mode)
+        for impl in ("torch", "triton")
+    ]
+    for what, expected, ours in zip(("F", "dF"), *results, strict=True):
+        _assert_close(ours, expected, what)
+
+
+def test_dit_compiles_as_one_graph():
+    x, t, s, labels, dx, dt, g = _batch(2)
+    eager, net = (_dit("triton", depth=1) for _ in range(2))
+    compiled = torch.compile(net.forward_difference, fullgraph=True, backend="aot_eager")
+    results = [forward(x, t, s, labels, dx, dt) for forward in (eager.forward_difference, compiled)]
+    for what, expected, ours in zip(("F", "dF"), *results, strict=True):
+        _assert_close(ours.detach(), expected.detach(), what)
+    for F, _ in results:
+        F.backward(g)
+    expected = _gradients(eager)
+    for name, gradient in _gradients(net).items():
+        _assert_close(gradient, expected[name], name)
+
+
+@pytest.mark.parametrize(("path", "parameterization"), [("linear", "euler"), ("trig", "trig")])
+def test_soflow_loss_and_every_parameter_gradient(path, parameterization):
+    x0, *_ = _batch(8)
+    labels = torch.arange(8, device=DEVICE) % 5
+    results = []
+    for impl in ("torch", "triton"):
+        objective = SoFlow(_dit(impl), path=path, parameterization=parameterization)
+        out = objective.loss(x0, labels, progress=0.5, seed=3, step=7)
+        out.loss.backward()
+        results.append((out, _gradients(objective)))
+    (expected, expected_gradients), (ours, gradients) = results
+    _assert_close(ours.loss, expected.loss, "loss")
+    for part in ("velocity", "consistency"):
+        for field in ("loss", "mse", "weight", "t"):
+            _assert_close(getattr(ours.parts[part], field), getattr(expected.parts[part], field), f"{part} {field}")
+    for name, gradient in gradients.items():
+        _assert_close(gradient, expected_gradients[name], name)
