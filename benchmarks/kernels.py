@@ -90,29 +90,41 @@ def make_step(case: Case, mode: str, op: Callable, max_rows: int | None) -> Call
     return forward_and_backward
 
 
+def timings(case: Case, provider: str, timer: Timer, max_rows: int | None) -> list[dict]:
+    """One row per mode."""
+    op, rows = make_op(case, provider), []
+    for mode in modes(case):
+        moved = bytes_moved(case, mode, max_rows)
+        timing = timer(make_step(case, mode, op, max_rows))
+        row = {"op": case.op, "case": case.name, "mode": mode, "provider": provider, "ms": timing.median}
+        row |= {"ms_low": timing.low, "ms_high": timing.high, "repeats": timing.repeats, "bytes": moved}
+        rows.append({**row, "gb_per_s": moved / timing.median / 1e6})
+    return rows
+
+
 def measure(cases: list[Case], max_rows: int | None) -> dict:
-    """Environment, copy bandwidth and one row per case, mode and provider; ready for JSON."""
+    """Environment, copy bandwidth, one row per case, mode and provider, and what was refused; ready for JSON."""
     timer = Timer(DEVICE)
-    bandwidth = copy_bandwidth(timer)
-    report = {"environment": environment(), "dtype": str(DTYPE), "max_rows": max_rows}
-    report |= {"copy_gb_per_s": bandwidth, "launch_floor_ms": launch_floor_ms(timer), "refused": [], "rows": []}
+    report = {"environment": environment(), "dtype": str(DTYPE), "max_rows": max_rows, "refused": [], "rows": []}
+    report |= {"copy_gb_per_s": copy_bandwidth(timer), "launch_floor_ms": launch_floor_ms(timer)}
+
+    def refuse(case: Case, what: str, why: str):
+        report["refused"].append({"op": case.op, "case": case.name, "what": what, "why": why})
+        print(f"{case.op} {case.name}, {what}: {why}", file=sys.stderr)
+
     for case in cases:
-        name = {"op": case.op, "case": case.name}
         failures = failed_checks(case, max_rows)
         if failures:
-            report["refused"].append({**name, "failures": failures})
-            print(f"{case.op} {case.name}: not timed, because {failures[0]}", file=sys.stderr)
+            refuse(case, "not exact", "; ".join(failures))
             continue
         for provider in PROVIDERS:
-            op = make_op(case, provider)
-            for mode in modes(case):
-                moved = bytes_moved(case, mode, max_rows)
-                timing = timer(make_step(case, mode, op, max_rows))
-                rate = moved / timing.median / 1e6
-                row = {**name, "mode": mode, "provider": provider, "ms": timing.median, "ms_low": timing.low}
-                row |= {"ms_high": timing.high, "repeats": timing.repeats, "bytes": moved, "gb_per_s": rate}
-                report["rows"].append({**row, "percent_of_copy": 100 * rate / bandwidth})
+            try:
+                report["rows"] += timings(case, provider, timer, max_rows)
+            except Exception as error:  # what one provider cannot compile or capture must not cost the other rows
+                refuse(case, provider, f"{type(error).__name__}: {error}")
         print(f"{case.op} {case.name}", file=sys.stderr)
+    for row in report["rows"]:
+        row["percent_of_copy"] = 100 * row["gb_per_s"] / report["copy_gb_per_s"]
     return report
 
 
@@ -123,28 +135,31 @@ def table(report: dict) -> str:
         times.setdefault((row["op"], row["case"], row["mode"]), {})[row["provider"]] = row
     lines = [
         f"copy {report['copy_gb_per_s']:.0f} GB/s, launch floor {1e3 * report['launch_floor_ms']:.1f} us, "
-        f"device {(report['environment']['gpu'] or report['environment']['cpu']).get('name', 'CPU, interpreter')}",
-        f"{'op':36} {'case':22} {'mode':16} {'eager ms':>9} {'compiled':>9} {'ours ms':>9} {'spread':>7} {'GB/s':>6}"
+        f"device {(report['environment']['gpu'] or {}).get('name', 'CPU, interpreter')}",
+        f"{'op':36} {'case':24} {'mode':16} {'eager ms':>9} {'compiled':>9} {'ours ms':>9} {'spread':>7} {'GB/s':>6}"
         f" {'copy':>5} {'vs compiled':>11}",
     ]
+    ratios = []
     for (op, case, mode), row in times.items():
-        ours, compiled = row["ours"], row["compiled"]
-        spread, ratio = (ours["ms_high"] - ours["ms_low"]) / ours["ms"], compiled["ms"] / ours["ms"]
-        lines.append(
-            f"{op:36} {case:22} {mode:16} {row['eager']['ms']:9.4f} {compiled['ms']:9.4f} {ours['ms']:9.4f} "
-            f"{spread:7.1%} {ours['gb_per_s']:6.0f} {ours['percent_of_copy']:4.0f}% {ratio:10.2f}x"
-        )
-    ratios = [row["compiled"]["ms"] / row["ours"]["ms"] for row in times.values()]
+        line = f"{op:36} {case:24} {mode:16}"
+        for provider in PROVIDERS:
+            line += f" {row[provider]['ms']:9.4f}" if provider in row else f" {'-':>9}"
+        if ours := row.get("ours"):
+            spread = (ours["ms_high"] - ours["ms_low"]) / ours["ms"]
+            line += f" {spread:7.1%} {ours['gb_per_s']:6.0f} {ours['percent_of_copy']:4.0f}%"
+            if compiled := row.get("compiled"):
+                ratios.append(compiled["ms"] / ours["ms"])
+                line += f" {ratios[-1]:10.2f}x"
+        lines.append(line)
     if ratios:
-        mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
-        slower = sum(ratio < 1 for ratio in ratios)
-        lines.append(f"{len(ratios)} measured, {slower} slower than compiled, geometric mean {mean:.2f}x of compiled")
+        mean, slower = math.exp(sum(map(math.log, ratios)) / len(ratios)), sum(ratio < 1 for ratio in ratios)
+        lines.append(f"{len(ratios)} compared, {slower} slower than compiled, geometric mean {mean:.2f}x of compiled")
     lines.append(f"{len(report['refused'])} refused")
     return "\n".join(lines)
 
 
 def main() -> int:
-    """Measures, writes the JSON, prints the table; 1 if an op failed its check."""
+    """Measures, writes the JSON, prints the table; 1 if anything was refused."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", metavar="OP", help="only ops whose name contains this")
     parser.add_argument("--json", type=Path, metavar="OUT", help="write the report here")
