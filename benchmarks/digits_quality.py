@@ -15,6 +15,7 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import torch
+from _baselines import Fp32PairSoFlow, ScaledAdamW, ScaledLossSoFlow
 from _emulate import RoundedProducts, to_fp8, to_tf32
 from _measure import environment
 
@@ -29,52 +30,12 @@ from soflow_fast.step import TrainStep
 STEPS, BATCH, SAMPLES = 1000, 128, 5000
 
 
-class _Fp32Pair(SoFlow):
-    """bfloat16, but both forwards of the consistency pair in float32."""
-
-    def _with_difference(self, *arguments):
-        self.network.compute_dtype = torch.float32
-        try:
-            return super()._with_difference(*arguments)
-        finally:
-            self.network.compute_dtype = torch.bfloat16
-
-
 class _Fp8Forward(SoFlow):
     """Every product of every forward on float8 operands (emulated); the backward as it is."""
 
     def loss_of_rows(self, *arguments, **keywords):
         with RoundedProducts(to_fp8):
             return super().loss_of_rows(*arguments, **keywords)
-
-
-class _ScaledLoss(SoFlow):
-    """float16 with a dynamic loss scale, as torch's GradScaler keeps it."""
-
-    scale = 2.0**14
-
-    def loss_of_rows(self, *arguments, **keywords):
-        out = super().loss_of_rows(*arguments, **keywords)
-        return out._replace(loss=out.loss * self.scale)
-
-
-class _ScaledAdamW(AdamW):
-    """Divides the loss scale out of the gradients, halves it on overflow, doubles it after 200 steps without."""
-
-    model: _ScaledLoss
-    good = 0
-
-    def update(self, **keywords):
-        for group in self.param_groups:
-            for p in group["params"]:
-                p.grad /= self.model.scale
-        norm, finite = super().update(**keywords)
-        self.good = self.good + 1 if finite else 0
-        if not finite:
-            self.model.scale /= 2
-        elif self.good % 200 == 0:
-            self.model.scale *= 2
-        return norm, finite
 
 
 #: variant: objective class, its arguments, arguments of the network, of the step, operands of all products
@@ -89,14 +50,14 @@ VARIANTS = {
         None,
     ),
     "two forwards, fp16 and loss scale": (
-        _ScaledLoss,
+        ScaledLossSoFlow,
         {"quotient": "two_forwards"},
         {"compute_dtype": torch.float16, "residual_dtype": torch.float32},
         {},
         None,
     ),
     "two forwards, bf16 with the pair in fp32": (
-        _Fp32Pair,
+        Fp32PairSoFlow,
         {"quotient": "two_forwards"},
         {"compute_dtype": torch.bfloat16, "residual_dtype": torch.float32},
         {"merged": False},
@@ -125,9 +86,11 @@ def train_and_score(name: str, seed: int) -> dict:
     torch.manual_seed(seed)
     net = DiT(8, 2, 1, 96, 3, 4, num_classes=10, impl="torch", **network)
     model = kind(net, guidance_scale=2.0, **objective)
-    optimizer_class = _ScaledAdamW if kind is _ScaledLoss else AdamW
-    optimizer = optimizer_class((p for p in model.parameters() if p.requires_grad), lr=1e-3, impl="torch")
-    optimizer.model = model
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    if kind is ScaledLossSoFlow:
+        optimizer = ScaledAdamW(parameters, lr=1e-3, impl="torch", objective=model)
+    else:
+        optimizer = AdamW(parameters, lr=1e-3, impl="torch")
     ema = EMA(model, 0.999)
     train_step = TrainStep(model, optimizer=optimizer, ema=ema, total_steps=STEPS, seed=seed, **step)
     data = batches(digits("train"), batch=BATCH, steps=range(STEPS), seed=seed, num_classes=10, device="cpu")
