@@ -53,7 +53,7 @@ def one_binary_for_every_number_of_tokens():
 
 
 def program_ids_are_widened_before_they_are_multiplied():
-    """No kernel multiplies in 32 bits what a program id went into: offsets stay right beyond 2^31 elements."""
+    """No address holds a 32-bit product of what a program id went into: it stays right beyond 2^31 elements."""
     seen = set()
     for case in fused.cases():
         for record in _aot.record_case(case):
@@ -65,18 +65,26 @@ def program_ids_are_widened_before_they_are_multiplied():
 
 
 def _narrow_products(record: Record) -> list[str]:
-    """The 32-bit multiplications by values that come from a program id, in Triton's intermediate code."""
-    from_program_id, found = set(), []
+    """The addresses that a 32-bit product of something from a program id goes into, in Triton's intermediate code."""
+    from_program_id, products, found = set(), set(), []
     for line in _aot.compile_launch(record, ARCH).asm["ttir"].splitlines():
-        assignment = re.match(r"\s*(%\w+) = (\S+) (.*)", line)
+        assignment = re.match(r"\s*(%\w+)(?::\d+)? = (\S+) (.*)", line)
         if not assignment:
             continue
         name, operation, operands = assignment.groups()
         result_type = re.split(r" : | -> | to ", re.sub(r" loc\(.*", "", operands))[-1]
         used = set(re.findall(r"%\w+", operands))
+        for carried, start in re.findall(r"(%\w+) = (%\w+)", operands):  # the variables of a loop
+            for values in (from_program_id, products):
+                if start in values:
+                    values.add(carried)
         if operation == "tt.get_program_id" or (used & from_program_id and "i32" in result_type):
             from_program_id.add(name)
             if operation == "arith.muli":
+                products.add(name)
+        if used & products:
+            products.add(name)
+            if operation == "tt.addptr":
                 found.append(line.strip())
     return found
 
