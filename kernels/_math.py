@@ -45,3 +45,18 @@ def sin_cos(x):
     sin = tl.where(swap, cosine, sine)
     cos = tl.where(swap, sine, cosine)
     return tl.where(quadrant & 2 != 0, -sin, sin), tl.where((quadrant + 1) & 2 != 0, -cos, cos)
+
+
+@triton.jit
+def log(x):
+    """``ln x`` of a normal x > 0, accurate relative to its value near 1 too (the hardware's is not).
+
+    ``x = 2^e m`` with m in [√½, √2), and ``ln m = 2 artanh((m−1)/(m+1))`` by its series (next term 2e-9).
+    """
+    bits = x.to(tl.int32, bitcast=True)
+    exponent = (bits - 0x3F3504F3) >> 23  # the bits of √½
+    m = (bits - (exponent << 23)).to(tl.float32, bitcast=True)
+    s = (m - 1) / (m + 1)
+    square = s * s
+    series = 1 + square * (1 / 3 + square * (1 / 5 + square * (1 / 7 + square * (1 / 9))))
+    return exponent.to(tl.float32) * 0.6931471805599453 + 2 * s * series

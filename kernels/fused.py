@@ -1,25 +1,33 @@
 """The fused ops, with the names and signatures of ``reference``."""
 
-from . import activation_difference, adaln, adaln_difference, conditioning
+from . import activation_difference, adaln, adaln_difference, conditioning, noise
+from . import attention_difference as attention_family
 from ._cases import Case
 from .activation_difference import gelu_difference, silu_difference
 from .adaln import gated_residual_layernorm, modulated_layernorm
 from .adaln_difference import gated_residual_layernorm_difference, modulated_layernorm_difference
+from .attention_difference import attention_difference
 from .conditioning import condition, time_sinusoids, time_sinusoids_difference
+from .noise import interpolate, noisy_sample, normal, uniform
 
 __all__ = [
+    "attention_difference",
     "condition",
     "gated_residual_layernorm",
     "gated_residual_layernorm_difference",
     "gelu_difference",
+    "interpolate",
     "modulated_layernorm",
     "modulated_layernorm_difference",
+    "noisy_sample",
+    "normal",
     "silu_difference",
     "time_sinusoids",
     "time_sinusoids_difference",
+    "uniform",
 ]
 
-_FAMILIES = (activation_difference, adaln, adaln_difference, conditioning)
+_FAMILIES = (activation_difference, adaln, adaln_difference, attention_family, conditioning, noise)
 
 
 def cases() -> list[Case]:
