@@ -51,6 +51,16 @@ def one_binary_for_every_number_of_tokens():
     assert len(hashes(256)) == 5
     assert all(hashes(tokens) == hashes(256) for tokens in (1, 7, 16, 64, 4096))
 
+    def attention_hashes(tokens: int) -> list[tuple]:
+        q, k, v = torch.empty(2, tokens, 3, 6, 64, device="meta").permute(2, 0, 3, 1, 4).unbind(0)
+        with recording() as records:
+            fused.attention_difference(q, k, v, q, k, v, torch.empty_like(q))
+        return _hashes(records)
+
+    # with and without a part of a block left over
+    assert all(attention_hashes(tokens) == attention_hashes(256) for tokens in (64, 1024, 4096))
+    assert all(attention_hashes(tokens) == attention_hashes(260) for tokens in (1, 7, 16, 65, 4097))
+
 
 def program_ids_are_widened_before_they_are_multiplied():
     """No address holds a 32-bit product of what a program id went into: it stays right beyond 2^31 elements."""
