@@ -1,6 +1,6 @@
 """The fused ops, with the names and signatures of ``reference``."""
 
-from . import activation_difference, adaln, adaln_difference, conditioning, noise
+from . import activation_difference, adaln, adaln_difference, conditioning, consistency, noise, velocity
 from . import attention_difference as attention_family
 from ._cases import Case
 from .activation_difference import gelu_difference, silu_difference
@@ -8,14 +8,18 @@ from .adaln import gated_residual_layernorm, modulated_layernorm
 from .adaln_difference import gated_residual_layernorm_difference, modulated_layernorm_difference
 from .attention_difference import attention_difference
 from .conditioning import condition, time_sinusoids, time_sinusoids_difference
+from .consistency import consistency_loss
 from .noise import interpolate, noisy_sample, normal, uniform
+from .velocity import guided_velocity, velocity_loss
 
 __all__ = [
     "attention_difference",
     "condition",
+    "consistency_loss",
     "gated_residual_layernorm",
     "gated_residual_layernorm_difference",
     "gelu_difference",
+    "guided_velocity",
     "interpolate",
     "modulated_layernorm",
     "modulated_layernorm_difference",
@@ -25,9 +29,19 @@ __all__ = [
     "time_sinusoids",
     "time_sinusoids_difference",
     "uniform",
+    "velocity_loss",
 ]
 
-_FAMILIES = (activation_difference, adaln, adaln_difference, attention_family, conditioning, noise)
+_FAMILIES = (
+    activation_difference,
+    adaln,
+    adaln_difference,
+    attention_family,
+    conditioning,
+    consistency,
+    noise,
+    velocity,
+)
 
 
 def cases() -> list[Case]:
