@@ -97,8 +97,8 @@ def test_dit_compiles_as_one_graph():
 
 @pytest.mark.parametrize(("path", "parameterization"), [("linear", "euler"), ("trig", "trig")])
 def test_soflow_loss_and_every_parameter_gradient(path, parameterization):
-    x0, *_ = _batch(8)
-    labels = torch.arange(8, device=DEVICE) % 5
+    x0, *_ = _batch(4)
+    labels = torch.arange(4, device=DEVICE)
     results = []
     for impl in ("torch", "triton"):
         objective = SoFlow(_dit(impl), path=path, parameterization=parameterization)
