@@ -8,13 +8,13 @@ keeps p̃ = exp(S − m), ℓ = Σ p̃, z = Σ p̃E and D = Σ p̃E v + p̃(1+E)
 The tangent drops dq·dk and has E = dS − c, P for P(1+E) and 1 for 1+Z.
 
 Softmax does not see a shift c of dS that all keys of a query share. c is the mean of dS under P over the first block of
-keys. It removes the part common to all dk, which is large because a shift of the time moves every token's modulation,
-and it leaves a small Z, so that the rounding of O hardly counts.
+keys. It removes the part common to all dk, which is large because a shift of the time moves every token's modulation;
+and the smaller Z becomes, the less the rounding of O counts.
 
 In half precision the operands of all products are tensors as they are in memory, except p̃E and p̃(1+E). That is why
 dq·(k+dk) is taken as two products: rounding k+dk would cost more accuracy, and writing it to shared memory more time,
 than the sixth product. z sums the rounded p̃E, so that a part common to all v cancels. float32 is rounded inside the
-products instead; there k and dk are centred over the tokens first.
+products instead: there k and dk are centred over the tokens first, and q·dk + dq·dk is the one product (q+dq)·dk.
 
 Shapes: b rows, H heads, N tokens, h head dim. Bytes moved: the seven inputs and dO once (16·b·H·N·h in bf16); blocks of
 queries after the first find the keys' four tensors in the L2 cache. Nothing is saved; the op has no gradient.
@@ -74,6 +74,14 @@ def _rounded(x, dtype: tl.constexpr):
     dropped: tl.constexpr = 16 if dtype == tl.bfloat16 else 13  # bits of the mantissa
     bits = x.to(tl.int32, bitcast=True) + (1 << (dropped - 1))
     return ((bits >> dropped) << dropped).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _expm1(x, dtype: tl.constexpr):
+    """``exp(x) − 1``; where the result is rounded to half precision anyway, to 1e-5 of it, with fewer instructions."""
+    if dtype == tl.float32:
+        return expm1(x)
+    return tl.where(tl.abs(x) < 0.0625, x * (1 + x * (1 / 2 + x * (1 / 6))), tl.exp2(1.4426950408889634 * x) - 1)
 
 
 @triton.jit
@@ -196,7 +204,7 @@ def _attention_difference_kernel(
             common = tl.sum(p * ds, 1) / block_p * scale
         e = ds * scale - common[:, None]
         if not TANGENT:
-            e = expm1(e)
+            e = _expm1(e, q.dtype)
         pe = _rounded(p * e, q.dtype)
         peak = higher
         sum_p = sum_p * decay + block_p
