@@ -19,7 +19,7 @@ import torch
 from _measure import environment
 from torch import Tensor, nn
 
-from soflow_fast.kernels import _accuracy, fused, reference
+from soflow_fast.kernels import _accuracy, coefficients, fused, reference
 from soflow_fast.kernels._cases import Case, Inputs
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -81,6 +81,34 @@ def time_sinusoids_difference(t, s, dt, *, width=256, dtype=None):
     return moved - time_sinusoids(t, s, width=width, dtype=dtype)
 
 
+def _per_row(c: Tensor, like: Tensor) -> Tensor:
+    return c.to(like.dtype).view(-1, *[1] * (like.dim() - 1))
+
+
+def guided_velocity(v, F_null, F_own, t, drop, *, parameterization, guidance_scale, guidance_mix, decay_time):
+    v, slope = v.to(F_null.dtype), coefficients.velocity_scale(parameterization)
+    strength = _per_row(coefficients.guidance_decay(t, decay_time) * (guidance_scale - 1), v)
+    guided = guidance_mix * (v + strength * (v - slope * F_null)) + (1 - guidance_mix) * slope * F_own
+    return torch.where(_per_row(drop, v).bool(), v, guided)
+
+
+def velocity_loss(F, v, F_null, t, drop, *, p, eps, **guidance):
+    slope = coefficients.velocity_scale(guidance["parameterization"])
+    target = v.to(F.dtype) if F_null is None else guided_velocity(v, F_null, F.detach(), t, drop, **guidance)
+    mse = (slope * F - target).square().flatten(1).mean(1)
+    weight = 1 / (slope * (mse.detach() + eps).pow(p))
+    return weight * mse, mse.detach(), weight
+
+
+def consistency_loss(F, dF, v, x_t, t, gap, s, *, parameterization, p, eps):
+    c = coefficients.quotient_coefficients(t, gap, s, parameterization)
+    terms = zip(c, (x_t, F.detach(), dF, v), strict=True)
+    quotient = sum(_per_row(factor, F) * x.to(F.dtype) for factor, x in terms)
+    mse = quotient.square().flatten(1).mean(1)
+    weight = (mse + eps).pow(-p)
+    return -weight * (F * quotient).flatten(1).mean(1), mse, weight
+
+
 PLAIN = {
     form.__name__: form
     for form in (
@@ -94,6 +122,9 @@ PLAIN = {
         silu_difference,
         attention_difference,
         time_sinusoids_difference,
+        guided_velocity,
+        velocity_loss,
+        consistency_loss,
     )
 }
 
