@@ -23,7 +23,10 @@ def _run(*arguments: str, cwd: Path) -> str:
 
 
 def _rows(path: Path) -> dict[tuple, dict]:
-    return {(row["kernel"], row["case"], row["arch"]): row for row in json.loads(path.read_text())}
+    rows = json.loads(path.read_text())
+    table = {(row["kernel"], row["case"], row["arch"]): row for row in rows}
+    assert len(table) == len(rows)
+    return table
 
 
 @pytest.mark.slow
