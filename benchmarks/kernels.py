@@ -1,6 +1,6 @@
 """Fused ops against the same formula in plain torch, eager and compiled: time, GB/s, share of the copy bandwidth.
 
-    python benchmarks/kernels.py [--only OP] [--json OUT.json] [--smoke]
+    python benchmarks/kernels.py [--only OP] [--json OUT.json] [--minutes 9] [--smoke]
     pytest benchmarks/kernels.py
 
 Runs every case of ``soflow_fast.kernels.fused`` with bfloat16 operands. An op whose results are not as exact as its
@@ -13,6 +13,7 @@ import argparse
 import json
 import math
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -102,9 +103,9 @@ def timings(case: Case, provider: str, timer: Timer, max_rows: int | None) -> li
     return rows
 
 
-def measure(cases: list[Case], max_rows: int | None) -> dict:
+def measure(cases: list[Case], max_rows: int | None, minutes: float = math.inf) -> dict:
     """Environment, copy bandwidth, one row per case, mode and provider, and what was refused; ready for JSON."""
-    timer = Timer(DEVICE)
+    timer, deadline = Timer(DEVICE), time.monotonic() + 60 * minutes
     report = {"environment": environment(), "dtype": str(DTYPE), "max_rows": max_rows, "refused": [], "rows": []}
     report |= {"copy_gb_per_s": copy_bandwidth(timer), "launch_floor_ms": launch_floor_ms(timer)}
 
@@ -113,6 +114,9 @@ def measure(cases: list[Case], max_rows: int | None) -> dict:
         print(f"{case.op} {case.name}, {what}: {why}", file=sys.stderr)
 
     for case in cases:
+        if time.monotonic() > deadline:
+            refuse(case, "left out", f"the {minutes:g} minutes were over")
+            continue
         failures = failed_checks(case, max_rows)
         if failures:
             refuse(case, "not exact", "; ".join(failures))
@@ -163,10 +167,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", metavar="OP", help="only ops whose name contains this")
     parser.add_argument("--json", type=Path, metavar="OUT", help="write the report here")
+    parser.add_argument("--minutes", type=float, default=9, help="begin no case after this time (default: 9)")
     parser.add_argument("--smoke", action="store_true", help="the smallest case of each op, one row")
     arguments = parser.parse_args()
     smoke = arguments.smoke or DEVICE == "cpu"
-    report = measure(selected(smoke, arguments.only), 1 if smoke else None)
+    report = measure(selected(smoke, arguments.only), 1 if smoke else None, arguments.minutes)
     if arguments.json:
         arguments.json.write_text(json.dumps(report, indent=1) + "\n")
     print(table(report))
