@@ -93,7 +93,9 @@ def train_and_score(name: str, seed: int) -> dict:
         optimizer = AdamW(parameters, lr=1e-3, impl="torch")
     ema = EMA(model, 0.999)
     train_step = TrainStep(model, optimizer=optimizer, ema=ema, total_steps=STEPS, seed=seed, **step)
-    data = batches(digits("train"), batch=BATCH, steps=range(STEPS), seed=seed, num_classes=10, device="cpu")
+    data = batches(
+        digits("train"), batch=BATCH, steps=range(STEPS), seed=seed, num_classes=10, device=torch.device("cpu")
+    )
     start = time.perf_counter()
     with RoundedProducts(rounding) if rounding else nullcontext():
         for x, labels in data:
