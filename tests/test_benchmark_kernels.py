@@ -1,4 +1,4 @@
-"""The kernel benchmark reports no time of an op that is wrong, and loses no row to one that fails."""
+"""The kernel benchmark reports no time of an op that is wrong, and loses no row to one that fails; the error table."""
 
 import importlib.util
 from pathlib import Path
@@ -12,13 +12,22 @@ OP = "silu_difference"
 
 
 @pytest.fixture
-def benchmark_module(monkeypatch):
-    """benchmarks/kernels.py, which shares its name with the folder of kernels."""
+def load(monkeypatch):
+    """Imports a script of benchmarks/ by its path: kernels.py shares its name with the folder of kernels."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
-    spec = importlib.util.spec_from_file_location("benchmark_kernels", BENCHMARKS / "kernels.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+
+    def load(name: str):
+        spec = importlib.util.spec_from_file_location(f"benchmark_{name}", BENCHMARKS / f"{name}.py")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+
+    return load
+
+
+@pytest.fixture
+def benchmark_module(load):
+    return load("kernels")
 
 
 def _report(module):
@@ -64,3 +73,15 @@ def test_a_provider_that_fails_costs_only_its_row(benchmark_module, monkeypatch)
     assert [row["provider"] for row in report["rows"]] == ["eager", "ours"]
     assert [refused["what"] for refused in report["refused"]] == ["compiled"]
     assert "0 compared" not in benchmark_module.table(report)
+
+
+def test_the_table_of_errors_tells_the_forms_apart(load):
+    """The fused op and the reference are as exact as the dtype; two evaluations subtracted are far from that."""
+    errors = load("errors")
+    case = errors.cases(only=OP)[0]
+    (wide,), (half,) = errors.measure(case, "float32"), errors.measure(case, "float16")
+    assert max(wide["fused"], wide["reference"]) < 1e-6
+    assert max(half["fused"], half["reference"]) < 2e-3
+    assert wide["plain"] > 30 * wide["fused"]
+    assert half["plain"] > 0.1
+    assert "2 results, 0 outside" in errors.table([wide, half])
