@@ -233,10 +233,10 @@ def _period(share: float) -> int:
 
 @contextlib.contextmanager
 def _matmul_precision(precision: str) -> Iterator[None]:
-    """TensorFloat-32 products inside the block for ``tf32``, and not for the others."""
+    """TensorFloat-32 products inside the block, except for ``fp32``; they are exact for operands that were bfloat16."""
     matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
     before = matmul.allow_tf32, cudnn.allow_tf32
-    matmul.allow_tf32 = cudnn.allow_tf32 = precision == "tf32"
+    matmul.allow_tf32 = cudnn.allow_tf32 = precision != "fp32"
     try:
         yield
     finally:
@@ -260,7 +260,8 @@ class _Graph:
         self.x0, self.labels = x0.clone(), None if labels is None else labels.clone()
         self.graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(self.graph):
+            # Threads that load data may allocate pinned memory meanwhile.
+            with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
                 self.stats = run(self.x0, self.labels)
         except Exception as error:
             raise RuntimeError(
