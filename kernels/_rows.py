@@ -13,13 +13,13 @@ from torch import Tensor
 
 from ._launch import require_dtype, require_shape
 
-_VECTOR = 4
+_VECTOR = tl.constexpr(4)
 _MAX_STRIPS = 3
 
 
 def row_warps(width: int) -> int:
     """Warps per row: the fewest, so that reductions stay narrow, that leave at most 3 strips (12 values) a thread."""
-    threads = triton.cdiv(width, _VECTOR * _MAX_STRIPS)
+    threads = triton.cdiv(width, _VECTOR.value * _MAX_STRIPS)
     return triton.next_power_of_2(triton.cdiv(threads, 32))
 
 
@@ -50,10 +50,10 @@ def require_modulation(x: Tensor, **modulation: Tensor) -> list[Tensor]:
 @triton.jit
 def row_columns(D: tl.constexpr, THREADS: tl.constexpr):
     """The columns of a row, (THREADS, strips, 4); those beyond D are masked by the functions below."""
-    strips: tl.constexpr = triton.next_power_of_2(triton.cdiv(D, 4 * THREADS))
+    strips: tl.constexpr = triton.next_power_of_2(triton.cdiv(D, _VECTOR * THREADS))
     thread = tl.arange(0, THREADS)[:, None, None]
     strip = tl.arange(0, strips)[None, :, None]
-    return strip * (4 * THREADS) + thread * 4 + tl.arange(0, 4)[None, None, :]
+    return strip * (_VECTOR * THREADS) + thread * _VECTOR + tl.arange(0, _VECTOR)[None, None, :]
 
 
 @triton.jit
