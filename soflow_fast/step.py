@@ -12,6 +12,7 @@ from torch.func import functional_call
 from torch.nn.parallel import DistributedDataParallel
 
 from soflow_fast import optim
+from soflow_fast.capture import Captured, compiled, on_side_stream
 from soflow_fast.ema import EMA
 from soflow_fast.objectives.base import LossOutput, Objective, TotalLoss, require_choice
 from soflow_fast.paths import row_order
@@ -47,10 +48,7 @@ class _Loss(nn.Module):
         self.model, self.copy = model, copy
         self.settings = {"seed": seed, "latent_scale": latent_scale, "merged": merged}
         self.autocast = autocast
-        self.compute = self._compute
-        if compile:
-            backend = "inductor" if compile is True else compile
-            self.compute = torch.compile(self._compute, backend=backend, fullgraph=True, dynamic=False)
+        self.compute = compiled(self._compute, compile)
 
     def _compute(self, parameters, x0, labels, order, rows, n_velocity, progress, step) -> TotalLoss:
         labels = None if labels is None else labels[order]
@@ -85,7 +83,7 @@ class TrainStep:
         precision: ``bf16`` computes on bfloat16 copies of the float32 parameters (networks other than DiT under
             autocast), ``tf32`` on the parameters with TensorFloat-32 products, ``fp32`` on the parameters as they are.
             By default bf16 on a GPU, else fp32.
-        compile: torch.compile the loss, with the backend named if it is a name; by default on a GPU.
+        compile: whether the loss is compiled, by default on a GPU; see :func:`~soflow_fast.capture.compiled`.
         cuda_graph: replay the whole step as one CUDA graph, by default on a GPU with one process. The first steps run
             without it, then it is captured; batches must keep their shape.
         merged: compute the loss in its fewest network calls.
@@ -152,7 +150,11 @@ class TrainStep:
             self._loss = DistributedDataParallel(self._loss, device_ids=devices, broadcast_buffers=False)
         self._orders: dict[int, list[tuple[Tensor, Tensor, int]]] = {}
         self._steps_run = 0
-        self._graph: _Graph | None = None
+        self._graph: Captured | None = None
+
+    def check_batch(self, batch: int) -> None:
+        """ValueError unless this process's rows of a batch can be cut into equal micro-batches."""
+        self._row_orders(batch)
 
     def __call__(self, x0: Tensor, labels: Tensor | None = None) -> StepStats:
         """One step.
@@ -168,12 +170,13 @@ class TrainStep:
             return self._run(x0, labels)
         if self._graph is None and self._steps_run < _STEPS_BEFORE_CAPTURE:
             self._steps_run += 1
-            return _on_side_stream(self._run, x0, labels)
+            return on_side_stream(self._run, x0, labels)
         if self._graph is None:
-            self._graph = _Graph(self._run, x0, labels)
+            self.optimizer.zero_grad(set_to_none=True)  # the graph has a memory pool of its own for gradients
+            self._graph = Captured("the training step", self._run, x0, labels)
             if isinstance(self.optimizer, optim.AdamW):
                 self.optimizer.prepare()
-        return self._graph.replay(x0, labels)
+        return self._graph(x0, labels)
 
     def _run(self, x0: Tensor, labels: Tensor | None) -> StepStats:
         self.optimizer.zero_grad(set_to_none=True)
@@ -241,42 +244,3 @@ def _matmul_precision(precision: str) -> Iterator[None]:
         yield
     finally:
         matmul.allow_tf32, cudnn.allow_tf32 = before
-
-
-def _on_side_stream(run, *arguments):
-    """Runs on a stream of its own, as a capture will, so that nothing is left bound to the current one."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        result = run(*arguments)
-    torch.cuda.current_stream().wait_stream(stream)
-    return result
-
-
-class _Graph:
-    """A step captured as one CUDA graph, with the batch it reads and the statistics it writes."""
-
-    def __init__(self, run, x0: Tensor, labels: Tensor | None):
-        self.x0, self.labels = x0.clone(), None if labels is None else labels.clone()
-        self.graph = torch.cuda.CUDAGraph()
-        try:
-            # Threads that load data may allocate pinned memory meanwhile.
-            with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
-                self.stats = run(self.x0, self.labels)
-        except Exception as error:
-            raise RuntimeError(
-                f"the training step cannot be captured as a CUDA graph ({error}); set cuda_graph=False to run without"
-            ) from error
-
-    def replay(self, x0: Tensor, labels: Tensor | None) -> StepStats:
-        """One step on a batch of the captured shape."""
-        if x0.shape != self.x0.shape or (labels is None) != (self.labels is None):
-            raise ValueError(
-                f"the step is captured for batches of shape {tuple(self.x0.shape)} and got {tuple(x0.shape)}; "
-                "keep the batch's shape (drop the last partial batch) or set cuda_graph=False"
-            )
-        self.x0.copy_(x0)
-        if labels is not None:
-            self.labels.copy_(labels)
-        self.graph.replay()
-        return self.stats

@@ -13,10 +13,10 @@ FLOORS = [
     ["kernels"],
     ["config", "config_io", "interop", "paths"],
     [
-        "attention", "build", "checkpoint", "data", "dit", "ema", "evaluate", "fidelity", "images", "layers",
-        "objectives", "optim", "pair", "precision", "sample",
+        "attention", "build", "capture", "checkpoint", "data", "dit", "ema", "evaluate", "fidelity", "images",
+        "layers", "memory", "objectives", "optim", "pair", "precision", "sample",
     ],
-    ["cli", "demo", "doctor", "dry_run", "logs", "step", "trainer"],
+    ["cli", "demo", "distributed", "doctor", "dry_run", "logs", "step", "trainer"],
 ]  # fmt: skip
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
 

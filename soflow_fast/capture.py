@@ -1,0 +1,80 @@
+"""Functions of tensors as compiled code and as CUDA graphs."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Arguments of torch.compile, by what is asked for; anything else is a backend. Inductor's own CUDA graphs stay off,
+# because what is compiled here becomes part of a larger one.
+_OPTIONS = {True: {}, "max-autotune": {"mode": "max-autotune-no-cudagraphs"}}
+
+
+def compiled(function: Callable, how: bool | str | Callable) -> Callable:
+    """The function, compiled as one graph for fixed shapes; what cannot be compiled raises.
+
+    Args:
+        how: False, True, ``max-autotune`` (which also tries implementations of the matrix products), or a backend of
+            torch.compile.
+    """
+    if not how:
+        return function
+    return torch.compile(function, fullgraph=True, dynamic=False, **_OPTIONS.get(how, {"backend": how}))
+
+
+def on_side_stream(function: Callable, *inputs: Tensor | None) -> Any:
+    """Runs the function on a stream of its own, as a capture will, so that nothing is left bound to the current one."""
+    with torch.cuda.device(_device(inputs)):
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            result = function(*inputs)
+        torch.cuda.current_stream().wait_stream(stream)
+    return result
+
+
+class Captured:
+    """A function captured as one CUDA graph, with the inputs it reads and the outputs it writes.
+
+    Args:
+        what: the name of the function in messages. function: of tensors or None; run before on a side stream, so that
+            its kernels are compiled and loaded. inputs: of the shapes it will always have.
+
+    Raises:
+        RuntimeError: if the capture fails, with its cause.
+    """
+
+    def __init__(self, what: str, function: Callable, *inputs: Tensor | None):
+        self.what = what
+        self.inputs = [None if x is None else x.clone() for x in inputs]
+        self.graph = torch.cuda.CUDAGraph()
+        try:
+            # Threads that load data may allocate pinned memory meanwhile.
+            with (
+                torch.cuda.device(_device(inputs)),
+                torch.cuda.graph(self.graph, capture_error_mode="thread_local"),
+            ):
+                self.outputs = function(*self.inputs)
+        except Exception as error:
+            raise RuntimeError(
+                f"{what} cannot be captured as a CUDA graph ({error}); set cuda_graph=False to run without"
+            ) from error
+
+    def __call__(self, *inputs: Tensor | None) -> Any:
+        """The outputs for these inputs; the next call overwrites them."""
+        for own, given in zip(self.inputs, inputs, strict=True):
+            shapes = [None if x is None else tuple(x.shape) for x in (own, given)]
+            if shapes[0] != shapes[1]:
+                raise ValueError(
+                    f"{self.what} is captured for inputs of shape {shapes[0]} and got {shapes[1]}; "
+                    "keep the batch's shape (drop the last partial batch) or set cuda_graph=False"
+                )
+            if own is not None:
+                own.copy_(given)
+        self.graph.replay()
+        return self.outputs
+
+
+def _device(inputs: tuple[Tensor | None, ...]) -> torch.device:
+    return next(x.device for x in inputs if x is not None)
