@@ -47,6 +47,8 @@ def build_network(config: ModelConfig, label_drop: float) -> DiT:
             "this configuration's network was given to the Trainer as an object; load its checkpoint in Python"
         )
     sizes = {name: value for name, value in asdict(config).items() if value is not None and name != "preset"}
+    if config.recompute == "auto":
+        sizes["recompute"] = "none"  # the trainer knows what fits
     has_null = label_drop > 0 or config.num_classes == 0
     return DiT.from_preset(config.preset, class_dropout_prob=float(has_null), **sizes)
 
@@ -84,7 +86,8 @@ def build_dataset(config: TrainConfig) -> Dataset:
     form = {"channels": model.in_channels, "size": model.input_size, "num_classes": model.num_classes}
     if data.kind == "folder":
         return ImageFolder(data.path, **form)
-    return LatentMoments(data.path, **form, scale=data.latent_scale)
+    dtype = torch.bfloat16 if data.latent_precision == "bf16" else torch.float32
+    return LatentMoments(data.path, **form, scale=data.latent_scale, dtype=dtype)
 
 
 def check_dataset(config: TrainConfig, dataset: Dataset) -> float | None:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from soflow_fast import doctor
+from soflow_fast import distributed, doctor
 from soflow_fast.build import sample_shape
 from soflow_fast.config import TrainConfig
 from soflow_fast.dry_run import describe
@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args.command(args)
     except (ValueError, OSError, FloatingPointError) as error:
-        print(f"soflow: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"soflow: {distributed.whose()}{' '.join(str(error).split())}", file=sys.stderr)
         return 1 if isinstance(error, FloatingPointError) else 2
     except KeyboardInterrupt:
         print("soflow: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
@@ -94,7 +94,11 @@ def _train(args: argparse.Namespace) -> None:
     if args.dry_run:
         print(describe(config))
         return
-    print(f"done: {Trainer(config).fit()}")
+    trainer = Trainer(config)
+    last = trainer.fit()
+    if trainer.processes.is_first:
+        print(f"done: {last}")
+    distributed.leave()
 
 
 def _sample(args: argparse.Namespace) -> None:

@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from soflow_fast import interop
 from soflow_fast.config_io import dump_yaml, flatten, lists, parse, read_yaml, require
@@ -24,7 +24,8 @@ class ModelConfig:
 
     Attributes:
         preset: such as ``DiT-B/4``. input_size, in_channels, num_classes: of the data. patch_size, hidden_size, depth,
-            num_heads, mlp_ratio, impl, attention, recompute: see :class:`~soflow_fast.DiT`.
+            num_heads, mlp_ratio, impl, attention: see :class:`~soflow_fast.DiT`. recompute: see there, or ``auto``: the
+            least with which a step is estimated to fit the GPU's memory, ``none`` on a CPU.
     """
 
     preset: str = "DiT-B/4"
@@ -38,7 +39,7 @@ class ModelConfig:
     mlp_ratio: float = 4.0
     impl: str = "auto"
     attention: str = "auto"
-    recompute: str = "none"
+    recompute: str = "auto"
 
     def __post_init__(self):
         for name in ("input_size", "in_channels"):
@@ -58,7 +59,11 @@ class DataConfig:
         kind: ``digits`` (scikit-learn's handwritten digits), ``latents`` (an HDF5 file of latent moments), ``folder``
             (images by class) or ``given`` (an object given to the Trainer). path: of the file or folder.
         latent_scale: what unscaled latents are multiplied by. vae: name or folder of the diffusers ``AutoencoderKL``
-            that decodes latents; without it samples stay latents.
+            that decodes latents; without it samples stay latents. latent_precision: of the moments as they are read:
+            ``bf16`` rounds them by at most 2^-8 of their size and halves the memory they take, ``fp32`` does not.
+        on_device: whether the data lie in the device's memory as a whole, for latents, digits and data sets that can be
+            read in pieces; the batches are the same. ``auto`` is yes on a GPU if they take at most half of the free
+            memory that a step is estimated to leave.
         workers: loader processes, 0 for none. prefetch: batches each of them reads ahead.
     """
 
@@ -66,11 +71,18 @@ class DataConfig:
     path: str | None = None
     latent_scale: float = 0.18215
     vae: str | None = None
+    latent_precision: Literal["bf16", "fp32"] = "bf16"
+    on_device: bool | Literal["auto"] = "auto"
     workers: int = 4
     prefetch: int = 4
 
     def __post_init__(self):
         require(self.kind in DATA_KINDS, f"data.kind={self.kind!r} is not known; choose one of {', '.join(DATA_KINDS)}")
+        for name, choices in (("latent_precision", ("bf16", "fp32")), ("on_device", (True, False, "auto"))):
+            value = getattr(self, name)
+            require(
+                value in choices, f"data.{name}={value!r} is not known; choose one of {', '.join(map(str, choices))}"
+            )
         require(0 < self.latent_scale < math.inf, f"data.latent_scale={self.latent_scale} must be greater than 0")
         _require_count("data.workers", self.workers, least=0)
         _require_count("data.prefetch", self.prefetch)
@@ -111,16 +123,16 @@ class OptimizerConfig:
 
 @dataclass
 class ComputeConfig:
-    """How a step is computed, see :class:`~soflow_fast.step.TrainStep`; None is its own choice for the device.
+    """How a step is computed, see :class:`~soflow_fast.step.TrainStep`; ``auto`` is its own choice for the device.
 
     Attributes:
-        precision: ``bf16``, ``tf32`` or ``fp32``. compile: whether torch.compile is used. cuda_graph: whether a step is
-            one CUDA graph.
+        precision: ``bf16``, ``tf32`` or ``fp32``. compile: whether torch.compile is used; ``max-autotune`` also has it
+            try implementations of the matrix products. cuda_graph: whether a step is one CUDA graph.
     """
 
-    precision: str | None = None
-    compile: bool | None = None
-    cuda_graph: bool | None = None
+    precision: Literal["auto", "bf16", "tf32", "fp32"] = "auto"
+    compile: bool | Literal["auto", "max-autotune"] = "auto"
+    cuda_graph: bool | Literal["auto"] = "auto"
 
 
 @dataclass
@@ -248,7 +260,16 @@ class EvaluationConfig:
 
 
 # What may change between the parts of one run: it has no influence on the trained weights.
-_FREE = {"run_dir", "device", "max_skipped_steps", "model.recompute", "data.workers", "data.prefetch", "data.vae"}
+_FREE = {
+    "run_dir",
+    "device",
+    "max_skipped_steps",
+    "model.recompute",
+    "data.on_device",
+    "data.prefetch",
+    "data.vae",
+    "data.workers",
+}
 _FREE_SECTIONS = ("output.", "evaluation.")
 
 
@@ -258,7 +279,8 @@ class TrainConfig:
 
     Attributes:
         run_dir: where the run is written and continued. objective: the name of its section, such as ``soflow``.
-        batch_size: rows of a step, over all processes and micro-batches. total_steps: of the run. seed: of every draw.
+        batch_size: rows of a step, over all micro-batches and processes, which share them equally.
+        total_steps: of the run. seed: of every draw.
         device: ``auto`` (a GPU where there is one), ``cpu``, ``cuda`` or ``cuda:1``.
         max_skipped_steps: how many steps with a loss or gradient that is not finite may be skipped before the run
             stops.

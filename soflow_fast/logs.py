@@ -5,7 +5,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from soflow_fast.distributed import Processes
 from soflow_fast.objectives.base import LossOutput
 from soflow_fast.step import StepStats
 
@@ -23,27 +24,31 @@ TIME_BINS = 10
 class Meter:
     """Means over the steps since it was last read, kept on the device; only reading waits for the device.
 
-    Steps that were left out because a value was not finite do not enter the means; they are counted.
+    Steps that were left out because a value was not finite do not enter the means; they are counted. With several
+    processes, what is read is of all of them, and all of them must read.
 
-    Attributes:
-        skipped: 0-d int64, steps left out in the whole run. first_skipped: 0-d int64, the first of them counted from 1,
-            or 0.
+    Args:
+        processes: of the run. skipped: steps already left out.
     """
 
-    def __init__(self, device: torch.device, skipped: int = 0):
-        self.skipped = torch.full((), skipped, dtype=torch.int64, device=device)
-        self.first_skipped = torch.zeros_like(self.skipped)
-        self._edges = torch.arange(1, TIME_BINS, device=device) / TIME_BINS
+    def __init__(self, processes: Processes, skipped: int = 0):
+        self._processes = processes
+        self._skipped = torch.tensor([skipped, 0], device=processes.device)  # how many, and the first, from 1, or 0
+        self._edges = torch.arange(1, TIME_BINS, device=processes.device) / TIME_BINS
         self._sums: dict[str, Tensor] = {}
 
     def update(self, step: int, stats: StepStats) -> None:
         """Adds step number ``step``, counted from 1."""
         finite = stats.finite & stats.loss.isfinite()
-        self.skipped += ~finite
-        self.first_skipped += (~finite & (self.first_skipped == 0)) * step
+        self._skipped[0] += ~finite
+        self._skipped[1] += (~finite & (self._skipped[1] == 0)) * step
         self._add("total", torch.stack([torch.ones_like(stats.loss), stats.loss, stats.grad_norm]), finite)
         for name, part in stats.parts.items():
             self._add(name, self._sums_of(part), finite)
+
+    def skipped(self) -> tuple[int, int]:
+        """Steps left out in the whole run, and the first of them since it was started, counted from 1, or 0."""
+        return tuple(self._processes.maximum(self._skipped).tolist())
 
     def read(self) -> dict[str, float | list[float | None]]:
         """The means by name, and a fresh start.
@@ -54,7 +59,8 @@ class Meter:
         names = list(self._sums)
         if not names:
             return {}
-        sums = dict(zip(names, torch.nn.utils.rnn.pad_sequence(list(self._sums.values())).T.tolist(), strict=True))
+        rows = self._processes.sum(torch.nn.utils.rnn.pad_sequence(list(self._sums.values())).T.contiguous())
+        sums = dict(zip(names, rows.tolist(), strict=True))
         self._sums = {}
         steps, loss, grad_norm = sums.pop("total")[:3]
         if not steps:
@@ -147,6 +153,23 @@ class RunLog:
         temporary = self.path.with_suffix(".writing")
         temporary.write_text("".join(kept))
         os.replace(temporary, self.path)
+
+
+class Quiet:
+    """Stands for a :class:`RunLog` in the processes that write nothing."""
+
+    def advance(self) -> None: ...
+
+    def write(self, step: int, values: dict) -> None: ...
+
+    def append(self, values: dict) -> None: ...
+
+    def say(self, sentence: str) -> None: ...
+
+    def off_the_clock(self) -> AbstractContextManager:
+        return nullcontext()
+
+    def close(self) -> None: ...
 
 
 def _scalars(value) -> list[tuple[str, float]]:

@@ -1,20 +1,21 @@
 """The training run: steps, metrics, sample grids, checkpoints, and going on where it stopped."""
 
 import os
-from dataclasses import replace
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import nn
 from torch.utils.data import Dataset
 
-from soflow_fast import build, checkpoint
-from soflow_fast.config import TrainConfig
-from soflow_fast.data import batches
+from soflow_fast import build, checkpoint, distributed, memory
+from soflow_fast.config import GIVEN, TrainConfig
+from soflow_fast.data import batches, load_resident
 from soflow_fast.ema import EMA
 from soflow_fast.evaluate import check_evaluation, evaluate
 from soflow_fast.images import are_images, balanced_labels, generate, save_samples, vae_decoder
-from soflow_fast.logs import METRICS_NAME, Meter, RunLog
+from soflow_fast.logs import METRICS_NAME, Meter, Quiet, RunLog
 from soflow_fast.optim import AdamW
 from soflow_fast.step import TrainStep
 
@@ -32,6 +33,9 @@ class Trainer:
     they were. Such steps are counted on the device and looked at whenever metrics or a checkpoint are written; more
     than ``max_skipped_steps`` of them stop the run, before anything is saved.
 
+    Started by torchrun, every process takes its rows of each batch and the first alone writes; a run may go on with
+    another number of processes. The folder must be in a file system that all of them see.
+
     Args:
         config: see :class:`~soflow_fast.TrainConfig`.
         model: a network ``net(x, t, s, labels)`` with ``net.num_classes`` to train instead of the configuration's
@@ -45,15 +49,19 @@ class Trainer:
 
     def __init__(self, config: TrainConfig, *, model: nn.Module | None = None, dataset: Dataset | None = None):
         self.config = config = build.with_given(config, network=model is not None, dataset=dataset is not None)
-        self.device = build.resolve_device(config.device)
+        device = build.resolve_device(config.device)
         if model is None:
             with torch.device("meta"):  # a value that cannot be is found before large weights are drawn
                 build.build_model(config)
         self.dataset = build.build_dataset(config) if dataset is None else dataset
         latent_scale = build.check_dataset(config, self.dataset)
+        if config.evaluation.every:
+            check_evaluation(config)
+        self.processes = distributed.join(device)
+        self.rows = self.processes.rows(config.batch_size)
         if not hasattr(model, "loss_of_rows"):
             model = build.build_model(config, model)
-        self.model = model.to(self.device)
+        self.model = model.to(self.processes.device)
         wanted = config.optimizer
         self.optimizer = AdamW(
             [p for p in self.model.parameters() if p.requires_grad],
@@ -64,6 +72,7 @@ class Trainer:
             impl=self.model.impl,
         )
         self.ema = EMA(self.model, config.ema.decay, config.ema.warmup)
+        compute = {name: None if value == "auto" else value for name, value in asdict(config.compute).items()}
         self.step = TrainStep(
             self.model,
             optimizer=self.optimizer,
@@ -73,17 +82,28 @@ class Trainer:
             accumulation=wanted.accumulation,
             grad_clip=wanted.grad_clip,
             latent_scale=latent_scale,
-            precision=config.compute.precision,
-            compile=config.compute.compile,
-            cuda_graph=config.compute.cuda_graph,
+            rank=self.processes.rank,
+            world_size=self.processes.world_size,
+            **compute,
         )
+        self.step.check_batch(self.rows.stop - self.rows.start)
+        self._on_device = self._fit_into_memory()
         self._decode = None
         if config.data.vae is not None:
-            self._decode = vae_decoder(config.data.vae, config.data.latent_scale, self.device)
-        if config.evaluation.every:
-            check_evaluation(config)
+            self._decode = vae_decoder(config.data.vae, config.data.latent_scale, self.processes.device)
         self.run_dir = Path(config.run_dir)
         self.checkpoints = self.run_dir / CHECKPOINTS
+
+    def _fit_into_memory(self) -> bool:
+        """Sets what is recomputed and says whether the data lie on the device, as configured or as they fit."""
+        config, device = self.config, self.processes.device
+        micro_batch = (self.rows.stop - self.rows.start) // config.optimizer.accumulation
+        sizes = {"rows": micro_batch, "precision": self.step.precision}
+        if config.model.preset != GIVEN and config.model.recompute == "auto":
+            self.model.network.recompute = memory.choose_recompute(self.model, device=device, **sizes)
+        recompute = getattr(self.model.network, "recompute", "none")
+        needed = memory.step_bytes(self.model, recompute=recompute, **sizes)
+        return memory.keep_on_device(config.data.on_device, self.dataset, device, needed)
 
     def fit(self) -> Path:
         """Trains to the last step, from the newest checkpoint of the run's folder if there is one.
@@ -98,22 +118,27 @@ class Trainer:
         config, output = self.config, self.config.output
         last_checkpoint = checkpoint.path_of(self.checkpoints, config.total_steps)
         start, skipped = self._restore()
-        self._claim_folder()
+        self.processes.of_first(self._claim_folder)
         if start == config.total_steps:
             return last_checkpoint
+        meter = Meter(self.processes, skipped)
+        first, num_classes = self.processes.is_first, config.model.num_classes
+        log = RunLog(self.run_dir, start, config.total_steps, config.batch_size) if first else Quiet()
+        log.say(self._description(start))
+        dataset = self.dataset
+        if self._on_device:
+            dataset = load_resident(dataset, self.processes.device, num_classes, show=first)
         steps = batches(
-            self.dataset,
+            dataset,
             batch=config.batch_size,
             steps=range(start, config.total_steps),
             seed=config.seed,
-            num_classes=config.model.num_classes,
+            num_classes=num_classes,
+            rows=self.rows,
             workers=config.data.workers,
             prefetch=config.data.prefetch,
-            device=self.device,
+            device=self.processes.device,
         )
-        meter = Meter(self.device, skipped)
-        log = RunLog(self.run_dir, start, config.total_steps, config.batch_size)
-        log.say(self._description(start))
         if self._decode is None and not are_images(config.model.in_channels):
             log.say("no autoencoder is set (data.vae), so samples stay latents: arrays in .npy files")
         try:
@@ -126,12 +151,12 @@ class Trainer:
                     log.write(done, meter.read())
                 with log.off_the_clock():
                     if last or _due(done, output.checkpoint_every):
-                        self._require_finite(meter)
-                        self._save(done, meter)
+                        skipped = self._require_finite(meter)
+                        self.processes.of_first(partial(self._save, done, skipped))
                     if _due(done, output.sample_every):
-                        self._write_samples(done)
+                        self.processes.of_first(partial(self._write_samples, done))
                     if _due(done, config.evaluation.every):
-                        self._evaluate(done, log)
+                        self.processes.of_first(partial(self._evaluate, done, log))
         finally:
             log.close()
         return last_checkpoint
@@ -143,22 +168,34 @@ class Trainer:
             "precision": self.step.precision,
             "compile": self.step.compile,
             "cuda_graph": self.step.cuda_graph,
+            "recompute": getattr(self.model.network, "recompute", "the network's own"),
+            "data": "on the device" if self._on_device else f"read by {self.config.data.workers} workers",
+            "processes": self.processes.world_size,
         }
         chosen = ", ".join(f"{name}={value}" for name, value in choices.items())
-        return f"step {start} of {self.config.total_steps} on {self.device}: {chosen}"
+        return f"step {start} of {self.config.total_steps} on {self.processes.device}: {chosen}"
 
     def _restore(self) -> tuple[int, int]:
         """Loads the newest checkpoint, if there is one; steps done and steps skipped."""
-        _require_same_run(self.run_dir, self.config)
-        found = checkpoint.committed(self.checkpoints)
-        if not found:
+        path = self.processes.of_first(self._newest_checkpoint)
+        if path is None:
             return 0, 0
-        state = checkpoint.load(found[-1], self.device)
-        checkpoint.load_weights(self.model, state.model, found[-1])
+        if not path.is_dir():
+            raise ValueError(
+                f"process {self.processes.rank} does not see the checkpoint {path} of the first process; "
+                "choose a run_dir in a file system that all processes share"
+            )
+        state = checkpoint.load(path, self.processes.device)
+        checkpoint.load_weights(self.model, state.model, path)
         self.optimizer.load_state_dict(state.optimizer)
         self.ema.load_state_dict(state.ema, state.ema_updates)
         self.step.step.fill_(state.step)
         return state.step, state.skipped_steps
+
+    def _newest_checkpoint(self) -> Path | None:
+        _require_same_run(self.run_dir, self.config)
+        found = checkpoint.committed(self.checkpoints)
+        return found[-1] if found else None
 
     def _claim_folder(self) -> None:
         self.run_dir.mkdir(parents=True, exist_ok=True)
@@ -166,24 +203,25 @@ class Trainer:
         temporary.write_text(self.config.to_yaml())
         os.replace(temporary, self.run_dir / CONFIG_NAME)
 
-    def _save(self, step: int, meter: Meter) -> None:
+    def _save(self, step: int, skipped: int) -> None:
         state = checkpoint.State(
             step=step,
             model=self.model.state_dict(),
             ema=self.ema.state_dict(),
             optimizer=self.optimizer.state_dict(),
             ema_updates=int(self.ema.updates),
-            skipped_steps=int(meter.skipped),
+            skipped_steps=skipped,
         )
         checkpoint.save(self.checkpoints, state, self.config.output.keep_checkpoints)
 
-    def _require_finite(self, meter: Meter) -> None:
-        skipped = int(meter.skipped)
+    def _require_finite(self, meter: Meter) -> int:
+        """How many steps were left out, if they are not too many."""
+        skipped, first = meter.skipped()
         if skipped <= self.config.max_skipped_steps:
-            return
+            return skipped
         found = checkpoint.committed(self.checkpoints)
         raise FloatingPointError(
-            f"the loss or the gradient norm was not finite at step {int(meter.first_skipped)} ({skipped} such steps "
+            f"the loss or the gradient norm was not finite at step {first} ({skipped} such steps "
             f"so far, max_skipped_steps={self.config.max_skipped_steps}); the last good checkpoint is "
             f"{found[-1] if found else 'the start'}: lower optimizer.learning_rate, set optimizer.grad_clip or raise "
             "max_skipped_steps"
@@ -206,7 +244,7 @@ class Trainer:
             samples = torch.cat(list(parts))
         save_samples(samples, self.run_dir / "samples" / f"step-{step:08d}", columns)
 
-    def _evaluate(self, step: int, log: RunLog) -> None:
+    def _evaluate(self, step: int, log: RunLog | Quiet) -> None:
         with self.ema.applied():
             folder = self.run_dir / "evaluation" / f"step-{step:08d}"
             scores = evaluate(self.model, self.config, folder, decode=self._decode)

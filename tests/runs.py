@@ -45,11 +45,12 @@ def write_config(path: Path, config: TrainConfig) -> Path:
     return path
 
 
-def soflow(*args: str, environment: dict[str, str] | None = None) -> subprocess.CompletedProcess:
-    """The command in a process of its own, without Triton's interpreter."""
+def soflow(*args: str, environment: dict[str, str] | None = None, processes: int = 1) -> subprocess.CompletedProcess:
+    """The command in a process of its own, or in several started by torchrun, without Triton's interpreter."""
     inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     return subprocess.run(
-        [sys.executable, "-m", "soflow_fast.cli", *args],
+        [sys.executable, *(torchrun if processes > 1 else []), "-m", "soflow_fast.cli", *args],
         capture_output=True,
         text=True,
         env={**inherited, "OMP_NUM_THREADS": "1", **(environment or {})},

@@ -8,11 +8,13 @@ import pytest
 import torch
 from PIL import Image
 from runs import Blobs, write_latents
+from torch.utils.data import TensorDataset
 
-from soflow_fast.data import ImageFolder, LatentMoments, batches, digits
+from soflow_fast.data import ImageFolder, LatentMoments, batches, digits, load_resident, resident, resident_bytes
 from soflow_fast.data.order import batch_indices, permutation
 
 CPU = torch.device("cpu")
+FORM = {"channels": 4, "size": 8, "num_classes": 10, "scale": 0.18215}
 
 
 def _first_word(row: int, seed: int, step: int, stream: int) -> int:
@@ -97,6 +99,60 @@ def test_samples_and_labels_of_another_kind_are_refused(sample, label, words):
         _batches(_Odd(sample, label), range(1))
 
 
+# ------------------------------------------------------------------------------------------------- on the device
+
+
+@pytest.mark.parametrize("rows", [slice(None), slice(0, 4), slice(4, 8)], ids=str)
+@pytest.mark.parametrize("num_classes", [10, 0])
+def test_data_on_the_device_are_the_same_batches(rows, num_classes):
+    options = {"rows": rows, "num_classes": num_classes}
+    read = _batches(digits(), range(165, 180), **options)  # an epoch has 168 batches
+    held = _batches(load_resident(digits(), CPU, num_classes), range(165, 180), **options)
+    whole = _batches(digits(), range(165, 180))
+    for (x, labels), (x_held, labels_held), (x_whole, labels_whole) in zip(read, held, whole, strict=True):
+        assert torch.equal(x, x_whole[rows])
+        assert torch.equal(x_held, x)
+        assert (x_held.dtype, len(x_held)) == (torch.float32, 8 if rows == slice(None) else 4)
+        for given in (labels, labels_held):
+            assert given is None if num_classes == 0 else torch.equal(given, labels_whole[rows])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_latents_on_the_device_are_read_in_pieces_and_rounded_once(tmp_path, monkeypatch, dtype):
+    path = write_latents(tmp_path / "latents.hdf5")
+    data = LatentMoments(path, **FORM, dtype=dtype)
+    monkeypatch.setattr(resident, "_CHUNK_BYTES", 7 * data[0][0].nbytes)
+    pieces = []
+    read = LatentMoments.read
+    monkeypatch.setattr(LatentMoments, "read", lambda self, *ends: pieces.append(ends) or read(self, *ends))
+    held = load_resident(data, CPU, 10)
+    assert pieces == [(0, 7), (7, 14), (14, 21), (21, 28), (28, 35), (35, 40)]
+    assert resident_bytes(data) == held.samples.nbytes + held.labels.nbytes
+    with h5py.File(path) as file:
+        truth, labels = torch.from_numpy(file["latents"][:]), torch.from_numpy(file["labels"][:])
+    assert held.samples.dtype == dtype
+    assert torch.equal(held.labels, labels)
+    error = (held.samples.float() - truth).abs()
+    assert (error <= 2**-8 * truth.abs()).all()
+    assert (error.max() == 0) == (dtype == torch.float32)
+    assert torch.equal(held.samples, truth.to(dtype))
+    for (x, y), (x_held, y_held) in zip(_batches(data, range(9)), _batches(held, range(9)), strict=True):
+        assert torch.equal(x, x_held)
+        assert torch.equal(y, y_held)
+
+
+def test_bad_data_are_refused_on_the_way_to_the_device():
+    with pytest.raises(ValueError, match=r"labels from 0 to 9, outside the classes 0\.\.5"):
+        load_resident(digits(), CPU, 6)
+    with pytest.raises(ValueError, match=r"samples of torch\.uint8; they must be floating point"):
+        load_resident(TensorDataset(torch.zeros(4, 1, 8, 8, dtype=torch.uint8), torch.zeros(4)), CPU, 0)
+
+
+def test_only_data_that_can_be_read_in_pieces_can_be_held():
+    assert resident_bytes(digits()) == 1347 * (64 * 4 + 8)
+    assert resident_bytes(Blobs()) is None
+
+
 # -------------------------------------------------------------------------------------------------------- digits
 
 
@@ -114,8 +170,6 @@ def test_digits_split_never_changes_and_covers_everything():
 
 
 # ------------------------------------------------------------------------------------------------------- latents
-
-FORM = {"channels": 4, "size": 8, "num_classes": 10, "scale": 0.18215}
 
 
 @pytest.mark.parametrize("as_folder", [False, True])

@@ -57,7 +57,8 @@ def _stop_at(monkeypatch, step):
 # ------------------------------------------------------------------------------------------------------ resuming
 
 
-def test_a_stopped_run_goes_on_exactly(tmp_path, monkeypatch):
+@pytest.mark.parametrize("data", [{"workers": 2}, {"on_device": True}], ids=str)
+def test_a_stopped_run_goes_on_exactly(tmp_path, monkeypatch, data):
     straight = tiny_config(tmp_path / "straight", data=DataConfig(kind="digits", workers=0))
     Trainer(straight).fit()
     stopped = replace(straight, run_dir=str(tmp_path / "stopped"))
@@ -67,9 +68,8 @@ def test_a_stopped_run_goes_on_exactly(tmp_path, monkeypatch):
             Trainer(stopped).fit()
     # what has no influence on the weights may change, and the metrics beyond the checkpoint are written again
     (tmp_path / "stopped" / "metrics.jsonl").open("a").write('{"step": 5, "loss"')
-    Trainer(
-        replace(stopped, output=replace(stopped.output, log_every=1), data=DataConfig(kind="digits", workers=2))
-    ).fit()
+    data = DataConfig(kind="digits", **data)
+    Trainer(replace(stopped, output=replace(stopped.output, log_every=1), data=data)).fit()
     _assert_bitwise_equal(_final(tmp_path / "straight"), _final(tmp_path / "stopped"))
     lines = [json.loads(line)["step"] for line in (tmp_path / "stopped" / "metrics.jsonl").read_text().splitlines()]
     assert lines == [2, 4, 5, 6]

@@ -4,5 +4,6 @@ from soflow_fast.data.digits import digits
 from soflow_fast.data.folder import ImageFolder
 from soflow_fast.data.latents import LatentMoments
 from soflow_fast.data.loader import batches
+from soflow_fast.data.resident import Resident, load_resident, resident_bytes
 
-__all__ = ["ImageFolder", "LatentMoments", "batches", "digits"]
+__all__ = ["ImageFolder", "LatentMoments", "Resident", "batches", "digits", "load_resident", "resident_bytes"]

@@ -1,0 +1,119 @@
+"""Several processes, each with its part of every batch: who this one is, and what they do together.
+
+torchrun --nproc-per-node=8 -m soflow_fast.cli train CONFIG.yaml
+"""
+
+import os
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+# The others wait for what only the first does, such as scoring 50,000 samples; a step's own reductions keep torch's
+# much shorter limit, so that a process that hangs is still noticed.
+_LONGEST_WAIT = timedelta(days=1)
+
+
+class Processes:
+    """This process among those of a run.
+
+    Attributes:
+        rank: from 0. world_size: how many there are. device: of this one.
+    """
+
+    def __init__(self, rank: int, world_size: int, device: torch.device):
+        self.rank, self.world_size, self.device = rank, world_size, device
+        self._host = dist.new_group(backend="gloo", timeout=_LONGEST_WAIT) if world_size > 1 else None
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process is the one that writes."""
+        return self.rank == 0
+
+    def rows(self, batch: int) -> slice:
+        """This process's rows of the global batch.
+
+        Raises:
+            ValueError: if the processes cannot share it equally.
+        """
+        if batch % self.world_size:
+            raise ValueError(
+                f"batch_size={batch} cannot be shared equally by {self.world_size} processes; choose a multiple of "
+                f"{self.world_size}, or another --nproc-per-node"
+            )
+        n = batch // self.world_size
+        return slice(self.rank * n, (self.rank + 1) * n)
+
+    def sum(self, values: Tensor) -> Tensor:
+        """The sum over the processes; ``values`` may be overwritten."""
+        if self.world_size > 1:
+            dist.all_reduce(values)
+        return values
+
+    def maximum(self, values: Tensor) -> Tensor:
+        """The largest over the processes, element by element; ``values`` may be overwritten."""
+        if self.world_size > 1:
+            dist.all_reduce(values, op=dist.ReduceOp.MAX)
+        return values
+
+    def of_first(self, work: Callable[[], Any]) -> Any:
+        """What ``work`` returns in the first process, in all of them; only the first runs it."""
+        result = [work() if self.is_first else None]
+        if self.world_size > 1:
+            dist.broadcast_object_list(result, src=0, group=self._host)
+        return result[0]
+
+
+def join(device: torch.device) -> Processes:
+    """This process among those that torchrun started, or alone where it started none.
+
+    Initialises torch.distributed from torchrun's environment unless that has been done: NCCL for GPUs, where each
+    process takes the one numbered by its LOCAL_RANK, and gloo for the CPU.
+
+    Args:
+        device: as configured: the CPU, or ``cuda`` without a number where there are several processes.
+
+    Raises:
+        ValueError: for one numbered GPU for several processes, or fewer GPUs than processes.
+    """
+    world_size = dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
+    if world_size == 1:
+        return Processes(0, 1, device)
+    if device.type == "cuda":
+        device = _own_gpu(device, world_size)
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        if device.type == "cuda":
+            dist.init_process_group("nccl", device_id=device)
+        else:
+            dist.init_process_group("gloo")
+    return Processes(dist.get_rank(), world_size, device)
+
+
+def whose() -> str:
+    """What a message of this process begins with: nothing where it is alone."""
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    return f"process {os.environ.get('RANK')} of {world_size}: " if world_size > 1 else ""
+
+
+def leave() -> None:
+    """Ends what :func:`join` began, after the last use of the processes; does nothing in a process alone."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _own_gpu(device: torch.device, world_size: int) -> torch.device:
+    if device.index is not None:
+        raise ValueError(f"device='{device}' is one GPU and there are {world_size} processes; set device=cuda")
+    if "LOCAL_RANK" not in os.environ:
+        raise ValueError("LOCAL_RANK is not set, which says which GPU is this process's; start them with torchrun")
+    index, found = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+    if index >= found:
+        raise ValueError(
+            f"process {index} of this machine has no GPU: {found} are visible; start {found} processes "
+            f"(--nproc-per-node={found}) or set device=cpu"
+        )
+    return torch.device("cuda", index)

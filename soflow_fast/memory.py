@@ -1,0 +1,80 @@
+"""How much GPU memory a training step is estimated to need, and what ``auto`` settings follow from it."""
+
+import math
+
+import torch
+from torch import nn
+from torch.utils.data import Dataset
+
+from soflow_fast.data import resident_bytes
+from soflow_fast.dit import RECOMPUTE, DiT
+
+# Kept for the backward per token, channel and block of a DiT in bfloat16, by what is recomputed, rounded up from
+# benchmarks/counters.json; recomputing whole blocks keeps a block's two inputs, and all of one block at a time.
+_SAVED_BYTES = {"none": 37, "elementwise": 29, "block": 4}
+
+# Per weight: itself, its gradient, two moments of AdamW and its average in float32, and the bfloat16 copy.
+_STATE_BYTES = 22
+
+# The rest is for the forward without gradient, the workspaces of libraries and what the allocator cannot use.
+_USABLE = 0.85
+
+
+def step_bytes(model: nn.Module, rows: int, precision: str, recompute: str = "none") -> int:
+    """Weights, gradients, optimizer, averages, and what a micro-batch keeps for its backward.
+
+    Args:
+        model: an objective; of a network that is no DiT only the weights are counted. rows: of a micro-batch.
+        precision, recompute: of the step and of the DiT.
+    """
+    state = _STATE_BYTES * sum(p.numel() for p in model.parameters())
+    net = model.network
+    if not isinstance(net, DiT):
+        return state
+    element = rows * (net.input_size // net.patch_size) ** 2 * net.hidden_size * (1 if precision == "bf16" else 2)
+    kept = net.depth * _SAVED_BYTES[recompute] + (_SAVED_BYTES["none"] if recompute == "block" else 0)
+    return state + element * kept
+
+
+def choose_recompute(model: nn.Module, rows: int, precision: str, device: torch.device) -> str:
+    """The least recomputation with which a step fits the GPU's memory; ``none`` on a CPU.
+
+    Args:
+        model, rows, precision: as in :func:`step_bytes`.
+    """
+    if device.type != "cuda":
+        return "none"
+    usable = _USABLE * torch.cuda.mem_get_info(device)[1]
+    fitting = [name for name in RECOMPUTE if step_bytes(model, rows, precision, name) <= usable]
+    return fitting[0] if fitting else RECOMPUTE[-1]
+
+
+def keep_on_device(wanted: bool | str, dataset: Dataset, device: torch.device, needed: int) -> bool:
+    """Whether a data set is to lie in the device's memory as a whole.
+
+    ``auto`` is yes on a GPU, for a data set that can be read in pieces and takes at most half of the free memory that
+    a step is estimated to leave.
+
+    Args:
+        wanted: True, False or ``auto``. needed: of a step, see :func:`step_bytes`.
+
+    Raises:
+        ValueError: for True where the data cannot be read in pieces or is larger than the free memory.
+    """
+    if not wanted or (wanted == "auto" and device.type != "cuda"):
+        return False
+    size = resident_bytes(dataset)
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else math.inf
+    if wanted == "auto":
+        return size is not None and size <= (free - needed) / 2
+    if size is None:
+        raise ValueError(
+            f"data.on_device=true needs data that can be read in pieces, and {type(dataset).__name__} has no "
+            "read(start, stop); give it one or set data.on_device=auto"
+        )
+    if size > free:
+        raise ValueError(
+            f"data.on_device=true needs {size / 2**30:.1f} GiB on {device} and {free / 2**30:.1f} are free; "
+            "set data.on_device=auto"
+        )
+    return True

@@ -1,0 +1,165 @@
+"""Training in two processes, by the real command line on the digits: the numbers of one process."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from runs import soflow, tiny_config, write_config
+
+from soflow_fast import Trainer, checkpoint, distributed
+from soflow_fast.config import OptimizerConfig, OutputConfig
+
+STEPS = 20
+
+
+def _config(folder, **changes):
+    output = OutputConfig(log_every=10, sample_every=0, checkpoint_every=10)
+    return tiny_config(folder, total_steps=STEPS, output=output, **changes)
+
+
+def _train(folder, processes, *overrides):
+    path = write_config(folder.with_suffix(".yaml"), _config(folder))
+    return soflow("train", str(path), *overrides, processes=processes)
+
+
+def _trained(folder, processes):
+    result = _train(folder, processes)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == f"done: {folder / 'checkpoints' / f'step-{STEPS:08d}'}\n"  # the first process alone
+    return folder
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("one") / "run"
+    Trainer(_config(folder)).fit()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    return _trained(tmp_path_factory.mktemp("two") / "run", 2)
+
+
+def _stopped_half_way(folder, copy):
+    shutil.copytree(folder, copy)
+    shutil.rmtree(copy / "checkpoints" / f"step-{STEPS:08d}")
+    return copy
+
+
+def _without_key_bias(bias):
+    """Without its middle third, whose true gradient is zero: Adam makes steps of its rounding errors."""
+    query, _, value = bias.chunk(3)
+    return torch.cat([query, value])
+
+
+def _assert_same_run(folder, other):
+    """Weights, averages and metrics are equal to 1e-6."""
+    ours, theirs = (checkpoint.load(run / "checkpoints" / f"step-{STEPS:08d}") for run in (folder, other))
+    for a, b in ((ours.model, theirs.model), (ours.ema, theirs.ema)):
+        assert a.keys() == b.keys()
+        for name in a:
+            x, y = (
+                _without_key_bias(weights[name]) if name.endswith("qkv.bias") else weights[name] for weights in (a, b)
+            )
+            assert (x - y).norm() <= 1e-6 * y.norm(), name
+    assert (ours.step, ours.ema_updates) == (theirs.step, theirs.ema_updates)
+    lines = [[json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()] for run in (folder, other)]
+    assert [line["step"] for line in lines[0]] == [10, 20]
+    for a, b in zip(*lines, strict=True):
+        for name in b.keys() - {"images_per_second"}:
+            values = [line[name] if isinstance(line[name], list) else [line[name]] for line in (a, b)]
+            for x, y in zip(*values, strict=True):
+                assert x == (y if y is None else pytest.approx(y, rel=1e-6))
+
+
+def test_two_processes_train_as_one(one, two):
+    _assert_same_run(two, one)
+
+
+def test_only_the_first_process_writes(two):
+    assert len(list(two.glob("events.*"))) == 1
+    assert [path.name for path in checkpoint.committed(two / "checkpoints")] == [
+        f"step-{step:08d}" for step in (10, 20)
+    ]
+
+
+@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
+def test_a_run_goes_on_with_another_number_of_processes(request, tmp_path, one, before, after):
+    stopped = _stopped_half_way(request.getfixturevalue({1: "one", 2: "two"}[before]), tmp_path / "run")
+    _assert_same_run(_trained(stopped, after), one)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        (["--batch_size", "17"], "batch_size=17 cannot be shared equally by 2 processes; choose a multiple of 2"),
+        (["--batch_size", "12"], "batches of 6 rows do not all hold the same number of velocity rows"),
+    ],
+)
+def test_refusals(tmp_path, overrides, sentence):
+    result = _train(tmp_path / "run", 2, *overrides)
+    assert result.returncode == 1  # torchrun's own
+    refused = [line for line in result.stderr.splitlines() if line.startswith("soflow: process ")]
+    assert refused
+    assert all(sentence in line for line in refused)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_that_only_the_first_process_can_check_is_refused_once(tmp_path, two):
+    result = _train(two, 2, "--seed", "1")
+    assert result.returncode == 1
+    refused = [line for line in result.stderr.splitlines() if line.startswith("soflow: ")]
+    assert len(refused) == 1
+    assert "process 0 of 2: " in refused[0]
+    assert "holds a run with seed=0, and this one has 1" in refused[0]
+
+
+# ------------------------------------------------------------------------------------------- in this process alone
+
+
+def test_a_process_alone_has_all_rows_and_sums_nothing():
+    alone = distributed.join(torch.device("cpu"))
+    assert (alone.rank, alone.world_size, alone.rows(12)) == (0, 1, slice(0, 12))
+    values = torch.tensor([1.0, 2.0])
+    assert alone.sum(values) is values
+    assert alone.maximum(values) is values
+    assert alone.of_first(lambda: 3) == 3
+    assert distributed.whose() == ""
+
+
+@pytest.fixture
+def two_gpus(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+
+
+@pytest.mark.parametrize(
+    ("device", "local_rank", "words"),
+    [
+        ("cuda:1", "0", "device='cuda:1' is one GPU and there are 4 processes; set device=cuda"),
+        ("cuda", "2", "process 2 of this machine has no GPU: 2 are visible; start 2 processes"),
+        ("cuda", None, "LOCAL_RANK is not set"),
+    ],
+)
+def test_gpus_that_cannot_be(monkeypatch, two_gpus, device, local_rank, words):
+    if local_rank is None:
+        monkeypatch.delenv("LOCAL_RANK", raising=False)
+    else:
+        monkeypatch.setenv("LOCAL_RANK", local_rank)
+    with pytest.raises(ValueError, match=words):
+        distributed.join(torch.device(device))
+
+
+def test_a_checkpoint_that_this_process_does_not_see(tmp_path, monkeypatch):
+    run = Trainer(tiny_config(tmp_path))
+    monkeypatch.setattr(run.processes, "of_first", lambda work: tmp_path / "checkpoints" / "step-00000002")
+    with pytest.raises(ValueError, match=r"process 0 does not see the checkpoint .* a file system that all processes"):
+        run.fit()
+
+
+def test_micro_batches_of_two_processes(one, tmp_path):
+    """The rows of one process in two micro-batches are those of two processes."""
+    Trainer(_config(tmp_path, optimizer=OptimizerConfig(learning_rate=1e-3, accumulation=2))).fit()
+    _assert_same_run(tmp_path, one)
