@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -19,7 +20,8 @@ from soflow_fast.build import sample_shape
 from soflow_fast.config import TrainConfig
 from soflow_fast.dry_run import describe
 from soflow_fast.evaluate import evaluate
-from soflow_fast.images import Decoder, balanced_labels, generate, save_samples, vae_decoder
+from soflow_fast.images import balanced_labels, save_samples, vae_decoder
+from soflow_fast.sample import SAMPLE_PRECISIONS, Decoder, Sampler
 from soflow_fast.trainer import Trainer, load_run
 
 _OVERRIDES = "any value of the configuration by its name, such as --optimizer.learning_rate 3e-4"
@@ -85,6 +87,12 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default auto)")
     for sub in (sample, score):
         sub.add_argument("--vae", help="autoencoder that decodes latents (default: data.vae of the run)")
+        sub.add_argument("--precision", choices=SAMPLE_PRECISIONS, help="default bf16 on a GPU, else fp32")
+        sub.add_argument(
+            "--compile",
+            action=argparse.BooleanOptionalAction,
+            help="compile the sampling, and make it a CUDA graph on a GPU (default on a GPU)",
+        )
     add("doctor", _doctor, "what is installed, which GPU there is, and what would be chosen")
     return parser
 
@@ -106,23 +114,26 @@ def _sample(args: argparse.Namespace) -> None:
     _require_positive("--steps", args.steps)
     config, model, _ = load_run(args.run, args.device)
     labels = _labels(args.labels, args.count, config.model.num_classes)
-    started = time.perf_counter()
-    parts = generate(
+    sampler = Sampler(
         model,
-        labels,
-        args.count,
         sample_shape(config),
         steps=args.steps,
         seed=args.seed,
-        batch=config.evaluation.batch_size,
-        decode=_decoder(config, args.vae, model),
+        batch=min(config.evaluation.batch_size, args.count),
+        precision=args.precision,
+        compile=args.compile,
     )
-    samples = torch.cat(list(parts))
-    seconds = time.perf_counter() - started
+    decode = _decoder(config, args.vae, model)
+    untimed = ""
+    if sampler.compile:
+        seconds, _ = _timed(lambda: list(sampler.draw(labels, 1)))
+        untimed = f", {seconds:.3g} s of compiling not counted"
+    seconds, parts = _timed(lambda: list(sampler.draw(labels, args.count, decode)))
     stem = Path(args.out) if args.out else Path(args.run) / "samples" / f"{args.steps}-step"
-    path = save_samples(samples, stem, config.output.sample_shape[1])
+    path = save_samples(torch.cat(parts), stem, config.output.sample_shape[1])
     what = "latents (no autoencoder is set: --vae)" if path.suffix == ".npy" else "samples"
-    print(f"{args.count} {what} in {args.steps} step(s), {args.count / seconds:.4g} images/s: {path}")
+    rate = f"{args.count / seconds:.4g} images/s in {sampler.precision}{untimed}"
+    print(f"{args.count} {what} in {args.steps} step(s), {rate}: {path}")
 
 
 def _eval(args: argparse.Namespace) -> None:
@@ -137,7 +148,15 @@ def _eval(args: argparse.Namespace) -> None:
     wanted = replace(config.evaluation, **{name: value for name, value in given.items() if value is not None})
     config = replace(config, evaluation=wanted)
     folder = Path(args.run) / "evaluation" / f"step-{step:08d}-{wanted.steps}-step"
-    scores = evaluate(model, config, folder, decode=_decoder(config, args.vae, model), seed=args.seed)
+    scores = evaluate(
+        model,
+        config,
+        folder,
+        decode=_decoder(config, args.vae, model),
+        seed=args.seed,
+        precision=args.precision,
+        compile=args.compile,
+    )
     folder.parent.mkdir(parents=True, exist_ok=True)
     path = folder.with_suffix(".json")
     path.write_text(json.dumps({"step": step, "seed": args.seed, **scores}, indent=2) + "\n")
@@ -171,6 +190,13 @@ def _labels(text: str | None, count: int, num_classes: int) -> torch.Tensor | No
         raise ValueError(f"--labels {text!r} is not a list of classes in 0..{num_classes - 1}, such as 1,5,7")
     chosen = torch.tensor([int(part) for part in text.split(",")])
     return chosen[torch.arange(count) % len(chosen)]
+
+
+def _timed(work: Callable) -> tuple[float, Any]:
+    """Seconds, and what the work returns."""
+    started = time.perf_counter()
+    result = work()
+    return time.perf_counter() - started, result
 
 
 def _decoder(config: TrainConfig, name: str | None, model: torch.nn.Module) -> Decoder | None:

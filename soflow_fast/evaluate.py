@@ -63,6 +63,8 @@ def evaluate(
     *,
     decode: Decoder | None = None,
     seed: int = 0,
+    precision: str | None = None,
+    compile: bool | None = None,
 ) -> dict[str, float | str]:
     """Draws samples and scores them as the configuration's ``evaluation`` section says.
 
@@ -74,6 +76,7 @@ def evaluate(
         model: an objective, its weights already those to score. folder: for the samples of images and latents, in
             place of any that are there.
         decode: from latents to images, see :func:`soflow_fast.images.vae_decoder`. seed: of the noise.
+        precision, compile: of the sampling, see :class:`~soflow_fast.sample.Sampler`.
 
     Returns:
         The scores by name, and under ``samples`` where the samples were written.
@@ -89,6 +92,8 @@ def evaluate(
         seed=seed,
         batch=wanted.batch_size,
         decode=decode,
+        precision=precision,
+        compile=compile,
     )
     if config.data.kind == "digits":
         return digit_scores(torch.cat(list(parts)), labels)

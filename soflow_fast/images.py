@@ -1,10 +1,10 @@
-"""From a trained model to files: samples in any number, decoded latents, PNG grids.
+"""From a trained model to files: any number of samples, decoded latents, PNG grids.
 
 Shapes: n samples, C channels, S height and width. Images are in [-1, 1].
 """
 
 import importlib.util
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -12,13 +12,9 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from soflow_fast.kernels.reference import Stream, normal
-from soflow_fast.sample import sample
+from soflow_fast.sample import Decoder, Sampler
 
 _CHANNELS = {1: "grey", 3: "RGB"}
-
-
-Decoder = Callable[[Tensor], Tensor]
 
 
 def generate(
@@ -31,23 +27,12 @@ def generate(
     seed: int,
     batch: int,
     decode: Decoder | None = None,
+    precision: str | None = "fp32",
+    compile: bool | None = False,
 ) -> Iterator[Tensor]:
-    """Samples in batches; sample i depends on (seed, i) and its label alone.
-
-    Args:
-        model: an objective. labels: (n,) int64, or None for "no label". shape: (C, S, S). steps: network calls each.
-        seed: of the noise. batch: samples at a time. decode: from latents to images, see :func:`vae_decoder`.
-
-    Yields:
-        (at most batch, C, S, S) float32, or what decode makes of them, on the CPU.
-    """
-    device = next(model.parameters()).device
-    for first in range(0, n, batch):
-        rows = torch.arange(first, min(first + batch, n), device=device)
-        noise = normal(rows, int(np.prod(shape)), seed=seed, step=0, stream=Stream.RENOISE).view(-1, *shape)
-        part = None if labels is None else labels[first : first + batch].to(device)
-        samples = sample(model, noise, part, steps, seed=seed, first_row=first)
-        yield (samples if decode is None else decode(samples)).float().cpu()
+    """Samples 0 to n-1 of a model; arguments and results are those of :class:`~soflow_fast.sample.Sampler`."""
+    options = {"steps": steps, "seed": seed, "batch": min(batch, n), "precision": precision, "compile": compile}
+    return Sampler(model, shape, **options).draw(labels, n, decode)
 
 
 def balanced_labels(n: int, num_classes: int) -> Tensor | None:

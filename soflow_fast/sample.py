@@ -1,10 +1,23 @@
-"""Sampling in one or a few network calls, for every objective with a solution function."""
+"""Sampling in one or a few network calls, for every objective with a solution function.
+
+Shapes: B rows of a call, n samples in all, C channels, H height and W width.
+"""
+
+import math
+from collections.abc import Callable, Iterator
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.func import functional_call
 
+from soflow_fast.capture import Captured, compiled, on_side_stream
 from soflow_fast.kernels.reference import Stream, normal
 from soflow_fast.paths import path_coefficients
+from soflow_fast.precision import ComputeCopy
+
+SAMPLE_PRECISIONS = ("bf16", "fp32")
+
+Decoder = Callable[[Tensor], Tensor]
 
 
 @torch.no_grad()
@@ -16,7 +29,7 @@ def sample(
     *,
     generator: torch.Generator | None = None,
     seed: int = 0,
-    first_row: int = 0,
+    first_row: int | Tensor = 0,
 ) -> Tensor:
     """Samples from noise: jump to time 0, re-noise to the next time, jump again.
 
@@ -26,7 +39,7 @@ def sample(
     Args:
         model: has ``solution(x, t, s, labels)`` and ``path``. noise: (B, C, H, W) standard normal. labels: (B,) int64
             or None. steps: network calls, at least 1. generator: draws the seed, for interactive use.
-        seed: of the re-noising. first_row: global row of noise[0].
+        seed: of the re-noising. first_row: global row of noise[0]; a 0-d int64 tensor is not read on the host.
 
     Returns:
         (B, C, H, W), dtype of noise.
@@ -35,7 +48,7 @@ def sample(
         raise ValueError(f"steps={steps} is not a number of sampling steps; it must be at least 1")
     if generator is not None:
         seed = int(torch.randint(2**62, (), generator=generator, device=generator.device))
-    rows = torch.arange(first_row, first_row + noise.shape[0], device=noise.device)
+    rows = first_row + torch.arange(noise.shape[0], device=noise.device)
     time_dtype = torch.promote_types(noise.dtype, torch.float32)
     x = noise
     for i in range(steps):
@@ -46,3 +59,108 @@ def sample(
             x = alpha * x + beta * fresh.to(noise.dtype)
         x = model.solution(x, t, torch.zeros_like(t), labels)
     return x
+
+
+class _Batch(nn.Module):
+    """Noise and samples of B rows; a module, so that compute copies can take the parameters' place."""
+
+    def __init__(self, model: nn.Module, shape: tuple[int, ...], steps: int, seed: int, batch: int):
+        super().__init__()
+        self.model, self.shape, self.steps, self.seed, self.batch = model, shape, steps, seed, batch
+
+    def forward(self, labels: Tensor | None, first_row: Tensor) -> Tensor:
+        rows = first_row + torch.arange(self.batch, device=first_row.device)
+        noise = normal(rows, math.prod(self.shape), seed=self.seed, step=0, stream=Stream.RENOISE)
+        return sample(self.model, noise.view(-1, *self.shape), labels, self.steps, seed=self.seed, first_row=first_row)
+
+
+class Sampler:
+    """Samples of one model in batches of one size; sample i depends on (seed, i) and its label alone.
+
+    Args:
+        model: an objective, on its device. shape: (C, H, W). steps: network calls each. seed: of the noise.
+        batch: B, samples at a time.
+        precision: ``bf16`` computes on bfloat16 copies of the parameters (networks other than DiT under autocast),
+            ``fp32`` on the parameters as they are. By default bf16 on a GPU, else fp32.
+        compile: whether a batch is compiled, by default on a GPU; see :func:`~soflow_fast.capture.compiled`.
+        cuda_graph: whether a batch is one CUDA graph; by default where it is compiled for a GPU.
+
+    Raises:
+        ValueError: for a precision that is not known, and a CUDA graph without a GPU.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        shape: tuple[int, ...],
+        *,
+        steps: int = 1,
+        seed: int = 0,
+        batch: int = 125,
+        precision: str | None = None,
+        compile: bool | str | Callable | None = None,
+        cuda_graph: bool | None = None,
+    ):
+        self.device = next(model.parameters()).device
+        on_gpu = self.device.type == "cuda"
+        self.precision = precision or ("bf16" if on_gpu else "fp32")
+        if self.precision not in SAMPLE_PRECISIONS:
+            raise ValueError(f"precision={precision!r} is not known; choose one of {', '.join(SAMPLE_PRECISIONS)}")
+        self.compile = on_gpu if compile is None else compile
+        self.cuda_graph = on_gpu and bool(self.compile) if cuda_graph is None else cuda_graph
+        if self.cuda_graph and not on_gpu:
+            raise ValueError(f"cuda_graph=True needs the model on a CUDA GPU; it is on {self.device}")
+        self.batch = batch
+        self._batch = _Batch(model, tuple(shape), steps, seed, batch)
+        low = self.precision == "bf16"
+        follows_parameters = hasattr(model.network, "compute_dtype")
+        self._copy = ComputeCopy(self._batch) if low and follows_parameters else None
+        self._autocast = low and not follows_parameters
+        self._run = compiled(self._draw, self.compile)
+        self._graph: Captured | None = None
+
+    def draw(self, labels: Tensor | None, n: int, decode: Decoder | None = None) -> Iterator[Tensor]:
+        """Samples 0 to n-1, in batches.
+
+        Args:
+            labels: (n,) int64, or None for "no label". decode: from latents to images, see
+                :func:`soflow_fast.images.vae_decoder`.
+
+        Yields:
+            (at most B, C, H, W) float32, or what decode makes of them, on the CPU.
+        """
+        if self._copy is not None:
+            self._copy.write()
+        for first in range(0, n, self.batch):
+            some = None if labels is None else labels[first : first + self.batch].to(self.device)
+            samples = self(some, first)[: n - first]
+            yield (samples if decode is None else decode(samples)).float().cpu()
+
+    def __call__(self, labels: Tensor | None, first_row: int = 0) -> Tensor:
+        """The batch whose first sample has the given number; the first call compiles and captures.
+
+        Args:
+            labels: (at most B,) int64; the rows beyond are drawn with label 0. None for "no label".
+
+        Returns:
+            (B, C, H, W) float32 on the device; with a CUDA graph, the next call overwrites it.
+        """
+        if labels is not None:
+            labels = nn.functional.pad(labels, (0, self.batch - len(labels)))
+        inputs = labels, torch.tensor(first_row, device=self.device)
+        if not self.cuda_graph:
+            return self._run_on_copies(*inputs)
+        if self._graph is None:
+            on_side_stream(self._run_on_copies, *inputs)
+            self._graph = Captured("sampling", self._run_on_copies, *inputs)
+        return self._graph(*inputs)
+
+    @torch.no_grad()
+    def _run_on_copies(self, labels: Tensor | None, first_row: Tensor) -> Tensor:
+        return self._run(None if self._copy is None else self._copy.copies, labels, first_row)
+
+    def _draw(self, parameters: dict[str, Tensor] | None, labels: Tensor | None, first_row: Tensor) -> Tensor:
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self._autocast):
+            if parameters is None:
+                return self._batch(labels, first_row)
+            return functional_call(self._batch, parameters, (labels, first_row))

@@ -240,6 +240,7 @@ class Trainer:
                 seed=self.config.seed,
                 batch=self.config.evaluation.batch_size,
                 decode=self._decode,
+                precision=None,
             )
             samples = torch.cat(list(parts))
         save_samples(samples, self.run_dir / "samples" / f"step-{step:08d}", columns)

@@ -10,7 +10,7 @@ from PIL import Image
 from runs import soflow, tiny_config, write_config, write_latents
 from test_interop import IMAGENET
 
-from soflow_fast import Trainer
+from soflow_fast import Trainer, capture
 from soflow_fast.cli import main
 from soflow_fast.config import DataConfig, ModelConfig
 
@@ -194,6 +194,18 @@ def test_sample(run, tmp_path, capsys):
     assert again == [0] * 5
     pictures = [(tmp_path / f"{seed}.png").read_bytes() for seed in "012"]
     assert len(set(pictures)) == 3
+
+
+def test_compiled_samples_are_the_same(run, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(capture._OPTIONS, True, {"backend": "aot_eager"})  # without the minutes of generating C++
+    for name in ("compile", "no-compile"):
+        out = ["--out", str(tmp_path / name), "--count", "10", f"--{name}", "--precision", "fp32"]
+        assert main(["sample", str(run), *out]) == 0
+        printed = capsys.readouterr().out
+        assert " images/s in fp32" in printed
+        assert ("s of compiling not counted" in printed) == (name == "compile")
+    ours, theirs = (np.asarray(Image.open(tmp_path / f"{name}.png"), int) for name in ("compile", "no-compile"))
+    assert abs(ours - theirs).max() <= 1
 
 
 def test_eval_of_the_digits(run, capsys):

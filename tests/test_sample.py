@@ -5,10 +5,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from fast_step_runs import make_model
 
 from soflow_fast import DiT, SoFlow
 from soflow_fast.kernels.reference import Stream, normal
-from soflow_fast.sample import sample
+from soflow_fast.sample import Sampler, sample
 
 
 class Recorder:
@@ -90,3 +91,106 @@ def test_samples_keep_the_dtype_of_the_noise_and_times_are_at_least_float32(dtyp
 def test_no_steps(steps):
     with pytest.raises(ValueError, match=f"steps={steps} is not a number of sampling steps; it must be at least 1"):
         sample(Recorder("linear"), NOISE, None, steps)
+
+
+# ------------------------------------------------------------------------------------------------------ the sampler
+
+SHAPE = (1, 8, 8)
+LABELS = torch.arange(11) % 10
+
+
+@pytest.fixture(scope="module")
+def model():
+    return make_model(torch.float32)
+
+
+def _plain(model, steps, n=11):
+    """What the sampler must give, in one batch of its own."""
+    noise = normal(torch.arange(n), 64, seed=5, step=0, stream=Stream.RENOISE).view(n, *SHAPE)
+    return sample(model, noise, LABELS[:n], steps, seed=5)
+
+
+def _drawn(model, n=11, **options):
+    return torch.cat(list(Sampler(model, SHAPE, **{"seed": 5, "batch": 4, **options}).draw(LABELS[:n], n)))
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_batches_of_one_size_give_any_number_of_samples(model, steps):
+    whole = _plain(model, steps)
+    for n in (1, 4, 11):
+        torch.testing.assert_close(_drawn(model, n, steps=steps), whole[:n], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_compiled_equals_eager_in_one_compilation(model, steps, precision):
+    torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
+    eager = _drawn(model, steps=steps, precision=precision)
+    for _ in range(2):
+        compiled = _drawn(model, steps=steps, precision=precision, compile="aot_eager")
+        torch.testing.assert_close(compiled, eager, rtol=0, atol=1e-6)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+def test_bfloat16_follows_float32_and_the_weights(model):
+    """The copies are of the weights at the time of drawing, such as the averages."""
+    exact = _plain(model, 1)
+    sampler = Sampler(model, SHAPE, seed=5, batch=4, precision="bf16")
+    low = torch.cat(list(sampler.draw(LABELS, 11)))
+    assert low.dtype == torch.float32
+    assert 1e-4 < (low - exact).norm() / exact.norm() < 2e-2
+    other = make_model(torch.float32)
+    with torch.no_grad():
+        other.network.final_layer.linear.weight.zero_()
+        other.network.final_layer.linear.bias.zero_()
+    sampler = Sampler(other, SHAPE, seed=5, batch=11, precision="bf16")
+    zero = next(sampler.draw(LABELS, 11))
+    final = other.network.final_layer.linear
+    final.weight.data = model.network.final_layer.linear.weight.data
+    final.bias.data = model.network.final_layer.linear.bias.data
+    moved = next(sampler.draw(LABELS, 11))
+    torch.testing.assert_close(
+        zero, normal(torch.arange(11), 64, seed=5, step=0, stream=Stream.RENOISE).view(11, *SHAPE)
+    )
+    torch.testing.assert_close(moved, low, rtol=0, atol=1e-6)
+
+
+def test_without_labels_and_for_any_network():
+    class Halves(torch.nn.Module):
+        num_classes = 3
+
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.ones(2, 2))
+
+        def forward(self, x, t, s, labels):
+            assert labels is None
+            return 0.5 * x @ self.weight
+
+    net = Halves()
+    exact, low = (
+        torch.cat(list(Sampler(SoFlow(net), (1, 2, 2), batch=2, precision=precision).draw(None, 3)))
+        for precision in ("fp32", "bf16")
+    )
+    noise = normal(torch.arange(3), 4, seed=0, step=0, stream=Stream.RENOISE).view(3, 1, 2, 2)
+    torch.testing.assert_close(exact, noise - 0.5 * noise.sum(-1, keepdim=True).expand_as(noise))
+    assert 0 < (low - exact).abs().max() < 2e-2  # autocast
+
+
+def test_sampler_refusals(model):
+    with pytest.raises(ValueError, match="precision='fp8' is not known; choose one of bf16, fp32"):
+        Sampler(model, SHAPE, precision="fp8")
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="cuda_graph=True needs the model on a CUDA GPU; it is on cpu"):
+            Sampler(model, SHAPE, cuda_graph=True)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="a CUDA graph needs a GPU")
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_cuda_graph_equals_eager_sampling(precision):
+    model = make_model(torch.float32).cuda()
+    eager = _drawn(model, steps=2, precision=precision, compile=False)
+    for compile in (False, True):
+        graph = _drawn(model, steps=2, precision=precision, compile=compile, cuda_graph=True)
+        torch.testing.assert_close(graph, eager, rtol=0, atol=1e-5 if precision == "fp32" else 2e-2)
