@@ -5,7 +5,8 @@ import re
 from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any, get_args
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin
 
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser
@@ -107,10 +108,20 @@ def _one_sentence(cls: type, message: str) -> str:
     if found is None:
         return " ".join(message.split())
     name, rest = found.groups()
-    annotation = leaves(cls).get(name)
-    expected = annotation.__name__ if isinstance(annotation, type) else str(annotation).replace("typing.", "")
     value = re.search(r"(?:Got|Given) value: (.*)", rest)
-    return f"{name}={value.group(1) if value else '?'} does not fit; it must be: {expected}"
+    return f"{name}={value.group(1) if value else '?'} does not fit; it must be: {_expected(leaves(cls).get(name))}"
+
+
+def _expected(annotation: Any) -> str:
+    """An annotation in YAML's words."""
+    words = {bool: "true or false", type(None): "null"}
+    if annotation in words:
+        return words[annotation]
+    if get_origin(annotation) is Literal:
+        return " or ".join(map(str, get_args(annotation)))
+    if get_origin(annotation) in (Union, UnionType):
+        return " or ".join(_expected(choice) for choice in get_args(annotation))
+    return annotation.__name__ if isinstance(annotation, type) else str(annotation)
 
 
 def dump_yaml(nested: dict) -> str:

@@ -6,6 +6,7 @@ import pytest
 from runs import tiny_config
 
 from soflow_fast import TrainConfig
+from soflow_fast.config import DataConfig
 
 
 def test_defaults_are_the_published_imagenet_recipe():
@@ -38,6 +39,18 @@ def test_yaml_and_overrides(tmp_path):
     assert (config.batch_size, config.ema.warmup) == (64, False)
     assert (config.optimizer.learning_rate, config.optimizer.betas) == (3e-4, (0.5, 0.6))
     assert (config.model.depth, config.model.preset) == (3, "DiT-B/4")
+
+
+def test_compute_and_data_choose_by_themselves_unless_told():
+    config = TrainConfig.from_dict({}, ["--compute.compile", "max-autotune", "--data.on_device=true"])
+    assert (config.compute.precision, config.compute.compile, config.compute.cuda_graph) == (
+        "auto",
+        "max-autotune",
+        "auto",
+    )
+    assert (config.data.on_device, config.data.latent_precision, config.model.recompute) == (True, "bf16", "auto")
+    with pytest.raises(ValueError, match=r"data\.on_device='often' is not known; choose one of True, False, auto"):
+        DataConfig(on_device="often")
 
 
 def test_written_config_reads_back_equal(tmp_path):
@@ -73,6 +86,11 @@ def test_written_config_reads_back_equal(tmp_path):
         ({"ema": {"decay": 1.0}}, [], ["ema.decay=1.0", "[0, 1)"]),
         ({"data": {"kind": "latens"}}, [], ["data.kind='latens'", "latents"]),
         ({"data": {"workers": -1}}, [], ["data.workers=-1", "at least 0"]),
+        ({"data": {"on_device": "maybe"}}, [], ["data.on_device=maybe", "true or false or auto"]),
+        ({"data": {"latent_precision": "fp16"}}, [], ["data.latent_precision=fp16", "bf16 or fp32"]),
+        ({"compute": {"compile": "fast"}}, [], ["compute.compile=fast", "true or false or auto or max-autotune"]),
+        ({"compute": {"precision": "fp8"}}, [], ["compute.precision=fp8", "auto or bf16 or tf32 or fp32"]),
+        ({"model": {"depth": "deep"}}, [], ["model.depth=deep", "int or null"]),
         ({"model": {"depth": 0}}, [], ["model.depth=0", "at least 1"]),
         ({"soflow": {"time_mean": [0, 0]}}, [], ["soflow.time_mean", "tuple[float, float, float]"]),
         ({"soflow": {"p": float("nan")}}, [], ["soflow.p=nan"]),
@@ -111,7 +129,8 @@ def test_unreadable_files_are_one_sentence(tmp_path, text, words):
 def test_only_what_changes_the_weights_makes_another_run(tmp_path):
     config = tiny_config(tmp_path)
     same = config.to_dict()
-    same["run_dir"], same["device"], same["data"]["workers"], same["output"]["log_every"] = "elsewhere", "auto", 7, 99
+    same["run_dir"], same["device"], same["output"]["log_every"] = "elsewhere", "auto", 99
+    same["data"]["workers"], same["data"]["on_device"], same["model"]["recompute"] = 7, True, "block"
     assert config.first_difference(TrainConfig.from_dict(same)) is None
     for name, change in (
         ("seed", {"seed": 1}),

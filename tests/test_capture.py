@@ -1,0 +1,62 @@
+"""What is compiled and captured, and that what cannot be says so."""
+
+import pytest
+import torch
+from fast_step_runs import make_model, make_step, training_batch
+
+from soflow_fast.capture import Captured, compiled, on_side_stream
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="a CUDA graph needs a GPU")
+
+
+@pytest.mark.parametrize(
+    ("how", "options"),
+    [
+        (True, {}),
+        ("max-autotune", {"mode": "max-autotune-no-cudagraphs"}),
+        ("aot_eager", {"backend": "aot_eager"}),
+    ],
+)
+def test_one_graph_of_fixed_shapes_by_the_compiler_asked_for(monkeypatch, how, options):
+    calls = []
+    monkeypatch.setattr(torch, "compile", lambda function, **given: calls.append((function, given)) or function)
+    assert compiled(len, how) is len
+    assert calls == [(len, {"fullgraph": True, "dynamic": False, **options})]
+
+
+def test_not_compiled_is_the_function_itself():
+    assert compiled(len, False) is len
+
+
+def _broken(graph, inputs):
+    raise ArithmeticError("planted")
+
+
+def test_a_step_that_cannot_be_compiled_raises_the_cause():
+    torch.compiler.reset()
+    with pytest.raises(Exception, match="planted"):
+        make_step(make_model(torch.float32), compile=_broken)[0](*training_batch(0, torch.float32))
+
+
+def test_a_step_with_a_graph_break_raises(monkeypatch):
+    torch.compiler.reset()
+    model = make_model(torch.float32)
+    monkeypatch.setattr(model, "input_labels", lambda labels, drop: torch._dynamo.graph_break())
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="graph_break"):
+        make_step(model, compile="eager")[0](*training_batch(0, torch.float32))
+
+
+@needs_gpu
+def test_a_captured_function_reads_new_inputs_and_refuses_other_shapes():
+    x, y = torch.arange(3.0, device="cuda"), torch.ones(3, device="cuda")
+    on_side_stream(torch.add, x, y)
+    graph = Captured("the sum", torch.add, x, y)
+    assert graph(x + 5, y).tolist() == [6, 7, 8]
+    with pytest.raises(ValueError, match=r"the sum is captured for inputs of shape \(3,\) and got \(2,\)"):
+        graph(x[:2], y)
+
+
+@needs_gpu
+def test_a_capture_that_fails_says_why():
+    with pytest.raises(RuntimeError, match=r"reading cannot be captured as a CUDA graph .* set cuda_graph=False"):
+        Captured("reading", lambda x: x.item(), torch.ones((), device="cuda"))
