@@ -208,23 +208,21 @@ class DiT(nn.Module):
         residual_dtype = torch.promote_types(self.residual_dtype or dtype, dtype)
         ops, rows = call.ops, call.rows
         tokens = self.x_embedder(x.to(dtype)).to(residual_dtype) + self.pos_embed.to(residual_dtype)
-        modulation, dmodulation = self._modulation(t, s, labels, dtype, call, dt)
-        h = ops.modulated_layernorm(tokens, *modulation[:2], eps=LN_EPS, dtype=dtype)
+        (first, *modulation), (d_first, *dmodulation) = self._modulation(t, s, labels, dtype, call, dt)
+        shift, scale = first.unbind(1)
+        h = ops.modulated_layernorm(tokens, shift, scale, eps=LN_EPS, dtype=dtype)
         d = dh = None
         if rows is not None:
             with torch.no_grad():
                 d = self.x_embedder.difference(dx.to(dtype)).to(residual_dtype)
                 dh = ops.modulated_layernorm_difference(
-                    tokens[rows], d, modulation[1][rows], *dmodulation[:2],
-                    eps=LN_EPS, dtype=dtype, tangent=call.tangent,
-                )  # fmt: skip
+                    tokens[rows], d, scale[rows], *d_first.unbind(1), eps=LN_EPS, dtype=dtype, tangent=call.tangent
+                )
         for i, block in enumerate(self.blocks):
-            window = slice(6 * i + 2, 6 * i + 8)
-            pair = (d, dh, None if rows is None else dmodulation[window])
             run = block
             if call.recompute == "block" and torch.is_grad_enabled():
                 run = partial(checkpoint, block, use_reentrant=False)
-            tokens, h, d, dh = run(tokens, h, modulation[window], pair, call)
+            tokens, h, d, dh = run(tokens, h, modulation[i], (d, dh, dmodulation[i]), call)
         out = self._unpatchify(linear(self.final_layer.linear, h)).to(x.dtype)
         if rows is None:
             return out, None
@@ -235,9 +233,10 @@ class DiT(nn.Module):
         return [m.adaLN_modulation[1] for m in (*self.blocks, self.final_layer)]
 
     def _modulation(self, t, s, labels, dtype, call: Call, dt):
-        """All shifts, scales and gates, 6·depth+2 of (B, D), from one product over the stacked weights.
+        """All shifts, scales and gates from one product over the stacked weights, and their differences.
 
-        In the order of use: shift, scale, gate, shift, scale, gate of each block; shift, scale of the last layer.
+        In the order of use they are shift, scale, gate, shift, scale, gate of each block and shift, scale of the last
+        layer: the first two, (B, 2, D), normalise the input of the blocks, and six, (B, 6, D), go to each block.
         """
         if labels is None:
             labels = torch.full(t.shape, self.null_label, device=t.device)
@@ -250,9 +249,10 @@ class DiT(nn.Module):
         layers = self._modulation_layers()
         weight = torch.cat([layer.weight.to(dtype) for layer in layers])
         bias = torch.cat([layer.bias.to(dtype) for layer in layers])
-        modulation = nn.functional.linear(active, weight, bias).unflatten(1, (-1, self.hidden_size)).unbind(1)
+        sizes = [2] + [6] * self.depth
+        modulation = nn.functional.linear(active, weight, bias).unflatten(1, (-1, self.hidden_size)).split(sizes, 1)
         if rows is None:
-            return modulation, None
+            return modulation, (None,) * len(sizes)
         with torch.no_grad():
             d_features = ops.time_sinusoids_difference(
                 t[rows], s[rows], dt, width=SINUSOID_WIDTH, dtype=dtype, tangent=call.tangent
@@ -260,7 +260,7 @@ class DiT(nn.Module):
             dc = self.t_embedder.difference(u_t, d_features[0], call)
             dc = dc + self.s_embedder.difference(u_s, d_features[1], call)
             d_active = ops.silu_difference(c[rows], dc, tangent=call.tangent)
-            dmodulation = nn.functional.linear(d_active, weight).unflatten(1, (-1, self.hidden_size)).unbind(1)
+            dmodulation = nn.functional.linear(d_active, weight).unflatten(1, (-1, self.hidden_size)).split(sizes, 1)
         return modulation, dmodulation
 
     def _unpatchify(self, tokens: Tensor) -> Tensor:

@@ -162,14 +162,16 @@ class DiTBlock(nn.Module):
 
         Args:
             x: (B, N, D) residual stream. h: (B, N, D) normalised, modulated x.
-            modulation: gate, shift, scale of the attention's output and the MLP's input, then gate, shift, scale of
-                the MLP's output and the next block's input; (B, D) each.
+            modulation: (B, 6, D): gate, shift, scale of the attention's output and the MLP's input, then gate, shift,
+                scale of the MLP's output and the next block's input.
             pair: ``(d, dh, dmodulation)``, the differences of the three above on the rows that carry one, or Nones.
 
         Returns:
             ``(x, h, d, dh)`` for the next block.
         """
         d, dh, dmodulation = pair
+        modulation = modulation.unbind(1)
+        dmodulation = None if call.rows is None else dmodulation.unbind(1)
         for i, layer in enumerate((self.attn, self.mlp)):
             branch, d_branch = layer(h, dh, call)
             gate, shift, scale = modulation[3 * i : 3 * i + 3]
