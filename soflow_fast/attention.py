@@ -4,32 +4,47 @@ Shapes: B rows, H heads, N tokens, h head dim.
 """
 
 import importlib.util
+import logging
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+_log = logging.getLogger(__name__)
+
 BACKENDS = ("auto", "sdpa", "flash_attn", "cudnn", "math")
+
+_HALF_PRECISION = ("flash_attn", "cudnn")
 
 # flash-attn's published kernels take half precision and head dims up to 256.
 _FLASH_MAX_HEAD_DIM = 256
 
 
 def resolve_attention(name: str, head_dim: int) -> str:
-    """The backend that ``name`` stands for on this machine.
+    """The backend that ``name`` stands for on this machine; logged.
 
-    ``auto`` is ``sdpa``, torch's own choice among flash, memory-efficient and math attention. ``math`` is the plain
-    formula, the only backend with forward-mode AD and with float64 on a GPU.
+    ``auto`` is ``sdpa``, torch's own choice among flash, memory-efficient, cuDNN and math attention: which is fastest
+    for a shape has not been measured on a GPU yet. ``math`` is the plain formula, the only backend with forward-mode AD
+    and with float64 on a GPU. ``flash_attn`` and ``cudnn`` are unverified: called by their published signatures, but
+    never run for this project; ``auto`` does not choose them.
 
     Raises:
         ValueError: for an unknown name, or for a backend that cannot run here; the message says what to install.
     """
     if name not in BACKENDS:
         raise ValueError(f"attention={name!r} is not known; choose one of {', '.join(BACKENDS)}")
-    if name == "auto":
-        return "sdpa"
+    _require_available(name, head_dim)
+    chosen = "sdpa" if name == "auto" else name
+    _log.info("attention=%s is %s", name, chosen)
+    return chosen
+
+
+def _require_available(name: str, head_dim: int) -> None:
     if name == "flash_attn":
-        if importlib.util.find_spec("flash_attn") is None:
+        spec = importlib.util.find_spec("flash_attn")
+        if (
+            spec is None or spec.origin is None
+        ):  # a folder without __init__.py is version 4, which has another interface
             raise ValueError(
                 "attention='flash_attn' needs the package flash-attn, which is not installed; "
                 "run pip install 'soflow-fast[flash]' or choose attention='sdpa'"
@@ -43,7 +58,6 @@ def resolve_attention(name: str, head_dim: int) -> str:
             )
     if name == "cudnn" and not (torch.cuda.is_available() and torch.backends.cudnn.is_available()):
         raise ValueError("attention='cudnn' needs a CUDA GPU with cuDNN and none is visible; choose attention='sdpa'")
-    return name
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, backend: str) -> Tensor:
@@ -54,12 +68,20 @@ def attention(q: Tensor, k: Tensor, v: Tensor, backend: str) -> Tensor:
 
     Returns:
         (B, H, N, h), dtype of q.
+
+    Raises:
+        ValueError: for a backend that takes half precision only, and others.
     """
+    if backend in _HALF_PRECISION and q.dtype not in (torch.bfloat16, torch.float16):
+        raise ValueError(
+            f"attention={backend!r} takes bfloat16 and float16 and got {q.dtype}; compute in bf16 or choose "
+            "attention='sdpa'"
+        )
     if backend == "math":
         scores = (q @ k.mT).to(torch.promote_types(q.dtype, torch.float32)) * q.shape[-1] ** -0.5
         return scores.softmax(-1).to(v.dtype) @ v
     if backend == "flash_attn":
-        from flash_attn import flash_attn_func
+        from flash_attn import flash_attn_func  # of (B, N, H, h); its default scale is h^-½
 
         return flash_attn_func(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2)
     if backend == "cudnn":

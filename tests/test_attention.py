@@ -1,11 +1,15 @@
 """Attention backends against the plain formula, and what cannot run here."""
 
 import importlib.util
+import logging
 import math
+import sys
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
 
+from soflow_fast import DiT
 from soflow_fast.attention import BACKENDS, attention, resolve_attention
 
 # what runs on a CPU; a GPU has the others as well
@@ -43,17 +47,74 @@ def test_backend_and_its_gradients(backend, head_dim):
         torch.testing.assert_close(single.double(), truth, rtol=0, atol=1e-5)
 
 
+def _assert_within_bfloat16(ours, expected):
+    for truth, value in zip(expected, ours, strict=True):
+        assert value.dtype == torch.bfloat16
+        error = (value.double().cpu() - truth).norm() / truth.norm()
+        assert error < 2e-2
+
+
+@pytest.mark.parametrize("head_dim", [64, 72])
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
+def test_backend_and_its_gradients_in_bfloat16(backend, head_dim):
+    ours = _outputs_and_gradients(lambda q, k, v: attention(q, k, v, backend), _qkv(head_dim, torch.bfloat16))
+    _assert_within_bfloat16(ours, _outputs_and_gradients(_plain, _qkv(head_dim)))
+
+
+@pytest.fixture
+def published_flash_attn(monkeypatch):
+    """A module with the published signature of flash-attn 2.8's function, layout and demands, computed by torch."""
+
+    def flash_attn_func(
+        q,
+        k,
+        v,
+        dropout_p=0.0,
+        softmax_scale=None,
+        causal=False,
+        window_size=(-1, -1),
+        softcap=0.0,
+        alibi_slopes=None,
+        deterministic=False,
+        return_attn_probs=False,
+    ):
+        assert (dropout_p, causal, window_size, softcap) == (0.0, False, (-1, -1), 0.0)
+        assert (alibi_slopes, return_attn_probs) == (None, False)
+        scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
+        for y in (q, k, v):
+            batch, tokens, heads, _ = y.shape
+            assert (batch, tokens, heads) == (2, 24, 4)
+            assert y.dtype == torch.bfloat16
+            assert y.stride(-1) == 1
+        scores = torch.einsum("bnhd,bmhd->bhnm", q.float(), k.float()) * scale
+        return torch.einsum("bhnm,bmhd->bnhd", scores.softmax(-1), v.float()).to(q.dtype).contiguous()
+
+    module = ModuleType("flash_attn")
+    module.flash_attn_func = flash_attn_func
+    monkeypatch.setitem(sys.modules, "flash_attn", module)
+
+
+@pytest.mark.parametrize("head_dim", [64, 72])
+def test_flash_attn_is_called_by_its_published_signature(published_flash_attn, head_dim):
+    ours = _outputs_and_gradients(lambda q, k, v: attention(q, k, v, "flash_attn"), _qkv(head_dim, torch.bfloat16))
+    assert ours[0].shape == (2, 4, 24, head_dim)
+    _assert_within_bfloat16(ours, _outputs_and_gradients(_plain, _qkv(head_dim)))
+
+
+@pytest.mark.parametrize("backend", ["flash_attn", "cudnn"])
+def test_half_precision_backends_refuse_others(backend):
+    with pytest.raises(ValueError, match=f"attention='{backend}' takes bfloat16 and float16 and got torch.float32"):
+        attention(*_qkv(64, torch.float32), backend)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="half-precision GPU backends need a GPU")
 @pytest.mark.parametrize("head_dim", [64, 72])
 @pytest.mark.parametrize("backend", ["sdpa", "cudnn", "flash_attn"])
 def test_gpu_backend_and_its_gradients(backend, head_dim):
     if backend == "flash_attn" and importlib.util.find_spec("flash_attn") is None:
         pytest.skip("flash-attn is not installed")
-    expected = _outputs_and_gradients(_plain, _qkv(head_dim))
     ours = _outputs_and_gradients(lambda q, k, v: attention(q, k, v, backend), _qkv(head_dim, torch.bfloat16, "cuda"))
-    for truth, value in zip(expected, ours, strict=True):
-        error = (value.double().cpu() - truth).norm() / truth.norm()
-        assert error < 2e-2
+    _assert_within_bfloat16(ours, _outputs_and_gradients(_plain, _qkv(head_dim)))
 
 
 def test_math_has_a_forward_mode_derivative():
@@ -69,20 +130,29 @@ def test_names_stand_for_backends():
         assert resolve_attention(backend, 36) == backend
 
 
+def test_the_choice_is_logged_once_when_a_network_is_built(caplog):
+    caplog.set_level(logging.INFO, logger="soflow_fast")
+    DiT(8, 4, 1, 16, 2, 2, num_classes=3)
+    assert [record.getMessage() for record in caplog.records if "attention" in record.getMessage()] == [
+        "attention=auto is sdpa"
+    ]
+
+
 def test_unknown_backend_names_the_choices():
     with pytest.raises(ValueError, match=r"attention='flash' is not known; choose one of auto, sdpa"):
         resolve_attention("flash", 64)
     assert set(BACKENDS) >= {"auto", *CPU_BACKENDS}
 
 
-def test_flash_attn_that_is_not_installed_says_what_to_install(monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+@pytest.mark.parametrize("spec", [None, SimpleNamespace(origin=None)], ids=["not installed", "version 4 alone"])
+def test_flash_attn_that_is_not_installed_says_what_to_install(monkeypatch, spec):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: spec)
     with pytest.raises(ValueError, match=r"pip install 'soflow-fast\[flash\]'"):
         resolve_attention("flash_attn", 64)
 
 
 def test_flash_attn_without_a_gpu(monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: SimpleNamespace(origin="flash_attn/__init__.py"))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ValueError, match="needs a CUDA GPU and none is visible"):
         resolve_attention("flash_attn", 64)
@@ -90,7 +160,7 @@ def test_flash_attn_without_a_gpu(monkeypatch):
 
 @pytest.mark.parametrize("head_dim", [36, 264])
 def test_flash_attn_refuses_head_dims_it_has_no_kernel_for(monkeypatch, head_dim):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: SimpleNamespace(origin="flash_attn/__init__.py"))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     with pytest.raises(ValueError, match=f"multiples of 8 up to 256, and this model has {head_dim}"):
         resolve_attention("flash_attn", head_dim)

@@ -29,7 +29,7 @@ def test_without_a_gpu_the_choices_and_their_reasons():
     assert any(line.startswith("  cuda            no GPU is visible") for line in lines)
     assert "  device=auto     cpu" in lines
     assert any(line.startswith("  impl=auto       torch: needs a CUDA GPU and none is visible") for line in lines)
-    assert any(line.startswith("  attention=auto  sdpa") for line in lines)
+    assert any(line.startswith("  attention=auto  sdpa: torch's own choice") for line in lines)
     assert any(line.startswith("  attention=cudnn      needs a CUDA GPU") for line in lines)
 
 
