@@ -27,7 +27,7 @@ from soflow_fast.images import balanced_labels, generate
 from soflow_fast.optim import AdamW
 from soflow_fast.step import TrainStep
 
-STEPS, BATCH, SAMPLES = 1000, 128, 5000
+STEPS, BATCH, SAMPLES = 800, 64, 5000
 
 
 class _Fp8Forward(SoFlow):
