@@ -1,28 +1,67 @@
-"""The ways of training that soflow-fast is compared with, as objectives for the same step.
+"""The ways of training that soflow-fast is compared with, as objectives, networks and updates for the same step.
 
 Published SoFlow code runs in float32 with TensorFloat-32 products. The simple ways to run it in low precision keep the
 quotient usable by raising the precision of the consistency pair, by float16 with a loss scale, or by a larger gap.
 Published MeanFlow code in PyTorch takes its Jacobian-vector product through math attention on all rows.
 """
 
-import torch
-from torch import Tensor
+from contextlib import contextmanager
+from types import SimpleNamespace
 
-from soflow_fast import SoFlow
+import torch
+from torch import Tensor, nn
+
+from soflow_fast import DiT, SoFlow
+from soflow_fast.ema import EMA
+from soflow_fast.kernels import reference
+from soflow_fast.layers import Attention, linear
 from soflow_fast.objectives.base import TotalLoss
 from soflow_fast.objectives.meanflow import MeanFlow
 from soflow_fast.optim import AdamW
+
+# --------------------------------------------------------------------------------------------------------- SoFlow
+
+
+class _FusedDraws:
+    """Random numbers by the fused kernels on a GPU, so that an eager baseline does not pay for how they are drawn."""
+
+    @property
+    def ops(self):
+        if next(self.network.parameters()).device.type != "cuda":
+            return super().ops
+        from soflow_fast.kernels import fused
+
+        draws = {name: getattr(fused, name) for name in ("normal", "uniform", "noisy_sample")}
+        return SimpleNamespace(**{**vars(super().ops), **draws})
+
+
+class EagerSoFlow(_FusedDraws, SoFlow):
+    """SoFlow for a step that is not compiled."""
+
+
+@contextmanager
+def _in_float32(network: nn.Module):
+    low, network.compute_dtype = network.compute_dtype, torch.float32
+    try:
+        yield
+    finally:
+        network.compute_dtype = low
+
+
+def _rows(labels: Tensor | None, rows: slice) -> Tensor | None:
+    return None if labels is None else labels[rows]
 
 
 class Fp32PairSoFlow(SoFlow):
     """Low precision by the network's ``compute_dtype``, but both forwards of the consistency pair in float32."""
 
-    def _with_difference(self, *arguments):
-        low, self.network.compute_dtype = self.network.compute_dtype, torch.float32
-        try:
-            return super()._with_difference(*arguments)
-        finally:
-            self.network.compute_dtype = low
+    def _with_difference(self, x_t, t, s, labels, v, gap, rows=slice(None)):
+        low, pair = slice(None, len(t) - len(gap)), slice(len(t) - len(gap), None)
+        with _in_float32(self.network):
+            F, dF = super()._with_difference(x_t[pair], t[pair], s[pair], _rows(labels, pair), v, gap)
+        if len(gap) < len(t):
+            F = torch.cat([self.network(x_t[low], t[low], s[low], _rows(labels, low)), F])
+        return F, dF
 
 
 class ScaledLossSoFlow(SoFlow):
@@ -56,6 +95,9 @@ class ScaledAdamW(AdamW):
         return norm, finite
 
 
+# ------------------------------------------------------------------------------------------------------- MeanFlow
+
+
 class AllRowsMeanFlow(MeanFlow):
     """A Jacobian-vector product without gradient through every row, also those with r = t that need none."""
 
@@ -67,7 +109,7 @@ class AllRowsMeanFlow(MeanFlow):
             return u, self.network.jvp(z, t, r, labels, v_all, torch.ones_like(t))[1][n:]
 
 
-class PublishedMeanFlow(MeanFlow):
+class PublishedMeanFlow(_FusedDraws, MeanFlow):
     """As public PyTorch code: the conditional and the unconditional prediction of every row in calls of their own, and
     one Jacobian-vector product on all rows with gradient, whose primal is the prediction that is trained."""
 
@@ -81,3 +123,102 @@ class PublishedMeanFlow(MeanFlow):
         v_all = torch.cat([torch.zeros_like(z[:n]), v])
         u, derivative = self.network.jvp(z, t, r, labels, v_all, torch.ones_like(t))
         return u, derivative[n:].detach()
+
+
+class StrongMeanFlow(MeanFlow):
+    """One Jacobian-vector product, on the rows with r < t only, whose primal is the prediction that is trained; compiled,
+    nothing is kept of the tangents. The rows with r = t take a call of their own, by the network's attention."""
+
+    def with_derivative(self, z, t, r, labels, v, rows: slice) -> tuple[Tensor, Tensor]:
+        plain = slice(None, rows.start)
+        u_plain = self.network(z[plain], t[plain], r[plain], _rows(labels, plain))
+        one = torch.ones_like(t[rows])
+        u, derivative = self.network.jvp(z[rows], t[rows], r[rows], _rows(labels, rows), v, one)
+        return torch.cat([u_plain, u]), derivative.detach()
+
+
+class Fp32PairMeanFlow(MeanFlow):
+    """A finite difference whose two forwards run in float32, the rest in the network's ``compute_dtype``."""
+
+    def with_derivative(self, z, t, r, labels, v, rows: slice) -> tuple[Tensor, Tensor]:
+        plain = slice(None, rows.start)
+        u_plain = self.network(z[plain], t[plain], r[plain], _rows(labels, plain))
+        with _in_float32(self.network):
+            pair = super().with_derivative(z[rows], t[rows], r[rows], _rows(labels, rows), v, slice(None))
+        return torch.cat([u_plain, pair[0]]), pair[1]
+
+
+# ------------------------------------------------------------------------------------------------------- networks
+
+
+def _attention_difference(q, k, v, dq, dk, dv, o, *, tangent: bool = False) -> Tensor:
+    """The reference op with its five products on operands in their own dtype, as compiled code should have them."""
+    scale = q.shape[-1] ** -0.5
+    k, dk = k - k.mean(-2, keepdim=True), dk - dk.mean(-2, keepdim=True)
+    moved_k, moved_v = (k, v) if tangent else (k + dk, v + dv)
+    wide = torch.promote_types(q.dtype, torch.float32)
+    p = torch.softmax((q @ k.mT).to(wide) * scale, dim=-1)
+    e = (dq @ moved_k.mT + q @ dk.mT).to(wide) * scale
+    if not tangent:
+        e = torch.tanh(e / 2) * (torch.exp(e) + 1)
+    z = (p * e).sum(-1, keepdim=True)
+    dp = p * (e - z) / (1 if tangent else 1 + z)
+    return dp.to(v.dtype) @ moved_v + p.to(v.dtype) @ dv
+
+
+_PLAIN_OPS = SimpleNamespace(**{**vars(reference), "attention_difference": _attention_difference})
+
+
+class PlainDiT(DiT):
+    """The difference forward in plain torch at its fastest: the reference upcasts the operands of its attention."""
+
+    def _call(self, *arguments, **keywords):
+        return super()._call(*arguments, **keywords)._replace(ops=_PLAIN_OPS)
+
+
+class _JvpFlashAttention(Attention):
+    """Flash attention with forward-mode AD (the package jvp-flash-attention) where a derivative is taken."""
+
+    def forward(self, h, dh, call):
+        if call.attention != "math":
+            return super().forward(h, dh, call)
+        from jvp_flash_attention.jvp_attention import JVPAttn
+
+        o = JVPAttn.fwd_dual(*self._heads(linear(self.qkv, h)))
+        return linear(self.proj, o.transpose(1, 2).flatten(2)), None
+
+
+class JvpFlashDiT(DiT):
+    """Takes its Jacobian-vector product through :class:`_JvpFlashAttention`.
+
+    Raises:
+        ValueError: where the package is not installed or does not have the head dim; the message says which.
+    """
+
+    HEAD_DIMS = (32, 64, 128, 256)
+
+    def __init__(self, *arguments, **keywords):
+        super().__init__(*arguments, **keywords)
+        head_dim = self.hidden_size // self.num_heads
+        if head_dim not in self.HEAD_DIMS:
+            raise ValueError(f"jvp-flash-attention has head dims {self.HEAD_DIMS} and this model {head_dim}")
+        try:
+            import jvp_flash_attention.jvp_attention  # noqa: F401
+        except ImportError as error:
+            raise ValueError(f"the package jvp-flash-attention is not installed ({error})") from error
+        for block in self.blocks:
+            attention = _JvpFlashAttention(self.hidden_size, self.num_heads)
+            attention.load_state_dict(block.attn.state_dict())
+            block.attn = attention
+
+
+# -------------------------------------------------------------------------------------------------------- updates
+
+
+class LoopEMA(EMA):
+    """As public code: one parameter after the other, without a warm-up."""
+
+    @torch.no_grad()
+    def update(self, taken: Tensor | bool = True) -> None:
+        for name, average in self.averages.items():
+            average.mul_(self.decay).add_(self._parameters[name], alpha=1 - self.decay)
