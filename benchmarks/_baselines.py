@@ -126,8 +126,10 @@ class PublishedMeanFlow(_FusedDraws, MeanFlow):
 
 
 class StrongMeanFlow(MeanFlow):
-    """One Jacobian-vector product, on the rows with r < t only, whose primal is the prediction that is trained; compiled,
-    nothing is kept of the tangents. The rows with r = t take a call of their own, by the network's attention."""
+    """One Jacobian-vector product, on the rows with r < t only, whose primal is the prediction that is trained.
+
+    Compiled, nothing is kept of the tangents. The rows with r = t take a call of their own, by the network's attention.
+    """
 
     def with_derivative(self, z, t, r, labels, v, rows: slice) -> tuple[Tensor, Tensor]:
         plain = slice(None, rows.start)
