@@ -4,8 +4,9 @@
 
 Each case runs its op on meta tensors while launches are recorded, so what is compiled here is what is launched there:
 the same arguments, specialisation and constants. Prints kernel, case, architecture, registers, stack bytes (spills),
-shared memory and bytes moved (every tensor argument of the launch once). Exits with 1 if a kernel spills or needs more
-registers than its launch table allows. Must run without Triton's interpreter.
+shared memory and bytes moved: every tensor argument of the launch once, which of the optimizer is the tables of
+addresses alone. Exits with 1 if a kernel spills or needs more registers than its launch table allows. Must run without
+Triton's interpreter.
 """
 
 import argparse
@@ -14,6 +15,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,7 +25,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
-from . import fused
+from . import fused, optimizer
 from ._cases import Case, Inputs
 from ._launch import Record, recording
 
@@ -111,19 +113,29 @@ def compile_record(record: Record, case: str, arch: int) -> Binary:
     )
 
 
-def compile_all(only: str | None = None) -> list[Binary]:
-    """Every distinct binary of every case, in bf16 and in float32, for every architecture."""
-    binaries, seen = [], set()
+def recorded() -> Iterator[tuple[str, list[Record]]]:
+    """The launches of every case in bf16 and in float32, and those of the optimizer, by name."""
     for case in fused.cases():
-        if only and only not in case.op:
-            continue
         for dtype, suffix in ((torch.bfloat16, "bf16"), (torch.float32, "fp32")):
-            for record in record_case(case, dtype):
-                for arch in ARCHITECTURES:
-                    key = (specialize(record, arch)[0].hash(), record.config, arch)
-                    if key not in seen:
-                        seen.add(key)
-                        binaries.append(compile_record(record, f"{case.op} {case.name} {suffix}", arch))
+            yield f"{case.op} {case.name} {suffix}", record_case(case, dtype)
+    for form, run in optimizer.passes().items():
+        with recording() as records:
+            run()
+        yield f"optimizer {form}", records
+
+
+def compile_all(only: str | None = None) -> list[Binary]:
+    """Every distinct binary of all recorded launches, for every architecture."""
+    binaries, seen = [], set()
+    for name, records in recorded():
+        if only and only not in name.split()[0]:
+            continue
+        for record in records:
+            for arch in ARCHITECTURES:
+                key = (specialize(record, arch)[0].hash(), record.config, arch)
+                if key not in seen:
+                    seen.add(key)
+                    binaries.append(compile_record(record, name, arch))
     return binaries
 
 

@@ -12,7 +12,7 @@ The tensors are found through a table of their addresses, cut into blocks of one
 them, whatever their number. Everything that changes from step to step is read on the device.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import triton
@@ -208,3 +208,24 @@ def adamw_(
         BLOCK=_BLOCK,
         config=_LAUNCH,
     )
+
+
+def passes() -> dict[str, Callable[[], None]]:
+    """Both launches in each form that a training step has, on meta tensors, by name; for offline compilation."""
+
+    def make(gradient: torch.dtype, copy: torch.dtype | None, averaged: bool) -> Callable[[], None]:
+        def run() -> None:
+            parameter, scalar = torch.empty(1000, 1000, device="meta"), torch.empty((), device="meta")
+            table, blocks = torch.empty(_ROLES, dtype=torch.int64, device="meta"), block_table([parameter]).to("meta")
+            norm = gradient_norm(table, blocks, gradient)
+            hyper = {"log_betas": (-0.1, -0.01), "eps": 1e-8, "weight_decay": 0.0, "grad_clip": 1.0}
+            dtypes = {"gradient_dtype": gradient, "copy_dtype": copy}
+            adamw_(table, blocks, norm, scalar, scalar, scalar if averaged else None, **hyper, **dtypes)
+
+        return run
+
+    return {
+        "bf16 copy, average": make(torch.float32, torch.bfloat16, True),
+        "average": make(torch.float32, None, True),
+        "alone": make(torch.float32, None, False),
+    }

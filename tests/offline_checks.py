@@ -65,8 +65,8 @@ def one_binary_for_every_number_of_tokens():
 def program_ids_are_widened_before_they_are_multiplied():
     """No address holds a 32-bit product of what a program id went into: it stays right beyond 2^31 elements."""
     seen = set()
-    for case in fused.cases():
-        for record in _aot.record_case(case):
+    for _, records in _aot.recorded():
+        for record in records:
             if record.kernel not in seen:
                 seen.add(record.kernel)
                 narrow = _narrow_products(record)
