@@ -9,6 +9,7 @@ import torch
 import triton
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd import forward_ad
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,18 @@ def launch(kernel, grid: Callable[[], tuple[int, ...]], *args, config: Launch, *
             f"impl='triton' got a tensor on {first.device}, where Triton cannot run; "
             "move the model and its inputs to a CUDA GPU or build it with impl='torch'"
         )
+
+
+def constants(*tensors: Tensor) -> list[Tensor]:
+    """The tensors detached, for an op without derivatives.
+
+    Raises:
+        NotImplementedError: under forward-mode AD, where a custom op's tangent would be zero without a word.
+    """
+    for tensor in tensors:
+        if not torch.compiler.is_compiling() and forward_ad.unpack_dual(tensor).tangent is not None:
+            raise NotImplementedError("a fused op without derivatives got a tangent; use impl='torch' under jvp")
+    return [tensor.detach() for tensor in tensors]
 
 
 def require_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._cases import Case, Inputs
-from ._launch import Launch, launch, require_dtype, require_shape
+from ._launch import Launch, constants, launch, require_dtype, require_shape
 from ._math import tanh, tanh_difference
 
 # 8 elements a thread are one 16-byte access in bf16; at 64 registers half of an SM's threads are resident, enough loads
@@ -96,13 +96,13 @@ def _check(u: Tensor, du: Tensor) -> None:
 def gelu_difference(u: Tensor, du: Tensor, *, tangent: bool = False) -> Tensor:
     """Fused :func:`soflow_fast.kernels.reference.gelu_difference`: any shape, dtype of du, no gradient."""
     _check(u, du)
-    return _op(u.detach(), du.detach(), True, tangent)
+    return _op(*constants(u, du), True, tangent)
 
 
 def silu_difference(u: Tensor, du: Tensor, *, tangent: bool = False) -> Tensor:
     """Fused :func:`soflow_fast.kernels.reference.silu_difference`: any shape, dtype of du, no gradient."""
     _check(u, du)
-    return _op(u.detach(), du.detach(), False, tangent)
+    return _op(*constants(u, du), False, tangent)
 
 
 def cases() -> list[Case]:

@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._cases import Case, Inputs
-from ._launch import Launch, launch
+from ._launch import Launch, constants, launch
 from ._rows import (
     load_row,
     require_modulation,
@@ -172,10 +172,6 @@ _gated_op = torch.library.custom_op("soflow::gated_residual_layernorm_difference
 _gated_op.register_fake(_gated_difference)
 
 
-def _detach(*tensors: Tensor) -> list[Tensor]:
-    return [tensor.detach() for tensor in tensors]
-
-
 def modulated_layernorm_difference(
     x: Tensor,
     d: Tensor,
@@ -201,7 +197,7 @@ def modulated_layernorm_difference(
     """
     tokens = require_tokens(x=x, d=d)
     modulation = require_modulation(x, scale=scale, dshift=dshift, dscale=dscale)
-    return _layernorm_op(*_detach(*tokens, *modulation), eps, dtype or d.dtype, tangent)
+    return _layernorm_op(*constants(*tokens, *modulation), eps, dtype or d.dtype, tangent)
 
 
 def gated_residual_layernorm_difference(
@@ -233,7 +229,7 @@ def gated_residual_layernorm_difference(
     """
     tokens = require_tokens(x_new=x_new, d=d, branch=branch, d_branch=d_branch)
     modulation = require_modulation(x_new, gate=gate, scale=scale, dgate=dgate, dshift=dshift, dscale=dscale)
-    return _gated_op(*_detach(*tokens, *modulation), eps, dtype or d_branch.dtype, tangent)
+    return _gated_op(*constants(*tokens, *modulation), eps, dtype or d_branch.dtype, tangent)
 
 
 def cases() -> list[Case]:

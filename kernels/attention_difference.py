@@ -30,7 +30,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from ._cases import Case, Inputs
-from ._launch import Launch, launch, require_dtype, require_shape
+from ._launch import Launch, constants, launch, require_dtype, require_shape
 from ._math import expm1
 
 # Half precision above 128 and float32 above 80, whose products hold whole operands in registers, spill at every size
@@ -314,7 +314,7 @@ def attention_difference(
             f"head dim {q.shape[-1]} in {q.dtype} does not fit into a GPU's registers "
             f"(at most {_MAX_HEAD_DIM[q.dtype]}): use more heads or impl='torch'"
         )
-    return _op(*(x.detach() for x in (q, k, v, dq, dk, dv, o)), tangent)
+    return _op(*constants(q, k, v, dq, dk, dv, o), tangent)
 
 
 def cases() -> list[Case]:

@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._cases import Case, Inputs
-from ._launch import Launch, launch, require_dtype, require_shape
+from ._launch import Launch, constants, launch, require_dtype, require_shape
 from ._math import sin_cos
 from ._rows import load_row, row_columns, row_warps, store_row
 
@@ -275,7 +275,7 @@ def _check_times(width: int, **times: Tensor) -> list[Tensor]:
     for name, time in times.items():
         require_shape(name, time, (first.numel(),))
         require_dtype(name, time)
-    return [time.detach().contiguous() for time in times.values()]
+    return [time.contiguous() for time in constants(*times.values())]
 
 
 def time_sinusoids(t: Tensor, s: Tensor, *, width: int = 256, dtype: torch.dtype | None = None) -> Tensor:

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._cases import Case, Inputs
-from ._launch import launch
+from ._launch import constants, launch
 from ._math import sin_cos
 from ._reduction import inverse_power, load, loss_backward, reduction, require_samples, row_outputs, save_residual
 
@@ -149,8 +149,8 @@ def consistency_loss(
         ValueError: for an unknown parameterization, or a shape or dtype that does not fit.
     """
     require_samples(parameterization, {"F": F, "dF": dF, "v": v, "x_t": x_t}, {"t": t, "gap": gap, "s": s})
-    constants = (x.detach() for x in (dF, v, x_t, t, gap, s))
-    return _ConsistencyLoss.apply(F, *constants, parameterization, p, eps, tangent)[:3]
+    others = constants(dF, v, x_t, t, gap, s)
+    return _ConsistencyLoss.apply(F, *others, parameterization, p, eps, tangent)[:3]
 
 
 def cases() -> list[Case]:

@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._cases import Case, Inputs
-from ._launch import Launch, launch, require_dtype, require_shape
+from ._launch import Launch, constants, launch, require_dtype, require_shape
 from ._math import log, sin_cos
 from .coefficients import PATHS
 from .reference import Stream
@@ -309,7 +309,7 @@ def interpolate(x0: Tensor, noise: Tensor, t: Tensor, *, path: str) -> tuple[Ten
     for name, x in (("x0", x0), ("noise", noise), ("t", t)):
         require_dtype(name, x)
     _require_no_gradient(x0=x0, noise=noise, t=t)
-    return _interpolate_op(x0, noise, t, path)
+    return _interpolate_op(*constants(x0, noise, t), path)
 
 
 def noisy_sample(
@@ -345,7 +345,7 @@ def noisy_sample(
     require_dtype("t", t)
     _require_no_gradient(data=data, t=t)
     seed, step = _on_device("seed", seed, rows), _on_device("step", step, rows)
-    return _noisy_sample_op(data, t, rows, seed, step, path, latent_scale)
+    return _noisy_sample_op(*constants(data, t), rows, seed, step, path, latent_scale)
 
 
 def cases() -> list[Case]:

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._cases import Case, Inputs
-from ._launch import launch
+from ._launch import constants, launch
 from ._math import expm1
 from ._reduction import (
     POINTWISE,
@@ -219,7 +219,7 @@ def guided_velocity(
         ValueError: for an unknown parameterization, or a shape or dtype that does not fit.
     """
     require_samples(parameterization, {"v": v, "F_null": F_null, "F_own": F_own}, {"t": t}, drop)
-    v, F_null, F_own, t = (x.detach() for x in (v, F_null, F_own, t))
+    v, F_null, F_own, t = constants(v, F_null, F_own, t)
     slope = velocity_scale(parameterization)
     return _guided_velocity_op(v, F_null, F_own, t, drop, slope, guidance_scale, guidance_mix, decay_time)
 
@@ -251,7 +251,8 @@ def velocity_loss(
     """
     samples = {"F": F, "v": v} if F_null is None else {"F": F, "v": v, "F_null": F_null}
     require_samples(parameterization, samples, {"t": t}, drop)
-    v, t, F_null = v.detach(), t.detach(), None if F_null is None else F_null.detach()
+    v, t = constants(v, t)
+    F_null = None if F_null is None else constants(F_null)[0]
     options = (velocity_scale(parameterization), guidance_scale, guidance_mix, decay_time, p, eps)
     return _VelocityLoss.apply(F, v, F_null, t, drop, *options)[:3]
 

@@ -6,7 +6,6 @@ from op_checks import (
     DEVICE,
     check_accuracy,
     check_compiles,
-    check_no_forward_mode,
     check_repeatable,
     run,
 )
@@ -136,8 +135,6 @@ def test_op_contract(name):
     arguments = _arguments(name)
     check_compiles(name, arguments, {}, GRADIENTS[name])
     check_repeatable(name, arguments, {}, GRADIENTS[name])
-    for argument in GRADIENTS[name]:
-        check_no_forward_mode(name, arguments, {}, argument)
 
 
 def test_raw_ops():

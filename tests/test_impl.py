@@ -8,6 +8,7 @@ from op_checks import DEVICE
 
 from soflow_fast import DiT, SoFlow
 from soflow_fast.kernels import fused, reference
+from soflow_fast.kernels._cases import Inputs
 
 # Everything is float32: what differs is the order of sums.
 _RTOL = 2e-5
@@ -55,6 +56,22 @@ def test_fused_has_every_op_of_the_reference():
 
 def test_every_op_has_a_case():
     assert {case.op for case in fused.cases()} == set(fused.__all__)
+
+
+@pytest.mark.parametrize("name", sorted(set(fused.__all__) - {"normal", "uniform"}))
+def test_no_op_has_a_silent_forward_mode_derivative(name):
+    """A zero tangent where nobody wrote a derivative would train garbage."""
+    case = next(case for case in fused.cases() if case.op == name)
+    arguments = case.inputs(Inputs(DEVICE, torch.float32, max_rows=1))
+    numbers = [key for key, value in arguments.items() if torch.is_tensor(value) and value.is_floating_point()]
+    assert numbers
+    for key in numbers:
+        with pytest.raises(NotImplementedError, match="jvp"):
+            torch.func.jvp(
+                lambda x, key=key: getattr(fused, name)(**{**arguments, key: x}, **case.options),
+                (arguments[key],),
+                (torch.ones_like(arguments[key]),),
+            )
 
 
 def test_dit_forward_and_every_parameter_gradient():
