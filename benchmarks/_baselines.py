@@ -40,8 +40,8 @@ class EagerSoFlow(_FusedDraws, SoFlow):
 
 
 @contextmanager
-def _in_float32(network: nn.Module):
-    low, network.compute_dtype = network.compute_dtype, torch.float32
+def _as_the_parameters(network: nn.Module):
+    low, network.compute_dtype = network.compute_dtype, None
     try:
         yield
     finally:
@@ -57,7 +57,7 @@ class Fp32PairSoFlow(SoFlow):
 
     def _with_difference(self, x_t, t, s, labels, v, gap, rows=slice(None)):
         low, pair = slice(None, len(t) - len(gap)), slice(len(t) - len(gap), None)
-        with _in_float32(self.network):
+        with _as_the_parameters(self.network):
             F, dF = super()._with_difference(x_t[pair], t[pair], s[pair], _rows(labels, pair), v, gap)
         if len(gap) < len(t):
             F = torch.cat([self.network(x_t[low], t[low], s[low], _rows(labels, low)), F])
@@ -145,7 +145,7 @@ class Fp32PairMeanFlow(MeanFlow):
     def with_derivative(self, z, t, r, labels, v, rows: slice) -> tuple[Tensor, Tensor]:
         plain = slice(None, rows.start)
         u_plain = self.network(z[plain], t[plain], r[plain], _rows(labels, plain))
-        with _in_float32(self.network):
+        with _as_the_parameters(self.network):
             pair = super().with_derivative(z[rows], t[rows], r[rows], _rows(labels, rows), v, slice(None))
         return torch.cat([u_plain, pair[0]]), pair[1]
 

@@ -13,10 +13,10 @@ from soflow_fast.step import StepStats, TrainStep
 CHECKED_STEP = 4
 
 # Rows of the float64 objective at once, which decides its memory only.
-_CHUNK = 32
+_CHUNK = 16
 
 # How a row takes its quotient or derivative is what is checked.
-_METHOD = {"quotient", "derivative", "difference_step"}
+_METHOD = {"quotient", "derivative", "difference_step", "source", "model_type"}
 
 
 class Truth:
@@ -25,7 +25,7 @@ class Truth:
 
     def __init__(self, workload: Workload):
         self.workload = workload
-        self._known: dict[tuple, tuple[float, list[Tensor]]] = {}
+        self._known: dict[tuple, tuple[float, dict[str, Tensor]]] = {}
 
     def errors(self, row: Row, step: TrainStep, stats: StepStats) -> dict[str, float]:
         """Relative errors ``{"loss_error": ..., "gradient_error": ...}`` of the row's step ``CHECKED_STEP``."""
@@ -33,14 +33,14 @@ class Truth:
         total = sum(len(part.t) for part in stats.parts.values())
         ours = sum(part.loss.item() * len(part.t) / total for part in stats.parts.values())
         squares = torch.zeros(2, dtype=torch.float64)
-        parameters = [p for p in step.model.parameters() if p.requires_grad]
-        for p, expected in zip(parameters, gradients, strict=True):
-            expected = expected.to(p.device)
-            both = torch.stack([(p.grad - expected).square().sum(), expected.square().sum()])
-            squares += both.double().cpu()
+        for name, p in step.model.named_parameters():
+            if p.requires_grad:
+                expected = gradients[name].to(p.device)
+                both = torch.stack([(p.grad - expected).square().sum(), expected.square().sum()])
+                squares += both.double().cpu()
         return {"loss_error": abs(ours / loss - 1), "gradient_error": (squares[0] / squares[1]).sqrt().item()}
 
-    def _of(self, row: Row) -> tuple[float, list[Tensor]]:
+    def _of(self, row: Row) -> tuple[float, dict[str, Tensor]]:
         kind = next(kind for kind in (FlowMatching, SoFlow, MeanFlow) if issubclass(row.objective, kind))
         settings = {name: value for name, value in row.settings.items() if name not in _METHOD}
         key = (kind, *sorted(settings.items()))
@@ -48,7 +48,7 @@ class Truth:
             self._known[key] = self._compute(kind, settings)
         return self._known[key]
 
-    def _compute(self, kind, settings: dict) -> tuple[float, list[Tensor]]:
+    def _compute(self, kind, settings: dict) -> tuple[float, dict[str, Tensor]]:
         method = {SoFlow: {"quotient": "two_forwards"}, MeanFlow: {"derivative": "jvp"}}.get(kind, {})
         net = self.workload.network(DiT, impl="torch", attention="math").double()
         objective = kind(net, **self.workload.recipe(kind), **settings, **method)
@@ -60,4 +60,4 @@ class Truth:
             ).loss * (len(labels[rows]) / len(labels))
             part.backward()
             loss += part.item()
-        return loss, [p.grad.float().cpu() for p in net.parameters() if p.requires_grad]
+        return loss, {name: p.grad.float().cpu() for name, p in objective.named_parameters() if p.requires_grad}

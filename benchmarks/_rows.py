@@ -79,7 +79,7 @@ class Workload:
     Attributes:
         model: ``small`` or a preset of the DiT. batch: a multiple of 4. device: ``cuda`` or ``cpu``. attention: backend
             of the rows that are not bound to one. compile: how the compiled rows are. fused: whether there are fused
-            kernels, for the rows that have them.
+            kernels, for the rows that have them. half: whether rows keep their low precision; else all is float32.
     """
 
     model: str
@@ -88,6 +88,7 @@ class Workload:
     attention: str = "sdpa"
     compile: bool | str = True
     fused: bool = False
+    half: bool = False
 
     def __post_init__(self):
         if self.batch < 4 or self.batch % 4:
@@ -138,7 +139,8 @@ ROWS = {
     ),
     "soflow/public-fp16-compile": Row(
         "two forwards in float16 with a loss scale, three network calls, compiled, CUDA graph, one-pass update",
-        ScaledLossSoFlow, 0.15, _TWO, network=_FP32_STREAM, precision="fp16", no_cpu=_HALF,
+        ScaledLossSoFlow, 0.15, _TWO, network={"compute_dtype": torch.float16, **_FP32_STREAM}, precision="tf32",
+        no_cpu=_HALF,
     ),
     "soflow/public-bf16-fp32pair-compile": Row(
         "bfloat16 but for the consistency pair in TF32, four network calls, compiled, CUDA graph, one-pass update",
@@ -254,9 +256,9 @@ def selected(names: Iterable[str]) -> dict[str, Row]:
 
 
 def build(row: Row, workload: Workload) -> TrainStep:
-    """The row's step; on a CPU in float32, without CUDA graph and, unless the workload says so, without kernels."""
+    """The row's step; without CUDA graph on a CPU, and with what the workload says of compiling, kernels, precision."""
     network, precision = dict(row.network), row.precision
-    if workload.device == "cpu":
+    if not workload.half:
         precision = "fp32"
         network = {name: value for name, value in network.items() if not isinstance(value, torch.dtype)}
     impl = row.impl if workload.fused else "torch"

@@ -1,0 +1,293 @@
+"""Rows prepared one after the other and timed side by side.
+
+To prepare a row is to build it, run it until it is compiled and captured, and check it against the plain objective.
+The rows that are ready are timed in turns: in each of ``ROUNDS`` rounds, in an order drawn anew, each runs a few
+steps, preceded by a fixed matrix product whose time tells whether the machine itself was as fast as before.
+"""
+
+import gc
+import itertools
+import math
+import random
+import statistics
+import time
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
+
+import torch
+from _baselines import JvpFlashDiT, PlainDiT
+from _check import CHECKED_STEP, Truth
+from _public_source import PublicSourceSoFlow
+from _rows import Row, Workload, build
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
+
+from soflow_fast.step import TrainStep
+
+ROUNDS = 10
+
+# Rows for counting, which is the same for every sample.
+_COUNTED_BATCH = 4
+
+
+class NotRun(Exception):  # noqa: N818 - an outcome, with the reason as its message
+    """A row that cannot run here, or must not be timed.
+
+    Args:
+        reason: in words. failed: whether that is a fault; ``details`` go into the report.
+    """
+
+    def __init__(self, reason: str, *, failed: bool = False, **details):
+        super().__init__(reason)
+        self.report = {"skipped": reason, "failed": failed, **details}
+
+
+def out_of_memory(error: BaseException | None) -> bool:
+    """Whether an error is, or was caused by, a lack of GPU memory."""
+    return error is not None and (isinstance(error, torch.OutOfMemoryError) or out_of_memory(error.__cause__))
+
+
+@dataclass
+class Contestant:
+    """A row that is ready to be timed.
+
+    Attributes:
+        step, data: what is run. batch: of the data. report: what is known of the row. ms: of one step, roughly.
+        times, probes: ms of the timed steps and of the probe before each turn. steps_run: with those that are not
+            timed. samples: of the GPU monitor. joules: drawn by all steps run.
+    """
+
+    step: TrainStep
+    data: tuple[Tensor, Tensor]
+    report: dict
+    ms: float
+    times: list[float] = field(default_factory=list)
+    probes: list[float] = field(default_factory=list)
+    steps_run: int = 0
+    samples: list[dict] = field(default_factory=list)
+    joules: float | None = 0.0
+
+    @property
+    def batch(self) -> int:
+        return len(self.data[1])
+
+
+class Track:
+    """Prepares and times rows on one workload.
+
+    Args:
+        workload: what the rows run on. seconds: of timing for each row.
+    """
+
+    def __init__(self, workload: Workload, seconds: float):
+        self.workload, self.seconds = workload, seconds
+        self.on_gpu = workload.device == "cuda"
+        self.truth = Truth(workload)
+        self.monitor = None
+        if self.on_gpu:
+            from _nvml import GpuMonitor
+
+            self.monitor = GpuMonitor()
+        size, dtype = (8192, torch.bfloat16) if self.on_gpu else (1024, torch.float32)
+        self._factors = [torch.randn(size, size, device=workload.device, dtype=dtype) for _ in range(2)]
+        self.probe_flops = 2 * size**3
+
+    def probe_ms(self) -> float:
+        """Time of one large matrix product: bfloat16 on a GPU, float32 on a CPU."""
+        left, right = self._factors
+        return min(self._times(lambda: left @ right, 5))
+
+    # -------------------------------------------------------------------------------------------------- prepare
+
+    def prepare(self, row: Row) -> Contestant:
+        """The row, compiled, captured and checked.
+
+        Raises:
+            NotRun: where it cannot run here or is not right. torch.OutOfMemoryError: or an error caused by one.
+        """
+        if not self.on_gpu and row.no_cpu:
+            raise NotRun(row.no_cpu)
+        try:
+            report = {"what": row.what, "flops_per_sample": flops_per_sample(row, self.workload)}
+            used = self._begin_memory()
+            step, data = build(row, self.workload), self.workload.data()
+        except ValueError as error:  # by which a network or a backend says what it needs
+            raise NotRun(str(error)) from error
+        begin = time.perf_counter()
+        for _ in range(CHECKED_STEP):
+            step(*data)
+        with step.model.given_noise() if isinstance(step.model, PublicSourceSoFlow) else nullcontext():
+            stats = step(*data)
+        self._synchronize()
+        seconds = time.perf_counter() - begin
+        errors = self.truth.errors(row, step, stats)
+        report |= errors
+        wrong = [name for name, value in errors.items() if not value <= row.tolerance]
+        if wrong:
+            told = ", ".join(f"{name} {errors[name]:.3g}" for name in wrong)
+            raise NotRun(f"its check failed: {told}, allowed {row.tolerance}", failed=True, **report)
+        ms = min(self._times(lambda: step(*data), 2))
+        report["state_bytes"] = state_bytes(step)
+        report["peak_memory_bytes"] = self._peak_memory(step, data, used)
+        report["compile_seconds"] = max(0.0, seconds - (CHECKED_STEP + 1) * ms / 1000)
+        return Contestant(step, data, report, ms)
+
+    def _begin_memory(self) -> int:
+        if not self.on_gpu:
+            return 0
+        release()
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated()
+
+    def _peak_memory(self, step: TrainStep, data: tuple[Tensor, Tensor], used: int) -> int:
+        """Most bytes that the row held at once; on a CPU, from the allocations of one step."""
+        if self.on_gpu:
+            return torch.cuda.max_memory_allocated() - used
+        step.optimizer.zero_grad()  # the profiler does not see that memory freed which it did not see allocated
+        before = state_bytes(step)
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiled:
+            step(*data)
+        events = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
+        held = peak = before
+        for event in sorted(events, key=lambda event: event.start_ns()):
+            held += event.nbytes()
+            peak = max(peak, held)
+        return peak
+
+    # ----------------------------------------------------------------------------------------------------- time
+
+    def race(self, contestants: list[Contestant]) -> None:
+        """Times the rows in turns; then each one's report is complete."""
+        order, draw = list(contestants), random.Random(0)
+        for _ in range(ROUNDS):
+            draw.shuffle(order)
+            for contestant in order:
+                contestant.probes.append(self.probe_ms())
+                self._turn(contestant, max(1, round(1000 * self.seconds / ROUNDS / contestant.ms)))
+        for contestant in contestants:
+            self._finish(contestant)
+
+    def _turn(self, contestant: Contestant, steps: int) -> None:
+        before = self.monitor.energy_j() if self.monitor else None
+        contestant.times += self._times(lambda: contestant.step(*contestant.data), steps, contestant.samples)
+        contestant.steps_run += steps + self.on_gpu
+        if before is None:
+            contestant.joules = None
+        elif contestant.joules is not None:
+            contestant.joules += self.monitor.energy_j() - before
+
+    def _times(self, run, steps: int, samples: list[dict] | None = None) -> list[float]:
+        """Milliseconds of each step; on a GPU by events, after one step that is not timed and fills the queue."""
+        if not self.on_gpu:
+            times = []
+            for _ in range(steps):
+                begin = time.perf_counter()
+                run()
+                times.append(1000 * (time.perf_counter() - begin))
+            return times
+        run()
+        events = [torch.cuda.Event(enable_timing=True) for _ in range(steps + 1)]
+        events[0].record()
+        for event in events[1:]:
+            run()
+            event.record()
+        if samples is not None:
+            samples.append(self.monitor.sample())
+        torch.cuda.synchronize()
+        return [first.elapsed_time(second) for first, second in itertools.pairwise(events)]
+
+    def _finish(self, contestant: Contestant) -> None:
+        times, batch, report = sorted(contestant.times), contestant.batch, contestant.report
+        median = statistics.median(times)
+        low, _, high = statistics.quantiles(times, n=4) if len(times) > 1 else times * 3
+        probe = statistics.median(contestant.probes)
+        rate = report["flops_per_sample"] * batch / median / 1e9
+        report |= {
+            "ms_per_step": median,
+            "ms_quartiles": [low, high],
+            "ms_p99": times[math.ceil(0.99 * len(times)) - 1],
+            "steps": len(times),
+            "images_per_s": 1000 * batch / median,
+            "ms_per_image": median / batch,
+            "tflops": rate,
+            "probe_tflops": self.probe_flops / probe / 1e9,
+            "mfu": rate / (self.probe_flops / probe / 1e9),
+            "kernels_launched": self._kernels(contestant),
+            "joules_per_image": contestant.joules and contestant.joules / contestant.steps_run / batch,
+        }
+        if contestant.samples:
+            from _nvml import summary
+
+            report |= summary(contestant.samples)
+
+    def _kernels(self, contestant: Contestant) -> int | None:
+        """GPU kernels of one step, without copies and fills."""
+        if not self.on_gpu:
+            return None
+        with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as profiled:
+            contestant.step(*contestant.data)
+            torch.cuda.synchronize()
+        names = [event.name for event in profiled.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+        return sum(not name.startswith(("Memcpy", "Memset")) for name in names)
+
+    # ------------------------------------------------------------------------------------------- largest batch
+
+    def at_largest_batch(self, row: Row, report: dict) -> dict:
+        """The row at the largest batch found to fit: a multiple of 32, from what it held at the common one."""
+        release()
+        held, state = report["peak_memory_bytes"], report["state_bytes"]
+        per_image = (held - state) / self.workload.batch
+        batch = int((0.95 * torch.cuda.mem_get_info()[0] - state) / per_image) // 32 * 32
+        while batch > self.workload.batch:
+            try:
+                ms = self._ms_at(row, batch)
+            except (torch.OutOfMemoryError, RuntimeError) as error:
+                if not out_of_memory(error):
+                    raise
+            else:
+                return {"largest_batch": batch, "ms_per_image_at_largest_batch": ms / batch}
+            finally:
+                torch.compiler.reset()
+                release()
+            batch = batch * 15 // 16 // 32 * 32
+        return {"largest_batch": self.workload.batch, "ms_per_image_at_largest_batch": report["ms_per_image"]}
+
+    def _ms_at(self, row: Row, batch: int) -> float:
+        workload = replace(self.workload, batch=batch)
+        step, data = build(row, workload), workload.data()
+        for _ in range(CHECKED_STEP + 1):
+            step(*data)
+        return statistics.median(self._times(lambda: step(*data), 10))
+
+    def _synchronize(self) -> None:
+        if self.on_gpu:
+            torch.cuda.synchronize()
+
+
+def flops_per_sample(row: Row, workload: Workload) -> int:
+    """Floating-point operations of one step's products and attention per sample, counted on its eager form."""
+    dit = PlainDiT if row.dit is JvpFlashDiT else row.dit  # the same operations; custom kernels count none
+    plain = replace(row, dit=dit, impl="torch", compile=False, cuda_graph=False)
+    counted = replace(workload, batch=_COUNTED_BATCH, fused=False, half=False, attention="math")
+    step = build(plain, counted)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        step(*counted.data())
+    return counter.get_total_flops() // _COUNTED_BATCH
+
+
+def state_bytes(step: TrainStep) -> int:
+    """Weights, gradients, optimizer state, averages and low-precision copies."""
+    tensors = [*step.model.parameters(), *step.model.buffers(), *(p.grad for p in step.model.parameters())]
+    tensors += [value for state in step.optimizer.state.values() for value in state.values()]
+    tensors += [*step.ema.averages.values(), *(step.copy.copies.values() if step.copy else ())]
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if torch.is_tensor(t)}
+    return sum(storages.values())
+
+
+def release() -> None:
+    """Returns the memory of steps that are no longer referred to."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

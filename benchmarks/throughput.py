@@ -1,0 +1,199 @@
+"""What a training step costs: SoFlow and MeanFlow in their published, compiled and fused forms, and flow matching.
+
+    python benchmarks/throughput.py [--model DiT-B/4] [--batch 256] [--json OUT.json] [--plot OUT.png]
+
+Every row trains the same DiT on the same draws. A row is timed only if its loss and gradient agree with the plain
+objective in float64; rows are timed in turns, as many together as fit into the memory. ``--resume`` leaves out the rows
+that are in the JSON, so that a long table can be made in several calls. Without a GPU it trains a small DiT on the CPU,
+in float32 and without the rows that need one, within about four minutes beside the compiling.
+"""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+import torch
+from _measure import environment
+from _public_source import ID as PUBLIC_SOURCE
+from _public_source import public_source_row
+from _race import Contestant, NotRun, Track, out_of_memory, release
+from _rows import SETS, Row, Workload, selected
+from _table import Results, chart, table
+
+from soflow_fast.dit import PRESETS
+
+# A row that is begun is assumed to take this many seconds to prepare until one has taken longer.
+_PREPARATION = 30.0
+
+
+class Run:
+    """Prepares, times and records rows.
+
+    Args:
+        rows: by id. track: where they run. results: where they go. limit: seconds from ``start`` after which none may
+            still be running.
+    """
+
+    def __init__(self, rows: dict[str, Row], track: Track, results: Results, *, start: float, limit: float | None):
+        self.rows, self.track, self.results, self.start, self.limit = rows, track, results, start, limit
+        self.left: list[str] = []
+        self._together: dict[str, Contestant] = {}
+        self._groups = len({row["group"] for row in results.rows.values() if "group" in row})
+        self._longest = _PREPARATION
+
+    def __call__(self) -> None:
+        """Runs every row that is not in the results, or puts it into ``left`` where the time is too short."""
+        pending = [name for name in self.rows if name not in self.results.rows]
+        for i, name in enumerate(pending):
+            if not self._in_time():
+                self.left = pending[i:]
+                break
+            begin = time.monotonic()
+            self._prepare(name)
+            self._longest = max(self._longest, time.monotonic() - begin)
+        self._race()
+
+    def _in_time(self) -> bool:
+        if self.limit is None:
+            return True
+        timing = 1.3 * self.track.seconds * (len(self._together) + 1)
+        return time.monotonic() - self.start + self._longest + timing < self.limit
+
+    def _prepare(self, name: str) -> None:
+        print(f"{name}: {self.rows[name].what}", file=sys.stderr, flush=True)
+        try:
+            self._together[name] = self.track.prepare(self.rows[name])
+            return
+        except NotRun as error:
+            report = error.report
+        except Exception as error:  # a row that breaks must not cost the others
+            if out_of_memory(error):
+                report = {"skipped": f"out of memory at batch {self.track.workload.batch}", "failed": False}
+            else:
+                report = {"skipped": f"{type(error).__name__}: {error}"[:2000], "failed": True}
+        if out_of_memory_report(report) and self._together:
+            self._race()
+            self._prepare(name)
+        else:
+            print(f"{name}: not timed, {report['skipped']}", file=sys.stderr, flush=True)
+            self.results.add({name: report})
+            release()
+
+    def _race(self) -> None:
+        """Times the rows that are ready, records them and frees their memory."""
+        if not self._together:
+            return
+        self._groups += 1
+        self.track.race(list(self._together.values()))
+        self.results.add({name: {**c.report, "group": self._groups} for name, c in self._together.items()})
+        self._together = {}
+        torch.compiler.reset()
+        release()
+
+    def largest_batches(self) -> None:
+        """For every timed row, its time per image at the largest batch that fits."""
+        for name, row in self.rows.items():
+            report = self.results.rows.get(name, {})
+            if "ms_per_step" in report and "largest_batch" not in report and self._in_time():
+                self.results.add({name: {**report, **self.track.at_largest_batch(row, report)}})
+
+
+def out_of_memory_report(report: dict) -> bool:
+    return report["skipped"].startswith("out of memory")
+
+
+def header(workload: Workload, seconds: float) -> dict:
+    """What a run is; ``same`` is what rows of one table share."""
+    machine = environment()
+    gpu, cpu = machine["gpu"], machine["cpu"]
+    hardware = gpu["name"] if gpu else cpu["model"]
+    where = hardware if gpu else f"{cpu['threads']} threads of a CPU, float32: no GPU, so its kernels are not in it"
+    model = "a small DiT" if workload.model == "small" else workload.model
+    same = {"model": workload.model, "batch": workload.batch, "device": workload.device}
+    same |= {"attention": workload.attention, "compile": workload.compile, "hardware": hardware}
+    same |= {"threads": cpu["threads"], "versions": machine["versions"], "commit": machine["commit"]}
+    return {
+        "title": f"Training {model}, batch {workload.batch}, on {where}",
+        "same": same,
+        "environment": machine,
+        "seconds_per_row": seconds,
+        "made_by": "python benchmarks/throughput.py " + " ".join(sys.argv[1:]),
+    }
+
+
+def parsed(arguments: list[str]) -> argparse.Namespace:
+    on_gpu = torch.cuda.is_available()
+    parser = argparse.ArgumentParser(
+        prog="throughput.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--model", default="DiT-B/4" if on_gpu else "small", choices=["small", *PRESETS], metavar="NAME",
+        help=f"small, {', '.join(PRESETS)} (default %(default)s here)")  # fmt: skip
+    add("--batch", type=int, default=256 if on_gpu else 16, help="default %(default)s here")
+    add("--rows", nargs="+", default=["table"], metavar="ROW", help=f"ids, or {', '.join(SETS)} (default table)")
+    add("--seconds", type=float, default=10.0, help="of timing for each row (default %(default)s)")
+    add("--json", type=Path, metavar="OUT", help="write the results here, after every group of rows")
+    add("--plot", type=Path, metavar="OUT.png", help="draw the results here")
+    add("--resume", action="store_true", help="do not run again the rows that are in the JSON")
+    add("--limit", type=float, metavar="SECONDS", help="begin no row that may not be done by then")
+    add("--public-source", type=Path, metavar="DIR", help=f"a checkout of the published code, for {PUBLIC_SOURCE}")
+    add("--attention", default="sdpa", help="backend of the rows that are not bound to one (default %(default)s)")
+    add("--max-autotune", action="store_true", help="compile with more candidates for the matrix products")
+    add("--largest-batch", action="store_true", help="also time each row at the largest batch that fits (GPU)")
+    options = parser.parse_args(arguments)
+    if options.resume and options.json is None:
+        parser.error("--resume needs --json, the file to go on with")
+    if not options.seconds > 0:
+        parser.error(f"--seconds {options.seconds:g} is not positive")
+    if options.largest_batch and not on_gpu:
+        parser.error("--largest-batch needs a CUDA GPU and none is visible; leave it out")
+    for path in (options.json, options.plot):
+        if path is not None and not path.parent.is_dir():
+            parser.error(f"the folder of {path} does not exist; create it")
+    return options
+
+
+def prepared(options: argparse.Namespace) -> tuple[dict[str, Row], Workload, Results]:
+    """The rows, what they run on and where they go; ValueError for what cannot be."""
+    on_gpu = torch.cuda.is_available()
+    workload = Workload(
+        options.model,
+        options.batch,
+        "cuda" if on_gpu else "cpu",
+        attention=options.attention,
+        compile="max-autotune" if options.max_autotune else True,
+        fused=on_gpu,
+        half=on_gpu,
+    )
+    rows = selected(options.rows)
+    if options.public_source is not None:
+        rows[PUBLIC_SOURCE] = public_source_row(options.public_source, options.model)
+    return rows, workload, Results(header(workload, options.seconds), options.json, options.resume)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """0; 1 if a row failed, or its check; 2 for bad input."""
+    start, options = time.monotonic(), parsed(arguments)
+    try:
+        rows, workload, results = prepared(options)
+    except ValueError as error:
+        print(f"throughput.py: {error}", file=sys.stderr)
+        return 2
+    # All rows share one code object, and each is a compilation of its own.
+    torch._dynamo.config.recompile_limit = 8 * len(rows)
+    run = Run(rows, Track(workload, options.seconds), results, start=start, limit=options.limit)
+    run()
+    if options.largest_batch and not run.left:
+        run.largest_batches()
+    results.add({})
+    print(table(results.report))
+    if options.plot:
+        chart(results.report, options.plot)
+    if run.left:
+        print(f"not begun, as the time was too short: {', '.join(run.left)}; run again with --resume")
+    return int(any(row.get("failed") for row in results.rows.values()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
