@@ -1,0 +1,155 @@
+"""The floor of a training step: its matrix products and attention alone, each timed by itself at its own shape.
+
+    python benchmarks/rates.py [--models DiT-B/4 DiT-XL/2] [--batch 256] [--json OUT.json] [--smoke]
+
+Counts the products of the blocks in a merged SoFlow step: forwards without gradient of 1.25·B rows, one with gradient
+of B rows, the differences of B/4 rows, and the backward. Each shape is timed from a cold cache; the sum of count times
+time is the floor: a step on this card that does nothing else. Embeddings, modulation and last layer are left out, under
+2 % of the work. ``--smoke`` takes a tiny model, to try the script; so does a machine without a GPU.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from _measure import environment
+from _timing import Timer, copy_bandwidth, launch_floor_ms
+from torch import Tensor
+
+from soflow_fast.dit import PRESETS
+from soflow_fast.kernels import reference
+
+INPUT_SIZE = 32
+_TINY = (8, 64, 2, 2)
+
+
+@dataclass(frozen=True)
+class Part:
+    """One operation of a step: ``make`` its inputs' function, ``flops`` of one call, ``count`` per step."""
+
+    name: str
+    flops: float
+    count: int
+    make: Callable[[], Callable[[], object]]
+
+
+def parts(sizes: tuple[int, int, int, int], batch: int, device: str, dtype: torch.dtype) -> list[Part]:
+    """The parts of a step of a DiT of (patch size, width, depth, heads)."""
+    patch, D, depth, heads = sizes
+    N, quarter = (INPUT_SIZE // patch) ** 2, batch // 4
+    rows = {"guidance": batch + quarter, "gradient": batch, "difference": quarter}
+    layers = {"qkv": (D, 3 * D), "proj": (D, D), "fc1": (D, 4 * D), "fc2": (4 * D, D)}
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, dtype=dtype, device=device)
+
+    def product(x: tuple[int, int], y: tuple[int, int], *, x_t: bool = False, y_t: bool = False):
+        """A function of the product of two matrices stored with these shapes, transposed where said."""
+
+        def make():
+            a, b = normal(*x), normal(*y)
+            a, b = a.mT if x_t else a, b.mT if y_t else b
+            return lambda: a @ b
+
+        return make
+
+    def attention(b: int, backward: bool):
+        def make():
+            qkv = normal(b, N, 3, heads, D // heads).permute(2, 0, 3, 1, 4).requires_grad_(backward)
+            q, k, v = qkv.unbind(0)
+            g = normal(b, N, heads, D // heads).transpose(1, 2)
+
+            def run():
+                o = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+                return torch.autograd.grad(o, (q, k, v), g) if backward else o
+
+            return run
+
+        return make
+
+    def attention_difference():
+        q, k, v, dq, dk, dv, o = normal(7, quarter, heads, N, D // heads).unbind(0)
+        op = reference.attention_difference
+        if device == "cuda":
+            from soflow_fast.kernels import fused
+
+            op = fused.attention_difference
+        return lambda: op(q, k, v, dq, dk, dv, o)
+
+    listed = []
+    for layer, (n_in, n_out) in layers.items():
+        for use, b in rows.items():
+            m = b * N
+            listed.append(
+                Part(f"{layer}, {use}", 2.0 * m * n_in * n_out, depth, product((m, n_in), (n_out, n_in), y_t=True))
+            )
+        m = batch * N
+        flops = 2.0 * m * n_in * n_out
+        listed.append(Part(f"{layer}, gradient of the input", flops, depth, product((m, n_out), (n_out, n_in))))
+        listed.append(Part(f"{layer}, gradient of the weight", flops, depth, product((m, n_out), (m, n_in), x_t=True)))
+    two_products = 4.0 * N * N * D
+    listed += [
+        Part("attention, guidance", rows["guidance"] * two_products, depth, attention(rows["guidance"], False)),
+        Part("attention, gradient and backward", 3.5 * batch * two_products, depth, attention(batch, True)),
+        Part("attention difference", 2.5 * quarter * two_products, depth, attention_difference),
+    ]
+    return listed
+
+
+def measure(name: str, sizes: tuple[int, int, int, int], batch: int, timer: Timer) -> dict:
+    """The rows of one model and their sum."""
+    device = timer.device.type
+    rows = []
+    for part in parts(sizes, batch, device, torch.bfloat16 if device == "cuda" else torch.float32):
+        timing = timer(part.make())
+        rows.append(
+            {
+                "part": part.name,
+                "count": part.count,
+                "ms": timing.median,
+                "tflops": part.flops / timing.median / 1e9,
+                "ms_per_step": part.count * timing.median,
+            }
+        )
+    flops = sum(part.flops * part.count for part in parts(sizes, batch, device, torch.float32))
+    floor = sum(row["ms_per_step"] for row in rows)
+    return {"model": name, "batch": batch, "floor_ms": floor, "tflops": flops / floor / 1e9, "rows": rows}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    on_gpu = torch.cuda.is_available()
+    parser = argparse.ArgumentParser(
+        prog="rates.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--models", nargs="+", choices=list(PRESETS), default=["DiT-XL/2", "DiT-B/4"], metavar="NAME")
+    parser.add_argument("--batch", type=int, default=256, help="a multiple of 4 (default %(default)s)")
+    parser.add_argument("--json", type=Path, metavar="OUT", help="write the result here")
+    parser.add_argument("--smoke", action="store_true", help="a tiny model: only tries the script")
+    options = parser.parse_args(arguments)
+    if options.batch < 4 or options.batch % 4:
+        parser.error(f"--batch {options.batch} is not a multiple of 4, of which 3 rows train the velocity")
+    timer = Timer("cuda" if on_gpu else "cpu")
+    tiny = options.smoke or not on_gpu
+    models = {"tiny": _TINY} if tiny else {name: PRESETS[name] for name in options.models}
+    report = {"environment": environment(), "smoke": tiny, "copy_gb_per_s": copy_bandwidth(timer)}
+    report |= {"launch_floor_ms": launch_floor_ms(timer), "models": []}
+    for name, sizes in models.items():
+        report["models"].append(measure(name, sizes, 4 if tiny else options.batch, timer))
+        if options.json:
+            options.json.write_text(json.dumps(report, indent=1) + "\n")
+    for model in report["models"]:
+        print(f"\n{model['model']}, batch {model['batch']}{': times mean nothing' if tiny else ''}")
+        print(f"{'':36}{'ms':>9}{'count':>7}{'TFLOP/s':>9}{'ms/step':>9}")
+        for row in model["rows"]:
+            print(f"{row['part']:36}{row['ms']:>9.3f}{row['count']:>7}{row['tflops']:>9.1f}{row['ms_per_step']:>9.2f}")
+        print(f"{'floor':52}{model['tflops']:>9.1f}{model['floor_ms']:>9.2f}")
+    print(f"copy bandwidth {report['copy_gb_per_s']:.0f} GB/s, empty graph {report['launch_floor_ms']:.4f} ms")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
