@@ -1,16 +1,20 @@
-# make demo | test | lint: each creates .venv where it is missing or older than what it is installed from.
+# make demo | test | bench | lint: each creates .venv where it is missing or older than what it is installed from.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 
-.PHONY: demo test lint
+.PHONY: demo test bench lint
 
 demo: $(INSTALLED)
 	$(BIN)/soflow demo
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest
+
+# Saved under .benchmarks; two runs are compared by .venv/bin/pytest-benchmark compare.
+bench: $(INSTALLED)
+	$(BIN)/python -m pytest benchmarks --benchmark-autosave
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
