@@ -9,7 +9,7 @@
 On the digits of ``soflow demo`` and on DiT-S/4, in turns within one process: a round runs one step of each form, and a
 ratio is the median over rounds of the plain step's time over the form's. On a CPU all are float32; on a GPU the plain
 step is TF32, as published, and the fast ones are bfloat16 with fused ops. Nothing is reported of a form whose first
-loss is not the plain one's. The first steps are timed apart; they compile, as far as torch's cache does not have the code.
+loss is not the plain one's. The first steps are timed apart: they compile what torch's cache does not have.
 """
 
 import argparse
