@@ -74,7 +74,7 @@ class ScaledLossSoFlow(SoFlow):
 
     def loss_of_rows(self, *arguments, **keywords) -> TotalLoss:
         out = super().loss_of_rows(*arguments, **keywords)
-        return out._replace(loss=out.loss * self.scale)
+        return TotalLoss(out.loss * self.scale, out.parts)  # _replace cannot be traced
 
 
 class ScaledAdamW(AdamW):

@@ -36,12 +36,14 @@ class Results:
 
     Args:
         header: what the run is, without rows. path: of the JSON, or None. resume: go on with the rows in the file.
+        order: of the ids in the report.
 
     Raises:
         ValueError: where the rows in the file are not of this run.
     """
 
-    def __init__(self, header: dict, path: Path | None, resume: bool):
+    def __init__(self, header: dict, path: Path | None, resume: bool, order: list[str]):
+        self._order = {name: i for i, name in enumerate(order)}
         self.path, self.report = path, {**header, "columns": COLUMNS, "rows": {}}
         if resume and path.exists():
             try:
@@ -61,7 +63,8 @@ class Results:
 
     def add(self, rows: dict[str, dict]) -> None:
         """Adds rows and writes the file, whole or not at all."""
-        self.rows.update(rows)
+        rows = {**self.rows, **rows}
+        self.report["rows"] = {name: rows[name] for name in sorted(rows, key=self._order.__getitem__)}
         public, source = (self.rows.get(name, {}).get("ms_per_step") for name in (REFERENCE, PUBLIC_SOURCE))
         for row in self.rows.values():
             if "ms_per_step" in row:

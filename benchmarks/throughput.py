@@ -169,7 +169,8 @@ def prepared(options: argparse.Namespace) -> tuple[dict[str, Row], Workload, Res
     rows = selected(options.rows)
     if options.public_source is not None:
         rows[PUBLIC_SOURCE] = public_source_row(options.public_source, options.model)
-    return rows, workload, Results(header(workload, options.seconds), options.json, options.resume)
+    order = [PUBLIC_SOURCE, *selected(SETS)]
+    return rows, workload, Results(header(workload, options.seconds), options.json, options.resume, order)
 
 
 def main(arguments: list[str] | None = None) -> int:
