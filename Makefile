@@ -1,10 +1,10 @@
-# make demo | test | bench | lint: each creates .venv where it is missing or older than what it is installed from.
+# make demo | test | bench | kernels | lint: each creates .venv where it is missing or older than what it is installed from.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 
-.PHONY: demo test bench lint
+.PHONY: demo test bench kernels lint
 
 demo: $(INSTALLED)
 	$(BIN)/soflow demo
@@ -15,6 +15,10 @@ test: $(INSTALLED)
 # Saved under .benchmarks; two runs are compared by .venv/bin/pytest-benchmark compare.
 bench: $(INSTALLED)
 	$(BIN)/python -m pytest benchmarks --benchmark-autosave
+
+# Registers, spills and shared memory of every kernel, compiled for three GPU architectures.
+kernels: $(INSTALLED)
+	$(BIN)/python -m soflow_fast.kernels._aot
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
