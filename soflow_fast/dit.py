@@ -221,7 +221,7 @@ class DiT(nn.Module):
         for i, block in enumerate(self.blocks):
             run = block
             if call.recompute == "block" and torch.is_grad_enabled():
-                run = partial(checkpoint, block, use_reentrant=False)
+                run = partial(checkpoint, block, use_reentrant=False, preserve_rng_state=False)
             tokens, h, d, dh = run(tokens, h, modulation[i], (d, dh, dmodulation[i]), call)
         out = self._unpatchify(linear(self.final_layer.linear, h)).to(x.dtype)
         if rows is None:

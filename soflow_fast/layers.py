@@ -131,7 +131,7 @@ class Mlp(nn.Module):
     def forward(self, h: Tensor, dh: Tensor | None, call: Call) -> tuple[Tensor, Tensor | None]:
         u = linear(self.fc1, h)
         if call.recompute == "elementwise" and torch.is_grad_enabled():
-            out = checkpoint(self._down, u, use_reentrant=False, context_fn=_save_products)
+            out = checkpoint(self._down, u, use_reentrant=False, preserve_rng_state=False, context_fn=_save_products)
         else:
             out = self._down(u)
         if call.rows is None:
