@@ -29,7 +29,7 @@ class Truth:
 
     def errors(self, row: Row, step: TrainStep, stats: StepStats) -> dict[str, float]:
         """Relative errors ``{"loss_error": ..., "gradient_error": ...}`` of the row's step ``CHECKED_STEP``."""
-        loss, gradients = self._of(row)
+        loss, gradients = self.compute(row)
         total = sum(len(part.t) for part in stats.parts.values())
         ours = sum(part.loss.item() * len(part.t) / total for part in stats.parts.values())
         squares = torch.zeros(2, dtype=torch.float64)
@@ -40,15 +40,16 @@ class Truth:
                 squares += both.double().cpu()
         return {"loss_error": abs(ours / loss - 1), "gradient_error": (squares[0] / squares[1]).sqrt().item()}
 
-    def _of(self, row: Row) -> tuple[float, dict[str, Tensor]]:
+    def compute(self, row: Row) -> tuple[float, dict[str, Tensor]]:
+        """Loss and gradients by name, on the CPU in float32, of the row's plain objective."""
         kind = next(kind for kind in (FlowMatching, SoFlow, MeanFlow) if issubclass(row.objective, kind))
         settings = {name: value for name, value in row.settings.items() if name not in _METHOD}
         key = (kind, *sorted(settings.items()))
         if key not in self._known:
-            self._known[key] = self._compute(kind, settings)
+            self._known[key] = self._evaluate(kind, settings)
         return self._known[key]
 
-    def _compute(self, kind, settings: dict) -> tuple[float, dict[str, Tensor]]:
+    def _evaluate(self, kind, settings: dict) -> tuple[float, dict[str, Tensor]]:
         method = {SoFlow: {"quotient": "two_forwards"}, MeanFlow: {"derivative": "jvp"}}.get(kind, {})
         net = self.workload.network(DiT, impl="torch", attention="math").double()
         objective = kind(net, **self.workload.recipe(kind), **settings, **method)

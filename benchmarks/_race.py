@@ -110,6 +110,7 @@ class Track:
         if not self.on_gpu and row.no_cpu:
             raise NotRun(row.no_cpu)
         try:
+            self.truth.compute(row)  # first, while there is memory for it
             report = {"what": row.what, "flops_per_sample": flops_per_sample(row, self.workload)}
             used = self._begin_memory()
             step, data = build(row, self.workload), self.workload.data()
@@ -122,6 +123,7 @@ class Track:
             stats = step(*data)
         self._synchronize()
         seconds = time.perf_counter() - begin
+        peak = torch.cuda.max_memory_allocated() - used if self.on_gpu else None
         errors = self.truth.errors(row, step, stats)
         report |= errors
         wrong = [name for name, value in errors.items() if not value <= row.tolerance]
@@ -130,7 +132,7 @@ class Track:
             raise NotRun(f"its check failed: {told}, allowed {row.tolerance}", failed=True, **report)
         ms = min(self._times(lambda: step(*data), 2))
         report["state_bytes"] = state_bytes(step)
-        report["peak_memory_bytes"] = self._peak_memory(step, data, used)
+        report["peak_memory_bytes"] = peak if self.on_gpu else _peak_on_cpu(step, data)
         report["compile_seconds"] = max(0.0, seconds - (CHECKED_STEP + 1) * ms / 1000)
         return Contestant(step, data, report, ms)
 
@@ -140,21 +142,6 @@ class Track:
         release()
         torch.cuda.reset_peak_memory_stats()
         return torch.cuda.memory_allocated()
-
-    def _peak_memory(self, step: TrainStep, data: tuple[Tensor, Tensor], used: int) -> int:
-        """Most bytes that the row held at once; on a CPU, from the allocations of one step."""
-        if self.on_gpu:
-            return torch.cuda.max_memory_allocated() - used
-        step.optimizer.zero_grad()  # the profiler does not see that memory freed which it did not see allocated
-        before = state_bytes(step)
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiled:
-            step(*data)
-        events = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
-        held = peak = before
-        for event in sorted(events, key=lambda event: event.start_ns()):
-            held += event.nbytes()
-            peak = max(peak, held)
-        return peak
 
     # ----------------------------------------------------------------------------------------------------- time
 
@@ -168,6 +155,10 @@ class Track:
                 self._turn(contestant, max(1, round(1000 * self.seconds / ROUNDS / contestant.ms)))
         for contestant in contestants:
             self._finish(contestant)
+
+    def race_seconds(self, contestants: list[Contestant]) -> float:
+        """How long :meth:`race` will take, roughly."""
+        return sum(max(self.seconds, ROUNDS * contestant.ms / 1000) for contestant in contestants)
 
     def _turn(self, contestant: Contestant, steps: int) -> None:
         before = self.monitor.energy_j() if self.monitor else None
@@ -284,6 +275,19 @@ def state_bytes(step: TrainStep) -> int:
     tensors += [*step.ema.averages.values(), *(step.copy.copies.values() if step.copy else ())]
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if torch.is_tensor(t)}
     return sum(storages.values())
+
+
+def _peak_on_cpu(step: TrainStep, data: tuple[Tensor, Tensor]) -> int:
+    """Most bytes held at once, from the state before a step and what the step allocates and frees."""
+    step.optimizer.zero_grad()  # the profiler does not see that memory freed which it did not see allocated
+    held = peak = state_bytes(step)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiled:
+        step(*data)
+    events = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak
 
 
 def release() -> None:

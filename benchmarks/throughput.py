@@ -24,7 +24,7 @@ from _table import Results, chart, table
 from soflow_fast.dit import PRESETS
 
 # A row that is begun is assumed to take this many seconds to prepare until one has taken longer.
-_PREPARATION = 30.0
+_PREPARATION = 60.0
 
 
 class Run:
@@ -57,8 +57,8 @@ class Run:
     def _in_time(self) -> bool:
         if self.limit is None:
             return True
-        timing = 1.3 * self.track.seconds * (len(self._together) + 1)
-        return time.monotonic() - self.start + self._longest + timing < self.limit
+        timing = self.track.race_seconds(list(self._together.values())) + self.track.seconds
+        return time.monotonic() - self.start + self._longest + 1.3 * timing < self.limit
 
     def _prepare(self, name: str) -> None:
         print(f"{name}: {self.rows[name].what}", file=sys.stderr, flush=True)
@@ -72,6 +72,9 @@ class Run:
                 report = {"skipped": f"out of memory at batch {self.track.workload.batch}", "failed": False}
             else:
                 report = {"skipped": f"{type(error).__name__}: {error}"[:2000], "failed": True}
+            if isinstance(error, torch.AcceleratorError):  # after which the GPU does nothing more in this process
+                self.results.add({name: report})
+                raise
         if out_of_memory_report(report) and self._together:
             self._race()
             self._prepare(name)
@@ -108,7 +111,8 @@ def header(workload: Workload, seconds: float) -> dict:
     machine = environment()
     gpu, cpu = machine["gpu"], machine["cpu"]
     hardware = gpu["name"] if gpu else cpu["model"]
-    where = hardware if gpu else f"{cpu['threads']} threads of a CPU, float32: no GPU, so its kernels are not in it"
+    threads = f"{cpu['threads']} CPU thread{'s' if cpu['threads'] > 1 else ''}"
+    where = hardware if gpu else f"{threads} in float32 (no GPU here, so without the fused kernels)"
     model = "a small DiT" if workload.model == "small" else workload.model
     same = {"model": workload.model, "batch": workload.batch, "device": workload.device}
     same |= {"attention": workload.attention, "compile": workload.compile, "hardware": hardware}

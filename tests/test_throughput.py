@@ -132,8 +132,8 @@ def test_public_source_is_a_row_and_has_a_ratio(out, capsys):
 
 def test_a_row_that_is_not_right_is_not_timed(out, monkeypatch, capsys):
     monkeypatch.setitem(ROWS, EAGER[0], replace(ROWS[EAGER[0]], settings={"quotient": "two_forwards", "p": 0.5}))
-    plain = Truth._of
-    monkeypatch.setattr(Truth, "_of", lambda self, row: plain(self, replace(row, settings={})))
+    plain = Truth.compute
+    monkeypatch.setattr(Truth, "compute", lambda self, row: plain(self, replace(row, settings={})))
     assert _run("--rows", *EAGER, "--json", out) == 1
     rows = json.loads(out.read_text())["rows"]
     assert "ms_per_step" not in rows[EAGER[0]]
