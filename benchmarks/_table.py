@@ -2,6 +2,7 @@
 
 import json
 import os
+import textwrap
 from pathlib import Path
 
 from _public_source import ID as PUBLIC_SOURCE
@@ -133,7 +134,6 @@ def chart(report: dict, path: Path) -> None:
 
     mpl.use("agg")
     import matplotlib.pyplot as plt
-    from matplotlib.patches import Patch
 
     rows = {name: row for name, row in report["rows"].items() if "ms_per_step" in row}
     figure, axes = plt.subplots(figsize=(9, 1.6 + 0.36 * max(len(rows), 1)), layout="constrained")
@@ -150,15 +150,12 @@ def chart(report: dict, path: Path) -> None:
     axes.invert_yaxis()
     axes.set_xlim(0, 1.22 * largest)
     axes.set_xlabel(f"images per second (times {REFERENCE}); bars: medians, lines: quartiles")
-    axes.set_title(report["title"], fontsize=10, wrap=True)
+    figure.suptitle(report["title"], fontsize=10.5, x=0.01, ha="left")
     axes.spines[["top", "right"]].set_visible(False)
-    families = dict.fromkeys(name.split("/")[0] for name in rows)
-    axes.legend(handles=[Patch(color=_COLORS[name], label=name) for name in families], loc="lower right", fontsize=9)
     skipped = [name for name, row in report["rows"].items() if "skipped" in row]
     if skipped:
-        import textwrap
-
-        text = textwrap.fill("Not timed (reasons in the JSON): " + ", ".join(skipped), 125)
+        text = "Not timed (reasons in the JSON): " + ", ".join(skipped)
+        text = textwrap.fill(text, 140, break_on_hyphens=False)
         figure.supxlabel(text, fontsize=7.5, color="#555555", ha="left", x=0.01)
     figure.savefig(path, dpi=150)
     plt.close(figure)
