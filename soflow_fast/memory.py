@@ -10,8 +10,9 @@ from soflow_fast.data import resident_bytes
 from soflow_fast.dit import RECOMPUTE, DiT
 
 # Kept for the backward per token, channel and block of a DiT in bfloat16, by what is recomputed, rounded up from
-# benchmarks/counters.json; recomputing whole blocks keeps a block's two inputs, and all of one block at a time.
-_SAVED_BYTES = {"none": 37, "elementwise": 29, "block": 4}
+# benchmarks/counters.json; recomputing whole blocks keeps all of one block at a time, and of the others the two outputs
+# of each gated residual and LayerNorm.
+_SAVED_BYTES = {"none": 37, "elementwise": 29, "block": 9}
 
 # Per weight: itself, its gradient, two moments of AdamW and its average in float32, and the bfloat16 copy.
 _STATE_BYTES = 22

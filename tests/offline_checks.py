@@ -5,6 +5,7 @@ python tests/offline_checks.py CHECK
 
 import re
 import sys
+from pathlib import Path
 
 import torch
 import triton
@@ -136,6 +137,16 @@ def bytes_are_those_of_the_tensors():
     (record,) = _aot.record_case(case)
     u = case.inputs(Inputs("meta"))["u"]
     assert _aot.compile_record(record, "bytes", ARCH).bytes_moved == 3 * 2 * u.numel()
+
+
+def the_update_moves_no_more_bytes_than_committed():
+    """Of each parameter: gradient twice; parameter, two moments and average read and written; copy written."""
+    sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
+    import counters
+
+    now = counters.optimizer_bytes_per_parameter()
+    assert now == 2 * 4 + 4 * 2 * 4 + 2
+    assert counters.worse("DiT-B/4", {"optimizer_bytes_per_parameter": now}) == []
 
 
 if __name__ == "__main__":
