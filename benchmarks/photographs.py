@@ -8,7 +8,8 @@ same order for so many seconds; compiling, capturing and evaluating are not coun
 series of times its averaged weights are evaluated, all rows in one way: the Fréchet distance of one-step samples to
 crops not trained on, in 64 principal components of those. Besides the curves there is one figure for each row: when it
 first was as good as ``soflow/public`` is at the end. Averages have the warm-up of :class:`~soflow_fast.ema.EMA` in
-every row, without which that of a short run is its initialisation; progress is the share of the seconds.
+every row, without which that of a short run is its initialisation; progress is the share of the seconds, by the
+time of a step measured before.
 
 ``--resume`` leaves out the rows that are in the JSON. ``--smoke`` tries it with a tiny network, on a CPU too.
 """
@@ -20,6 +21,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -37,6 +39,7 @@ from soflow_fast.images import balanced_labels
 from soflow_fast.objectives.base import Objective
 from soflow_fast.objectives.flow_matching import FlowMatching
 from soflow_fast.sample import Sampler
+from soflow_fast.step import TrainStep
 
 CLASSES = ("china", "flower")
 COMPONENTS = 64
@@ -161,33 +164,35 @@ class Judge:
 
 
 class _WarmLoopEMA(LoopEMA):
-    """The average of public code at its cost, with the warm-up of the other rows."""
+    """One parameter after the other, as in public code, but with the warm-up of the other rows."""
 
-    def __init__(self, model: Objective):
-        super().__init__(model)
-        self.largest_decay, self.count = self.decay, 0
-
+    @torch.no_grad()
     def update(self, taken: Tensor | bool = True) -> None:
-        self.decay = min(self.largest_decay, (1 + self.count) / (10 + self.count))
-        super().update(taken)
-        self.count += 1
+        weight = 1 - self.current_decay()  # on the device, for a captured step
+        for name, average in self.averages.items():
+            average.lerp_(self._parameters[name], weight)
+        self.updates += 1
 
 
 class Run:
-    """One row, ready to be trained.
+    """One row: its step compiled and captured, and then everything back at the start of training.
+
+    Args:
+        step: of the row, not yet run. batch: rows of a step. seconds: that it will train.
 
     Attributes:
-        step: compiled and captured, with everything at its start. ms: of a step. preparation: seconds that took.
+        ms: of a step. preparation: seconds of compiling, capturing and measuring that.
     """
 
-    def __init__(self, row: Row, workload: Crops, data: Resident, seconds: float, learning_rate: float):
+    def __init__(self, step: TrainStep, data: Resident, batch: int, seconds: float, learning_rate: float):
         begin = time.perf_counter()
-        self.data, self.batch, self.on_gpu = data, workload.batch, workload.device == "cuda"
-        self.step = build(row, workload)
+        self.step, self.data, self.batch, self.on_gpu = step, data, batch, step.step.is_cuda
         for group in self.step.optimizer.param_groups:
             group["lr"] = learning_rate
+        if isinstance(self.step.ema, LoopEMA):
+            self.step.ema = _WarmLoopEMA(self.step.model)
         # On the device, where a captured step reads it: how many steps fit into the seconds shows only after that.
-        self.step.total_steps = torch.ones((), device=workload.device)
+        self.step.total_steps = torch.ones((), device=step.step.device)
         start = {name: value.clone() for name, value in self.step.model.state_dict().items()}
         batches = self._batches()
         self._advance(batches, _FIRST_STEPS)
@@ -202,10 +207,7 @@ class Run:
         for state in step.optimizer.state.values():
             for value in state.values():
                 value.zero_()
-        if isinstance(step.ema, LoopEMA):
-            step.ema = _WarmLoopEMA(step.model)
-        else:
-            step.ema.load_state_dict(start, updates=0)
+        step.ema.load_state_dict(start, updates=0)
         step.step.zero_()
         step.total_steps.fill_(total_steps)
 
@@ -243,9 +245,10 @@ def measure(row: Row, workload: Crops, data: Resident, judge: Judge, options: ar
     if row.no_cpu and workload.device == "cpu":
         return {"what": row.what, "skipped": row.no_cpu, "failed": False}
     try:
-        run = Run(row, workload, data, options.seconds, options.learning_rate)
+        step = build(row, workload)
     except ValueError as error:  # by which a network or a backend says what it needs
         return {"what": row.what, "skipped": str(error), "failed": False}
+    run = Run(step, data, workload.batch, options.seconds, options.learning_rate)
     net = workload.network(DiT, impl="torch")
     model = row.objective(net, **workload.recipe(row.objective), **row.settings)
     report = {"what": row.what, "ms_per_step": run.ms, "preparation_seconds": run.preparation, "points": []}
@@ -294,6 +297,8 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
         options = parser.parse_args(arguments)
     elif not torch.cuda.is_available():
         parser.error("this benchmark needs a CUDA GPU and none is visible; --smoke tries it on a CPU")
+    if find_spec("sklearn") is None:
+        parser.error("the photographs are in scikit-learn, which is not installed; run pip install 'soflow-fast[demo]'")
     if options.resume and options.json is None:
         parser.error("--resume needs --json, the file to go on with")
     for name in ("seconds", "points", "learning_rate", "samples", "held_out"):
