@@ -1,6 +1,8 @@
 """AdamW in one pass with clipping, EMA and compute copies; equal to torch's AdamW, and exchanging state with it."""
 
 import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +16,7 @@ class AdamW(torch.optim.AdamW):
     """:class:`torch.optim.AdamW` over float32 parameters that also clips, averages and writes compute copies.
 
     The hyper-parameters, the state and the state_dict are torch's. Learning rates are plain numbers, which any torch
-    scheduler may set; they reach the device outside of a captured CUDA graph, by :meth:`prepare`.
+    scheduler may set; :meth:`prepare` brings them to a captured CUDA graph.
 
     Args:
         params: as in torch. lr, betas, eps, weight_decay: as in torch; by default the published recipe.
@@ -37,18 +39,27 @@ class AdamW(torch.optim.AdamW):
         self.impl = kernels.resolve_impl(impl)
         super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=True)
         parameters = [p for group in self.param_groups for p in group["params"]]
-        for group in self.param_groups:
-            group["capturable"] = parameters[0].device.type == "cuda"
+        self._use_fused()
         if self.impl == "triton" and any(p.dtype != torch.float32 for p in parameters):
             raise ValueError(
                 f"AdamW(impl='triton') takes float32 parameters and got {parameters[0].dtype}; use impl='torch'"
             )
-        self._passes: list[_Pass] | None = None
+        self._passes: list[_Pass] = []
+        self._lrs: list[_OnDevice] = []
+
+    def _use_fused(self) -> None:
+        """In every group torch's form that can leave a step out and that a CUDA graph can hold."""
+        for group in self.param_groups:
+            group |= {"fused": True, "foreach": None, "capturable": group["params"][0].is_cuda}
 
     def prepare(self) -> None:
-        """Brings to the device what the host decides; to be called before each step, outside of a graph capture."""
-        for group, one_pass in zip(self.param_groups, self._passes or (), strict=False):
-            one_pass.prepare(float(group["lr"]))
+        """Before the replay of a CUDA graph that holds :meth:`update`: brings to the device what the host decides."""
+        for group in self.param_groups[len(self._lrs) :]:
+            self._lrs.append(_OnDevice(group["params"][0].device))
+        for group, lr in zip(self.param_groups, self._lrs, strict=True):
+            lr.set(float(group["lr"]))
+        for one_pass in self._passes:
+            one_pass.fill_captured_tables()
 
     @torch.no_grad()
     def update(
@@ -62,21 +73,50 @@ class AdamW(torch.optim.AdamW):
         Returns:
             ``(norm, finite)``: 0-d gradient norm before clipping, and whether it is finite.
         """
-        if self.impl == "torch":
-            return update(self, ema=ema, copy=copy, grad_clip=grad_clip)
-        if self._passes is None:
-            self._passes = [_Pass(self, group, ema, copy) for group in self.param_groups]
+        if not _capturing():
             self.prepare()
-        norm = torch.stack([one_pass.norm() for one_pass in self._passes]).square().sum().sqrt()
+        if self.impl == "torch":
+            with self._lrs_on_device():
+                return update(self, ema=ema, copy=copy, grad_clip=grad_clip)
+        self._passes += [_Pass(self, group) for group in self.param_groups[len(self._passes) :]]
+        norm = torch.stack([one_pass.norm(ema, copy) for one_pass in self._passes]).square().sum().sqrt()
         weight = None if ema is None else 1 - ema.current_decay()
-        for one_pass in self._passes:
-            one_pass.step(norm, weight, math.inf if grad_clip is None else grad_clip)
+        for one_pass, lr in zip(self._passes, self._lrs, strict=True):
+            one_pass.step(norm, lr.tensor, weight, math.inf if grad_clip is None else grad_clip)
         finite = torch.isfinite(norm)
         if ema is not None:
             ema.updates += finite
+        for one_pass in self._passes:
+            torch.autograd.graph.increment_version(
+                one_pass.parameters
+            )  # the kernel's writes do not count by themselves
         if copy is not None:
             copy.mark_written()
         return norm, finite
+
+    @contextmanager
+    def _lrs_on_device(self) -> Iterator[None]:
+        """For torch's own step: a graph would keep a plain number as it was at the capture."""
+        numbers = [group["lr"] for group in self.param_groups]
+        for group, lr in zip(self.param_groups, self._lrs, strict=True):
+            if lr.tensor.is_cuda:
+                group["lr"] = lr.tensor
+        try:
+            yield
+        finally:
+            for group, number in zip(self.param_groups, numbers, strict=True):
+                group["lr"] = number
+
+    def step(self, closure: Callable[[], Tensor] | None = None):
+        """As torch's: :meth:`update` without clipping, averages and copies."""
+        if self.impl == "torch":
+            return super().step(closure)
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self.update()
+        return loss
 
     def state_dict(self) -> dict:
         """As torch's, which wants a step counter for each parameter where here the parameters of a group share one."""
@@ -90,37 +130,58 @@ class AdamW(torch.optim.AdamW):
     def load_state_dict(self, state_dict) -> None:
         """As torch's; also takes the state of a torch.optim.AdamW."""
         super().load_state_dict(state_dict)
-        for one_pass in self._passes or ():
-            one_pass.adopt(self)
+        self._use_fused()
+        for one_pass, group in zip(self._passes, self.param_groups, strict=False):
+            one_pass.adopt(self, group)
+
+
+class _OnDevice:
+    """A number and its copy on the device, written when it changes."""
+
+    def __init__(self, device: torch.device):
+        self.value, self.tensor = math.nan, torch.zeros((), device=device)
+
+    def set(self, value: float) -> None:
+        if value != self.value:
+            self.value = value
+            self.tensor.fill_(value)
+
+
+def _capturing() -> bool:
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
 class _Pass:
-    """The tables and device scalars of one parameter group."""
+    """The tables and the state of one parameter group."""
 
-    def __init__(self, optimizer: AdamW, group: dict, ema: EMA | None, copy: ComputeCopy | None):
+    def __init__(self, optimizer: AdamW, group: dict):
         from soflow_fast.kernels import optimizer as kernel
 
         self.kernel, self.group = kernel, group
         self.parameters = [p for p in group["params"] if p.requires_grad]
-        device = self.parameters[0].device
+        self.device = self.parameters[0].device
         states = [optimizer.state[p] for p in self.parameters]
         steps = [state["step"] for state in states if "step" in state]
-        self.step_count = torch.zeros((), device=device) if not steps else steps[0].to(device, torch.float32).clone()
+        self.step_count = torch.zeros((), device=self.device)
+        if steps:
+            self.step_count.copy_(steps[0])
         for p, state in zip(self.parameters, states, strict=True):
             for name in ("exp_avg", "exp_avg_sq"):
                 state.setdefault(name, torch.zeros_like(p, memory_format=torch.preserve_format))
             state["step"] = self.step_count  # one counter for the group, as all its parameters step together
         self.states = [[state[name] for state in states] for name in ("exp_avg", "exp_avg_sq")]
-        self.averages = None if ema is None else ema.averages_of(self.parameters)
-        self.copies = None if copy is None else copy.copies_of(self.parameters)
-        self.blocks = kernel.block_table(self.parameters).to(device)
-        self.table = torch.zeros(len(self.parameters) * 6, dtype=torch.int64, device=device)
-        self.addresses: list[int] = []
-        self.pending = False
-        self.lr_value, self.lr = math.nan, torch.zeros((), device=device)
+        self.ema = self.copy = self.averages = self.copies = None
+        self.blocks = kernel.block_table(self.parameters).to(self.device)
+        self.table, self.addresses = self._new_table(), []
+        self.captured: list[Tensor] = []
+        self.unfilled: list[tuple[Tensor, list[int]]] = []
 
-    def adopt(self, optimizer: AdamW) -> None:
+    def _new_table(self) -> Tensor:
+        return torch.empty(len(self.parameters) * 6, dtype=torch.int64, device=self.device)
+
+    def adopt(self, optimizer: AdamW, group: dict) -> None:
         """Copies a newly loaded state into the tensors that the tables, and a captured graph, point to."""
+        self.group = group
         for i, p in enumerate(self.parameters):
             state = optimizer.state[p]
             self.step_count.copy_(state["step"])
@@ -129,37 +190,42 @@ class _Pass:
                 state[name] = tensors[i]
             state["step"] = self.step_count
 
-    def prepare(self, lr: float) -> None:
-        if lr != self.lr_value:
-            self.lr_value = lr
-            self.lr.fill_(lr)
-        if self.pending:
-            self.table.copy_(torch.tensor(self.addresses, dtype=torch.int64))
-            self.pending = False
-
-    def norm(self) -> Tensor:
+    def norm(self, ema: EMA | None, copy: ComputeCopy | None) -> Tensor:
         gradients = [p.grad for p in self.parameters]
         if any(g is None for g in gradients):
             raise RuntimeError("AdamW(impl='triton') needs a gradient for every parameter; one has none")
+        if ema is not self.ema:
+            self.ema, self.averages = ema, None if ema is None else ema.averages_of(self.parameters)
+        if copy is not self.copy:
+            self.copy, self.copies = copy, None if copy is None else copy.copies_of(self.parameters)
         addresses = self.kernel.address_table(self.parameters, gradients, *self.states, self.averages, self.copies)
-        if addresses != self.addresses:
-            # A captured graph finds its gradients at addresses known only now; the table is filled after the capture.
-            self.addresses, self.pending = addresses, True
-            if not (self.table.is_cuda and torch.cuda.is_current_stream_capturing()):
-                self.prepare(self.lr_value)
+        self.in_use = self.table
+        if _capturing():
+            # A graph has gradients, and so a table, of its own; it is filled after the capture.
+            self.in_use = self._new_table()
+            self.captured.append(self.in_use)
+            self.unfilled.append((self.in_use, addresses))
+        elif addresses != self.addresses:
+            self.addresses = addresses
+            _fill(self.table, addresses)
         self.gradient_dtype = gradients[0].dtype
-        return self.kernel.gradient_norm(self.table, self.blocks, self.gradient_dtype)
+        return self.kernel.gradient_norm(self.in_use, self.blocks, self.gradient_dtype)
 
-    def step(self, norm: Tensor, average_weight: Tensor | None, grad_clip: float) -> None:
-        beta1, beta2 = self.group["betas"]
+    def fill_captured_tables(self) -> None:
+        while self.unfilled:
+            _fill(*self.unfilled.pop())
+
+    def step(self, norm: Tensor, lr: Tensor, average_weight: Tensor | None, grad_clip: float) -> None:
+        # a beta of 0 as one that is 0 in float32: its logarithm is finite
+        log_betas = tuple(math.log(max(beta, 1e-38)) for beta in self.group["betas"])
         self.kernel.adamw_(
-            self.table,
+            self.in_use,
             self.blocks,
             norm,
             self.step_count,
-            self.lr,
+            lr,
             average_weight,
-            log_betas=(math.log(beta1), math.log(beta2)),
+            log_betas=log_betas,
             eps=self.group["eps"],
             weight_decay=self.group["weight_decay"],
             grad_clip=grad_clip,
@@ -167,6 +233,11 @@ class _Pass:
             copy_dtype=None if self.copies is None else self.copies[0].dtype,
         )
         self.step_count += torch.isfinite(norm)
+
+
+def _fill(table: Tensor, addresses: list[int]) -> None:
+    """From pinned memory, so that the host does not wait for the device."""
+    table.copy_(torch.tensor(addresses, dtype=torch.int64, pin_memory=table.is_cuda), non_blocking=True)
 
 
 @torch.no_grad()
@@ -187,6 +258,7 @@ def update(
         # the protocol by which torch's GradScaler tells a fused optimizer to leave a step out
         optimizer.grad_scale, optimizer.found_inf = None, 1 - finite.float()
     optimizer.step()
+    torch.autograd.graph.increment_version(parameters)  # fused ones do not count their writes
     if ema is not None:
         ema.update(finite)
     if copy is not None:

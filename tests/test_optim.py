@@ -8,7 +8,9 @@ import torch
 from op_checks import DEVICE
 from torch import nn
 
+from soflow_fast import optim
 from soflow_fast.ema import EMA
+from soflow_fast.kernels import optimizer as kernel
 from soflow_fast.optim import AdamW, update
 from soflow_fast.precision import ComputeCopy
 
@@ -147,7 +149,6 @@ def test_a_scheduler_sets_the_learning_rate():
         for (module, optimizer), scheduler in zip(pairs, schedulers, strict=True):
             give(module, gradients(step))
             if isinstance(optimizer, AdamW):
-                optimizer.prepare()
                 optimizer.update()
                 optimizer._opt_called = True  # the scheduler's check that a step came before it
             else:
@@ -173,6 +174,117 @@ def test_parameter_groups():
     reference.step()
     assert norm.item() == pytest.approx(math.sqrt(sum(g.square().sum().item() for g in gradients(0))), rel=1e-6)
     assert_equal([p.detach() for p in net.weights], [p.detach() for p in plain.weights])
+
+
+def _adamw(net, **keywords):
+    return torch.optim.AdamW(net.parameters(), **{"lr": 1e-2, "betas": (0.9, 0.99), "weight_decay": 0.0, **keywords})
+
+
+def _same_weights(net, plain):
+    assert_equal([p.detach() for p in net.weights], [p.detach() for p in plain.weights])
+
+
+def test_averages_and_copies_may_come_and_change():
+    net = Net()
+    start = [p.detach().clone() for p in net.weights]
+    first, second = (EMA(net, 0.9, warmup=False) for _ in range(2))
+    optimizer, copy, after = AdamW(net.parameters(), lr=1e-2, impl="triton"), ComputeCopy(net), []
+    for step, given in enumerate([{}, {"ema": first}, {"ema": second, "copy": copy}, {}]):
+        give(net, gradients(step))
+        optimizer.update(**given)
+        after.append([p.detach().clone() for p in net.weights])
+    for ema, weights in ((first, after[1]), (second, after[2])):
+        assert ema.updates == 1
+        assert_equal(ema.averages.values(), [0.9 * p + 0.1 * w for p, w in zip(start, weights, strict=True)])
+    for w, c in zip(after[2], copy.copies.values(), strict=True):
+        assert (c.float() - w).abs().max() <= 2**-7 * w.abs().max()
+
+
+def test_a_group_added_later_is_stepped():
+    net, plain = Net(), Net()
+    pairs = [(net, AdamW(net.weights[:1], lr=1e-2, impl="triton")), (plain, _adamw(plain))]
+    pairs[1][1].param_groups[0]["params"] = list(plain.weights[:1])
+    for step in range(2):
+        for module, optimizer in pairs:
+            give(module, gradients(step))
+            if step == 1:
+                optimizer.add_param_group({"params": list(module.weights[1:]), "lr": 1e-1})
+            optimizer.step()
+    _same_weights(net, plain)
+
+
+def test_hyper_parameters_that_are_loaded_are_used():
+    net, plain = Net(), Net()
+    ours = AdamW(net.parameters(), lr=1e-2, impl="triton")
+    give(net, gradients(0))
+    ours.update()
+    give(plain, gradients(0))
+    theirs = _adamw(plain)
+    theirs.step()
+    theirs.param_groups[0] |= {"weight_decay": 0.5, "betas": (0.5, 0.6)}
+    ours.load_state_dict(theirs.state_dict())
+    for module, optimizer in ((net, ours), (plain, theirs)):
+        give(module, gradients(1))
+        optimizer.step()
+    _same_weights(net, plain)
+    assert ours.state_dict()["state"][0]["step"] == 2
+
+
+def test_a_beta_of_zero():
+    net, plain = Net(), Net()
+    pairs = [(net, AdamW(net.parameters(), lr=1e-2, betas=(0.0, 0.9), impl="triton"))]
+    pairs += [(plain, _adamw(plain, betas=(0.0, 0.9)))]
+    for step in range(2):
+        for module, optimizer in pairs:
+            give(module, gradients(step))
+            optimizer.step()
+    _same_weights(net, plain)
+
+
+def test_a_state_of_torch_does_not_turn_off_that_steps_are_left_out():
+    net, plain = Net(), Net()
+    give(plain, gradients(0))
+    theirs = _adamw(plain)
+    theirs.step()
+    ours = AdamW(net.parameters(), lr=1e-2, impl="torch")
+    ours.load_state_dict(theirs.state_dict())
+    before = [p.detach().clone() for p in net.weights]
+    give(net, gradients(1))
+    net.weights[0].grad.fill_(float("nan"))
+    assert not ours.update()[1]
+    assert all(torch.equal(a, b) for a, b in zip(before, net.weights, strict=True))
+
+
+def test_a_captured_step_keeps_the_addresses_it_was_captured_with(monkeypatch):
+    net = Net()
+    optimizer = AdamW(net.parameters(), lr=1e-2, impl="triton")
+    give(net, gradients(0))
+    optimizer.update()
+    with monkeypatch.context() as capture:  # nothing runs during a capture
+        capture.setattr(optim, "_capturing", lambda: True)
+        capture.setattr(kernel, "launch", lambda *_, **__: None)
+        held = gradients(1)
+        for p, g in zip(net.weights, held, strict=True):
+            p.grad = g
+        optimizer.update()
+    one_pass = optimizer._passes[0]
+    captured = one_pass.in_use
+    optimizer.prepare()
+    give(net, gradients(2))
+    optimizer.update()  # in between, without the graph
+    assert one_pass.in_use is not captured
+    assert captured.view(-1, 6)[:, 1].tolist() == [g.data_ptr() for g in held]
+    assert captured.view(-1, 6)[:, 0].tolist() == [p.data_ptr() for p in net.weights]
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_a_copy_of_others_sees_the_update(impl):
+    net = Net()
+    other, optimizer = ComputeCopy(net), AdamW(net.parameters(), lr=1e-2, impl=impl)
+    give(net, gradients(0))
+    optimizer.update()
+    other.refresh()
+    assert all(torch.equal(p.detach().bfloat16(), c) for p, c in zip(net.weights, other.copies.values(), strict=True))
 
 
 def test_other_optimizers_take_the_same_update():
