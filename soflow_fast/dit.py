@@ -198,6 +198,8 @@ class DiT(nn.Module):
         Forward-mode AD has no flash attention: this runs the math backend and the plain torch ops, on all rows.
         """
         call = Call(kernels.ops("torch"), "math")
+        # Dual tensors of views cannot be traced by torch.compile: a view of a slice ends in an internal error.
+        x, t, dx, dt = (z.clone() for z in (x, t, dx, dt))
         return torch.func.jvp(lambda x, t: self._run(x, t, s, labels, call)[0], (x, t), (dx, dt))
 
     def _call(self, rows: slice | None = None, tangent: bool = False) -> Call:
