@@ -49,6 +49,11 @@ def out_of_memory(error: BaseException | None) -> bool:
     return error is not None and (isinstance(error, torch.OutOfMemoryError) or out_of_memory(error.__cause__))
 
 
+def broken(error: Exception) -> dict:
+    """The report of a row that raised."""
+    return {"skipped": f"{type(error).__name__}: {error}"[:2000], "failed": True}
+
+
 @dataclass
 class Contestant:
     """A row that is ready to be timed.
@@ -146,14 +151,18 @@ class Track:
     # ----------------------------------------------------------------------------------------------------- time
 
     def race(self, contestants: list[Contestant]) -> None:
-        """Times the rows in turns; then each one's report is complete."""
+        """Times the rows in turns; then each one's report is complete. A row that breaks drops out."""
         order, draw = list(contestants), random.Random(0)
         for _ in range(ROUNDS):
             draw.shuffle(order)
-            for contestant in order:
+            for contestant in list(order):
                 contestant.probes.append(self.probe_ms())
-                self._turn(contestant, max(1, round(1000 * self.seconds / ROUNDS / contestant.ms)))
-        for contestant in contestants:
+                try:
+                    self._turn(contestant, max(1, round(1000 * self.seconds / ROUNDS / contestant.ms)))
+                except Exception as error:  # a row that breaks must not cost the others
+                    contestant.report = broken(error)
+                    order.remove(contestant)
+        for contestant in order:
             self._finish(contestant)
 
     def race_seconds(self, contestants: list[Contestant]) -> float:

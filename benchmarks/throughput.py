@@ -17,7 +17,7 @@ import torch
 from _measure import environment
 from _public_source import ID as PUBLIC_SOURCE
 from _public_source import public_source_row
-from _race import Contestant, NotRun, Track, out_of_memory, release
+from _race import Contestant, NotRun, Track, broken, out_of_memory, release
 from _rows import SETS, Row, Workload, selected
 from _table import Results, chart, table
 
@@ -71,7 +71,7 @@ class Run:
             if out_of_memory(error):
                 report = {"skipped": f"out of memory at batch {self.track.workload.batch}", "failed": False}
             else:
-                report = {"skipped": f"{type(error).__name__}: {error}"[:2000], "failed": True}
+                report = broken(error)
             if isinstance(error, torch.AcceleratorError):  # after which the GPU does nothing more in this process
                 self.results.add({name: report})
                 raise

@@ -114,9 +114,18 @@ def test_row_passes_its_check(name, half, truths):
     assert max(errors.values()) <= ROWS[name].tolerance * (1 if half else 0.1)
 
 
-@pytest.mark.parametrize("name", ["soflow/public-fp16-compile", "soflow/public-bf16-fp32pair-compile"])
-def test_row_for_gpus_is_traced_as_one_graph(name, truths):
-    """Without generating code; the other compiled rows compile in the benchmark on a CPU."""
+@pytest.mark.parametrize(
+    "name",
+    [
+        "soflow/public-fp16-compile",
+        "soflow/public-bf16-fp32pair-compile",
+        "meanflow/compiled",
+        "meanflow/strong-apart",
+        "meanflow/strong",
+    ],
+)
+def test_row_is_traced_as_one_graph(name, truths):
+    """Without generating code; for the rows whose form is their own."""
     workload = Workload("small", BATCH, "cpu", compile="aot_eager", half=True)
     assert max(_errors(ROWS[name], workload, truths(workload)).values()) <= ROWS[name].tolerance
 

@@ -250,6 +250,20 @@ def test_rows_are_timed_in_turns():
     assert len({tuple(turn) for turn in turns}) > 1
 
 
+def test_a_row_that_breaks_while_it_is_timed_drops_out():
+    track, labels, runs = Track(Workload("small", 4, "cpu"), seconds=0.01), torch.zeros(4), []
+
+    def breaks(*_):
+        runs.append(1)
+        raise RuntimeError("planted")
+
+    good, bad = (Contestant(step, (labels, labels), {"flops_per_sample": 1}, 1.0) for step in (lambda *_: None, breaks))
+    track.race([bad, good])
+    assert bad.report == {"skipped": "RuntimeError: planted", "failed": True}
+    assert len(runs) == 1
+    assert good.report["steps"] == ROUNDS
+
+
 def test_not_run_says_why():
     with pytest.raises(NotRun, match="its kernels are for GPUs"):
         Track(Workload("small", 4, "cpu"), seconds=0.1).prepare(ROWS["soflow/fast"])
