@@ -142,6 +142,10 @@ class StrongMeanFlow(MeanFlow):
 class Fp32PairMeanFlow(MeanFlow):
     """A finite difference whose two forwards run in float32, the rest in the network's ``compute_dtype``."""
 
+    def __init__(self, *arguments, **keywords):
+        super().__init__(*arguments, **keywords)
+        self.needs_float32 = False  # by itself; its difference step is made for TF32 products
+
     def with_derivative(self, z, t, r, labels, v, rows: slice) -> tuple[Tensor, Tensor]:
         plain = slice(None, rows.start)
         u_plain = self.network(z[plain], t[plain], r[plain], _rows(labels, plain))

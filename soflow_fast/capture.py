@@ -49,17 +49,20 @@ class Captured:
         self.what = what
         self.inputs = [None if x is None else x.clone() for x in inputs]
         self.graph = torch.cuda.CUDAGraph()
-        try:
-            # Threads that load data may allocate pinned memory meanwhile.
-            with (
-                torch.cuda.device(_device(inputs)),
-                torch.cuda.graph(self.graph, capture_error_mode="thread_local"),
-            ):
-                self.outputs = function(*self.inputs)
-        except Exception as error:
-            raise RuntimeError(
-                f"{what} cannot be captured as a CUDA graph ({error}); set cuda_graph=False to run without"
-            ) from error
+        with torch.cuda.device(_device(inputs)):
+            before = torch.cuda.current_stream()
+            try:
+                # On a stream of this GPU, as torch's own is of the first that captured; threads that load data may
+                # allocate pinned memory meanwhile.
+                stream = torch.cuda.Stream()
+                with torch.cuda.graph(self.graph, stream=stream, capture_error_mode="thread_local"):
+                    self.outputs = function(*self.inputs)
+            except Exception as error:
+                torch.cuda.set_stream(before)  # which a capture that cannot be ended leaves
+                cause = error.__context__ or error  # the end of a broken capture fails as well
+                raise RuntimeError(
+                    f"{what} cannot be captured as a CUDA graph ({cause}); set cuda_graph=False to run without"
+                ) from error
 
     def __call__(self, *inputs: Tensor | None) -> Any:
         """The outputs for these inputs; the next call overwrites them."""

@@ -24,8 +24,8 @@ class ModelConfig:
 
     Attributes:
         preset: such as ``DiT-B/4``. input_size, in_channels, num_classes: of the data. patch_size, hidden_size, depth,
-            num_heads, mlp_ratio, impl, attention: see :class:`~soflow_fast.DiT`. recompute: see there, or ``auto``: the
-            least with which a step is estimated to fit the GPU's memory, ``none`` on a CPU.
+            num_heads, mlp_ratio, impl, attention: see :class:`~soflow_fast.DiT`. recompute: see there, or ``auto``:
+            ``elementwise``, or ``block`` where that is estimated not to fit the GPU's memory; ``none`` on a CPU.
     """
 
     preset: str = "DiT-B/4"

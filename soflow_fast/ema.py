@@ -57,10 +57,12 @@ class EMA:
         try:
             for name, p in self._parameters.items():
                 p.data = self.averages[name].to(p.dtype)
+            torch.autograd.graph.increment_version(self._parameters.values())  # for copies that are kept up to date
             yield
         finally:
             for name, p in self._parameters.items():
                 p.data = own[name]
+            torch.autograd.graph.increment_version(self._parameters.values())
 
     def state_dict(self) -> dict[str, Tensor]:
         """A state_dict of the averaged module, with the module's own keys."""

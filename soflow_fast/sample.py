@@ -28,37 +28,42 @@ def sample(
     steps: int = 1,
     *,
     generator: torch.Generator | None = None,
-    seed: int = 0,
+    seed: int | None = None,
     first_row: int | Tensor = 0,
 ) -> Tensor:
-    """Samples from noise: jump to time 0, re-noise to the next time, jump again.
+    """Samples from noise in jumps from the times ``1 − i/steps``.
 
-    The times are ``1 − i/steps``. The noise of the later steps is drawn from (seed, i, global row), so samples do not
-    depend on how rows are split into batches.
+    A model that ``renoises`` jumps to time 0, adds noise for the next time and jumps again; its noise is drawn from
+    (seed, i, global row), so samples do not depend on how rows are split into batches. Others jump to the next time.
 
     Args:
-        model: has ``solution(x, t, s, labels)`` and ``path``. noise: (B, C, H, W) standard normal. labels: (B,) int64
-            or None. steps: network calls, at least 1. generator: draws the seed, for interactive use.
-        seed: of the re-noising. first_row: global row of noise[0]; a 0-d int64 tensor is not read on the host.
+        model: an objective. noise: (B, C, H, W) standard normal. labels: (B,) int64 or None.
+        steps: jumps, at least 1, each of one network call (of flow matching ``ode_steps``).
+        generator: draws the seed if none is given; None is torch's own. seed: of the noise that is added.
+        first_row: global row of noise[0]; a 0-d int64 tensor is not read on the host.
 
     Returns:
         (B, C, H, W), dtype of noise.
     """
     if steps < 1:
         raise ValueError(f"steps={steps} is not a number of sampling steps; it must be at least 1")
-    if generator is not None:
-        seed = int(torch.randint(2**62, (), generator=generator, device=generator.device))
+    if seed is None and steps > 1 and model.renoises:
+        seed = int(torch.randint(2**62, (), generator=generator, device=generator and generator.device))
     rows = first_row + torch.arange(noise.shape[0], device=noise.device)
     time_dtype = torch.promote_types(noise.dtype, torch.float32)
+    ones = torch.ones(noise.shape[0], device=noise.device, dtype=time_dtype)
+    times = [ones * (1 - i / steps) for i in range(steps + 1)]
     x = noise
-    for i in range(steps):
-        t = torch.full((noise.shape[0],), 1 - i / steps, device=noise.device, dtype=time_dtype)
+    for i, t in enumerate(times[:-1]):
+        if not model.renoises:
+            x = model.solution(x, t, times[i + 1], labels)
+            continue
         if i > 0:
             alpha, beta, _, _ = (c.view(-1, 1, 1, 1).to(noise.dtype) for c in path_coefficients(t, model.path))
             fresh = normal(rows, noise[0].numel(), seed=seed, step=i, stream=Stream.RENOISE).view(noise.shape)
             x = alpha * x + beta * fresh.to(noise.dtype)
-        x = model.solution(x, t, torch.zeros_like(t), labels)
-    return x
+        x = model.solution(x, t, times[-1], labels)
+    return x.to(noise.dtype)
 
 
 class _Batch(nn.Module):
@@ -130,7 +135,7 @@ class Sampler:
             (at most B, C, H, W) float32, or what decode makes of them, on the CPU.
         """
         if self._copy is not None:
-            self._copy.write()
+            self._copy.write()  # also after weights were exchanged by their .data, which counts as no new version
         for first in range(0, n, self.batch):
             some = None if labels is None else labels[first : first + self.batch].to(self.device)
             samples = self(some, first)[: n - first]
@@ -145,6 +150,8 @@ class Sampler:
         Returns:
             (B, C, H, W) float32 on the device; with a CUDA graph, the next call overwrites it.
         """
+        if self._copy is not None:
+            self._copy.refresh()
         if labels is not None:
             labels = nn.functional.pad(labels, (0, self.batch - len(labels)))
         inputs = labels, torch.tensor(first_row, device=self.device)

@@ -1,12 +1,14 @@
 """One training step: loss, backward, optimizer, EMA; compiled, in low precision and as one CUDA graph where asked."""
 
 import contextlib
+import logging
 from collections.abc import Iterator
 from fractions import Fraction
 from functools import partial
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.parallel import DistributedDataParallel
@@ -17,6 +19,8 @@ from soflow_fast.ema import EMA
 from soflow_fast.objectives.base import LossOutput, Objective, TotalLoss, require_choice
 from soflow_fast.paths import row_order
 from soflow_fast.precision import PRECISIONS, ComputeCopy
+
+_log = logging.getLogger(__name__)
 
 # Steps run before the capture: kernels are compiled and loaded, optimizer state and library workspaces allocated.
 _STEPS_BEFORE_CAPTURE = 3
@@ -43,17 +47,17 @@ class _Loss(nn.Module):
     that the masters' gradient hooks see float32.
     """
 
-    def __init__(self, model: Objective, *, seed, latent_scale, merged, copy, autocast, compile):
+    def __init__(self, model: Objective, *, latent_scale, merged, copy, autocast, compile):
         super().__init__()
         self.model, self.copy = model, copy
-        self.settings = {"seed": seed, "latent_scale": latent_scale, "merged": merged}
+        self.settings = {"latent_scale": latent_scale, "merged": merged}
         self.autocast = autocast
         self.compute = compiled(self._compute, compile)
 
-    def _compute(self, parameters, x0, labels, order, rows, n_velocity, progress, step) -> TotalLoss:
+    def _compute(self, parameters, x0, labels, order, rows, n_velocity, progress, seed, step) -> TotalLoss:
         labels = None if labels is None else labels[order]
         arguments = (x0[order], labels, rows, n_velocity, progress)
-        keywords = {**self.settings, "step": step}
+        keywords = {**self.settings, "seed": seed, "step": step}
         with torch.autocast(x0.device.type, torch.bfloat16, enabled=self.autocast):
             if parameters is None:
                 return self.model(*arguments, **keywords)
@@ -82,13 +86,14 @@ class TrainStep:
             :func:`soflow_fast.kernels.reference.noisy_sample`; None: x0 are samples.
         precision: ``bf16`` computes on bfloat16 copies of the float32 parameters (networks other than DiT under
             autocast), ``tf32`` on the parameters with TensorFloat-32 products, ``fp32`` on the parameters as they are.
-            By default bf16 on a GPU, else fp32.
+            By default bf16 on a GPU, else fp32. Where the objective's ``needs_float32`` is true, no product is rounded
+            to TensorFloat-32.
         compile: whether the loss is compiled, by default on a GPU; see :func:`~soflow_fast.capture.compiled`.
         cuda_graph: replay the whole step as one CUDA graph, by default on a GPU with one process. The first steps run
             without it, then it is captured; batches must keep their shape.
         merged: compute the loss in its fewest network calls.
-        rank, world_size: this process holds rows ``rank·B .. (rank+1)·B-1`` of the global batch; with more than one,
-            torch.distributed is initialised and gradients are averaged by DistributedDataParallel.
+        rank, world_size: this process holds rows ``rank·B .. (rank+1)·B-1`` of the global batch, and with more than
+            one gradients are averaged by DistributedDataParallel; by default as torch.distributed says, if initialised.
 
     Raises:
         ValueError: for a setting that cannot run here.
@@ -110,14 +115,24 @@ class TrainStep:
         compile: bool | str | None = None,
         cuda_graph: bool | None = None,
         merged: bool = True,
-        rank: int = 0,
-        world_size: int = 1,
+        rank: int | None = None,
+        world_size: int | None = None,
     ):
+        if world_size is None:
+            started = dist.is_available() and dist.is_initialized()
+            rank, world_size = (dist.get_rank(), dist.get_world_size()) if started else (0, 1)
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         device = self._parameters[0].device
         on_gpu = device.type == "cuda"
-        self.precision = precision or ("bf16" if on_gpu else "fp32")
+        follows_parameters = hasattr(model.network, "compute_dtype")
+        only_float32 = model.needs_float32 and follows_parameters
+        self.precision = precision or ("bf16" if on_gpu and not only_float32 else "fp32")
         require_choice("precision", self.precision, PRECISIONS)
+        if only_float32 and self.precision == "bf16":
+            raise ValueError(
+                f"precision='bf16' loses the difference of two outputs that this {type(model).__name__} takes: "
+                "use precision='fp32', or a derivative that is no finite difference"
+            )
         self.compile = on_gpu if compile is None else compile
         self.cuda_graph = on_gpu and world_size == 1 if cuda_graph is None else cuda_graph
         if self.cuda_graph and (not on_gpu or world_size > 1):
@@ -130,15 +145,22 @@ class TrainStep:
                 "cuda_graph=True needs an optimizer built with capturable=True, or soflow_fast.optim.AdamW; "
                 "this one was not: rebuild it or set cuda_graph=False"
             )
+        is_ours = isinstance(optimizer, optim.AdamW)
+        if self.cuda_graph and not is_ours and not all(torch.is_tensor(g["lr"]) for g in optimizer.param_groups):
+            raise ValueError(
+                "cuda_graph=True would keep a learning rate that is a number as it is at the capture: build the "
+                "optimizer with lr=torch.tensor(...) on the GPU, use soflow_fast.optim.AdamW or set cuda_graph=False"
+            )
+        if self.precision == "bf16" and follows_parameters and getattr(model, "quotient", "") == "two_forwards":
+            _log.warning("quotient='two_forwards' is lost to rounding in bf16; use quotient='difference' or fp32")
         self.model, self.optimizer, self.ema = model, optimizer, ema
         self.total_steps, self.accumulation, self.grad_clip = total_steps, accumulation, grad_clip
         self.rank, self.world_size = rank, world_size
         self.step = torch.zeros((), dtype=torch.int64, device=device)
-        follows_parameters = hasattr(model.network, "compute_dtype")
+        self._seed = torch.full_like(self.step, seed)  # a number would be a constant of the compiled code
         self.copy = ComputeCopy(model) if self.precision == "bf16" and follows_parameters else None
         self._loss = _Loss(
             model,
-            seed=seed,
             latent_scale=latent_scale,
             merged=merged,
             copy=self.copy,
@@ -147,7 +169,9 @@ class TrainStep:
         )
         if world_size > 1:
             devices = [device] if on_gpu else None
-            self._loss = DistributedDataParallel(self._loss, device_ids=devices, broadcast_buffers=False)
+            self._loss = DistributedDataParallel(
+                self._loss, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True
+            )
         self._orders: dict[int, list[tuple[Tensor, Tensor, int]]] = {}
         self._steps_run = 0
         self._graph: Captured | None = None
@@ -176,18 +200,23 @@ class TrainStep:
             self._graph = Captured("the training step", self._run, x0, labels)
             if isinstance(self.optimizer, optim.AdamW):
                 self.optimizer.prepare()
-        return self._graph(x0, labels)
+        stats = self._graph(x0, labels)
+        # What a replay writes counts as no new version of the parameters, by which copies of them are kept up to date.
+        torch.autograd.graph.increment_version(self._parameters)
+        if self.copy is not None:
+            self.copy.mark_written()
+        return stats
 
     def _run(self, x0: Tensor, labels: Tensor | None) -> StepStats:
         self.optimizer.zero_grad(set_to_none=True)
         progress = (self.step.float() / self.total_steps).clamp(max=1)
         outputs = []
         orders = self._row_orders(x0.shape[0])
-        with _matmul_precision(self.precision):
+        with _tensor_cores("fp32" if self.model.needs_float32 else self.precision), _compiler_settings():
             for i, (order, rows, n_velocity) in enumerate(orders):
                 last = i == len(orders) - 1
                 with contextlib.nullcontext() if last or self.world_size == 1 else self._loss.no_sync():
-                    out = self._loss(x0, labels, order, rows, n_velocity, progress, self.step)
+                    out = self._loss(x0, labels, order, rows, n_velocity, progress, self._seed, self.step)
                     (out.loss / self.accumulation).backward()
                 outputs.append(out)
         update = (
@@ -234,13 +263,26 @@ def _period(share: float) -> int:
     return Fraction(share).limit_denominator(10**6).denominator
 
 
+def _compiler_settings():
+    """One graph also under data parallelism, which would cut it at its buckets; steps of many settings in a process."""
+    return torch._dynamo.config.patch(optimize_ddp=False, recompile_limit=64)
+
+
 @contextlib.contextmanager
-def _matmul_precision(precision: str) -> Iterator[None]:
+def _tensor_cores(precision: str) -> Iterator[None]:
     """TensorFloat-32 products inside the block, except for ``fp32``; they are exact for operands that were bfloat16."""
-    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-    before = matmul.allow_tf32, cudnn.allow_tf32
-    matmul.allow_tf32 = cudnn.allow_tf32 = precision != "fp32"
+    matmul, cudnn, tf32 = torch.backends.cuda.matmul, torch.backends.cudnn, precision != "fp32"
+    settings = [(matmul, "allow_tf32", tf32), (cudnn, "allow_tf32", tf32)]
     try:
+        before = [getattr(owner, name) for owner, name, _ in settings]
+    except RuntimeError:  # where the newer names have been used, torch refuses these
+        value = "tf32" if tf32 else "ieee"
+        settings = [(matmul, "fp32_precision", value), (cudnn.conv, "fp32_precision", value)]
+        before = [getattr(owner, name) for owner, name, _ in settings]
+    try:
+        for owner, name, value in settings:
+            setattr(owner, name, value)
         yield
     finally:
-        matmul.allow_tf32, cudnn.allow_tf32 = before
+        for (owner, name, _), value in zip(settings, before, strict=True):
+            setattr(owner, name, value)

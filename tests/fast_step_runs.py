@@ -22,7 +22,7 @@ def make_model(dtype, objective=SoFlow, **network):
 def make_step(model, **options):
     ema = EMA(model, 0.99)
     optimizer = AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-3, impl="torch")
-    return TrainStep(model, optimizer=optimizer, ema=ema, total_steps=STEPS, seed=3, **options), ema
+    return TrainStep(model, optimizer=optimizer, ema=ema, total_steps=STEPS, **{"seed": 3, **options}), ema
 
 
 def training_batch(k, dtype):

@@ -2,15 +2,20 @@
 
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from fast_step_runs import distances, make_model, make_step, train, training_batch
+from fast_step_runs import STEPS, distances, make_model, make_step, train, training_batch
 
+from soflow_fast import DiT, SoFlow
+from soflow_fast.ema import EMA
 from soflow_fast.objectives.flow_matching import FlowMatching
 from soflow_fast.objectives.meanflow import MeanFlow
+from soflow_fast.optim import AdamW
 from soflow_fast.precision import ComputeCopy
+from soflow_fast.step import TrainStep
 
 
 @pytest.fixture(scope="module")
@@ -110,17 +115,84 @@ def test_gradients_of_copies_reach_the_masters_in_float32():
     assert master.weight.grad.item() == 1 + 2.0**-9
 
 
-@pytest.mark.parametrize("mode", ["fp32 eager", "fp32 compiled"])
-def test_two_processes_equal_one(tmp_path, plain32, mode):
-    path = tmp_path / "rank0.pt"
-    precision, form = mode.split()
+def test_steps_of_many_seeds_share_their_code():
+    torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
+    for seed in range(9):
+        model = make_model(torch.float32)
+        make_step(model, seed=seed, compile="aot_eager")[0](*training_batch(0, torch.float32))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+class _Foreign(torch.nn.Module):
+    """A network without a difference forward; notes how it is computed."""
+
+    num_classes = 10
+
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Conv2d(1, 1, 3, padding=1)
+        self.computed = set()
+
+    def forward(self, x, t, s, labels):
+        out = self.layer(x * t.view(-1, 1, 1, 1) + s.view(-1, 1, 1, 1))
+        self.computed.add((out.dtype, torch.backends.cuda.matmul.allow_tf32))
+        return out
+
+
+@pytest.mark.parametrize(
+    ("objective", "options"),
+    [(SoFlow, {"guidance_scale": 1.0}), (MeanFlow, {"derivative": "finite_difference", "guidance_mix": 0.0})],
+)
+def test_a_difference_of_two_outputs_is_of_float32(objective, options):
+    torch.manual_seed(0)
+    model = objective(_Foreign(), **options)
+    make_step(model, precision="bf16", merged=True)[0](*training_batch(0, torch.float32))
+    assert model.network.computed == {(torch.float32, False)}
+
+
+def test_a_difference_of_two_outputs_is_refused_on_copies():
+    model = make_model(torch.float32, partial(MeanFlow, derivative="finite_difference"))
+    with pytest.raises(ValueError, match="precision='bf16' loses the difference of two outputs that this MeanFlow"):
+        make_step(model, precision="bf16")
+    assert make_step(model)[0].precision == "fp32"
+
+
+def test_torch_may_be_told_of_tensor_cores_by_its_newer_names():
+    """In a process of its own: once used, they exclude the older ones."""
+    code = (
+        "import torch; from fast_step_runs import *\n"
+        "names = torch.backends.cuda.matmul, torch.backends.cudnn.conv\n"
+        "for name in names: name.fp32_precision = 'ieee'\n"
+        "make_step(make_model(torch.float32), precision='tf32')[0](*training_batch(0, torch.float32))\n"
+        "assert [name.fp32_precision for name in names] == ['ieee', 'ieee']"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parent)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_two_processes_in_bfloat16_follow_one(tmp_path):
+    saved = _two_processes(tmp_path / "rank0.pt", "bf16", "compiled")
+    losses, model = train(torch.float32, precision="bf16", compile="aot_eager")
+    assert saved["losses"] == pytest.approx(losses, rel=2e-2)
+    other = make_model(torch.float32)
+    other.load_state_dict(saved["parameters"])
+    assert max(distances(other, model).values()) < 5e-2
+
+
+def _two_processes(path, precision, form):
     here = Path(__file__).parent
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     done = subprocess.run(
         [*command, str(here / "data_parallel.py"), str(path), precision, form], capture_output=True, text=True, cwd=here
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    saved = torch.load(path)
+    return torch.load(path)
+
+
+@pytest.mark.parametrize("mode", ["fp32 eager", "fp32 compiled"])
+def test_two_processes_equal_one(tmp_path, plain32, mode):
+    saved = _two_processes(tmp_path / "rank0.pt", *mode.split())
     assert saved["losses"] == pytest.approx(plain32[0], rel=1e-6)
     other = make_model(torch.float32)
     other.load_state_dict(saved["parameters"])
@@ -147,3 +219,36 @@ def test_cuda_graph_equals_eager():
         results.append((losses, model))
     assert results[0][0] == pytest.approx(results[1][0], rel=1e-6)
     assert max(distances(results[1][1], results[0][1]).values()) < 1e-6
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="a CUDA graph needs a GPU")
+def test_a_graph_would_keep_a_learning_rate_that_is_a_number():
+    model = make_model(torch.float32).cuda()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, capturable=True)
+    with pytest.raises(ValueError, match=r"build the optimizer with lr=torch\.tensor"):
+        TrainStep(model, optimizer=optimizer, total_steps=STEPS)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="Inductor, fused kernels and the CUDA graph need a GPU")
+def test_the_default_step_on_a_gpu_follows_the_eager_one_and_the_learning_rate():
+    results = []
+    for options in ({"cuda_graph": False, "compile": False}, {}):
+        torch.manual_seed(0)
+        net = DiT(8, 2, 1, 64, 2, 2, num_classes=10)
+        for p in net.parameters():
+            if p.requires_grad and (p == 0).all():
+                torch.nn.init.normal_(p, std=0.05)
+        model = SoFlow(net.cuda())
+        ema = EMA(model, 0.99)
+        optimizer = AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-3)
+        step, losses = TrainStep(model, optimizer=optimizer, ema=ema, total_steps=STEPS, **options), []
+        for k in range(8):
+            if k == 5:
+                optimizer.param_groups[0]["lr"] = 0.0
+                before = [p.detach().clone() for p in model.parameters()]
+            x, labels = training_batch(k, torch.float32)
+            losses.append(step(x.cuda(), labels.cuda()).loss.item())
+        assert all(torch.equal(p, q) for p, q in zip(before, model.parameters(), strict=True))
+        results.append((losses, model, ema.averages))
+    assert results[0][0] == pytest.approx(results[1][0], rel=2e-2)
+    assert max(distances(results[1][1], results[0][1]).values()) < 5e-2

@@ -9,18 +9,20 @@ from fast_step_runs import make_model
 
 from soflow_fast import DiT, SoFlow
 from soflow_fast.kernels.reference import Stream, normal
+from soflow_fast.objectives.flow_matching import FlowMatching
+from soflow_fast.objectives.meanflow import MeanFlow
 from soflow_fast.sample import Sampler, sample
 
 
 class Recorder:
     """A model whose solution is a known function of everything it is given."""
 
-    def __init__(self, path):
-        self.path, self.calls = path, []
+    def __init__(self, path, renoises=True):
+        self.path, self.renoises, self.calls = path, renoises, []
 
     def solution(self, x, t, s, labels):
         self.calls.append(SimpleNamespace(x=x, t=t, s=s, labels=labels))
-        return 0.5 * x + t.view(-1, 1, 1, 1).to(x.dtype)
+        return 0.5 * x + t.view(-1, 1, 1, 1)
 
 
 NOISE = torch.randn(3, 2, 2, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -48,6 +50,23 @@ def test_every_step_jumps_to_data_from_the_next_noise_level(path, steps):
         x0 = 0.5 * x + t
     assert len(model.calls) == steps
     torch.testing.assert_close(out, x0, rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_without_noise_in_between_it_goes_from_time_to_time(steps):
+    model, x = Recorder("linear", renoises=False), NOISE
+    out = sample(model, NOISE, None, steps)
+    for i, call in enumerate(model.calls):
+        torch.testing.assert_close(call.x, x, rtol=0, atol=1e-14)
+        assert (call.t[0].item(), call.s[0].item()) == pytest.approx((1 - i / steps, 1 - (i + 1) / steps), abs=1e-15)
+        x = 0.5 * x + 1 - i / steps
+    assert len(model.calls) == steps
+    torch.testing.assert_close(out, x, rtol=0, atol=1e-14)
+
+
+def test_which_objectives_add_noise_in_between():
+    net = DiT(8, 4, 2, 16, 1, 2, num_classes=3)
+    assert [kind(net).renoises for kind in (SoFlow, MeanFlow, FlowMatching)] == [True, False, False]
 
 
 def test_one_step_of_soflow_is_its_solution_from_noise():
@@ -78,6 +97,11 @@ def test_a_generator_draws_the_seed():
 
     assert torch.equal(run(0), run(0))
     assert not torch.equal(run(0), run(1))
+
+
+def test_calls_without_a_seed_add_different_noise():
+    first, second = (sample(Recorder("linear"), NOISE, None, 2) for _ in range(2))
+    assert not torch.equal(first, second)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -154,6 +178,10 @@ def test_bfloat16_follows_float32_and_the_weights(model):
         zero, normal(torch.arange(11), 64, seed=5, step=0, stream=Stream.RENOISE).view(11, *SHAPE)
     )
     torch.testing.assert_close(moved, low, rtol=0, atol=1e-6)
+    with torch.no_grad():
+        final.weight.mul_(0)
+        final.bias.mul_(0)
+    torch.testing.assert_close(sampler(LABELS), zero, rtol=0, atol=1e-6)
 
 
 def test_without_labels_and_for_any_network():

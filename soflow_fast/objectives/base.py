@@ -43,14 +43,21 @@ class Objective(nn.Module):
         net: module with ``net(x, t, s, labels)`` and ``net.num_classes``, the index that means "no label".
         velocity_share: share of rows that train the velocity, ordered first.
         impl: of the fused ops; by default the network's own, see :func:`soflow_fast.kernels.resolve_impl`.
+
+    Attributes:
+        path: of its noise. renoises: whether sampling in several steps jumps to data and adds noise again, or goes from
+            time to time. needs_float32: whether it subtracts two nearly equal outputs of the network, which float32
+            alone carries.
     """
 
     path: str
+    renoises = True
 
     def __init__(self, net: nn.Module, velocity_share: float, impl: str | None):
         super().__init__()
         require_range("velocity_share", velocity_share, 0, 1)
         self.network, self.velocity_share = net, velocity_share
+        self.needs_float32 = False
         self.impl = kernels.resolve_impl(impl or getattr(net, "impl", "auto"))
 
     @property
@@ -77,7 +84,8 @@ class Objective(nn.Module):
         Args:
             x0: (B, C, H, W). labels: (B,) int64 or None. progress: of the training, in [0, 1].
             seed, step: of the draws.
-            first_row: index of x0[0] in the global batch, where this is a part of it.
+            first_row: index of x0[0] in the global batch. Parts of a batch, on other processes or as micro-batches,
+                need theirs, or they draw the same numbers.
         """
         order, n_velocity = paths.row_order(x0.shape[0], self.velocity_share, first_row)
         order = torch.tensor(order, device=x0.device)
@@ -118,10 +126,17 @@ class Objective(nn.Module):
         raise NotImplementedError
 
     def sample(
-        self, noise: Tensor, labels: Tensor | None = None, steps: int = 1, *, generator: torch.Generator | None = None
+        self,
+        noise: Tensor,
+        labels: Tensor | None = None,
+        steps: int = 1,
+        *,
+        generator: torch.Generator | None = None,
+        seed: int | None = None,
+        first_row: int | Tensor = 0,
     ) -> Tensor:
         """Samples from noise in ``steps`` jumps, see :func:`soflow_fast.sample.sample`."""
-        return sample(self, noise, labels, steps, generator=generator)
+        return sample(self, noise, labels, steps, generator=generator, seed=seed, first_row=first_row)
 
     def input_labels(self, labels: Tensor | None, drop: Tensor | None) -> Tensor | None:
         """The labels the network sees: "no label" on the dropped rows."""

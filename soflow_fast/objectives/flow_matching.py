@@ -49,6 +49,8 @@ class FlowMatching(SoFlow):
         )
         self.ode_steps = ode_steps
 
+    renoises = False
+
     def solution(self, x: Tensor, t: Tensor, s: Tensor, labels: Tensor | None = None) -> Tensor:
         """The velocity ODE from t to s by Euler's method; see the base class."""
         step = (s - t) / self.ode_steps

@@ -82,6 +82,9 @@ class MeanFlow(Objective):
         self.label_drop, self.p, self.eps = label_drop, p, eps
         self.time_mean, self.time_std = time_mean, time_std
         self.derivative, self.difference_step = derivative, difference_step
+        self.needs_float32 = derivative == "finite_difference"
+
+    renoises = False
 
     def velocity(self, x: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
         """The model's velocity ``u(x,t,t,y)``."""
@@ -154,13 +157,20 @@ class MeanFlow(Objective):
         one = torch.ones_like(t[rows])
         if self.derivative == "tangent":
             return self.network.forward_difference(z, t, r, labels, v, one, rows=rows, mode="tangent")
+        if self.derivative == "finite_difference":
+            return self._with_finite_difference(z, t, r, labels, v, rows)
         u = self.network(z, t, r, labels)
-        z, t, r, labels = z[rows], t[rows], r[rows], None if labels is None else labels[rows]
         with torch.no_grad():
-            if self.derivative == "jvp":
-                return u, self.network.jvp(z, t, r, labels, v, one)[1]
-            h = self.difference_step
-            return u, (u[rows] - self.network(z - h * v, t - h, r, labels)) / h
+            labels = None if labels is None else labels[rows]
+            return u, self.network.jvp(z[rows], t[rows], r[rows], labels, v, one)[1]
+
+    def _with_finite_difference(self, z, t, r, labels, v, rows: slice) -> tuple[Tensor, Tensor]:
+        h = self.difference_step
+        with torch.autocast(z.device.type, enabled=False):
+            u = self.network(z, t, r, labels)
+            with torch.no_grad():
+                labels = None if labels is None else labels[rows]
+                return u, (u[rows] - self.network(z[rows] - h * v, t[rows] - h, r[rows], labels)) / h
 
     def _reduce(self, u: Tensor, target: Tensor, t: Tensor) -> LossOutput:
         squares = (u.to(target.dtype) - target).square().flatten(1)

@@ -105,7 +105,7 @@ class SoFlow(Objective):
                 "%s has no forward_difference: the consistency quotient takes two forwards in float32",
                 type(net).__name__,
             )
-            quotient = "two_forwards"
+            quotient, self.needs_float32 = "two_forwards", True
         if quotient == "tangent" and not hasattr(net, "forward_difference"):
             raise ValueError(
                 f"quotient='tangent' needs a network with forward_difference; {type(net).__name__} has none"
