@@ -15,7 +15,8 @@ def environment() -> dict:
 
     Returns:
         ``python``, ``versions`` (package: version or None), ``cpu`` (model, cores, threads torch uses), ``gpu`` (name,
-        driver, clocks in MHz, power limit in W; or None), ``commit`` (hash and whether files differ from it; or None).
+        driver, clocks in MHz, power limit in W; or None), ``commit`` (hash and whether files other than results differ
+        from it; or None). Where the files are without their history, the hash is read from a file COMMIT beside them.
     """
     return {
         "python": platform.python_version(),
@@ -70,11 +71,15 @@ def _gpu() -> dict | None:
 
 
 def _commit() -> dict | None:
+    root = Path(__file__).parents[1]
+
     def git(*arguments: str) -> str:
-        command = ["git", "-C", str(Path(__file__).parent), *arguments]
+        command = ["git", "-C", str(root), *arguments]
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
 
     try:
-        return {"hash": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))}
+        changes = git("status", "--porcelain", "--", ".", ":!benchmarks/results")
+        return {"hash": git("rev-parse", "HEAD"), "dirty": bool(changes)}
     except (OSError, subprocess.CalledProcessError):
-        return None
+        stamp = root / "COMMIT"
+        return {"hash": stamp.read_text().strip(), "dirty": None} if stamp.exists() else None

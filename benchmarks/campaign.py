@@ -1,0 +1,254 @@
+"""Every measurement on one GPU, in pieces: plans it, runs what is left within the given minutes, and reports.
+
+    python benchmarks/campaign.py plan|run|report [--folder benchmarks/results/h200] [--minutes 9.5] [--only STAGE ...]
+
+``run`` takes the stages in order: correctness of every kernel first, then DiT-XL/2, DiT-B/4 and the rest. Each is a
+command of this folder that writes one JSON; a stage whose JSON is complete, of this commit and this card, is not run
+again, so the same call repeated comes to the end. Figures are compared only inside one JSON. Compiled code is kept in
+``--cache`` from call to call. A stage that leaves no JSON is tried again by the next call; every stage leaves its log.
+``report`` writes the folder's REPORT.md. Where the files are without their git history, ``git rev-parse HEAD > COMMIT``
+before they are copied tells the results their commit. ``--smoke`` runs the smallest form of every stage, on a CPU too:
+it tries the campaign, and its figures mean nothing.
+"""
+
+import argparse
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from _measure import environment
+from _rows import selected
+from readme_results import sections
+
+ROOT = Path(__file__).parents[1]
+
+#: Tests that run natively on a GPU: kernels against float64, whole networks, the captured step.
+_NATIVE_TESTS = [
+    "adaln",
+    "adaln_difference",
+    "activation_difference",
+    "attention_difference",
+    "conditioning",
+    "consistency",
+    "noise",
+    "velocity",
+    "optim",
+    "impl",
+    "dit_difference",
+    "attention",
+    "fast_step",
+    "capture",
+]
+
+# The rows that the claims are about come first, so that a short campaign has them.
+_FIRST = [
+    "soflow/fast",
+    "soflow/public",
+    "soflow/merged-compile",
+    "soflow/public-bf16-fp32pair-compile",
+    "meanflow/strong",
+    "meanflow/compiled",
+    "meanflow/published",
+]
+
+
+_SMOKE_ROWS = ("flow-matching",)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One measurement.
+
+    Attributes:
+        name: of the stage, its JSON and its log. script: of this folder, or ``pytest``. arguments, smoke: of the script
+            on a GPU and in a smoke run. seconds: expected on an H200, compiling included. rows: ids or sets of
+            ``throughput.py`` that make it complete; such a script takes ``--limit`` and goes on where it stopped.
+    """
+
+    name: str
+    script: str
+    arguments: tuple[str, ...] = ()
+    smoke: tuple[str, ...] = ("--smoke",)
+    seconds: int = 60
+    rows: tuple[str, ...] = ()
+
+
+def _throughput(name: str, model: str, rows: tuple[str, ...], seconds: int) -> Stage:
+    smoke = ("--model", "small", "--batch", "4", "--seconds", "0.2")
+    return Stage(name, "throughput.py", ("--model", model, "--seconds", "5"), smoke, seconds, rows)
+
+
+STAGES = (
+    Stage("correctness", "pytest", seconds=240),
+    Stage("errors", "errors.py", (), ("--only", "silu_difference"), 60),
+    Stage("rates", "rates.py", ("--models", "DiT-XL/2", "DiT-B/4", "DiT-L/2", "DiT-B/2"), seconds=60),
+    _throughput("throughput_xl2_first", "DiT-XL/2", tuple(_FIRST), 540),
+    _throughput("throughput_b4", "DiT-B/4", ("table",), 480),
+    Stage("profile_xl2", "profile_step.py", ("--rates", "{folder}/rates.json"), ("--smoke",), 120),
+    Stage("kernels", "kernels.py", ("--minutes", "7"), ("--smoke", "--only", "silu_difference"), 450),
+    Stage("precision", "precision.py", ("--weights", "random"), ("--smoke",), 90),
+    _throughput("ladder_b4", "DiT-B/4", ("ladder",), 240),
+    _throughput("ablations_b4", "DiT-B/4", ("ablations",), 300),
+    _throughput("throughput_xl2", "DiT-XL/2", ("table",), 1100),
+    _throughput("throughput_b2", "DiT-B/2", ("table",), 700),
+    _throughput("throughput_l2", "DiT-L/2", ("table",), 900),
+    Stage("photographs", "photographs.py", ("--seconds", "300"), seconds=580, rows=("soflow/fast", "soflow/public")),
+    Stage("sampling", "sampling.py", (), ("--smoke",), 120),
+    Stage("loader", "loader.py", (), ("--smoke",), 60),
+    _throughput("ladder_xl2", "DiT-XL/2", ("ladder",), 500),
+)  # fmt: skip
+
+
+class Campaign:
+    """What is done and what is left, in one folder.
+
+    Args:
+        folder: of the JSON files and logs. cache: of compiled code. smoke: whether stages run in their smallest form.
+    """
+
+    def __init__(self, folder: Path, cache: Path, smoke: bool):
+        self.folder, self.cache, self.smoke = folder, cache, smoke
+        self.here = environment()
+
+    def state(self, stage: Stage) -> str:
+        """``done``, ``begun`` or ``to do``; results of another commit, card or size count for nothing."""
+        path = self._json(stage)
+        if not path.exists():
+            return "to do"
+        report = json.loads(path.read_text())
+        if self._of(report["environment"]) != self._of(self.here):
+            return "to do"
+        finished = not stage.rows or set(selected(self._rows(stage))) <= set(report["rows"])
+        return "done" if finished else "begun"
+
+    def _rows(self, stage: Stage) -> tuple[str, ...]:
+        return _SMOKE_ROWS if self.smoke and stage.rows else stage.rows
+
+    @staticmethod
+    def _of(machine: dict) -> tuple:
+        hardware = machine["gpu"]["name"] if machine["gpu"] else machine["cpu"]["model"]
+        return hardware, (machine["commit"] or {}).get("hash")
+
+    def run(self, stages: list[Stage], seconds: float) -> list[str]:
+        """Runs what is left and fits into the time; the names of the stages that failed."""
+        end, failed = time.monotonic() + seconds, []
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for stage in stages:
+            if self.state(stage) == "done":
+                continue
+            left = end - time.monotonic()
+            if left < (min(stage.seconds, 120) if stage.rows else stage.seconds):
+                print(f"{stage.name}: {left:.0f} s are too few, left for the next call", flush=True)
+                continue
+            if not self._run(stage, left):
+                failed.append(stage.name)
+        return failed
+
+    def _run(self, stage: Stage, left: float) -> bool:
+        path, log = self._json(stage), self.folder / f"{stage.name}.log"
+        if path.exists() and self.state(stage) == "to do":
+            self._set_aside(path)
+        command = self._command(stage, left)
+        print(f"{stage.name}: {shlex.join(command[1:])}", flush=True)
+        start = time.monotonic()
+        caches = {"TORCHINDUCTOR_CACHE_DIR": self.cache / "inductor", "TRITON_CACHE_DIR": self.cache / "triton"}
+        with log.open("w") as output:
+            process = subprocess.Popen(
+                command,
+                cwd=ROOT,
+                env={**os.environ, **{name: str(folder.resolve()) for name, folder in caches.items()}},
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+            try:
+                code = process.wait(timeout=left)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)  # with the workers that compile for it
+                process.wait()
+                code = "stopped, the time was over"
+        if stage.script == "pytest":
+            self._write_test_report(stage, code)
+        state = self.state(stage)
+        print(f"{stage.name}: {state}, {time.monotonic() - start:.0f} s, exit {code}", flush=True)
+        if state == "to do" or code not in (0, 1):
+            print("  " + "\n  ".join(log.read_text().splitlines()[-12:]), flush=True)
+            return False
+        return code == 0
+
+    @staticmethod
+    def _set_aside(path: Path) -> None:
+        """Renames a result of another commit or card."""
+        commit = json.loads(path.read_text())["environment"]["commit"]
+        path.rename(path.with_suffix(f".{commit['hash'][:8] if commit else 'unknown'}.json"))
+
+    def _command(self, stage: Stage, left: float) -> list[str]:
+        if stage.script == "pytest":
+            names = ["activation_difference"] if self.smoke else _NATIVE_TESTS
+            tests = [f"tests/test_{name}.py" for name in names]
+            return [sys.executable, "-m", "pytest", "-q", f"--junitxml={self._junit(stage)}", *tests]
+        arguments = [a.format(folder=self.folder) for a in (stage.smoke if self.smoke else stage.arguments)]
+        if stage.rows:
+            arguments += ["--rows", *self._rows(stage), "--resume", "--limit", f"{left - 20:.0f}"]
+        return [sys.executable, str(Path("benchmarks") / stage.script), *arguments, "--json", str(self._json(stage))]
+
+    def _write_test_report(self, stage: Stage, code: int | str) -> None:
+        """The counts of a test run as JSON, the failures by name."""
+        from xml.etree import ElementTree
+
+        if not self._junit(stage).exists():
+            return
+        cases = list(ElementTree.parse(self._junit(stage)).iter("testcase"))
+        outcome = {
+            kind: [c.get("name") for c in cases if c.find(kind) is not None] for kind in ("failure", "error", "skipped")
+        }
+        report = {"environment": self.here, "smoke": self.smoke, "exit": code, "tests": len(cases), **outcome}
+        self._json(stage).write_text(json.dumps(report, indent=1) + "\n")
+        self._junit(stage).unlink()
+
+    def _json(self, stage: Stage) -> Path:
+        return (self.folder / f"{stage.name}.json").resolve()
+
+    def _junit(self, stage: Stage) -> Path:
+        return (self.folder / f"{stage.name}.xml").resolve()
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """0; 1 if a stage failed; 2 for bad input."""
+    parser = argparse.ArgumentParser(
+        prog="campaign.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    names = [stage.name for stage in STAGES]
+    parser.add_argument("action", choices=("plan", "run", "report"))
+    parser.add_argument("--folder", type=Path, default=ROOT / "benchmarks" / "results" / "h200", help="of the results")
+    parser.add_argument("--cache", type=Path, default=ROOT / ".campaign_cache", help="of compiled code")
+    parser.add_argument("--minutes", type=float, default=9.5, help="of this call (default %(default)s)")
+    parser.add_argument("--only", nargs="+", choices=names, default=names, metavar="STAGE", help=", ".join(names))
+    parser.add_argument("--smoke", action="store_true", help="the smallest form of every stage")
+    options = parser.parse_args(arguments)
+    campaign = Campaign(options.folder, options.cache, options.smoke)
+    if campaign.here["gpu"] is None and options.action == "run" and not options.smoke:
+        parser.error("the campaign needs a CUDA GPU and none is visible; --smoke tries it without")
+    stages = [stage for stage in STAGES if stage.name in options.only]
+    failed = []
+    if options.action == "run":
+        failed = campaign.run(stages, 60 * options.minutes)
+    if options.action == "report":
+        options.folder.mkdir(parents=True, exist_ok=True)
+        (options.folder / "REPORT.md").write_text(f"# Campaign\n\n{sections(options.folder, options.folder)}")
+    print(f"{'stage':24}{'state':>8}{'expected s':>12}")
+    for stage in stages:
+        print(f"{stage.name:24}{campaign.state(stage):>8}{stage.seconds:>12}")
+    if failed:
+        print(f"failed: {', '.join(failed)}")
+    return int(bool(failed))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

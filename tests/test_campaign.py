@@ -1,0 +1,124 @@
+"""The campaign runs each stage once for a commit and a card; the README's figures are those of the files."""
+
+import importlib
+import json
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def campaign():
+    return importlib.import_module("campaign")
+
+
+@pytest.fixture
+def run(campaign, tmp_path, capsys):
+    """Calls the command with results in a temporary folder: exit code and what it printed."""
+
+    def run(action: str, *arguments: str):
+        places = ["--folder", str(tmp_path / "results"), "--cache", str(tmp_path / "cache")]
+        code = campaign.main([action, "--smoke", *places, *arguments])
+        return code, capsys.readouterr().out
+
+    return run
+
+
+def test_a_stage_runs_once_and_again_for_another_commit(run, tmp_path):
+    path = tmp_path / "results" / "rates.json"
+    code, out = run("run", "--only", "rates")
+    assert (code, out.count("rates.py")) == (0, 1)
+    report = json.loads(path.read_text())
+    assert report["smoke"] is True
+    assert report["models"][0]["floor_ms"] > 0
+
+    assert run("run", "--only", "rates")[1].count("rates.py") == 0
+
+    report["environment"]["commit"] = {"hash": "0123456789", "dirty": False}
+    path.write_text(json.dumps(report))
+    assert "to do" in run("plan", "--only", "rates")[1]
+    assert run("run", "--only", "rates")[1].count("rates.py") == 1
+    assert json.loads(path.with_suffix(".01234567.json").read_text()) == report
+
+    run("report", "--only", "rates")
+    assert "fc1, gradient of the weight" in (tmp_path / "results" / "REPORT.md").read_text()
+
+
+def test_a_table_is_done_when_it_has_every_row(run, tmp_path):
+    assert run("run", "--only", "ladder_b4", "--minutes", "5")[0] == 0
+    path = tmp_path / "results" / "ladder_b4.json"
+    report = json.loads(path.read_text())
+    assert report["rows"]["flow-matching"]["ms_per_step"] > 0
+    assert "done" in run("plan", "--only", "ladder_b4")[1]
+    path.write_text(json.dumps({**report, "rows": {}}))
+    assert "begun" in run("plan", "--only", "ladder_b4")[1]
+
+
+def test_too_little_time_leaves_a_stage_for_the_next_call(run, tmp_path):
+    code, out = run("run", "--only", "kernels", "--minutes", "0.1")
+    assert code == 0
+    assert "left for the next call" in out
+    assert not (tmp_path / "results" / "kernels.json").exists()
+
+
+def test_a_stage_that_fails_is_named_with_the_end_of_its_log(run, campaign, monkeypatch):
+    broken = campaign.Stage("broken", "rates.py", smoke=("--batch", "3"))
+    monkeypatch.setattr(campaign, "STAGES", (broken,))
+    code, out = run("run")
+    assert code == 1
+    assert "--batch 3 is not a multiple of 4" in out
+    assert "failed: broken" in out
+
+
+def test_without_a_gpu_only_a_smoke_run(campaign, monkeypatch, capsys):
+    monkeypatch.setattr(campaign, "environment", lambda: {"gpu": None})
+    with pytest.raises(SystemExit) as stopped:
+        campaign.main(["run"])
+    assert stopped.value.code == 2
+    assert "none is visible" in capsys.readouterr().err
+
+
+def test_the_committed_texts_are_what_the_results_give(capsys):
+    assert importlib.import_module("readme_results").main(["--check"]) == 0, capsys.readouterr().err
+
+
+def test_a_figure_changed_by_hand_is_noticed(monkeypatch, tmp_path):
+    writer = importlib.import_module("readme_results")
+    readme, others = tmp_path / "README.md", tmp_path / "RESULTS.md"
+    readme.write_text(f"# before\n\n{writer.BEGIN}{writer.END}## after\n")
+    monkeypatch.setattr(writer, "README", readme)
+    monkeypatch.setattr(writer, "ALL", others)
+    assert writer.main([]) == 0
+    assert writer.main(["--check"]) == 0
+    assert readme.read_text().startswith("# before")
+    assert readme.read_text().endswith("## after\n")
+    assert "fused" in others.read_text()
+    others.write_text(others.read_text().replace("e-07", "e-09"))
+    assert writer.main(["--check"]) == 1
+
+
+def test_the_profile_sorts_kernels_and_names_the_largest_gaps():
+    profile = importlib.import_module("profile_step")
+    kernels = {
+        "nvjet_hsh_128x256": {"ms": 60.0, "calls": 10.0},
+        "void pytorch_flash::flash_fwd_kernel": {"ms": 12.0, "calls": 4.0},
+        "_attention_difference_kernel": {"ms": 5.0, "calls": 2.0},
+        "_adaln_backward_kernel": {"ms": 9.0, "calls": 2.0},
+        "_adamw_kernel": {"ms": 3.0, "calls": 1.0},
+        "triton_poi_fused_gelu_0": {"ms": 7.0, "calls": 3.0},
+    }
+    floor = {"products": 55.0, "attention": 11.5, "attention difference": 5.0}
+    report = profile.summary(100.0, kernels, floor)
+    assert {name: kind["ms"] for name, kind in report["kinds"].items()} == {
+        "products": 60.0,
+        "attention": 12.0,
+        "fused kernels": 9.0,
+        "Inductor's kernels": 7.0,
+        "attention difference": 5.0,
+        "idle": 4.0,
+        "update": 3.0,
+    }
+    assert report["largest_gaps"] == ["fused kernels", "Inductor's kernels", "products"]
+    assert report["floor_ms"] == 71.5
