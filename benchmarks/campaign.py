@@ -58,7 +58,7 @@ _FIRST = [
 ]
 
 
-_SMOKE_ROWS = ("flow-matching",)
+_SMOKE_ROWS = ("soflow/public",)  # eager: nothing to compile
 
 
 @dataclass(frozen=True)
@@ -92,15 +92,17 @@ STAGES = (
     _throughput("throughput_b4", "DiT-B/4", ("table",), 480),
     Stage("profile_xl2", "profile_step.py", ("--rates", "{folder}/rates.json"), ("--smoke",), 120),
     Stage("kernels", "kernels.py", ("--minutes", "7"), ("--smoke", "--only", "silu_difference"), 450),
-    Stage("precision", "precision.py", ("--weights", "random"), ("--smoke",), 90),
+    Stage("precision", "precision.py", ("--weights", "random", "digits"), seconds=180),
     _throughput("ladder_b4", "DiT-B/4", ("ladder",), 240),
     _throughput("ablations_b4", "DiT-B/4", ("ablations",), 300),
     _throughput("throughput_xl2", "DiT-XL/2", ("table",), 1100),
     _throughput("throughput_b2", "DiT-B/2", ("table",), 700),
     _throughput("throughput_l2", "DiT-L/2", ("table",), 900),
     Stage("photographs", "photographs.py", ("--seconds", "300"), seconds=580, rows=("soflow/fast", "soflow/public")),
-    Stage("sampling", "sampling.py", (), ("--smoke",), 120),
-    Stage("loader", "loader.py", (), ("--smoke",), 60),
+    Stage("sampling", "sampling.py", ("--steps", "1", "--minutes", "7"), seconds=450),
+    Stage("sampling_steps", "sampling.py",
+          ("--steps", "2", "4", "--precisions", "bf16", "--batches", "1", "256", "--minutes", "7"), seconds=450),
+    Stage("loader", "loader.py"),
     _throughput("ladder_xl2", "DiT-XL/2", ("ladder",), 500),
 )  # fmt: skip
 
@@ -196,6 +198,7 @@ class Campaign:
         arguments = [a.format(folder=self.folder) for a in (stage.smoke if self.smoke else stage.arguments)]
         if stage.rows:
             arguments += ["--rows", *self._rows(stage), "--resume", "--limit", f"{left - 20:.0f}"]
+            arguments += ["--plot", str(self._json(stage).with_suffix(".png"))]
         return [sys.executable, str(Path("benchmarks") / stage.script), *arguments, "--json", str(self._json(stage))]
 
     def _write_test_report(self, stage: Stage, code: int | str) -> None:

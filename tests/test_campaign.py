@@ -50,7 +50,7 @@ def test_a_table_is_done_when_it_has_every_row(run, tmp_path):
     assert run("run", "--only", "ladder_b4", "--minutes", "5")[0] == 0
     path = tmp_path / "results" / "ladder_b4.json"
     report = json.loads(path.read_text())
-    assert report["rows"]["flow-matching"]["ms_per_step"] > 0
+    assert report["rows"]["soflow/public"]["ms_per_step"] > 0
     assert "done" in run("plan", "--only", "ladder_b4")[1]
     path.write_text(json.dumps({**report, "rows": {}}))
     assert "begun" in run("plan", "--only", "ladder_b4")[1]
