@@ -19,7 +19,7 @@ from soflow_fast import distributed, doctor
 from soflow_fast.build import sample_shape
 from soflow_fast.config import TrainConfig
 from soflow_fast.dry_run import describe
-from soflow_fast.evaluate import evaluate
+from soflow_fast.evaluate import check_evaluation, evaluate
 from soflow_fast.images import balanced_labels, save_samples, vae_decoder
 from soflow_fast.sample import SAMPLE_PRECISIONS, Decoder, Sampler
 from soflow_fast.trainer import Trainer, load_run
@@ -123,7 +123,7 @@ def _sample(args: argparse.Namespace) -> None:
         precision=args.precision,
         compile=args.compile,
     )
-    decode = _decoder(config, args.vae, model)
+    decode = _decoder(_with_vae(config, args.vae), model)
     untimed = ""
     if sampler.compile:
         seconds, _ = _timed(lambda: list(sampler.draw(labels, 1)))
@@ -146,13 +146,14 @@ def _eval(args: argparse.Namespace) -> None:
         "weights": args.weights,
     }
     wanted = replace(config.evaluation, **{name: value for name, value in given.items() if value is not None})
-    config = replace(config, evaluation=wanted)
+    config = replace(_with_vae(config, args.vae), evaluation=wanted)
+    check_evaluation(config)
     folder = Path(args.run) / "evaluation" / f"step-{step:08d}-{wanted.steps}-step"
     scores = evaluate(
         model,
         config,
         folder,
-        decode=_decoder(config, args.vae, model),
+        decode=_decoder(config, model),
         seed=args.seed,
         precision=args.precision,
         compile=args.compile,
@@ -199,11 +200,14 @@ def _timed(work: Callable) -> tuple[float, Any]:
     return time.perf_counter() - started, result
 
 
-def _decoder(config: TrainConfig, name: str | None, model: torch.nn.Module) -> Decoder | None:
-    name = name or config.data.vae
-    if name is None:
+def _with_vae(config: TrainConfig, vae: str | None) -> TrainConfig:
+    return replace(config, data=replace(config.data, vae=vae or config.data.vae))
+
+
+def _decoder(config: TrainConfig, model: torch.nn.Module) -> Decoder | None:
+    if config.data.vae is None:
         return None
-    return vae_decoder(name, config.data.latent_scale, next(model.parameters()).device)
+    return vae_decoder(config.data.vae, config.data.latent_scale, next(model.parameters()).device)
 
 
 def _require_positive(name: str, value: int) -> None:

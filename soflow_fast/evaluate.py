@@ -3,8 +3,11 @@
 Shapes: n samples, C channels, S height and width. Images are in [-1, 1].
 """
 
+import hashlib
 import importlib.util
+import itertools
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -47,13 +50,38 @@ def digit_scores(samples: Tensor, labels: Tensor) -> dict[str, float]:
     }
 
 
+def why_unscored(config: TrainConfig) -> str | None:
+    """Why the samples of a configuration get no score, or None if they do."""
+    if config.data.kind == "digits":
+        return None
+    if config.data.vae is None and not _are_pixels(config):
+        return "no autoencoder is set (data.vae), so samples stay latents"
+    return None if _reference(config) else "evaluation.reference is not set to a folder of real images"
+
+
 def check_evaluation(config: TrainConfig) -> None:
-    """ValueError where :func:`evaluate` could not run at all, so that a training run need not find out late."""
-    reference = _reference(config)
-    if config.data.kind == "digits" or reference is not None:
+    """Finds what would make :func:`evaluate` fail before anything is drawn; downloads the extractor's weights.
+
+    Raises:
+        ValueError: for a missing package, an unknown feature extractor or one whose weights cannot be had, a reference
+            that is no folder of images, and settings that would do nothing.
+    """
+    wanted, unscored = config.evaluation, why_unscored(config)
+    if config.data.kind == "digits" or unscored:
+        why = unscored or "the digits are always compared with the real digits, pixel by pixel"
+        for name in ("reference", "features", "weights"):
+            if getattr(wanted, name) is not None:
+                raise ValueError(f"evaluation.{name}={getattr(wanted, name)!r} does nothing here: {why}; leave it out")
+    if config.data.kind == "digits":
         _fidelity()
-    if reference is not None and not reference.is_dir():
-        raise ValueError(f"evaluation.reference={str(reference)!r} is not a folder; give one of real images")
+        digits()
+    elif not unscored:
+        reference = _reference(config)
+        if not reference.is_dir():
+            raise ValueError(f"evaluation.reference={str(reference)!r} is not a folder; give one of real images")
+        if len(list(itertools.islice(_image_files(reference), 2))) < 2:
+            raise ValueError(f"evaluation.reference={str(reference)!r} holds fewer than two images; give more")
+        _fidelity().check_features(wanted.features or _INCEPTION, wanted.weights)
 
 
 def evaluate(
@@ -69,8 +97,8 @@ def evaluate(
     """Draws samples and scores them as the configuration's ``evaluation`` section says.
 
     The digits get :func:`digit_scores`. Images, and latents that are decoded, are written to ``folder`` and compared
-    with the real images of ``evaluation.reference`` (or of the training folder); latents without an autoencoder are
-    written as one array.
+    with the real images of ``evaluation.reference`` (or of the training folder), whose statistics are kept next to it
+    for the next time; latents without an autoencoder are written as one array.
 
     Args:
         model: an objective, its weights already those to score. folder: for the samples of images and latents, in
@@ -97,7 +125,7 @@ def evaluate(
     )
     if config.data.kind == "digits":
         return digit_scores(torch.cat(list(parts)), labels)
-    if decode is None and (config.data.kind == "latents" or not are_images(config.model.in_channels)):
+    if decode is None and not _are_pixels(config):
         return {"samples": str(_write_latents(parts, wanted.samples, config, folder))}
     folder.mkdir(parents=True, exist_ok=True)
     for earlier in folder.glob("*.png"):
@@ -118,23 +146,31 @@ def _reference(config: TrainConfig) -> Path | None:
     return None if given is None else Path(given)
 
 
+def _are_pixels(config: TrainConfig) -> bool:
+    """Whether samples are images as they come."""
+    return config.data.kind != "latents" and are_images(config.model.in_channels)
+
+
+def _image_files(folder: Path) -> Iterator[Path]:
+    return (file for file in folder.rglob("*") if file.suffix.lower().removeprefix(".") in _IMAGE_SUFFIXES.split(","))
+
+
 def _score_folders(samples: Path, reference: Path, size: int, config: TrainConfig) -> float:
-    features = config.evaluation.features or _INCEPTION
-    try:
-        return _fidelity().frechet_distance(
-            samples,
-            reference,
-            features=features,
-            cuda=torch.cuda.is_available() and config.device != "cpu",
-            samples_find_deep=True,
-            samples_find_ext=_IMAGE_SUFFIXES,
-            samples_resize_and_crop=size,
-            feature_extractor_weights_path=config.evaluation.weights,
-        )
-    except OSError as error:
-        raise ValueError(
-            f"the weights of {features} cannot be had ({error}); set evaluation.weights to their file"
-        ) from None
+    features, weights = config.evaluation.features or _INCEPTION, config.evaluation.weights
+    files = sorted((str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in _image_files(reference))
+    depends_on = repr((str(reference.resolve()), files, size, weights))
+    return _fidelity().frechet_distance(
+        samples,
+        reference,
+        features=features,
+        cache_folder=samples.parent / "reference",
+        second_name=hashlib.sha256(depends_on.encode()).hexdigest()[:16],
+        cuda=torch.cuda.is_available() and config.device != "cpu",
+        samples_find_deep=True,
+        samples_find_ext=_IMAGE_SUFFIXES,
+        samples_resize_and_crop=size,
+        feature_extractor_weights_path=weights,
+    )
 
 
 def _write_latents(parts, n: int, config: TrainConfig, folder: Path) -> Path:

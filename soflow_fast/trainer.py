@@ -1,5 +1,6 @@
 """The training run: steps, metrics, sample grids, checkpoints, and going on where it stopped."""
 
+import logging
 import os
 from dataclasses import asdict, replace
 from functools import partial
@@ -13,11 +14,13 @@ from soflow_fast import build, checkpoint, distributed, memory
 from soflow_fast.config import GIVEN, TrainConfig
 from soflow_fast.data import batches, load_resident
 from soflow_fast.ema import EMA
-from soflow_fast.evaluate import check_evaluation, evaluate
+from soflow_fast.evaluate import check_evaluation, evaluate, why_unscored
 from soflow_fast.images import are_images, balanced_labels, generate, save_samples, vae_decoder
 from soflow_fast.logs import METRICS_NAME, Meter, Quiet, RunLog
 from soflow_fast.optim import AdamW
 from soflow_fast.step import TrainStep
+
+_log = logging.getLogger(__name__)
 
 CONFIG_NAME = "config.yaml"
 CHECKPOINTS = "checkpoints"
@@ -141,6 +144,9 @@ class Trainer:
         )
         if self._decode is None and not are_images(config.model.in_channels):
             log.say("no autoencoder is set (data.vae), so samples stay latents: arrays in .npy files")
+        unscored = why_unscored(config)
+        if config.evaluation.every and unscored:
+            log.say(f"no evaluation during training: {unscored}")
         try:
             for done, (x, labels) in enumerate(steps, start + 1):
                 meter.update(done, self.step(x, labels))
@@ -155,7 +161,7 @@ class Trainer:
                         self.processes.of_first(partial(self._save, done, skipped))
                     if _due(done, output.sample_every):
                         self.processes.of_first(partial(self._write_samples, done))
-                    if _due(done, config.evaluation.every):
+                    if not unscored and _due(done, config.evaluation.every):
                         self.processes.of_first(partial(self._evaluate, done, log))
         finally:
             log.close()
@@ -246,9 +252,14 @@ class Trainer:
         save_samples(samples, self.run_dir / "samples" / f"step-{step:08d}", columns)
 
     def _evaluate(self, step: int, log: RunLog | Quiet) -> None:
-        with self.ema.applied():
-            folder = self.run_dir / "evaluation" / f"step-{step:08d}"
-            scores = evaluate(self.model, self.config, folder, decode=self._decode)
+        """Scores the averaged weights; a failure costs this score and not the training."""
+        folder = self.run_dir / "evaluation" / "during-training"  # the next one overwrites its samples
+        try:
+            with self.ema.applied():
+                scores = evaluate(self.model, self.config, folder, decode=self._decode)
+        except Exception as error:
+            _log.warning("the evaluation at step %d failed, and training goes on: %s", step, error, exc_info=error)
+            return
         log.append({"step": step, **{f"evaluation/{name}": value for name, value in scores.items()}})
 
 

@@ -136,6 +136,8 @@ def test_bad_arguments_of_the_other_commands(run, tmp_path, capsys):
     assert "--count 0" in _refused(capsys, "sample", run, "--count", 0)
     assert "--steps 0" in _refused(capsys, "sample", run, "--steps", 0)
     assert "--labels '3,10'" in _refused(capsys, "sample", run, "--labels", "3,10")
+    for option in ("--reference", "--features", "--weights"):
+        assert f"evaluation.{option[2:]}='x' does nothing here" in _refused(capsys, "eval", run, option, "x")
     assert "evaluation.steps=0" in _refused(capsys, "eval", run, "--steps", 0)
     assert "device='gpu'" in _refused(capsys, "sample", run, "--device", "gpu")
     with pytest.raises(SystemExit) as stopped:

@@ -1,6 +1,7 @@
 """Scores with known answers, and what an evaluation writes."""
 
 import importlib.util
+import re
 import sys
 import types
 from dataclasses import replace
@@ -11,7 +12,7 @@ import torch
 from PIL import Image
 from runs import tiny_config, write_latents
 
-from soflow_fast import SoFlow, build, evaluate
+from soflow_fast import SoFlow, build, evaluate, fidelity
 from soflow_fast.config import DataConfig, EvaluationConfig, ModelConfig, SoFlowConfig
 from soflow_fast.data import digits
 from soflow_fast.fidelity import frechet_distance
@@ -98,19 +99,27 @@ def test_saved_samples(tmp_path, channels, suffix):
         assert Image.open(path).size == (5 * 34, 34)
 
 
-def test_folder_scores_equal_those_of_the_images(tmp_path):
-    rng = np.random.default_rng(0)
-    levels = rng.integers(0, 256, (30, 8, 8, 3), dtype=np.uint8)
+def _write_images(folder, n=30):
+    """(n, 8, 8, 3) bytes, and two class folders of them as PNG."""
+    levels = np.random.default_rng(0).integers(0, 256, (n, 8, 8, 3), dtype=np.uint8)
     for number, image in enumerate(levels):
-        (tmp_path / "real" / f"class{number % 2}").mkdir(parents=True, exist_ok=True)
-        Image.fromarray(image).save(tmp_path / "real" / f"class{number % 2}" / f"{number}.png")
-    model = _model(channels=3)
-    config = tiny_config(
-        tmp_path,
-        model=replace(tiny_config(tmp_path).model, in_channels=3),
-        data=DataConfig(kind="folder", path=str(tmp_path / "real")),
-        evaluation=EvaluationConfig(samples=30, batch_size=7, features="pixels"),
+        (folder / f"class{number % 2}").mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(folder / f"class{number % 2}" / f"{number}.png")
+    return levels
+
+
+def _folder_config(run_dir, folder, **evaluation):
+    return tiny_config(
+        run_dir,
+        model=replace(tiny_config(run_dir).model, in_channels=3),
+        data=DataConfig(kind="folder", path=str(folder), workers=0),
+        evaluation=EvaluationConfig(**{"samples": 30, "batch_size": 7, "features": "pixels", **evaluation}),
     )
+
+
+def test_folder_scores_equal_those_of_the_images(tmp_path):
+    levels = _write_images(tmp_path / "real")
+    model, config = _model(channels=3), _folder_config(tmp_path, tmp_path / "real")
     (tmp_path / "samples").mkdir()
     Image.fromarray(levels[0]).save(tmp_path / "samples" / "of-an-earlier-evaluation.png")
     scores = evaluate.evaluate(model, config, tmp_path / "samples", seed=1)
@@ -118,6 +127,53 @@ def test_folder_scores_equal_those_of_the_images(tmp_path):
     real = torch.from_numpy(levels).permute(0, 3, 1, 2)
     assert scores["frechet"] == pytest.approx(frechet_distance(to_uint8(samples), real), rel=1e-3)
     assert len(list((tmp_path / "samples").iterdir())) == 30
+
+
+def test_the_reference_is_read_again_only_if_it_changed(tmp_path, monkeypatch):
+    _write_images(tmp_path / "real")
+    model, config = _model(channels=3), _folder_config(tmp_path, tmp_path / "real")
+    seen, forward = [], fidelity.PixelFeatures.forward
+    monkeypatch.setattr(fidelity.PixelFeatures, "forward", lambda self, x: seen.append(len(x)) or forward(self, x))
+    scores = []
+    for images in (60, 30, 59):  # 30 samples, and the reference twice
+        if images == 59:
+            (tmp_path / "real" / "class0" / "0.png").unlink()
+        seen.clear()
+        scores.append(evaluate.evaluate(model, config, tmp_path / "run" / "samples")["frechet"])
+        assert sum(seen) == images
+    assert scores[0] == scores[1] != scores[2]
+    assert len(list((tmp_path / "run" / "reference").iterdir())) == 2  # the statistics, without the features
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"features": "inseption"}, ["evaluation.features='inseption' is not known", "inception-v3-compat, "]),
+        ({"features": None, "weights": "nowhere.pth"}, ["weights of inception-v3-compat cannot be had", "nowhere.pth"]),
+        ({"features": None, "weights": __file__}, ["weights of inception-v3-compat cannot be had"]),
+        ({"reference": "nowhere"}, ["evaluation.reference='nowhere' is not a folder"]),
+        ({"reference": "empty"}, ["evaluation.reference='empty' holds fewer than two images"]),
+    ],
+)
+def test_what_would_fail_is_found_before_anything_is_drawn(tmp_path, monkeypatch, changes, words):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    _write_images(tmp_path / "real", n=2)
+    evaluate.check_evaluation(_folder_config(tmp_path, tmp_path / "real"))
+    with pytest.raises(ValueError, match=re.escape(words[0])) as error:
+        evaluate.check_evaluation(_folder_config(tmp_path, tmp_path / "real", **changes))
+    assert all(word in str(error.value) for word in words)
+
+
+@pytest.mark.parametrize("name", ["reference", "features", "weights"])
+def test_settings_that_would_do_nothing_are_refused(tmp_path, name):
+    for config, why in (
+        (tiny_config(tmp_path), "the digits are always compared with the real digits"),
+        (tiny_config(tmp_path, data=DataConfig(kind="latents")), "no autoencoder is set"),
+    ):
+        evaluate.check_evaluation(config)
+        with pytest.raises(ValueError, match=rf"evaluation\.{name}='x' does nothing here: {why}"):
+            evaluate.check_evaluation(replace(config, evaluation=EvaluationConfig(**{name: "x"})))
 
 
 def test_latents_without_an_autoencoder_are_written_and_said_to_be(tmp_path, caplog):

@@ -10,7 +10,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from runs import Blobs, tiny_config, write_config
+from runs import Blobs, tiny_config, write_config, write_latents
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -177,6 +177,22 @@ def test_samples_and_scores_during_training(tmp_path):
     assert len(checkpoint.committed(tmp_path / "checkpoints")) == 1  # the last step always has one
 
 
+def test_a_failing_evaluation_costs_its_score_and_not_the_run(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(trainer, "evaluate", lambda *_, **__: 1 / 0)
+    Trainer(tiny_config(tmp_path, evaluation=EvaluationConfig(every=4))).fit()
+    assert "the evaluation at step 4 failed, and training goes on: division by zero" in caplog.text
+    assert _final(tmp_path).step == 6
+    assert "evaluation/" not in (tmp_path / "metrics.jsonl").read_text()
+
+
+def test_what_cannot_be_scored_is_not_drawn_during_training(tmp_path, capsys):
+    data = DataConfig(kind="latents", path=str(write_latents(tmp_path / "latents.hdf5")), workers=0)
+    config = tiny_config(tmp_path, data=data, evaluation=EvaluationConfig(every=2))
+    Trainer(replace(config, model=replace(config.model, in_channels=4))).fit()
+    assert capsys.readouterr().err.count("no evaluation during training: no autoencoder is set (data.vae)") == 1
+    assert not (tmp_path / "evaluation").exists()
+
+
 def test_samples_use_the_averages_and_leave_the_weights_alone(tmp_path):
     run = Trainer(tiny_config(tmp_path))
     run.fit()
@@ -312,8 +328,8 @@ def test_other_refusals(tmp_path):
         Trainer(replace(config, batch_size=2000))
     with pytest.raises(ValueError, match=r"choose a batch per process and micro-batch that is a multiple of 4"):
         Trainer(replace(config, batch_size=12, optimizer=OptimizerConfig(accumulation=2))).fit()
-    with pytest.raises(ValueError, match=r"evaluation\.reference='.*nowhere' is not a folder"):
-        Trainer(replace(config, evaluation=EvaluationConfig(every=1, reference=str(tmp_path / "nowhere"))))
+    with pytest.raises(ValueError, match=r"evaluation\.reference='nowhere' does nothing here"):
+        Trainer(replace(config, evaluation=EvaluationConfig(every=1, reference="nowhere")))
     with pytest.raises(ValueError, match="is not a run: it holds no"):
         trainer.load_run(tmp_path)
     assert not (tmp_path / "run" / "checkpoints").exists()
