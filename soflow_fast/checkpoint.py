@@ -7,6 +7,7 @@ renamed, and it counts only while its marker ``COMMITTED`` exists, which is remo
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import NamedTuple
@@ -41,8 +42,8 @@ def path_of(folder: Path, step: int) -> Path:
 
 
 def committed(folder: Path) -> list[Path]:
-    """The checkpoints that count, oldest first."""
-    return sorted(marker.parent for marker in folder.glob(f"step-*/{_MARKER}"))
+    """The checkpoints that count, oldest first; folders of other names, such as copies, are not looked at."""
+    return sorted((path for path in _own(folder) if (path / _MARKER).is_file()), key=_step)
 
 
 def save(folder: Path, state: State, keep: int) -> Path:
@@ -69,7 +70,7 @@ def save(folder: Path, state: State, keep: int) -> Path:
     os.rename(temporary, final)
     _flush(folder)
     kept = committed(folder)[-keep:]
-    for old in folder.glob("step-*"):
+    for old in _own(folder):
         if old not in kept:
             _remove(old)
     return final
@@ -115,6 +116,15 @@ def load_weights(model: nn.Module, weights: dict[str, Tensor], path: Path) -> No
                 "model; use the config it was trained with"
             )
     model.load_state_dict(weights)
+
+
+def _own(folder: Path) -> list[Path]:
+    """The folders of :func:`path_of`, whether they count or not."""
+    return [path for path in folder.glob("step-*") if re.fullmatch(r"step-\d{8,}", path.name) and path.is_dir()]
+
+
+def _step(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
 
 
 def _on_host(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -44,6 +44,22 @@ def test_what_is_written_is_read_and_the_newest_stay(tmp_path):
         _assert_equal(checkpoint.load(path), _state(int(path.name[5:])))
 
 
+def test_what_others_keep_among_the_checkpoints_stays(tmp_path):
+    first = checkpoint.save(tmp_path, _state(1), keep=1)
+    shutil.copytree(first, tmp_path / "step-00000001-best")
+    (tmp_path / "step-00000001.zip").write_bytes(b"packed")
+    (tmp_path / "step-00000002").write_bytes(b"a file")
+    others = {"step-00000001-best", "step-00000001.zip", "step-00000002"}
+    newest = checkpoint.save(tmp_path, _state(100_000_000), keep=1)
+    assert checkpoint.committed(tmp_path) == [newest]
+    assert {entry.name for entry in tmp_path.iterdir()} == others | {"step-100000000"}
+
+
+def test_checkpoints_are_in_the_order_of_their_steps(tmp_path):
+    paths = [checkpoint.save(tmp_path, _state(step), keep=2) for step in (99_999_999, 100_000_000)]
+    assert checkpoint.committed(tmp_path) == paths
+
+
 def test_without_its_marker_a_checkpoint_does_not_count(tmp_path):
     checkpoint.save(tmp_path, _state(1), keep=2)
     newer = checkpoint.save(tmp_path, _state(2), keep=2)
