@@ -25,7 +25,9 @@ def where(report: dict) -> str:
     machine = report["environment"]
     versions = machine["versions"]
     hardware = (
-        machine["gpu"]["name"] if machine["gpu"] else f"{machine['cpu']['model']}, {machine['cpu']['threads']} threads"
+        machine["gpu"]["name"]
+        if machine["gpu"]
+        else f"{machine['cpu']['model']}, {machine['cpu']['threads']} thread(s)"
     )
     commit = machine["commit"]
     state = f"commit {commit['hash'][:8]}" + (" with changes" if commit["dirty"] else "") if commit else "no commit"
@@ -75,22 +77,18 @@ def kernel_errors(report: dict) -> str:
 
 def throughput(report: dict) -> str:
     timed = {name: row for name, row in report["rows"].items() if "ms_per_step" in row}
+    absolute = report["environment"]["gpu"] is not None  # times of a CPU that others use too are not told
     rows = []
     for name, row in sorted(timed.items(), key=lambda item: item[1]["ms_per_step"]):
         ratio = row["ratio_to_public"]
-        rows.append(
-            [
-                f"`{name}`",
-                f"{row['ms_per_step']:.4g}",
-                f"{row['images_per_s']:.4g}",
-                f"{ratio:.2f}" if ratio else "",
-                f"{row['flops_per_sample'] / 1e9:.3g}",
-                f"{row['peak_memory_bytes'] / 2**30:.3g}",
-            ]
-        )
+        line = [f"{ratio:.2f}" if ratio else "", f"{row['flops_per_sample'] / 1e9:.3g}"]
+        line.append(f"{row['peak_memory_bytes'] / 2**30:.3g}")
+        times = [f"{row['ms_per_step']:.4g}", f"{row['images_per_s']:.4g}"] if absolute else []
+        rows.append([f"`{name}`", *times, *line])
     left = [f"`{name}`: {row['skipped']}." for name, row in report["rows"].items() if "skipped" in row]
     text = report["title"] + ".\n\n"
-    text += markdown(["", "ms per step", "images/s", "times as fast as public", "GFLOP per image", "GiB"], rows)
+    times = ["ms per step", "images/s"] if absolute else []
+    text += markdown(["", *times, "times as fast as public", "GFLOP per image", "GiB"], rows)
     return text + ("\n\nNot run: " + " ".join(left) if left else "")
 
 
@@ -115,7 +113,9 @@ def kernels(report: dict) -> str:
 
 
 def step_forms(report: dict) -> str:
-    columns = {"ms_per_step": ("ms per step", "{:.4g}"), "ratio_to_plain": ("times as fast as plain", "{:.2f}")}
+    columns = {"ratio_to_plain": ("times as fast as plain", "{:.2f}")}
+    if report["environment"]["gpu"]:
+        columns["ms_per_step"] = ("ms per step", "{:.4g}")
     rows = [{**row, "of": name} for name, size in report["configurations"].items() for row in size["forms"]]
     return listed(rows, lambda row: f"{row['of']}, {row['form']}", columns)
 
