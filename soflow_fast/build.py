@@ -1,13 +1,14 @@
 """From a configuration to its objects: device, network, objective, data."""
 
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 
 import torch
 from torch import nn
 from torch.utils.data import Dataset
 
-from soflow_fast.config import GIVEN, ModelConfig, TrainConfig
+from soflow_fast.config import GIVEN, OBJECTIVE_SECTIONS, ModelConfig, TrainConfig
 from soflow_fast.data import ImageFolder, LatentMoments, digits
+from soflow_fast.data.checks import require_pair
 from soflow_fast.dit import DiT
 from soflow_fast.objectives.flow_matching import FlowMatching
 from soflow_fast.objectives.meanflow import MeanFlow
@@ -44,7 +45,8 @@ def build_network(config: ModelConfig, label_drop: float) -> DiT:
     """
     if config.preset == GIVEN:
         raise ValueError(
-            "this configuration's network was given to the Trainer as an object; load its checkpoint in Python"
+            "this configuration's network was given to the Trainer as an object; give it again, to the Trainer or to "
+            "soflow_fast.trainer.load_run(run_dir, model=...)"
         )
     sizes = {name: value for name, value in asdict(config).items() if value is not None and name != "preset"}
     if config.recompute == "auto":
@@ -53,20 +55,32 @@ def build_network(config: ModelConfig, label_drop: float) -> DiT:
     return DiT.from_preset(config.preset, class_dropout_prob=float(has_null), **sizes)
 
 
-def build_model(config: TrainConfig, network: nn.Module | None = None) -> nn.Module:
+def build_model(config: TrainConfig, given: nn.Module | None = None) -> nn.Module:
     """The objective of a configuration over its network, or over the one given; initialised from the seed alone.
 
-    It is built on the CPU (or the meta device, if that is the default), so that every device starts from the same
-    weights, and the caller's random state stays as it was.
+    A given objective is returned as it is. Otherwise it is built on the CPU (or the meta device, if that is the
+    default), so that every device starts from the same weights, and the caller's random state stays as it was.
     """
+    if is_objective(given):
+        return given
+    if config.objective == GIVEN:
+        raise ValueError(
+            "this configuration's objective was given to the Trainer as an object; give it again, to the Trainer or to "
+            "soflow_fast.trainer.load_run(run_dir, model=...)"
+        )
     section = {**asdict(config.objective_section), "impl": config.model.impl}
     if config.model.impl == "auto" and resolve_device(config.device).type == "cpu":
         section["impl"] = "torch"  # the fused kernels are for GPUs, also where there is one that is not used
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(config.seed)
-        if network is None:
-            network = build_network(replace(config.model, impl=section["impl"]), section["label_drop"])
-        return OBJECTIVES[config.objective](network, **section)
+        if given is None:
+            given = build_network(replace(config.model, impl=section["impl"]), section["label_drop"])
+        return OBJECTIVES[config.objective](given, **section)
+
+
+def is_objective(module: nn.Module | None) -> bool:
+    """Whether a module given to the Trainer is an objective, and not a network to put one over."""
+    return hasattr(module, "loss_of_rows")
 
 
 def sample_shape(config: TrainConfig) -> tuple[int, int, int]:
@@ -94,14 +108,17 @@ def check_dataset(config: TrainConfig, dataset: Dataset) -> float | None:
     """The scale of latent moments if that is what a data set holds, None if it holds samples.
 
     Raises:
-        ValueError: if it has no full batch, or its samples are neither (C, S, S) nor (2C, S, S).
+        ValueError: if it has no length or no full batch, its items are not pairs of a floating-point tensor and a
+            label, or its samples are neither (C, S, S) nor (2C, S, S).
     """
+    if not hasattr(dataset, "__len__"):
+        raise ValueError(f"the data set {type(dataset).__name__} has no length; give a map-style one, with __len__")
     if len(dataset) < config.batch_size:
         raise ValueError(
             f"batch_size={config.batch_size} is more than the {len(dataset)} samples of the data; "
             f"choose at most {len(dataset)}"
         )
-    shape, (channels, *size) = tuple(dataset[0][0].shape), sample_shape(config)
+    shape, (channels, *size) = require_pair(dataset[0], config.model.num_classes), sample_shape(config)
     if shape == (channels, *size):
         return None
     if shape == (2 * channels, *size):
@@ -112,10 +129,40 @@ def check_dataset(config: TrainConfig, dataset: Dataset) -> float | None:
     )
 
 
-def with_given(config: TrainConfig, *, network: bool, dataset: bool) -> TrainConfig:
-    """The configuration with what was given as an object marked as such."""
-    if network:
-        config = replace(config, model=replace(config.model, preset=GIVEN))
-    if dataset:
+def with_given(config: TrainConfig, model: nn.Module | None, dataset: Dataset | None) -> TrainConfig:
+    """The configuration with what was given as an object marked as such, and with its values.
+
+    The number of classes is the network's, unless the configuration has 0, which trains without labels. An objective of
+    this package brings its section; of any other nothing is known.
+
+    Raises:
+        ValueError: for a network without ``num_classes``.
+    """
+    if dataset is not None:
         config = replace(config, data=replace(config.data, kind=GIVEN))
-    return config
+    if model is None:
+        return config
+    network = model.network if is_objective(model) else model
+    num_classes = getattr(network, "num_classes", None)
+    if not isinstance(num_classes, int) or num_classes < 0:
+        raise ValueError(
+            f"the network {type(network).__name__} has num_classes={num_classes!r}; set it to the number of classes, "
+            "which is also the label that means 'no label'"
+        )
+    if config.model.num_classes == 0:
+        num_classes = 0
+    config = replace(config, model=replace(config.model, preset=GIVEN, num_classes=num_classes))
+    if not is_objective(model):
+        return config
+    name = next((name for name, objective in OBJECTIVES.items() if type(model) is objective), GIVEN)
+    sections = {} if name == GIVEN else {name: _section_of(model, name)}
+    return replace(config, objective=name, **sections)
+
+
+def _section_of(objective: nn.Module, name: str) -> object:
+    """The section of the configuration that would build this objective."""
+    values = {}
+    for f in fields(OBJECTIVE_SECTIONS[name]):
+        value = getattr(objective, f.name)
+        values[f.name] = value[0] if f.type is float and isinstance(value, tuple) else value  # one for all its times
+    return OBJECTIVE_SECTIONS[name](**values)

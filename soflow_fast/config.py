@@ -12,7 +12,7 @@ from typing import Any, Literal
 from soflow_fast import interop
 from soflow_fast.config_io import dump_yaml, flatten, lists, parse, read_yaml, require
 
-#: Stands for a network or a data set that was given to the Trainer as an object.
+#: Stands for a network, an objective or a data set that was given to the Trainer as an object.
 GIVEN = "given"
 
 DATA_KINDS = ("digits", "latents", "folder", GIVEN)
@@ -278,7 +278,8 @@ class TrainConfig:
     """Everything a training run depends on.
 
     Attributes:
-        run_dir: where the run is written and continued. objective: the name of its section, such as ``soflow``.
+        run_dir: where the run is written and continued. objective: the name of its section, such as ``soflow``; or
+            ``given`` (an object of another class given to the Trainer, of which nothing else is recorded).
         batch_size: rows of a step, over all micro-batches and processes, which share them equally.
         total_steps: of the run. seed: of every draw.
         device: ``auto`` (a GPU where there is one), ``cpu``, ``cuda`` or ``cuda:1``.
@@ -308,7 +309,7 @@ class TrainConfig:
         for name, value in self.flat().items():
             require(not (isinstance(value, float) and math.isnan(value)), f"{name}={value} is not a number; give one")
         require(
-            self.objective in OBJECTIVE_SECTIONS,
+            self.objective in (*OBJECTIVE_SECTIONS, GIVEN),
             f"objective={self.objective!r} is not known; choose one of {', '.join(OBJECTIVE_SECTIONS)}",
         )
         for name in ("batch_size", "total_steps"):
@@ -323,7 +324,7 @@ class TrainConfig:
 
     @property
     def objective_section(self) -> Any:
-        """The section of the chosen objective."""
+        """The section of the chosen objective, which is not ``given``."""
         return getattr(self, self.objective)
 
     @classmethod

@@ -42,7 +42,7 @@ class Trainer:
     Args:
         config: see :class:`~soflow_fast.TrainConfig`.
         model: a network ``net(x, t, s, labels)`` with ``net.num_classes`` to train instead of the configuration's
-            DiT, or an objective such as :class:`~soflow_fast.SoFlow` over one.
+            DiT, or an objective such as :class:`~soflow_fast.SoFlow` over one; its values replace the configuration's.
         dataset: map-style, of (sample, label), to train on instead of the configuration's data; samples (C, H, W)
             floating point, or (2C, H, W) latent moments.
 
@@ -51,7 +51,7 @@ class Trainer:
     """
 
     def __init__(self, config: TrainConfig, *, model: nn.Module | None = None, dataset: Dataset | None = None):
-        self.config = config = build.with_given(config, network=model is not None, dataset=dataset is not None)
+        self.config = config = build.with_given(config, model, dataset)
         device = build.resolve_device(config.device)
         if model is None:
             with torch.device("meta"):  # a value that cannot be is found before large weights are drawn
@@ -62,9 +62,7 @@ class Trainer:
             check_evaluation(config)
         self.processes = distributed.join(device)
         self.rows = self.processes.rows(config.batch_size)
-        if not hasattr(model, "loss_of_rows"):
-            model = build.build_model(config, model)
-        self.model = model.to(self.processes.device)
+        self.model = build.build_model(config, model).to(self.processes.device)
         wanted = config.optimizer
         self.optimizer = AdamW(
             [p for p in self.model.parameters() if p.requires_grad],
@@ -263,21 +261,28 @@ class Trainer:
         log.append({"step": step, **{f"evaluation/{name}": value for name, value in scores.items()}})
 
 
-def load_run(run_dir: str | Path, device: str = "auto") -> tuple[TrainConfig, nn.Module, int]:
+def load_run(
+    run_dir: str | Path, device: str = "auto", *, model: nn.Module | None = None
+) -> tuple[TrainConfig, nn.Module, int]:
     """The configuration of a run, its model with the averaged weights of the newest checkpoint, and the step.
 
+    Args:
+        run_dir: of the run. device: for the model.
+        model: the network or objective of a run that was given one as an object; it takes the weights.
+
     Raises:
-        ValueError: if there is no such run or no checkpoint in it.
+        ValueError: if there is no such run, no checkpoint in it, or the run was of another model.
     """
     run_dir = Path(run_dir)
     if not (run_dir / CONFIG_NAME).is_file():
         raise ValueError(f"{run_dir} is not a run: it holds no {CONFIG_NAME}; give the run_dir of a training run")
     config = replace(TrainConfig.from_yaml(run_dir / CONFIG_NAME), device=device)
+    _require_same(run_dir, build.with_given(config, model, None), config)
     found = checkpoint.committed(run_dir / CHECKPOINTS)
     if not found:
         raise ValueError(f"the run {run_dir} has no checkpoint yet; let it train to its first one")
     state = checkpoint.load(found[-1])
-    model = build.build_model(config).to(build.resolve_device(device)).eval()
+    model = build.build_model(config, model).to(build.resolve_device(device)).eval()
     checkpoint.load_weights(model, {**state.model, **state.ema}, found[-1])
     return config, model, state.step
 
@@ -294,7 +299,10 @@ def _require_same_run(run_dir: Path, config: TrainConfig) -> None:
         return
     if not (run_dir / CONFIG_NAME).exists():
         raise ValueError(f"run_dir={str(run_dir)!r} holds a run without its {CONFIG_NAME}; choose another folder")
-    theirs = TrainConfig.from_yaml(run_dir / CONFIG_NAME)
+    _require_same(run_dir, config, TrainConfig.from_yaml(run_dir / CONFIG_NAME))
+
+
+def _require_same(run_dir: Path, config: TrainConfig, theirs: TrainConfig) -> None:
     name = config.first_difference(theirs)
     if name is not None:
         raise ValueError(

@@ -88,6 +88,42 @@ def test_data_that_does_not_fit_the_model(tmp_path):
         build.build_dataset(TrainConfig())
 
 
+class _Items(list):
+    """A data set of these items."""
+
+
+@pytest.mark.parametrize(
+    ("item", "words"),
+    [
+        (torch.zeros(1, 8, 8), "yields (Tensor); each item must be a pair"),
+        ((torch.zeros(1, 8, 8), 1, 2), "yields (Tensor, int, int); each item must be a pair"),
+        ({"image": 1}, "yields (dict); each item must be a pair"),
+        (("picture", 1), "yields (str, int); each item must be a pair"),
+        ((torch.zeros(1, 8, 8), "cat"), "yields (Tensor, str); each item must be a pair"),
+        ((torch.zeros(1, 8, 8), torch.zeros(10)), "yields (Tensor, Tensor); each item must be a pair"),
+        ((torch.zeros(1, 8, 8, dtype=torch.uint8), 1), "samples of torch.uint8"),
+    ],
+)
+def test_items_that_are_no_pairs_are_refused(item, words):
+    with pytest.raises(ValueError, match=re.escape(words)):
+        build.check_dataset(tiny_config("unused"), _Items([item] * 16))
+
+
+def test_labels_are_not_looked_at_without_classes():
+    config = tiny_config("unused")
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, num_classes=0))
+    assert build.check_dataset(config, _Items([(torch.zeros(1, 8, 8), "cat")] * 16)) is None
+
+
+def test_a_data_set_without_a_length_is_refused():
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            yield torch.zeros(1, 8, 8), 1
+
+    with pytest.raises(ValueError, match="the data set Stream has no length; give a map-style one"):
+        build.check_dataset(tiny_config("unused"), Stream())
+
+
 def test_a_network_given_as_an_object_is_used():
     net = DiT(8, 4, 1, 16, 1, 2, num_classes=10)
     assert build.build_model(TrainConfig(), net).network is net

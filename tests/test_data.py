@@ -270,6 +270,14 @@ def test_folder_reads_classes_by_name_and_crops_the_centre(tmp_path):
     assert torch.equal(grey, torch.ones(1, 4, 4))
 
 
+def test_a_flat_folder_has_no_classes(tmp_path):
+    _write_image(tmp_path / "x.png", np.zeros((8, 8)))
+    data = ImageFolder(tmp_path, channels=1, size=8, num_classes=0)
+    assert [label for _, label in data] == [0]
+    with pytest.raises(ValueError, match=r"or set model\.num_classes=0 for images without classes"):
+        ImageFolder(tmp_path, channels=1, size=8, num_classes=10)
+
+
 def test_folder_refusals(tmp_path):
     form = {"channels": 3, "size": 8, "num_classes": 1}
     with pytest.raises(ValueError, match=r"does not exist; set data\.path"):

@@ -17,6 +17,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from soflow_fast import DiT, SoFlow, Trainer, checkpoint, trainer
 from soflow_fast.config import DataConfig, EvaluationConfig, ModelConfig, OptimizerConfig, OutputConfig, SoFlowConfig
 from soflow_fast.data.order import batch_indices
+from soflow_fast.objectives.flow_matching import FlowMatching
+from soflow_fast.objectives.meanflow import MeanFlow
 
 
 def _final(run_dir, step=6):
@@ -217,17 +219,72 @@ def test_load_run_gives_the_averages(tmp_path):
 # ------------------------------------------------------------------------------------- a user's network and data
 
 
+def _network(classes=10):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return DiT(8, 4, 1, 16, 1, 2, num_classes=classes)
+
+
 @pytest.mark.parametrize("wrapped", [False, True])
 def test_given_network_and_data(tmp_path, wrapped):
-    net = DiT(8, 4, 1, 16, 1, 2, num_classes=10)
+    net = _network()
     before = net.final_layer.linear.weight.detach().clone()
     config = tiny_config(tmp_path, data=DataConfig(kind="latents", path="nowhere", workers=0))
+    # with the default of 1000 classes: the network's ten are what counts
+    config = replace(config, model=ModelConfig(input_size=8, in_channels=1))
+    config = replace(config, output=replace(config.output, sample_every=3))
     run = Trainer(config, model=SoFlow(net) if wrapped else net, dataset=Blobs())
     assert run.model.guidance_scale == (3.0 if wrapped else 2.0)
     run.fit()
     assert not torch.equal(net.final_layer.linear.weight, before)
     with pytest.raises(ValueError, match="was given to the Trainer as an object"):
         trainer.load_run(tmp_path)
+    # the record has what was used, and a network alone is enough to have the model back
+    loaded, model, step = trainer.load_run(tmp_path, "cpu", model=_network())
+    assert (loaded.model.num_classes, loaded.soflow.guidance_scale, step) == (10, run.model.guidance_scale, 6)
+    assert model.guidance_scale == run.model.guidance_scale
+    assert all(torch.equal(value, run.ema.state_dict()[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("make", [SoFlow, MeanFlow, FlowMatching])
+def test_a_given_objective_of_other_values_is_another_run(tmp_path, make):
+    def run(scale, label_drop=0.1):
+        model = make(_network(), guidance_scale=scale, label_drop=label_drop)
+        return Trainer(tiny_config(tmp_path, total_steps=1), model=model)
+
+    run(2.0).fit()
+    run(2.0).fit()
+    with pytest.raises(ValueError, match=r"guidance_scale=2\.0, and this one has 3\.0"):
+        run(3.0).fit()
+    with pytest.raises(ValueError, match=r"label_drop=0\.1, and this one has 0\.5"):
+        trainer.load_run(tmp_path, model=make(_network(), guidance_scale=2.0, label_drop=0.5))
+
+
+class _OwnObjective(SoFlow):
+    pass
+
+
+def test_an_objective_of_ones_own_is_recorded_as_given(tmp_path):
+    config = tiny_config(tmp_path, total_steps=1)
+    Trainer(config, model=_OwnObjective(_network(), guidance_scale=2.0)).fit()
+    text = (tmp_path / "config.yaml").read_text()
+    assert "objective: given" in text
+    assert "guidance_scale" not in text
+    with pytest.raises(ValueError, match="objective='given', and this one has 'soflow'"):
+        Trainer(config, model=SoFlow(_network())).fit()
+    with pytest.raises(ValueError, match="objective was given to the Trainer as an object"):
+        trainer.load_run(tmp_path, model=_network())
+    assert trainer.load_run(tmp_path, "cpu", model=_OwnObjective(_network()))[2] == 1
+
+
+def test_the_classes_are_the_networks(tmp_path):
+    config = tiny_config(tmp_path, total_steps=1)
+    with pytest.raises(ValueError, match=r"labels from 0 to 9, outside the classes 0\.\.4"):
+        Trainer(config, model=_network(classes=5), dataset=Blobs(n=16)).fit()
+    net = _network()
+    del net.num_classes
+    with pytest.raises(ValueError, match="the network DiT has num_classes=None; set it to"):
+        Trainer(config, model=net)
 
 
 def test_unconditional_training(tmp_path):

@@ -1,6 +1,29 @@
 """What samples and labels of any data set must be."""
 
+from numbers import Integral
+from typing import Any
+
+import torch
 from torch import Tensor
+
+
+def require_pair(item: Any, num_classes: int) -> tuple[int, ...]:
+    """The shape of the sample in an item of a map-style data set.
+
+    Raises:
+        ValueError: unless it is (sample, label), the sample a floating-point tensor and, where there are classes, the
+            label an integer.
+    """
+    parts = item if isinstance(item, (tuple, list)) else [item]
+    if len(parts) == 2 and torch.is_tensor(parts[0]):
+        require_floating_point(parts[0])
+        if not num_classes or _is_integer(parts[1]):
+            return tuple(parts[0].shape)
+    found = ", ".join(type(part).__name__ for part in parts)
+    raise ValueError(
+        f"the data set yields ({found}); each item must be a pair of a floating-point tensor (C, H, W) and an integer "
+        "label"
+    )
 
 
 def require_floating_point(samples: Tensor) -> None:
@@ -26,3 +49,9 @@ def checked_labels(labels: Tensor, num_classes: int) -> Tensor:
             "set model.num_classes to the number of classes"
         )
     return labels.long()
+
+
+def _is_integer(label: Any) -> bool:
+    if torch.is_tensor(label):
+        return label.dim() == 0 and not (label.is_floating_point() or label.is_complex())
+    return isinstance(label, Integral)

@@ -1,4 +1,4 @@
-"""A folder of images by class: ``path/<class>/**/<image>``, classes in the order of their names."""
+"""A folder of images by class: ``path/<class>/**/<image>``, classes in the order of their names; or without classes."""
 
 from pathlib import Path
 
@@ -17,7 +17,7 @@ class ImageFolder(Dataset):
 
     Args:
         path: of the folder. channels: 1 (grey) or 3 (RGB). size: height and width of the result.
-        num_classes: at least as many as there are class folders; 0 ignores the classes.
+        num_classes: at least as many as there are class folders; 0 takes every image below the folder, of class 0.
 
     Raises:
         ValueError: for a folder that is missing or without images, and more class folders than classes.
@@ -30,7 +30,8 @@ class ImageFolder(Dataset):
         if channels not in _MODES:
             raise ValueError(f"model.in_channels={channels} does not fit images; choose 1 (grey) or 3 (RGB)")
         self.mode = _MODES[channels]
-        self.classes = sorted(entry.name for entry in self.path.iterdir() if entry.is_dir())
+        folders = sorted(entry.name for entry in self.path.iterdir() if entry.is_dir())
+        self.classes = folders if num_classes else [""]
         if num_classes and len(self.classes) > num_classes:
             raise ValueError(
                 f"the image folder {self.path} has {len(self.classes)} class folders, outside the classes "
@@ -43,7 +44,10 @@ class ImageFolder(Dataset):
             if file.suffix.lower() in _SUFFIXES
         ]
         if not self.samples:
-            raise ValueError(f"the image folder {self.path} holds no images; put them in one folder per class")
+            raise ValueError(
+                f"the image folder {self.path} holds no images; put them in one folder per class"
+                + (", or set model.num_classes=0 for images without classes" if num_classes else "")
+            )
 
     def __len__(self) -> int:
         return len(self.samples)
