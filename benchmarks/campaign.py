@@ -46,17 +46,15 @@ _NATIVE_TESTS = [
     "capture",
 ]
 
-# The rows that the claims are about come first, so that a short campaign has them.
+# Batch 256 for the rows that fit: the published form keeps float32 activations, with which XL/2 and L/2 do not. Their
+# whole tables, and the ratios to it, are at a batch that fits.
 _FIRST = [
     "soflow/fast",
-    "soflow/public",
     "soflow/merged-compile",
     "soflow/public-bf16-fp32pair-compile",
     "meanflow/strong",
     "meanflow/compiled",
-    "meanflow/published",
 ]
-
 
 _SMOKE_ROWS = ("soflow/public",)  # eager: nothing to compile
 
@@ -79,31 +77,33 @@ class Stage:
     rows: tuple[str, ...] = ()
 
 
-def _throughput(name: str, model: str, rows: tuple[str, ...], seconds: int) -> Stage:
+def _throughput(name: str, model: str, rows: tuple[str, ...], seconds: int, batch: int = 256) -> Stage:
     smoke = ("--model", "small", "--batch", "4", "--seconds", "0.2")
-    return Stage(name, "throughput.py", ("--model", model, "--seconds", "5"), smoke, seconds, rows)
+    return Stage(
+        name, "throughput.py", ("--model", model, "--batch", str(batch), "--seconds", "5"), smoke, seconds, rows
+    )
 
 
 STAGES = (
     Stage("correctness", "pytest", seconds=240),
     Stage("errors", "errors.py", (), ("--only", "silu_difference"), 60),
     Stage("rates", "rates.py", ("--models", "DiT-XL/2", "DiT-B/4", "DiT-L/2", "DiT-B/2"), seconds=60),
-    _throughput("throughput_xl2_first", "DiT-XL/2", tuple(_FIRST), 540),
+    _throughput("throughput_xl2_256", "DiT-XL/2", tuple(_FIRST), 540),
     _throughput("throughput_b4", "DiT-B/4", ("table",), 480),
     Stage("profile_xl2", "profile_step.py", ("--rates", "{folder}/rates.json"), ("--smoke",), 120),
     Stage("kernels", "kernels.py", ("--minutes", "7"), ("--smoke", "--only", "silu_difference"), 450),
     Stage("precision", "precision.py", ("--weights", "random", "digits"), seconds=180),
     _throughput("ladder_b4", "DiT-B/4", ("ladder",), 240),
     _throughput("ablations_b4", "DiT-B/4", ("ablations",), 300),
-    _throughput("throughput_xl2", "DiT-XL/2", ("table",), 1100),
+    _throughput("throughput_xl2_96", "DiT-XL/2", ("table",), 1100, batch=96),
     _throughput("throughput_b2", "DiT-B/2", ("table",), 700),
-    _throughput("throughput_l2", "DiT-L/2", ("table",), 900),
+    _throughput("throughput_l2_128", "DiT-L/2", ("table",), 900, batch=128),
     Stage("photographs", "photographs.py", ("--seconds", "300"), seconds=580, rows=("soflow/fast", "soflow/public")),
     Stage("sampling", "sampling.py", ("--steps", "1", "--minutes", "7"), seconds=450),
     Stage("sampling_steps", "sampling.py",
           ("--steps", "2", "4", "--precisions", "bf16", "--batches", "1", "256", "--minutes", "7"), seconds=450),
     Stage("loader", "loader.py"),
-    _throughput("ladder_xl2", "DiT-XL/2", ("ladder",), 500),
+    _throughput("ladder_xl2_96", "DiT-XL/2", ("ladder",), 500, batch=96),
 )  # fmt: skip
 
 
