@@ -85,11 +85,11 @@ def throughput(report: dict) -> str:
         line.append(f"{row['peak_memory_bytes'] / 2**30:.3g}")
         times = [f"{row['ms_per_step']:.4g}", f"{row['images_per_s']:.4g}"] if absolute else []
         rows.append([f"`{name}`", *times, *line])
-    left = [f"`{name}`: {row['skipped']}." for name, row in report["rows"].items() if "skipped" in row]
+    left = [f"`{name}`" for name, row in report["rows"].items() if "skipped" in row]
     text = report["title"] + ".\n\n"
     times = ["ms per step", "images/s"] if absolute else []
     text += markdown(["", *times, "times as fast as public", "GFLOP per image", "GiB"], rows)
-    return text + ("\n\nNot run: " + " ".join(left) if left else "")
+    return text + (f"\n\nNot run, for the reasons in the JSON: {', '.join(left)}." if left else "")
 
 
 def listed(rows: list[dict], name: Callable[[dict], str], columns: dict[str, tuple[str, str]]) -> str:
