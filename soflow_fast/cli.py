@@ -18,9 +18,11 @@ import torch
 from soflow_fast import distributed, doctor
 from soflow_fast.build import sample_shape
 from soflow_fast.config import TrainConfig
+from soflow_fast.config_io import read_yaml
 from soflow_fast.dry_run import describe
 from soflow_fast.evaluate import check_evaluation, evaluate
 from soflow_fast.images import balanced_labels, save_samples, vae_decoder
+from soflow_fast.interop import public_words
 from soflow_fast.sample import SAMPLE_PRECISIONS, Decoder, Sampler
 from soflow_fast.trainer import Trainer, load_run
 
@@ -60,7 +62,9 @@ def _parser() -> argparse.ArgumentParser:
         "train", _train, "train, or go on with, the run of a configuration", epilog=f"--name value: {_OVERRIDES}"
     )
     train.add_argument("config", help="YAML file: nested, or a published SoFlow file as it is")
-    train.add_argument("--dry-run", action="store_true", help="show configuration, sizes, FLOPs and memory, and stop")
+    train.add_argument(
+        "--dry-run", "--dry_run", action="store_true", help="show configuration, sizes, FLOPs and memory, and stop"
+    )
 
     sample = add("sample", _sample, "draw samples from a run")
     sample.add_argument("run", help="folder of the run")
@@ -98,12 +102,14 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _train(args: argparse.Namespace) -> None:
-    config = TrainConfig.from_yaml(args.config, args.overrides)
-    if args.dry_run:
-        print(describe(config))
-        return
-    trainer = Trainer(config)
-    last = trainer.fit()
+    raw = read_yaml(Path(args.config))
+    config = TrainConfig.from_dict(raw, args.overrides)
+    with public_words(raw):
+        if args.dry_run:
+            print(describe(config))
+            return
+        trainer = Trainer(config)
+        last = trainer.fit()
     if trainer.processes.is_first:
         print(f"done: {last}")
     distributed.leave()

@@ -3,14 +3,13 @@
 The defaults are the published ImageNet 256 recipe (arXiv 2512.15657) with DiT-B/4 on 4×32×32 latents.
 """
 
-import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
 from soflow_fast import interop
-from soflow_fast.config_io import dump_yaml, flatten, lists, parse, read_yaml, require
+from soflow_fast.config_io import Section, dump_yaml, flatten, lists, parse, read_yaml, require, require_known_overrides
 
 #: Stands for a network, an objective or a data set that was given to the Trainer as an object.
 GIVEN = "given"
@@ -19,7 +18,7 @@ DATA_KINDS = ("digits", "latents", "folder", GIVEN)
 
 
 @dataclass
-class ModelConfig:
+class ModelConfig(Section, section="model."):
     """The network, see :class:`~soflow_fast.DiT`; a size given here replaces the preset's.
 
     Attributes:
@@ -42,6 +41,7 @@ class ModelConfig:
     recompute: str = "auto"
 
     def __post_init__(self):
+        super().__post_init__()
         for name in ("input_size", "in_channels"):
             _require_count(f"model.{name}", getattr(self, name))
         for name in ("patch_size", "hidden_size", "depth", "num_heads"):
@@ -52,7 +52,7 @@ class ModelConfig:
 
 
 @dataclass
-class DataConfig:
+class DataConfig(Section, section="data."):
     """The training data.
 
     Attributes:
@@ -60,7 +60,8 @@ class DataConfig:
             (images by class) or ``given`` (an object given to the Trainer). path: of the file or folder.
         latent_scale: what unscaled latents are multiplied by. vae: name or folder of the diffusers ``AutoencoderKL``
             that decodes latents; without it samples stay latents. latent_precision: of the moments as they are read:
-            ``bf16`` rounds them by at most 2^-8 of their size and halves the memory they take, ``fp32`` does not.
+            ``fp32`` as they are; ``bf16`` rounds them by at most 2^-8 of their size and halves the memory they take,
+            so that twice as many can lie on a GPU.
         on_device: whether the data lie in the device's memory as a whole, for latents, digits and data sets that can be
             read in pieces; the batches are the same. ``auto`` is yes on a GPU if they take at most half of the free
             memory that a step is estimated to leave.
@@ -71,25 +72,21 @@ class DataConfig:
     path: str | None = None
     latent_scale: float = 0.18215
     vae: str | None = None
-    latent_precision: Literal["bf16", "fp32"] = "bf16"
+    latent_precision: Literal["bf16", "fp32"] = "fp32"
     on_device: bool | Literal["auto"] = "auto"
     workers: int = 4
     prefetch: int = 4
 
     def __post_init__(self):
+        super().__post_init__()
         require(self.kind in DATA_KINDS, f"data.kind={self.kind!r} is not known; choose one of {', '.join(DATA_KINDS)}")
-        for name, choices in (("latent_precision", ("bf16", "fp32")), ("on_device", (True, False, "auto"))):
-            value = getattr(self, name)
-            require(
-                value in choices, f"data.{name}={value!r} is not known; choose one of {', '.join(map(str, choices))}"
-            )
-        require(0 < self.latent_scale < math.inf, f"data.latent_scale={self.latent_scale} must be greater than 0")
+        require(self.latent_scale > 0, f"data.latent_scale={self.latent_scale} must be greater than 0")
         _require_count("data.workers", self.workers, least=0)
         _require_count("data.prefetch", self.prefetch)
 
 
 @dataclass
-class OptimizerConfig:
+class OptimizerConfig(Section, section="optimizer."):
     """AdamW.
 
     Attributes:
@@ -105,15 +102,13 @@ class OptimizerConfig:
     accumulation: int = 1
 
     def __post_init__(self):
-        require(
-            0 < self.learning_rate < math.inf,
-            f"optimizer.learning_rate={self.learning_rate} must be greater than 0",
-        )
+        super().__post_init__()
+        require(self.learning_rate > 0, f"optimizer.learning_rate={self.learning_rate} must be greater than 0")
         require(
             all(0 <= beta < 1 for beta in self.betas), f"optimizer.betas={tuple(self.betas)} must both be in [0, 1)"
         )
-        require(0 < self.eps < math.inf, f"optimizer.eps={self.eps} must be greater than 0")
-        require(0 <= self.weight_decay < math.inf, f"optimizer.weight_decay={self.weight_decay} must not be negative")
+        require(self.eps > 0, f"optimizer.eps={self.eps} must be greater than 0")
+        require(self.weight_decay >= 0, f"optimizer.weight_decay={self.weight_decay} must not be negative")
         require(
             self.grad_clip is None or self.grad_clip > 0,
             f"optimizer.grad_clip={self.grad_clip} must be greater than 0, or null for no clipping",
@@ -122,7 +117,7 @@ class OptimizerConfig:
 
 
 @dataclass
-class ComputeConfig:
+class ComputeConfig(Section, section="compute."):
     """How a step is computed, see :class:`~soflow_fast.step.TrainStep`; ``auto`` is its own choice for the device.
 
     Attributes:
@@ -136,18 +131,28 @@ class ComputeConfig:
 
 
 @dataclass
-class EMAConfig:
+class EMAConfig(Section, section="ema."):
     """The averaged weights that samples are drawn from, see :class:`~soflow_fast.ema.EMA`."""
 
     decay: float = 0.9999
     warmup: bool = True
 
     def __post_init__(self):
+        super().__post_init__()
         require(0 <= self.decay < 1, f"ema.decay={self.decay} must be in [0, 1)")
 
 
 @dataclass
-class SoFlowConfig:
+class _ObjectiveConfig(Section):
+    """What all objectives refuse alike; the rest is checked by each of them."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        require(self.p >= 0, f"{self.section}p={self.p} must not be negative; 0 weighs all rows alike")
+
+
+@dataclass
+class SoFlowConfig(_ObjectiveConfig, section="soflow."):
     """The objective ``soflow``; every attribute is an argument of :class:`~soflow_fast.SoFlow`, which checks it."""
 
     path: str = "linear"
@@ -169,9 +174,12 @@ class SoFlowConfig:
 
 
 @dataclass
-class MeanFlowConfig:
-    """The objective ``meanflow``, with the published settings of B/4; every attribute is an argument of
-    :class:`~soflow_fast.objectives.meanflow.MeanFlow`, which checks it."""
+class MeanFlowConfig(_ObjectiveConfig, section="meanflow."):
+    """The objective ``meanflow``, with the published guidance, times and weight of B/4; every attribute is an argument
+    of :class:`~soflow_fast.objectives.meanflow.MeanFlow`, which checks it.
+
+    Published runs also have ``optimizer.betas`` of (0.9, 0.95), where the default is SoFlow's (0.9, 0.99).
+    """
 
     path: str = "linear"
     guidance_scale: float = 3.0
@@ -188,7 +196,7 @@ class MeanFlowConfig:
 
 
 @dataclass
-class FlowMatchingConfig:
+class FlowMatchingConfig(_ObjectiveConfig, section="flow_matching."):
     """The objective ``flow_matching``; every attribute is an argument of
     :class:`~soflow_fast.objectives.flow_matching.FlowMatching`, which checks it."""
 
@@ -209,7 +217,7 @@ OBJECTIVE_SECTIONS = {"soflow": SoFlowConfig, "meanflow": MeanFlowConfig, "flow_
 
 
 @dataclass
-class OutputConfig:
+class OutputConfig(Section, section="output."):
     """What a run writes, and how often, in steps; 0 is never.
 
     Attributes:
@@ -225,6 +233,7 @@ class OutputConfig:
     keep_checkpoints: int = 3
 
     def __post_init__(self):
+        super().__post_init__()
         for name in ("sample_every", "checkpoint_every"):
             _require_count(f"output.{name}", getattr(self, name), least=0)
         for name in ("log_every", "sample_steps", "keep_checkpoints"):
@@ -234,7 +243,7 @@ class OutputConfig:
 
 
 @dataclass
-class EvaluationConfig:
+class EvaluationConfig(Section, section="evaluation."):
     """How samples are scored, see :mod:`soflow_fast.evaluate`.
 
     Attributes:
@@ -253,6 +262,7 @@ class EvaluationConfig:
     reference: str | None = None
 
     def __post_init__(self):
+        super().__post_init__()
         _require_count("evaluation.every", self.every, least=0)
         for name in ("batch_size", "steps"):
             _require_count(f"evaluation.{name}", getattr(self, name))
@@ -274,7 +284,7 @@ _FREE_SECTIONS = ("output.", "evaluation.")
 
 
 @dataclass
-class TrainConfig:
+class TrainConfig(Section):
     """Everything a training run depends on.
 
     Attributes:
@@ -306,8 +316,7 @@ class TrainConfig:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
     def __post_init__(self):
-        for name, value in self.flat().items():
-            require(not (isinstance(value, float) and math.isnan(value)), f"{name}={value} is not a number; give one")
+        super().__post_init__()
         require(
             self.objective in (*OBJECTIVE_SECTIONS, GIVEN),
             f"objective={self.objective!r} is not known; choose one of {', '.join(OBJECTIVE_SECTIONS)}",
@@ -344,8 +353,10 @@ class TrainConfig:
     @classmethod
     def from_dict(cls, raw: dict, overrides: Sequence[str] = ()) -> "TrainConfig":
         """:meth:`from_yaml` of a mapping already read."""
-        raw = interop.from_public(raw) if interop.is_public(raw) else raw
-        return cls(**parse(cls, raw, overrides))
+        require_known_overrides(cls, overrides)
+        with interop.public_words(raw):
+            nested = interop.from_public(raw, {f.name for f in fields(cls)}) if interop.is_public(raw) else raw
+            return cls(**parse(cls, nested, overrides))
 
     def to_dict(self) -> dict:
         """The nested mapping that :meth:`from_dict` reads, without the sections of the other objectives."""

@@ -1,9 +1,10 @@
 """Reading a configuration: YAML, ``--name value`` overrides, and one sentence for every mistake."""
 
 import difflib
+import math
 import re
 from collections.abc import Sequence
-from dataclasses import fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin
@@ -11,11 +12,34 @@ from typing import Any, Literal, Union, get_args, get_origin
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
+from soflow_fast.interop import PUBLIC_NAMES
+
 
 def require(condition: bool, sentence: str) -> None:
     """ValueError with that sentence unless the condition holds."""
     if not condition:
         raise ValueError(sentence)
+
+
+@dataclass
+class Section:
+    """Base of the config dataclasses: every value must fit its annotation, and numbers must be finite.
+
+    A subclass names its ``section`` of the file, with the dot.
+    """
+
+    section = ""
+
+    def __init_subclass__(cls, section: str = ""):
+        cls.section = section
+
+    def __post_init__(self):
+        for f in fields(self):
+            value = getattr(self, f.name)
+            require(
+                is_dataclass(f.type) or _fits(value, f.type),
+                f"{self.section}{f.name}={value!r} does not fit; it must be: {_expected(f.type)}",
+            )
 
 
 def parse(cls: type, raw: dict, overrides: Sequence[str] = ()) -> dict[str, Any]:
@@ -26,7 +50,7 @@ def parse(cls: type, raw: dict, overrides: Sequence[str] = ()) -> dict[str, Any]
     """
     known = leaves(cls)
     _require_known(flatten(raw), set(known))
-    _require_known({arg[2:].split("=")[0]: None for arg in overrides if arg.startswith("--")}, set(known))
+    require_known_overrides(cls, overrides)
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(cls)
     try:
@@ -40,6 +64,11 @@ def parse(cls: type, raw: dict, overrides: Sequence[str] = ()) -> dict[str, Any]
             require(namespace[name] is not None, f"{name} has no value; give one, or leave the key out")
     built = parser.instantiate(namespace)
     return {f.name: built[f.name] for f in fields(cls)}
+
+
+def require_known_overrides(cls: type, overrides: Sequence[str]) -> None:
+    """ValueError for a ``--name`` that a config class does not have, with the nearest one."""
+    _require_known({arg[2:].split("=")[0]: None for arg in overrides if arg.startswith("--")}, set(leaves(cls)))
 
 
 def read_yaml(path: Path) -> dict:
@@ -92,13 +121,35 @@ def _require_known(given: dict[str, Any], known: set[str]) -> None:
 
 
 def _nearest(name: str, known: set[str]) -> str:
-    """The known name most like this one, whole or by its last part."""
+    """The known name most like this one, whole or by its last part or its initials; or what a published key means."""
+    if name in PUBLIC_NAMES:
+        return PUBLIC_NAMES[name]
+    last = name.split(".")[-1]
 
     def likeness(candidate: str) -> float:
-        whole = difflib.SequenceMatcher(None, name, candidate).ratio()
-        return max(whole, difflib.SequenceMatcher(None, name.split(".")[-1], candidate.split(".")[-1]).ratio())
+        own = candidate.split(".")[-1]
+        if last == "".join(word[0] for word in own.split("_")):  # lr, wd
+            return 1.0
+        pairs = ((name, candidate), (last, own))
+        return max(difflib.SequenceMatcher(None, *pair).ratio() for pair in pairs)
 
     return max(sorted(known), key=likeness)
+
+
+def _fits(value: Any, annotation: Any) -> bool:
+    """Whether a value is of an annotation; whole numbers are floats too, and lists are tuples."""
+    origin, choices = get_origin(annotation), get_args(annotation)
+    if origin in (Union, UnionType):
+        return any(_fits(value, choice) for choice in choices)
+    if origin is Literal:
+        return value in choices
+    if origin is tuple:
+        fits = isinstance(value, (tuple, list)) and len(value) == len(choices)
+        return fits and all(map(_fits, value, choices))
+    if annotation in (int, float):
+        numbers = (int, float) if annotation is float else int
+        return isinstance(value, numbers) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, annotation)
 
 
 def _one_sentence(cls: type, message: str) -> str:
@@ -114,13 +165,15 @@ def _one_sentence(cls: type, message: str) -> str:
 
 def _expected(annotation: Any) -> str:
     """An annotation in YAML's words."""
-    words = {bool: "true or false", type(None): "null"}
+    words = {bool: "true or false", type(None): "null", float: "a finite number", int: "a whole number"}
     if annotation in words:
         return words[annotation]
     if get_origin(annotation) is Literal:
         return " or ".join(map(str, get_args(annotation)))
     if get_origin(annotation) in (Union, UnionType):
         return " or ".join(_expected(choice) for choice in get_args(annotation))
+    if get_origin(annotation) is tuple:
+        return f"[{', '.join(_expected(choice) for choice in get_args(annotation))}]"
     return annotation.__name__ if isinstance(annotation, type) else str(annotation)
 
 

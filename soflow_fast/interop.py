@@ -1,6 +1,9 @@
 """The published SoFlow YAML files (https://arxiv.org/abs/2512.15657): their flat keys, and what they mean here."""
 
 import difflib
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 #: The published keys and the values the published trainer takes where a file leaves one out.
 PUBLIC_DEFAULTS = {
@@ -41,10 +44,53 @@ PUBLIC_DEFAULTS = {
     "seed": 42,
 }
 
-_PATHS = {"Linear": "linear", "Trig": "trig", "Triangular": "trig"}
-_PARAMETERIZATIONS = {"Euler": "euler", "Trig": "trig", "Triangular": "trig"}
-_SCHEDULES = {"Const": "const", "Linear": "linear", "Cosine": "cosine", "Exponent": "exponential"}
-_MODELS = {f"DiT-{size}": f"DiT-{size.replace('-', '/')}" for size in ("B-4", "B-2", "M-2", "L-2", "XL-2")}
+#: What each published key is called here; eval_NFE is also evaluation.steps.
+PUBLIC_NAMES = {
+    "working_dir": "run_dir",
+    "noising_type": "soflow.path",
+    "coefficient_type": "soflow.parameterization",
+    "model_type": "model.preset",
+    "dataset_type": "data.kind",
+    "data_size": "model.input_size",
+    "dataset_path": "data.path",
+    "velocity_loss_ratio": "soflow.velocity_share",
+    "p": "soflow.p",
+    "eps": "soflow.eps",
+    "time_mean": "soflow.time_mean",
+    "time_std": "soflow.time_std",
+    "cfg_scale": "soflow.guidance_scale",
+    "mix_ratio": "soflow.guidance_mix",
+    "cfg_drop_rate": "soflow.label_drop",
+    "cfg_decay_time": "soflow.guidance_decay_time",
+    "l_schedule": "soflow.gap_schedule",
+    "l_init_ratio": "soflow.gap_init",
+    "l_end_ratio": "soflow.gap_end",
+    "total_steps": "total_steps",
+    "ema_decay_rate": "ema.decay",
+    "learning_rate": "optimizer.learning_rate",
+    "betas": "optimizer.betas",
+    "weight_decay": "optimizer.weight_decay",
+    "batch_size": "batch_size",
+    "num_workers": "data.workers",
+    "prefetch_factor": "data.prefetch",
+    "eval_steps": "evaluation.every",
+    "eval_batch_size": "evaluation.batch_size",
+    "eval_NFE": "output.sample_steps",
+    "eval_demo_steps": "output.sample_every",
+    "eval_demo_shape": "output.sample_shape",
+    "ckpt_saving_steps": "output.checkpoint_every",
+    "logging_steps": "output.log_every",
+    "seed": "seed",
+}
+
+# Published values, and what they are called here.
+_VALUES = {
+    "noising_type": {"Linear": "linear", "Trig": "trig", "Triangular": "trig"},
+    "coefficient_type": {"Euler": "euler", "Trig": "trig", "Triangular": "trig"},
+    "l_schedule": {"Const": "const", "Linear": "linear", "Cosine": "cosine", "Exponent": "exponential"},
+    "model_type": {f"DiT-{size}": f"DiT-{size.replace('-', '/')}" for size in ("B-4", "B-2", "M-2", "L-2", "XL-2")},
+    "dataset_type": {"Imagenet": "latents"},
+}
 
 # The published ImageNet file trains on the latents of 1000 classes, 4 channels of mean and 4 of standard deviation.
 _IMAGENET_CLASSES, _LATENT_CHANNELS = 1000, 4
@@ -54,83 +100,66 @@ _EVALUATION_SAMPLES = 50_000
 _SHARED = {"batch_size", "total_steps", "seed", "learning_rate", "betas", "weight_decay", "p", "eps"}
 _SHARED |= {"time_mean", "time_std"}
 
+# Names here, with their section and, unless they are words of English, as objective and network have them.
+_WORDS = {name: key for key, name in PUBLIC_NAMES.items()} | {"evaluation.steps": "eval_NFE"}
+_WORDS |= {name.split(".")[1]: key for name, key in _WORDS.items() if re.match(r"(soflow|model)\.\w+_", name)}
+
 
 def is_public(raw: dict) -> bool:
-    """Whether a mapping read from YAML is flat and has keys that only the published files have."""
-    flat = not any(isinstance(value, dict) for value in raw.values())
-    return flat and bool((PUBLIC_DEFAULTS.keys() - _SHARED) & raw.keys())
+    """Whether a mapping read from YAML has keys that only the published files have."""
+    return bool((PUBLIC_DEFAULTS.keys() - _SHARED) & raw.keys())
 
 
-def from_public(raw: dict) -> dict:
+@contextmanager
+def public_words(raw: dict) -> Iterator[None]:
+    """Within it, a ValueError about a configuration of the published form names things as that file does."""
+    try:
+        yield
+    except ValueError as error:
+        if not is_public(raw):
+            raise
+        words = re.sub(r"(?<![\w./'])[A-Za-z_]\w*(?:\.\w+)*", lambda word: _WORDS.get(word[0], word[0]), str(error))
+        raise ValueError(words) from None
+
+
+def from_public(raw: dict, nested_keys: set[str]) -> dict:
     """The nested mapping of :class:`~soflow_fast.TrainConfig` for a published file.
 
+    Args:
+        raw: the file's mapping. nested_keys: the outermost keys of the nested form.
+
     Raises:
-        ValueError: for a key the published trainer does not have (with the nearest one), or for a value that is not
-            known or not built yet.
+        ValueError: for a key the published trainer does not have (with the nearest one), keys of both forms, or a value
+            that is not known or not built yet.
     """
-    for key in raw:
-        if key not in PUBLIC_DEFAULTS:
-            near = difflib.get_close_matches(str(key), PUBLIC_DEFAULTS, n=1, cutoff=0)
-            raise ValueError(f"unknown key {key!r} in a SoFlow file of the published form; the nearest is {near[0]!r}")
+    for key in map(str, raw):
+        if key in PUBLIC_DEFAULTS:
+            continue
+        if key.split(".")[0] in nested_keys:
+            raise ValueError(
+                f"the file has the key {key!r} of the nested form among keys of the published form, and the two cannot "
+                f"be mixed; give it on the command line, such as --data.vae NAME, or write the whole file nested"
+            )
+        near = difflib.get_close_matches(key, PUBLIC_DEFAULTS, n=1, cutoff=0)
+        raise ValueError(f"unknown key {key!r} in a SoFlow file of the published form; the nearest is {near[0]!r}")
     flat = {**PUBLIC_DEFAULTS, **raw}
     if flat["model_type"] == "UNet":
-        raise ValueError("model_type: UNet is not built yet; choose one of " + ", ".join(_MODELS))
+        raise ValueError("model_type: UNet is not built yet; choose one of " + ", ".join(_VALUES["model_type"]))
     if flat["dataset_type"] == "CIFAR10":
         raise ValueError(
             "dataset_type: CIFAR10 is not built yet; use the nested form with data.kind: folder and images by class"
         )
-    _translate("dataset_type", flat["dataset_type"], {"Imagenet": "latents"})
     if isinstance(flat["eval_demo_shape"], (int, str)):
         raise ValueError(f"eval_demo_shape: {flat['eval_demo_shape']!r} is not [rows, columns], such as [4, 8]")
-    return {
-        "run_dir": flat["working_dir"],
-        "batch_size": flat["batch_size"],
-        "total_steps": flat["total_steps"],
-        "seed": flat["seed"],
-        "model": {
-            "preset": _translate("model_type", flat["model_type"], _MODELS),
-            "input_size": flat["data_size"],
-            "in_channels": _LATENT_CHANNELS,
-            "num_classes": _IMAGENET_CLASSES,
-        },
-        "data": {
-            "kind": "latents",
-            "path": flat["dataset_path"],
-            "workers": flat["num_workers"],
-            "prefetch": flat["prefetch_factor"],
-        },
-        "optimizer": {key: flat[key] for key in ("learning_rate", "betas", "weight_decay")},
-        "ema": {"decay": flat["ema_decay_rate"]},
-        "soflow": {
-            "path": _translate("noising_type", flat["noising_type"], _PATHS),
-            "parameterization": _translate("coefficient_type", flat["coefficient_type"], _PARAMETERIZATIONS),
-            "guidance_scale": flat["cfg_scale"],
-            "guidance_mix": flat["mix_ratio"],
-            "guidance_decay_time": flat["cfg_decay_time"],
-            "label_drop": flat["cfg_drop_rate"],
-            "p": flat["p"],
-            "eps": flat["eps"],
-            "velocity_share": flat["velocity_loss_ratio"],
-            "time_mean": flat["time_mean"],
-            "time_std": flat["time_std"],
-            "gap_schedule": _translate("l_schedule", flat["l_schedule"], _SCHEDULES),
-            "gap_init": flat["l_init_ratio"],
-            "gap_end": flat["l_end_ratio"],
-        },
-        "output": {
-            "log_every": flat["logging_steps"],
-            "checkpoint_every": flat["ckpt_saving_steps"],
-            "sample_every": flat["eval_demo_steps"],
-            "sample_shape": flat["eval_demo_shape"],
-            "sample_steps": flat["eval_NFE"],
-        },
-        "evaluation": {
-            "every": flat["eval_steps"],
-            "samples": _EVALUATION_SAMPLES,
-            "batch_size": flat["eval_batch_size"],
-            "steps": flat["eval_NFE"],
-        },
+    nested = {
+        "model": {"in_channels": _LATENT_CHANNELS, "num_classes": _IMAGENET_CLASSES},
+        "evaluation": {"samples": _EVALUATION_SAMPLES, "steps": flat["eval_NFE"]},
     }
+    for key, value in flat.items():
+        *section, name = PUBLIC_NAMES[key].split(".")
+        place = nested.setdefault(section[0], {}) if section else nested
+        place[name] = _translate(key, value, _VALUES[key]) if key in _VALUES else value
+    return nested
 
 
 def _translate(key: str, value: object, names: dict[str, str]) -> str:

@@ -58,7 +58,9 @@ def _refused(capsys, *args) -> str:
         ("model:\n  attention: flash_attn\n", ["attention='flash_attn'", "attention='sdpa'"]),
         ("data:\n  path: nowhere.hdf5\nmodel: {depth: 1}\n", ["nowhere.hdf5", "does not exist"]),
         ("data: {kind: folder, path: nowhere}\nmodel: {depth: 1}\n", ["nowhere", "does not exist"]),
-        (IMAGENET.replace("0.002", "0.0"), ["gap_end=0.0"]),
+        (IMAGENET.replace("0.002", "0.0"), ["l_end_ratio=0.0"]),
+        (IMAGENET.replace("cfg_drop_rate: 0.1", "cfg_drop_rate: 0"), ["cfg_scale=2.5", "set cfg_drop_rate > 0"]),
+        (IMAGENET.replace("data_size: 32", "data_size: 33"), ["patch_size=2", "data_size=33"]),
         (IMAGENET.replace("DiT-XL-2", "UNet"), ["UNet", "not built yet"]),
     ],
 )

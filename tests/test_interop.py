@@ -4,7 +4,8 @@ import re
 
 import pytest
 
-from soflow_fast import TrainConfig
+from soflow_fast import TrainConfig, interop
+from soflow_fast.config_io import leaves
 
 IMAGENET = """
 working_dir: './runs/imagenet' # comment
@@ -105,6 +106,26 @@ def test_keys_left_out_have_the_published_trainers_values(tmp_path):
     assert (config.soflow.guidance_scale, config.soflow.label_drop, config.seed) == (1.0, 0.0, 42)
 
 
+def test_every_published_key_has_one_meaning():
+    assert interop.PUBLIC_NAMES.keys() == interop.PUBLIC_DEFAULTS.keys()
+    assert set(interop.PUBLIC_NAMES.values()) <= leaves(TrainConfig).keys()
+
+
+def test_what_only_the_objective_finds_is_said_in_the_files_words():
+    sentence = "guidance_scale=3 needs it, which label_drop=0 does not; set label_drop > 0"
+    published = "cfg_scale=3 needs it, which cfg_drop_rate=0 does not; set cfg_drop_rate > 0"
+    for raw, words in (({"working_dir": "x"}, published), ({"run_dir": "x"}, sentence)):
+        with pytest.raises(ValueError, match=f"^{words}$"), interop.public_words(raw):
+            raise ValueError(sentence)
+
+
+def test_a_published_file_is_overridden_by_nested_names():
+    config = TrainConfig.from_dict({"working_dir": "x"}, ["--data.vae", "y"])
+    assert (config.run_dir, config.data.vae) == ("x", "y")
+    with pytest.raises(ValueError, match=r"unknown key 'cfg_scale'; the nearest is 'soflow\.guidance_scale'"):
+        TrainConfig.from_dict({"working_dir": "x"}, ["--cfg_scale", "3"])
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [
@@ -114,7 +135,13 @@ def test_keys_left_out_have_the_published_trainers_values(tmp_path):
         (IMAGENET.replace("l_schedule", "l_shedule"), ["l_shedule", "l_schedule"]),
         (IMAGENET.replace("'Exponent'", "Sqrt"), ["l_schedule", "Sqrt", "Cosine"]),
         (IMAGENET.replace("[4, 8]", "32"), ["eval_demo_shape", "32"]),
-        (IMAGENET.replace("1e-4", "-1"), ["learning_rate", "-1"]),
+        (IMAGENET.replace("1e-4", "-1"), ["learning_rate=-1.0 must be greater than 0"]),
+        (IMAGENET.replace("p: 1.0", "p: -1"), ["p=-1.0 must not be negative"]),
+        (IMAGENET.replace("0.8, 0.8", ".nan, 0.8"), ["time_std=(1.0, nan, 0.8) does not fit"]),
+        (IMAGENET.replace("num_workers: 12", "num_workers: -1"), ["num_workers=-1 is not possible"]),
+        (IMAGENET + "data: {vae: x}\n", ["'data' of the nested form", "cannot be mixed", "--data.vae NAME"]),
+        (IMAGENET + "device: cpu\n", ["'device' of the nested form", "cannot be mixed"]),
+        (IMAGENET + "data.vae: x\n", ["'data.vae' of the nested form", "cannot be mixed"]),
     ],
 )
 def test_mistakes_are_one_sentence(tmp_path, text, words):
