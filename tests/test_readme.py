@@ -1,0 +1,66 @@
+"""The README's Python runs as it stands, on a smaller network."""
+
+import re
+from pathlib import Path
+
+import torch
+import yaml
+
+from soflow_fast import DiT, TrainConfig
+
+README = Path(__file__).parents[1] / "README.md"
+
+
+class _Samples(torch.utils.data.Dataset):
+    """Eight samples of a class each."""
+
+    def __len__(self):
+        return 8
+
+    def __getitem__(self, i):
+        return torch.full((1, 8, 8), i / 8), i % 3
+
+
+def _settings(folder):
+    return {
+        "run_dir": str(folder),
+        "batch_size": 8,
+        "total_steps": 2,
+        "device": "cpu",
+        "model": {
+            "input_size": 8, "patch_size": 4, "in_channels": 1, "num_classes": 3, "hidden_size": 16, "depth": 1,
+            "num_heads": 2,
+        },
+        "output": {"sample_every": 0},
+    }  # fmt: skip
+
+
+def test_the_python_of_the_readme_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    digits = _settings("runs/digits") | {"data": {"kind": "digits"}}
+    digits["model"] |= {"num_classes": 10}
+    Path("imagenet.yaml").write_text(yaml.safe_dump(digits))
+    Path("given.yaml").write_text(yaml.safe_dump(_settings("runs/given")))
+    generator = torch.Generator().manual_seed(0)
+    x0, noise = torch.randn(2, 4, 4, 32, 32, generator=generator)
+    labels = torch.arange(4)
+    names = {
+        "config": TrainConfig.from_yaml("given.yaml"),
+        "my_network": DiT(8, 4, 1, 16, 1, 2, num_classes=3),
+        "my_dataset": _Samples(),
+        "x0": x0,
+        "noise": noise,
+        "labels": labels,
+        "progress": 0.5,
+        "step": 7,
+        "batches": [(x0, labels), (x0, labels)],
+    }
+    blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+    assert len(blocks) == 2
+    for block in blocks:
+        assert "DiT-B/4" in block or "TrainStep" in block
+        exec(block.replace("DiT-B/4", "DiT-S/4"), names)
+    assert names["loss"].isfinite()
+    assert names["images"].shape == x0.shape
+    assert names["stats"].finite
+    assert sorted(path.name for path in Path("runs").iterdir()) == ["digits", "given"]
