@@ -160,6 +160,8 @@ class _Pass:
         self.kernel, self.group = kernel, group
         self.parameters = [p for p in group["params"] if p.requires_grad]
         self.device = self.parameters[0].device
+        if any(p.data_ptr() % 16 for p in self.parameters):
+            raise ValueError("AdamW(impl='triton') got a parameter that does not start at 16 bytes; use impl='torch'")
         states = [optimizer.state[p] for p in self.parameters]
         steps = [state["step"] for state in states if "step" in state]
         self.step_count = torch.zeros((), device=self.device)
@@ -194,11 +196,12 @@ class _Pass:
         gradients = [p.grad for p in self.parameters]
         if any(g is None for g in gradients):
             raise RuntimeError("AdamW(impl='triton') needs a gradient for every parameter; one has none")
+        self.gradients = [_laid_out_as(p, g) for p, g in zip(self.parameters, gradients, strict=True)]
         if ema is not self.ema:
             self.ema, self.averages = ema, None if ema is None else ema.averages_of(self.parameters)
         if copy is not self.copy:
             self.copy, self.copies = copy, None if copy is None else copy.copies_of(self.parameters)
-        addresses = self.kernel.address_table(self.parameters, gradients, *self.states, self.averages, self.copies)
+        addresses = self.kernel.address_table(self.parameters, self.gradients, *self.states, self.averages, self.copies)
         self.in_use = self.table
         if _capturing():
             # A graph has gradients, and so a table, of its own; it is filled after the capture.
@@ -208,8 +211,7 @@ class _Pass:
         elif addresses != self.addresses:
             self.addresses = addresses
             _fill(self.table, addresses)
-        self.gradient_dtype = gradients[0].dtype
-        return self.kernel.gradient_norm(self.in_use, self.blocks, self.gradient_dtype)
+        return self.kernel.gradient_norm(self.in_use, self.blocks, gradients[0].dtype)
 
     def fill_captured_tables(self) -> None:
         while self.unfilled:
@@ -229,10 +231,20 @@ class _Pass:
             eps=self.group["eps"],
             weight_decay=self.group["weight_decay"],
             grad_clip=grad_clip,
-            gradient_dtype=self.gradient_dtype,
+            gradient_dtype=self.gradients[0].dtype,
             copy_dtype=None if self.copies is None else self.copies[0].dtype,
         )
         self.step_count += torch.isfinite(norm)
+
+
+def _laid_out_as(p: Tensor, gradient: Tensor) -> Tensor:
+    """The gradient, or a copy where the kernel's accesses, 16 bytes wide and in the order of p, would miss it.
+
+    Views into the buckets of data parallelism may start anywhere.
+    """
+    if gradient.data_ptr() % 16 == 0 and gradient.stride() == p.stride():
+        return gradient
+    return torch.empty_like(p, dtype=gradient.dtype).copy_(gradient)
 
 
 def _fill(table: Tensor, addresses: list[int]) -> None:

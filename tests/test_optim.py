@@ -277,6 +277,28 @@ def test_a_captured_step_keeps_the_addresses_it_was_captured_with(monkeypatch):
     assert captured.view(-1, 6)[:, 0].tolist() == [p.data_ptr() for p in net.weights]
 
 
+def test_gradients_that_start_anywhere():
+    """As the views into the buckets of data parallelism do."""
+    net, plain = Net(), Net()
+    ours, theirs = AdamW(net.parameters(), lr=1e-2, impl="triton"), _adamw(plain)
+    give(plain, gradients(0))
+    theirs.step()
+    bucket = torch.cat([torch.zeros(1, device=DEVICE), *(g.flatten() for g in gradients(0))])
+    for p, g in zip(net.weights, bucket[1:].split([p.numel() for p in net.weights]), strict=True):
+        p.grad = g.view_as(p)
+    ours.step()
+    _same_weights(net, plain)
+    table = ours._passes[0].table.view(-1, 6)
+    assert not (table % 16).any()
+
+
+def test_parameters_that_start_anywhere_are_refused():
+    parameter = nn.Parameter(torch.zeros(9, device=DEVICE)[1:])
+    parameter.grad = torch.zeros_like(parameter)
+    with pytest.raises(ValueError, match="does not start at 16 bytes; use impl='torch'"):
+        AdamW([parameter], impl="triton").update()
+
+
 @pytest.mark.parametrize("impl", ["torch", "triton"])
 def test_a_copy_of_others_sees_the_update(impl):
     net = Net()
