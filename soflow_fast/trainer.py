@@ -88,7 +88,7 @@ class Trainer:
             **compute,
         )
         self.step.check_batch(self.rows.stop - self.rows.start)
-        self._on_device = self._fit_into_memory()
+        self.on_device = self._fit_into_memory()
         self._decode = None
         if config.data.vae is not None:
             self._decode = vae_decoder(config.data.vae, config.data.latent_scale, self.processes.device)
@@ -125,9 +125,10 @@ class Trainer:
         meter = Meter(self.processes, skipped)
         first, num_classes = self.processes.is_first, config.model.num_classes
         log = RunLog(self.run_dir, start, config.total_steps, config.batch_size) if first else Quiet()
-        log.say(self._description(start))
+        chosen = ", ".join(f"{name}={value}" for name, value in self.choices().items())
+        log.say(f"step {start} of {config.total_steps}: {chosen}")
         dataset = self.dataset
-        if self._on_device:
+        if self.on_device:
             dataset = load_resident(dataset, self.processes.device, num_classes, show=first)
         steps = batches(
             dataset,
@@ -165,19 +166,19 @@ class Trainer:
             log.close()
         return last_checkpoint
 
-    def _description(self, start: int) -> str:
-        choices = {
+    def choices(self) -> dict[str, object]:
+        """What was left to the machine, by name."""
+        return {
+            "device": self.processes.device,
             "impl": self.model.impl,
             "attention": getattr(self.model.network, "attention", "the network's own"),
             "precision": self.step.precision,
             "compile": self.step.compile,
             "cuda_graph": self.step.cuda_graph,
             "recompute": getattr(self.model.network, "recompute", "the network's own"),
-            "data": "on the device" if self._on_device else f"read by {self.config.data.workers} workers",
+            "data": "on the device" if self.on_device else f"read by {self.config.data.workers} workers",
             "processes": self.processes.world_size,
         }
-        chosen = ", ".join(f"{name}={value}" for name, value in choices.items())
-        return f"step {start} of {self.config.total_steps} on {self.processes.device}: {chosen}"
 
     def _restore(self) -> tuple[int, int]:
         """Loads the newest checkpoint, if there is one; steps done and steps skipped."""

@@ -176,13 +176,37 @@ def test_train_with_overrides_in_a_process_of_its_own(tmp_path):
 def test_dry_run_of_a_published_file(tmp_path, capsys, monkeypatch, model, parameters, forward):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "imagenet.yaml").write_text(IMAGENET.replace("DiT-XL-2", model))
-    assert main(["train", "imagenet.yaml", "--dry-run", "--batch_size", "64"]) == 0
+    write_latents(tmp_path / "imagenet_latent.hdf5", n=64, size=32)
+    command = ["train", "imagenet.yaml", "--dry-run", "--batch_size", "64", "--device", "cpu"]
+    assert "imagenet_latent does not exist; set dataset_path" in _refused(capsys, *command)
+    assert main([*command, "--data.path", "."]) == 0
     printed = capsys.readouterr().out
     assert f"preset: {model[:-2]}/{model[-1]}" in printed
-    assert f"parameters              {parameters}" in printed
+    assert f"parameters              {parameters}\n" in printed
     flops = float(printed.split(" G per image")[0].split("(")[-1].replace(",", ""))
     assert flops == pytest.approx(4.5 * forward, rel=0.02)  # the six network calls of a step are 4.5 whole forwards
-    assert [file.name for file in tmp_path.iterdir()] == ["imagenet.yaml"]
+    # 22 bytes a weight; per token, channel and block 37 bytes in bfloat16 and 74 in float32
+    depth, width, tokens = {"DiT-B-4": (12, 768, 64), "DiT-XL-2": (28, 1152, 256)}[model]
+    gib = (22 * float(parameters.split()[0]) * 1e6 + 74 * 64 * tokens * width * depth) / 2**30
+    assert float(printed.split("memory, estimated")[1].split()[0]) == pytest.approx(gib, rel=1e-2)
+    for name, value in (("precision", "fp32"), ("compile", "False"), ("cuda_graph", "False"), ("recompute", "none")):
+        assert f"{name:<24}{value}\n" in printed
+    for line in ("device                  cpu", "attention               sdpa", "impl                    torch"):
+        assert f"{line}\n" in printed
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["imagenet.yaml", "imagenet_latent.hdf5"]
+
+
+@needs_no_gpu
+def test_dry_run_fails_where_training_would(tmp_path, capsys):
+    path = write_config(tmp_path / "config.yaml", tiny_config(tmp_path / "run"))
+    for option, words in (
+        (["--compute.cuda_graph=true"], "cuda_graph=True needs the model on a CUDA GPU"),
+        (["--batch_size=12", "--optimizer.accumulation=2"], "that is a multiple of 4"),
+        (["--batch_size=2000"], "more than the 1347 samples"),
+        (["--evaluation.every=1", "--evaluation.features=x"], "evaluation.features='x' does nothing here"),
+    ):
+        assert words in _refused(capsys, "train", path, "--dry_run", *option)
+    assert not (tmp_path / "run").exists()
 
 
 def test_sample(run, tmp_path, capsys):
