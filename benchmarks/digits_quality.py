@@ -109,12 +109,12 @@ def train_and_score(name: str, seed: int) -> dict:
 
 
 def summary(runs: list[dict]) -> dict[str, dict]:
-    """Mean and standard error of the Fréchet distance of every variant."""
+    """Mean and standard error of the Fréchet distance of every variant; None of one seed."""
     rows = {}
     for name in VARIANTS:
         values = [run["frechet_all"] for run in runs if run["variant"] == name]
         if values:
-            error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else float("nan")
+            error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
             rows[name] = {"seeds": len(values), "mean": statistics.mean(values), "standard_error": error}
     return rows
 
@@ -125,7 +125,7 @@ def plot(rows: dict[str, dict], path: Path) -> None:
 
     figure, axes = plt.subplots(figsize=(8, 0.4 * len(rows) + 1), layout="constrained")
     colors = ["tab:blue" if "two" not in name else "tab:gray" for name in rows]
-    means, errors = zip(*((row["mean"], row["standard_error"]) for row in rows.values()), strict=True)
+    means, errors = zip(*((row["mean"], row["standard_error"] or 0.0) for row in rows.values()), strict=True)
     axes.barh(list(rows), means, xerr=errors, color=colors, capsize=3)
     axes.invert_yaxis()
     axes.set_xlabel("Fréchet distance of one-step samples to the real digits (pixels); lower is better")
@@ -155,7 +155,8 @@ def main() -> None:
     rows = summary(result["runs"])
     print(f"{'':44}{'seeds':>6}{'Fréchet':>10}{'± s.e.':>9}")
     for name, row in rows.items():
-        print(f"{name:44}{row['seeds']:>6}{row['mean']:>10.3f}{row['standard_error']:>9.3f}")
+        error = "" if row["standard_error"] is None else f"{row['standard_error']:.3f}"
+        print(f"{name:44}{row['seeds']:>6}{row['mean']:>10.3f}{error:>9}")
     if arguments.plot:
         plot(rows, arguments.plot)
 

@@ -55,7 +55,7 @@ def precision(report: dict) -> str:
 
 def digits_quality(report: dict) -> str:
     rows = [
-        [name, f"{row['mean']:.2f}", f"{row['standard_error']:.2f}", str(row["seeds"])]
+        [name, f"{row['mean']:.2f}", f"{row['standard_error']:.2f}" if row["seeds"] > 1 else "", str(row["seeds"])]
         for name, row in report["summary"].items()
     ]
     setting = f"{report['steps']} steps of {report['batch']}; {report['samples']} one-step samples.\n\n"

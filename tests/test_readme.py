@@ -56,11 +56,11 @@ def test_the_python_of_the_readme_runs(tmp_path, monkeypatch):
         "batches": [(x0, labels), (x0, labels)],
     }
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
-    assert len(blocks) == 2
-    for block in blocks:
-        assert "DiT-B/4" in block or "TrainStep" in block
+    assert len(blocks) == 3
+    for block in blocks[:2]:
         exec(block.replace("DiT-B/4", "DiT-S/4"), names)
     assert names["loss"].isfinite()
     assert names["images"].shape == x0.shape
     assert names["stats"].finite
+    exec(blocks[2], names | {"noise": noise[:3, :1, :8, :8], "labels": labels[:3]})
     assert sorted(path.name for path in Path("runs").iterdir()) == ["digits", "given"]
