@@ -126,9 +126,10 @@ def plot(rows: dict[str, dict], path: Path) -> None:
     figure, axes = plt.subplots(figsize=(8, 0.4 * len(rows) + 1), layout="constrained")
     colors = ["tab:blue" if "two" not in name else "tab:gray" for name in rows]
     means, errors = zip(*((row["mean"], row["standard_error"] or 0.0) for row in rows.values()), strict=True)
-    axes.barh(list(rows), means, xerr=errors, color=colors, capsize=3)
+    names = [f"{name} ({row['seeds']})" for name, row in rows.items()]
+    axes.barh(names, means, xerr=errors, color=colors, capsize=3)
     axes.invert_yaxis()
-    axes.set_xlabel("Fréchet distance of one-step samples to the real digits (pixels); lower is better")
+    axes.set_xlabel("Fréchet distance of one-step samples to the digits (seeds)")
     figure.savefig(path, dpi=150)
 
 

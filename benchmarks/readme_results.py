@@ -8,6 +8,7 @@ with 1 if the texts are not what the files give.
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -60,6 +61,17 @@ def digits_quality(report: dict) -> str:
     ]
     setting = f"{report['steps']} steps of {report['batch']}; {report['samples']} one-step samples.\n\n"
     return setting + markdown(["", "Fréchet distance", "± standard error", "seeds"], rows)
+
+
+def demo(report: dict) -> str:
+    rows = []
+    for run in report["runs"]:
+        for steps in ("one_step", "two_steps"):
+            scores = run[steps]
+            distances = [f"{scores[name]:.2f}" for name in ("frechet_all", "frechet_held_out")]
+            rest = [f"{scores['recognised']:.1%}", f"{scores['memorisation']:.2f}"]
+            rows.append([f"seed {run['seed']}, {steps.replace('_', ' ')}", *distances, *rest])
+    return markdown(["", "Fréchet distance, all", "held out", "recognised", "memorisation"], rows)
 
 
 def kernel_errors(report: dict) -> str:
@@ -184,6 +196,7 @@ class Section(NamedTuple):
 
 
 SECTIONS = (
+    Section("demo*.json", "The digits demo", "demo.py", demo, True),
     Section("precision*.json", "Error of the consistency quotient", "precision.py", precision, True),
     Section("digits_quality*.json", "Quality by precision, on the digits", "digits_quality.py", digits_quality, True),
     Section("throughput*.json", "Training throughput", "throughput.py", throughput, True),
@@ -211,7 +224,7 @@ def sections(folder: Path, base: Path, *, first: bool = False) -> str:
             made = f"`python benchmarks/{section.script}`. {where(report)}"
             text.append(f"### {section.title}\n\n{made}\n\n{section.write(report)}\n")
             if (picture := path.with_suffix(".png")).exists():
-                text.append(f"![{section.title}]({picture.relative_to(base)})\n")
+                text.append(f"![{section.title}]({os.path.relpath(picture, base)})\n")
     return "\n".join(text)
 
 
