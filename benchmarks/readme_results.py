@@ -55,12 +55,14 @@ def precision(report: dict) -> str:
 
 
 def digits_quality(report: dict) -> str:
-    rows = [
-        [name, f"{row['mean']:.2f}", f"{row['standard_error']:.2f}" if row["seeds"] > 1 else "", str(row["seeds"])]
-        for name, row in report["summary"].items()
-    ]
+    rows = []
+    for name, row in report["summary"].items():
+        error, above = row["standard_error"], row["above_fp32"]
+        values = ["" if error is None else f"{error:.2f}", "" if above is None else f"{above:+.2f}"]
+        rows.append([name, f"{row['mean']:.2f}", *values, str(row["seeds"])])
     setting = f"{report['steps']} steps of {report['batch']}; {report['samples']} one-step samples.\n\n"
-    return setting + markdown(["", "Fréchet distance", "± standard error", "seeds"], rows)
+    heads = ["", "Fréchet distance", "± standard error", "above fp32 on the same seeds", "seeds"]
+    return setting + markdown(heads, rows)
 
 
 def demo(report: dict) -> str:
