@@ -39,6 +39,12 @@ def gated_residual_layernorm(x, branch, gate, shift, scale, *, eps=1e-6, dtype=N
     return x_new, modulated_layernorm(x_new, shift, scale, eps=eps, dtype=dtype or branch.dtype)
 
 
+def mlp(h, w1, b1, w2, *, recompute=False, hidden=False):
+    u = h @ w1.mT + b1
+    out = nn.functional.gelu(u, approximate="tanh") @ w2.mT
+    return out, u.detach() if hidden else None
+
+
 def condition(t_embedding, s_embedding, table, labels):
     c = t_embedding + s_embedding + nn.functional.embedding(labels, table).to(t_embedding.dtype)
     return c.detach(), nn.functional.silu(c)
@@ -114,6 +120,7 @@ PLAIN = {
     for form in (
         modulated_layernorm,
         gated_residual_layernorm,
+        mlp,
         condition,
         time_sinusoids,
         modulated_layernorm_difference,

@@ -26,7 +26,7 @@ from _timing import Timer, copy_bandwidth, launch_floor_ms
 from torch import Tensor
 
 from soflow_fast.kernels import _accuracy, _aot, fused, reference
-from soflow_fast.kernels._cases import Case, Inputs
+from soflow_fast.kernels._cases import Case, Inputs, as_tuple
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
@@ -79,7 +79,7 @@ def make_step(case: Case, mode: str, op: Callable, max_rows: int | None) -> Call
     inputs = [arguments[name].requires_grad_() for name in case.gradients]
 
     def forward() -> tuple[Tensor, ...]:
-        return _accuracy.as_tuple(op(**arguments, **case.options))
+        return as_tuple(op(**arguments, **case.options))
 
     if mode == FORWARD:
         return forward

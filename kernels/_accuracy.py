@@ -14,6 +14,7 @@ from torch import Tensor
 from triton import knobs
 
 from . import fused, reference
+from ._cases import as_tuple
 
 _ATOL = {torch.float32: 1e-6, torch.float16: 2.0**-9, torch.bfloat16: 2.0**-9}
 _INTERPRETED_ATOL = {**_ATOL, torch.bfloat16: 2.0**-7}
@@ -43,11 +44,6 @@ class Error(NamedTuple):
     def within(self) -> bool:
         """Whether the rule holds; never for NaN."""
         return self.ours <= self.allowed
-
-
-def as_tuple(outputs: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """An op's outputs as a tuple, also of one."""
-    return (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
 
 
 def run(

@@ -26,7 +26,7 @@ from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
 from . import fused, optimizer
-from ._cases import Case, Inputs
+from ._cases import Case, Inputs, as_tuple
 from ._launch import Record, recording
 
 ARCHITECTURES = (80, 90, 100)
@@ -62,8 +62,8 @@ def record_case(case: Case, dtype: torch.dtype = torch.bfloat16, max_rows: int |
     for name in case.gradients:
         arguments[name].requires_grad_()
     with recording() as records:
-        outputs = getattr(fused, case.op)(**arguments, **case.options)
-        outputs = [o for o in (outputs if isinstance(outputs, tuple) else (outputs,)) if o.requires_grad]
+        outputs = as_tuple(getattr(fused, case.op)(**arguments, **case.options))
+        outputs = [o for o in outputs if o.requires_grad]
         if outputs:
             torch.autograd.backward(outputs, [torch.empty_like(o) for o in outputs])
     return records

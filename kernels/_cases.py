@@ -1,6 +1,6 @@
 """A case is an op at a shape that training uses; offline compilation, error table and benchmark run the same cases."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -55,3 +55,8 @@ class Case:
     inputs: Callable[[Inputs], dict[str, Any]]
     options: dict[str, Any] = field(default_factory=dict)
     gradients: tuple[str, ...] = ()
+
+
+def as_tuple(outputs: Tensor | Sequence[Tensor | None]) -> tuple[Tensor, ...]:
+    """An op's outputs as a tuple, also of one, without those that were not asked for."""
+    return (outputs,) if isinstance(outputs, Tensor) else tuple(o for o in outputs if o is not None)

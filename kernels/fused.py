@@ -2,6 +2,7 @@
 
 from . import activation_difference, adaln, adaln_difference, conditioning, consistency, noise, velocity
 from . import attention_difference as attention_family
+from . import mlp as mlp_family
 from ._cases import Case
 from .activation_difference import gelu_difference, silu_difference
 from .adaln import gated_residual_layernorm, modulated_layernorm
@@ -9,6 +10,7 @@ from .adaln_difference import gated_residual_layernorm_difference, modulated_lay
 from .attention_difference import attention_difference
 from .conditioning import condition, time_sinusoids, time_sinusoids_difference
 from .consistency import consistency_loss
+from .mlp import mlp
 from .noise import interpolate, noisy_sample, normal, uniform
 from .velocity import guided_velocity, velocity_loss
 
@@ -21,6 +23,7 @@ __all__ = [
     "gelu_difference",
     "guided_velocity",
     "interpolate",
+    "mlp",
     "modulated_layernorm",
     "modulated_layernorm_difference",
     "noisy_sample",
@@ -39,6 +42,7 @@ _FAMILIES = (
     attention_family,
     conditioning,
     consistency,
+    mlp_family,
     noise,
     velocity,
 )

@@ -11,6 +11,7 @@ from enum import IntEnum
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from .coefficients import guidance_decay, path_coefficients, quotient_coefficients, velocity_scale
 from .reference_difference import (
@@ -34,6 +35,7 @@ __all__ = [
     "gelu_difference",
     "guided_velocity",
     "interpolate",
+    "mlp",
     "modulated_layernorm",
     "modulated_layernorm_difference",
     "noisy_sample",
@@ -251,6 +253,44 @@ def gated_residual_layernorm(
     x_wide, branch_wide, gate = wide(x, branch, gate)
     x_new = (x_wide + gate[:, None] * branch_wide).to(x.dtype)
     return x_new, modulated_layernorm(x_new, shift, scale, eps=eps, dtype=dtype or branch.dtype)
+
+
+# -------------------------------------------------------------------------------------------------------- MLP
+
+_PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
+
+
+def _save_products():
+    """A checkpoint policy: the backward recomputes everything but matrix products."""
+
+    def policy(context, op, *args, **kwargs) -> CheckpointPolicy:
+        return CheckpointPolicy.MUST_SAVE if op in _PRODUCTS else CheckpointPolicy.PREFER_RECOMPUTE
+
+    return create_selective_checkpoint_contexts(policy)
+
+
+def mlp(
+    h: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, *, recompute: bool = False, hidden: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """``u = h W1ᵀ + b1``, ``out = gelu(u) W2ᵀ`` with the tanh GELU.
+
+    Args:
+        h: (..., D). w1: (M, D). b1: (M,). w2: (D_out, M). recompute: the backward computes the GELU again instead of
+            keeping its output. hidden: whether u is wanted.
+
+    Returns:
+        ``(out, u)``: (..., D_out), and (..., M) without gradient, or None.
+    """
+
+    def down(u: Tensor, w2: Tensor) -> Tensor:
+        return nn.functional.linear(nn.functional.gelu(u, approximate="tanh"), w2)
+
+    u = nn.functional.linear(h, w1, b1)
+    if recompute and torch.is_grad_enabled():
+        out = checkpoint(down, u, w2, use_reentrant=False, preserve_rng_state=False, context_fn=_save_products)
+    else:
+        out = down(u, w2)
+    return out, u.detach() if hidden else None
 
 
 # ----------------------------------------------------------------------------------------------------- losses

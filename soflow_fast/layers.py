@@ -9,7 +9,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from soflow_fast.attention import attention
 
@@ -25,18 +24,6 @@ class Call(NamedTuple):
     rows: slice | None = None
     tangent: bool = False
     recompute: str = "none"
-
-
-_PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
-
-
-def _save_products():
-    """A checkpoint policy: the backward recomputes everything but matrix products."""
-
-    def policy(context, op, *args, **kwargs) -> CheckpointPolicy:
-        return CheckpointPolicy.MUST_SAVE if op in _PRODUCTS else CheckpointPolicy.PREFER_RECOMPUTE
-
-    return create_selective_checkpoint_contexts(policy)
 
 
 def linear(layer: nn.Linear, x: Tensor) -> Tensor:
@@ -129,19 +116,15 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(mlp_hidden_size, hidden_size)
 
     def forward(self, h: Tensor, dh: Tensor | None, call: Call) -> tuple[Tensor, Tensor | None]:
-        u = linear(self.fc1, h)
-        if call.recompute == "elementwise" and torch.is_grad_enabled():
-            out = checkpoint(self._down, u, use_reentrant=False, preserve_rng_state=False, context_fn=_save_products)
-        else:
-            out = self._down(u)
-        if call.rows is None:
+        w1, b1, w2 = (p.to(h.dtype) for p in (self.fc1.weight, self.fc1.bias, self.fc2.weight))
+        recompute, differs = call.recompute == "elementwise", call.rows is not None
+        out, u = call.ops.mlp(h, w1, b1, w2, recompute=recompute, hidden=differs)
+        out = out + self.fc2.bias.to(h.dtype)
+        if not differs:
             return out, None
         with torch.no_grad():
             dg = call.ops.gelu_difference(u[call.rows], linear_difference(self.fc1, dh), tangent=call.tangent)
             return out, linear_difference(self.fc2, dg)
-
-    def _down(self, u: Tensor) -> Tensor:
-        return linear(self.fc2, nn.functional.gelu(u, approximate="tanh"))
 
 
 class DiTBlock(nn.Module):

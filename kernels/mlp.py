@@ -1,0 +1,176 @@
+"""The MLP, tanh GELU between two products, whose backward takes one pass over its hidden units.
+
+    u = h W1ᵀ + b1,  g = gelu(u),  out = g W2ᵀ
+
+    backward:  dg = dout W2,  du = dg·gelu'(u),  db1 = Σ du,  dW2 = doutᵀ g,  dh = du W1,  dW1 = duᵀ h
+
+The products are torch's; the kernel makes du, the sum of du over the rows and, where it was not saved, g from u and dg.
+``gelu(u) = uσ(2z)`` and ``gelu'(u) = σ + 2uσ(1−σ)z'`` with ``z = c(u + κu³)``, c = √(2/π), κ = 0.044715.
+
+Shapes: R rows, D width, M hidden units. Bytes per hidden unit in bfloat16: backward reads u, dg and writes du, g: 8, or
+6 with g saved; and 1/8 for the partial sums of chunks of 64 rows. Saved: h, u, and g unless it is recomputed.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor, nn
+
+from ._cases import Case, Inputs
+from ._launch import Launch, launch, require_dtype, require_shape
+
+# A tile of 4 rows is 8 values a thread, 16-byte accesses in bfloat16. With 64 registers half of an SM's threads are
+# resident. 64 rows a program: partial sums are 1.6 % of the bytes, and the smallest step, B/4 with 16384 rows of 3072
+# hidden units, still has 3 programs for each that an H100 holds at a time.
+_ROWS = tl.constexpr(4)
+_COLUMNS = 256
+_CHUNK = 64
+_LAUNCH = Launch(num_warps=4, max_registers=64)
+
+
+@triton.jit
+def _gelu_and_slope(u):
+    c: tl.constexpr = 0.7978845608028654
+    k: tl.constexpr = 0.044715
+    twice_z = 2 * c * u * (1 + k * u * u)
+    decay = tl.exp(-tl.abs(twice_z))  # never overflows
+    inverse = 1 / (1 + decay)
+    sigmoid = tl.where(twice_z < 0, decay * inverse, inverse)
+    slope = sigmoid + 2 * c * u * (decay * inverse * inverse) * (1 + 3 * k * u * u)
+    return u * sigmoid, slope
+
+
+@triton.jit(do_not_specialize=["R"])
+def _gelu_backward_kernel(
+    u_ptr,  # (R, M)
+    dg_ptr,  # (R, M)
+    du_ptr,  # (R, M)
+    g_ptr,  # (R, M) or None
+    partial_ptr,  # (chunks, M), sums of du
+    R: tl.int64,
+    M: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    chunk = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    rows = chunk * CHUNK + tl.arange(0, _ROWS)[:, None]
+    total = tl.zeros((_ROWS, COLUMNS), tl.float32)
+    for _ in range(0, CHUNK, _ROWS):
+        mask = (rows < R) & (columns < M)
+        offset = rows * M + columns
+        u = tl.load(u_ptr + offset, mask=mask, other=0.0).to(tl.float32)
+        dg = tl.load(dg_ptr + offset, mask=mask, other=0.0).to(tl.float32)
+        g, slope = _gelu_and_slope(u)
+        du = dg * slope
+        tl.store(du_ptr + offset, du.to(du_ptr.dtype.element_ty), mask=mask)
+        if g_ptr is not None:
+            tl.store(g_ptr + offset, g.to(g_ptr.dtype.element_ty), mask=mask)
+        total += du
+        rows += _ROWS
+    columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    tl.store(partial_ptr + chunk * M + columns, tl.sum(total, 0), mask=columns < M)
+
+
+def _gelu_bwd(u: Tensor, dg: Tensor, with_g: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """``(du, g, partials)``, g empty unless asked for; the column sums of the partials are those of du."""
+    R, M = u.shape
+    u, dg = u.contiguous(), dg.contiguous()
+    du, g = torch.empty_like(u), u.new_empty((R, M) if with_g else (0,))
+    chunks = triton.cdiv(R, _CHUNK)
+    partials = u.new_empty((chunks, M), dtype=torch.float32)
+    launch(
+        _gelu_backward_kernel,
+        lambda: (chunks, triton.cdiv(M, _COLUMNS)),
+        *(u, dg, du, g if with_g else None, partials),
+        R,
+        M=M,
+        COLUMNS=_COLUMNS,
+        CHUNK=_CHUNK,
+        config=_LAUNCH,
+    )
+    return du, g, partials
+
+
+_gelu_bwd_op = torch.library.custom_op("soflow::gelu_bwd", _gelu_bwd, mutates_args=())
+_gelu_bwd_op.register_fake(_gelu_bwd)
+
+
+class _Mlp(torch.autograd.Function):
+    @staticmethod
+    def forward(h, w1, b1, w2, recompute):
+        u = nn.functional.linear(h, w1, b1)
+        g = nn.functional.gelu(u, approximate="tanh")
+        return nn.functional.linear(g, w2), u, g
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        h, w1, _, w2, recompute = inputs
+        _, u, g = output
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(u, g)
+        ctx.save_for_backward(h, w1, w2, u, None if recompute else g)
+
+    @staticmethod
+    def backward(ctx, dout, *_):
+        h, w1, w2, u, g = ctx.saved_tensors
+        dout_2d, h_2d, u_2d = (x.flatten(0, -2) for x in (dout, h, u))
+        du, new_g, partials = _gelu_bwd_op(u_2d, dout_2d @ w2, g is None)
+        g_2d = new_g if g is None else g.flatten(0, -2)
+        db1 = partials.sum(0).to(du.dtype)
+        return (du @ w1).view(h.shape), du.mT @ h_2d, db1, dout_2d.mT @ g_2d, None
+
+
+def mlp(
+    h: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, *, recompute: bool = False, hidden: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """Fused :func:`soflow_fast.kernels.reference.mlp`.
+
+    Where neither gradients nor hidden units are wanted, the GELU is part of the first product on a CUDA GPU.
+
+    Args:
+        h: (..., D). w1: (M, D). b1: (M,). w2: (D_out, M), all of one dtype. recompute: the backward computes the GELU
+            again instead of keeping its output. hidden: whether u is wanted.
+
+    Returns:
+        ``(out, u)``: (..., D_out), and (..., M) without gradient, or None.
+
+    Raises:
+        ValueError: for a shape or dtype that does not fit.
+    """
+    require_dtype("h", h)
+    require_shape("b1", b1, w1.shape[:1])
+    require_shape("w1", w1, (*b1.shape, h.shape[-1]))
+    require_shape("w2", w2, (w2.shape[0], *b1.shape))
+    for name, x in {"w1": w1, "b1": b1, "w2": w2}.items():
+        if x.dtype != h.dtype:
+            raise ValueError(f"{name} has dtype {x.dtype} where that of h, {h.dtype}, is needed")
+    if not hidden and not torch.is_grad_enabled() and h.is_cuda:
+        g = torch._addmm_activation(b1, h.flatten(0, -2), w1.mT, use_gelu=True)  # on CUDA the tanh form
+        return nn.functional.linear(g, w2).unflatten(0, h.shape[:-1]), None
+    out, u, _ = _Mlp.apply(h, w1, b1, w2, recompute)
+    return out, u if hidden else None
+
+
+def cases() -> list[Case]:
+    """The gradient's rows of a batch of 256, where the GELU is recomputed; and S/4 where it is not."""
+
+    def inputs(tokens: int, width: int):
+        def make(new: Inputs) -> dict:
+            hidden = 4 * width
+            return {
+                "h": new.normal(new.rows(256), tokens, width),
+                "w1": new.normal(hidden, width, scale=width**-0.5),
+                "b1": new.normal(hidden, scale=0.1),
+                "w2": new.normal(width, hidden, scale=hidden**-0.5),
+            }
+
+        return make
+
+    gradients, recompute = ("h", "w1", "b1", "w2"), {"recompute": True}
+    return [
+        Case("mlp", "S/4", inputs(64, 384), gradients=gradients),
+        Case("mlp", "B/4", inputs(64, 768), recompute, gradients),
+        Case("mlp", "L/2", inputs(256, 1024), recompute, gradients),
+        Case("mlp", "XL/2", inputs(256, 1152), recompute, gradients),
+    ]
