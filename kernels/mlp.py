@@ -8,7 +8,7 @@ The products are torch's; the kernel makes du, the sum of du over the rows and, 
 ``gelu(u) = uσ(2z)`` and ``gelu'(u) = σ + 2uσ(1−σ)z'`` with ``z = c(u + κu³)``, c = √(2/π), κ = 0.044715.
 
 Shapes: R rows, D width, M hidden units. Bytes per hidden unit in bfloat16: backward reads u, dg and writes du, g: 8, or
-6 with g saved; and 1/8 for the partial sums of chunks of 64 rows. Saved: h, u, and g unless it is recomputed.
+6 with g saved; and at most 1/8 for the partial sums of chunks of 64 rows or more. Saved: h, u, and g unless it is recomputed.
 """
 
 import torch
@@ -20,11 +20,11 @@ from ._cases import Case, Inputs
 from ._launch import Launch, launch, require_dtype, require_shape
 
 # A tile of 4 rows is 8 values a thread, 16-byte accesses in bfloat16. With 64 registers half of an SM's threads are
-# resident. 64 rows a program: partial sums are 1.6 % of the bytes, and the smallest step, B/4 with 16384 rows of 3072
-# hidden units, still has 3 programs for each that an H100 holds at a time.
+# resident. At most 256 chunks, so that adding up their sums is one small kernel, of at least 64 rows, so that the sums
+# are under 2 % of the bytes: B/4 has 3072 programs, 3 for each that an H100 holds at a time, and XL/2 4608.
 _ROWS = tl.constexpr(4)
 _COLUMNS = 256
-_CHUNK = 64
+_MOST_CHUNKS, _FEWEST_ROWS = 256, 64
 _LAUNCH = Launch(num_warps=4, max_registers=64)
 
 
@@ -40,7 +40,7 @@ def _gelu_and_slope(u):
     return u * sigmoid, slope
 
 
-@triton.jit(do_not_specialize=["R"])
+@triton.jit(do_not_specialize=["R", "chunk"])
 def _gelu_backward_kernel(
     u_ptr,  # (R, M)
     dg_ptr,  # (R, M)
@@ -48,15 +48,15 @@ def _gelu_backward_kernel(
     g_ptr,  # (R, M) or None
     partial_ptr,  # (chunks, M), sums of du
     R: tl.int64,
+    chunk: tl.int64,  # rows of a program, a multiple of _ROWS
     M: tl.constexpr,
     COLUMNS: tl.constexpr,
-    CHUNK: tl.constexpr,
 ):
-    chunk = tl.program_id(0).to(tl.int64)
+    first = tl.program_id(0).to(tl.int64) * chunk
     columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
-    rows = chunk * CHUNK + tl.arange(0, _ROWS)[:, None]
+    rows = first + tl.arange(0, _ROWS)[:, None]
     total = tl.zeros((_ROWS, COLUMNS), tl.float32)
-    for _ in range(0, CHUNK, _ROWS):
+    for _ in range(0, chunk, _ROWS):
         mask = (rows < R) & (columns < M)
         offset = rows * M + columns
         u = tl.load(u_ptr + offset, mask=mask, other=0.0).to(tl.float32)
@@ -69,7 +69,7 @@ def _gelu_backward_kernel(
         total += du
         rows += _ROWS
     columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    tl.store(partial_ptr + chunk * M + columns, tl.sum(total, 0), mask=columns < M)
+    tl.store(partial_ptr + tl.program_id(0).to(tl.int64) * M + columns, tl.sum(total, 0), mask=columns < M)
 
 
 def _gelu_bwd(u: Tensor, dg: Tensor, with_g: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -77,16 +77,16 @@ def _gelu_bwd(u: Tensor, dg: Tensor, with_g: bool) -> tuple[Tensor, Tensor, Tens
     R, M = u.shape
     u, dg = u.contiguous(), dg.contiguous()
     du, g = torch.empty_like(u), u.new_empty((R, M) if with_g else (0,))
-    chunks = triton.cdiv(R, _CHUNK)
+    chunk = _ROWS.value * triton.cdiv(max(_FEWEST_ROWS, triton.cdiv(R, _MOST_CHUNKS)), _ROWS.value)
+    chunks = triton.cdiv(R, chunk)
     partials = u.new_empty((chunks, M), dtype=torch.float32)
     launch(
         _gelu_backward_kernel,
         lambda: (chunks, triton.cdiv(M, _COLUMNS)),
         *(u, dg, du, g if with_g else None, partials),
-        R,
+        *(R, chunk),
         M=M,
         COLUMNS=_COLUMNS,
-        CHUNK=_CHUNK,
         config=_LAUNCH,
     )
     return du, g, partials

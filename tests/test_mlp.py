@@ -67,6 +67,14 @@ def test_what_is_saved():
         assert sizes.count(21 * 51) == expected
 
 
+@pytest.mark.parametrize(("most", "fewest"), [(3, 4), (2, 30)])
+def test_chunks_of_rows(most, fewest, monkeypatch):
+    """The gradients do not depend on how the rows are dealt out to programs."""
+    monkeypatch.setattr(mlp, "_MOST_CHUNKS", most)
+    monkeypatch.setattr(mlp, "_FEWEST_ROWS", fewest)
+    check_accuracy(NAME, _inputs((2, 43), 13, 51), {"recompute": True}, GRADIENTS)
+
+
 def test_a_broken_row_does_not_spread():
     arguments = _inputs((5,), 13, 51)
     arguments["h"][2] = float("nan")
