@@ -109,17 +109,22 @@ def train_and_score(name: str, seed: int) -> dict:
 
 
 def summary(runs: list[dict]) -> dict[str, dict]:
-    """Of every variant, the mean and standard error of the Fréchet distance (None of one seed), and by how much it is
-    above that of two forwards in fp32 on the same seeds, whose draws are the same."""
+    """Of every variant the mean Fréchet distance, and how much it is above that of two forwards in fp32 on the same
+    seeds, whose draws are the same; each with its standard error (None of one seed)."""
     rows, exact = {}, {run["seed"]: run["frechet_all"] for run in runs if run["variant"] == next(iter(VARIANTS))}
     for name in VARIANTS:
         values = {run["seed"]: run["frechet_all"] for run in runs if run["variant"] == name}
         above = [value - exact[seed] for seed, value in values.items() if seed in exact]
         if values:
-            error = statistics.stdev(values.values()) / len(values) ** 0.5 if len(values) > 1 else None
-            rows[name] = {"seeds": len(values), "mean": statistics.mean(values.values()), "standard_error": error}
-            rows[name]["above_fp32"] = statistics.mean(above) if above else None
+            mean, error = _mean_and_error(list(values.values()))
+            rows[name] = {"seeds": len(values), "mean": mean, "standard_error": error}
+            rows[name]["above_fp32"], rows[name]["above_fp32_standard_error"] = _mean_and_error(above)
     return rows
+
+
+def _mean_and_error(values: list[float]) -> tuple[float | None, float | None]:
+    error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
+    return statistics.mean(values) if values else None, error
 
 
 def plot(rows: dict[str, dict], path: Path) -> None:

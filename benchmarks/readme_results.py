@@ -57,11 +57,12 @@ def precision(report: dict) -> str:
 def digits_quality(report: dict) -> str:
     rows = []
     for name, row in report["summary"].items():
-        error, above = row["standard_error"], row["above_fp32"]
-        values = ["" if error is None else f"{error:.2f}", "" if above is None else f"{above:+.2f}"]
-        rows.append([name, f"{row['mean']:.2f}", *values, str(row["seeds"])])
+        values = (row[key] for key in ("standard_error", "above_fp32", "above_fp32_standard_error"))
+        formats = ("{:.2f}", "{:+.2f}", "{:.2f}")
+        shown = ["" if value is None else form.format(value) for form, value in zip(formats, values, strict=True)]
+        rows.append([name, f"{row['mean']:.2f}", *shown, str(row["seeds"])])
     setting = f"{report['steps']} steps of {report['batch']}; {report['samples']} one-step samples.\n\n"
-    heads = ["", "Fréchet distance", "± standard error", "above fp32 on the same seeds", "seeds"]
+    heads = ["", "Fréchet distance", "± standard error", "above fp32 on the same seeds", "± standard error", "seeds"]
     return setting + markdown(heads, rows)
 
 

@@ -8,7 +8,8 @@ The products are torch's; the kernel makes du, the sum of du over the rows and, 
 ``gelu(u) = uσ(2z)`` and ``gelu'(u) = σ + 2uσ(1−σ)z'`` with ``z = c(u + κu³)``, c = √(2/π), κ = 0.044715.
 
 Shapes: R rows, D width, M hidden units. Bytes per hidden unit in bfloat16: backward reads u, dg and writes du, g: 8, or
-6 with g saved; and at most 1/8 for the partial sums of chunks of 64 rows or more. Saved: h, u, and g unless it is recomputed.
+6 with g saved; and at most 1/8 for the partial sums of chunks of 64 rows or more. Saved: h, u, and g unless it is
+recomputed.
 """
 
 import torch

@@ -5,6 +5,7 @@ import json
 import math
 
 import _rows
+import digits_quality
 import loader
 import photographs
 import precision
@@ -360,3 +361,24 @@ def test_bad_input_is_one_sentence_and_exit_code_2(script, arguments, message, c
         code = stop.code
     assert code == 2
     assert message in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+# ------------------------------------------------------------------------------------------------- digits' quality
+
+
+def test_quality_is_compared_on_equal_seeds():
+    exact, other = list(digits_quality.VARIANTS)[:2]
+    values = {exact: {0: 2.0, 1: 3.0, 2: 4.0}, other: {0: 2.5, 2: 4.7}}
+    runs = [
+        {"variant": variant, "seed": seed, "frechet_all": value}
+        for variant, by_seed in values.items()
+        for seed, value in by_seed.items()
+    ]
+    rows = digits_quality.summary(runs)
+    assert list(rows) == [exact, other]
+    assert rows[other]["seeds"] == 2
+    assert rows[other]["mean"] == pytest.approx(3.6)
+    assert rows[other]["above_fp32"] == pytest.approx(0.6)
+    assert rows[other]["above_fp32_standard_error"] == pytest.approx(0.1)  # of 0.5 and 0.7
+    assert rows[exact]["above_fp32_standard_error"] == 0
+    assert digits_quality.summary(runs[:1])[exact]["standard_error"] is None
