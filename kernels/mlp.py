@@ -16,9 +16,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor, nn
+from torch.utils.flop_counter import register_flop_formula
 
 from ._cases import Case, Inputs
-from ._launch import Launch, launch, require_dtype, require_shape
+from ._launch import Launch, constants, launch, require_dtype, require_shape
 
 # A tile of 4 rows is 8 values a thread, 16-byte accesses in bfloat16. With 64 registers half of an SM's threads are
 # resident. At most 256 chunks, so that adding up their sums is one small kernel, of at least 64 rows, so that the sums
@@ -97,6 +98,26 @@ _gelu_bwd_op = torch.library.custom_op("soflow::gelu_bwd", _gelu_bwd, mutates_ar
 _gelu_bwd_op.register_fake(_gelu_bwd)
 
 
+def _linear_gelu(h: Tensor, w1: Tensor, b1: Tensor) -> Tensor:
+    """``gelu(u)`` of h, (R, D): on CUDA in the product's epilogue, whose GELU is the tanh form there alone."""
+    if h.is_cuda:
+        return torch._addmm_activation(b1, h, w1.mT, use_gelu=True)
+    return nn.functional.gelu(nn.functional.linear(h, w1, b1), approximate="tanh")
+
+
+_linear_gelu_op = torch.library.custom_op("soflow::linear_gelu", _linear_gelu, mutates_args=())
+
+
+@_linear_gelu_op.register_fake
+def _(h, w1, b1):
+    return h.new_empty(h.shape[0], w1.shape[0])
+
+
+@register_flop_formula(torch.ops.soflow.linear_gelu)
+def _flops(h_shape, w1_shape, *args, out_shape=None, **kwargs) -> int:
+    return 2 * h_shape[0] * h_shape[1] * w1_shape[0]
+
+
 class _Mlp(torch.autograd.Function):
     @staticmethod
     def forward(h, w1, b1, w2, recompute):
@@ -127,7 +148,7 @@ def mlp(
 ) -> tuple[Tensor, Tensor | None]:
     """Fused :func:`soflow_fast.kernels.reference.mlp`.
 
-    Where neither gradients nor hidden units are wanted, the GELU is part of the first product on a CUDA GPU.
+    Where neither gradients nor hidden units are wanted, the GELU is part of the first product.
 
     Args:
         h: (..., D). w1: (M, D). b1: (M,). w2: (D_out, M), all of one dtype. recompute: the backward computes the GELU
@@ -146,8 +167,8 @@ def mlp(
     for name, x in {"w1": w1, "b1": b1, "w2": w2}.items():
         if x.dtype != h.dtype:
             raise ValueError(f"{name} has dtype {x.dtype} where that of h, {h.dtype}, is needed")
-    if not hidden and not torch.is_grad_enabled() and h.is_cuda:
-        g = torch._addmm_activation(b1, h.flatten(0, -2), w1.mT, use_gelu=True)  # on CUDA the tanh form
+    if not hidden and not torch.is_grad_enabled():
+        g = _linear_gelu_op(*constants(h.flatten(0, -2), w1, b1))
         return nn.functional.linear(g, w2).unflatten(0, h.shape[:-1]), None
     out, u, _ = _Mlp.apply(h, w1, b1, w2, recompute)
     return out, u if hidden else None

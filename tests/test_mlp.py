@@ -103,17 +103,19 @@ class _Names(TorchDispatchMode):
 
 
 @pytest.mark.parametrize(("hidden", "gradient"), [(False, False), (True, False), (False, True)])
-def test_on_a_gpu_the_gelu_is_part_of_the_product_where_nothing_else_needs_its_input(hidden, gradient):
-    with FakeTensorMode():
-        shapes = {"h": (2, 5, 16), "w1": (64, 16), "b1": (64,), "w2": (16, 64)}
-        arguments = {name: torch.empty(shape, device="cuda", dtype=torch.bfloat16) for name, shape in shapes.items()}
-        with torch.set_grad_enabled(gradient), _Names() as seen:
-            out, u = fused.mlp(**arguments, hidden=hidden)
-    assert out.shape == (2, 5, 16)
-    assert (u is not None) == hidden
-    in_the_product = not hidden and not gradient
-    assert ("_addmm_activation" in seen.names) == in_the_product
-    assert ("gelu" in seen.names) != in_the_product
+def test_the_gelu_is_part_of_the_product_where_nothing_else_needs_its_input(hidden, gradient):
+    arguments = _inputs((3, 7), 13, 51)
+    with torch.set_grad_enabled(gradient), _Names() as seen:
+        fused.mlp(**arguments, hidden=hidden)
+    assert ("linear_gelu" in seen.names) == (not hidden and not gradient)
+    assert ("gelu" in seen.names) == (hidden or gradient)
+
+
+def test_on_a_gpu_it_is_the_epilogue_of_the_product():
+    with FakeTensorMode(), _Names() as seen:
+        mlp._linear_gelu(*(torch.empty(shape, device="cuda") for shape in ((5, 16), (64, 16), (64,))))
+    assert seen.names[-1] == "_addmm_activation"
+    assert "gelu" not in seen.names
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -128,6 +130,7 @@ def test_op_contract():
     u, dg = torch.randn(2, 9, 24, generator=generator).to(DEVICE)
     for with_g in (False, True):
         torch.library.opcheck(mlp._gelu_bwd_op, (u, dg, with_g))
+    torch.library.opcheck(mlp._linear_gelu_op, (u, dg[:4], u[0, :4]))
     for recompute in (False, True):
         options = {"recompute": recompute, "hidden": True}
         check_compiles(NAME, _inputs((3, 7), 13, 51), options, GRADIENTS)
