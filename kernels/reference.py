@@ -39,6 +39,7 @@ __all__ = [
     "noisy_sample",
     "normal",
     "philox",
+    "project_heads",
     "silu_difference",
     "time_sinusoids",
     "time_sinusoids_difference",
@@ -251,6 +252,22 @@ def gated_residual_layernorm(
     x_wide, branch_wide, gate = wide(x, branch, gate)
     x_new = (x_wide + gate[:, None] * branch_wide).to(x.dtype)
     return x_new, modulated_layernorm(x_new, shift, scale, eps=eps, dtype=dtype or branch.dtype)
+
+
+# ------------------------------------------------------------------------------------------------- projections
+
+
+def project_heads(h: Tensor, weight: Tensor, bias: Tensor, *, heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values of every head: ``h Wᵀ + bias``, whose columns are (3, H, h); in the dtype of h.
+
+    Args:
+        h: (B, N, D). weight: (3D, D). bias: (3D,). heads: H, divides D.
+
+    Returns:
+        ``(q, k, v)``, each (B, H, N, h).
+    """
+    y = nn.functional.linear(h, weight, bias)
+    return y.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
 
 
 # ----------------------------------------------------------------------------------------------------- losses
