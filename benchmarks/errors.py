@@ -50,6 +50,11 @@ def condition(t_embedding, s_embedding, table, labels):
     return c.detach(), nn.functional.silu(c)
 
 
+def project_heads(h, weight, bias, *, heads):
+    y = (h @ weight.mT + bias).unflatten(-1, (3, heads, -1))
+    return tuple(y[:, :, part].transpose(1, 2) for part in range(3))
+
+
 def time_sinusoids(t, s, *, width=256, dtype=None):
     tau = torch.stack([t, t - s]).to(dtype or t.dtype)
     phase = tau[..., None] * reference.frequencies(width, tau)
@@ -122,6 +127,7 @@ PLAIN = {
         gated_residual_layernorm,
         mlp,
         condition,
+        project_heads,
         time_sinusoids,
         modulated_layernorm_difference,
         gated_residual_layernorm_difference,

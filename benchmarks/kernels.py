@@ -4,9 +4,10 @@
     pytest benchmarks/kernels.py
 
 Runs every case of ``soflow_fast.kernels.fused`` with bfloat16 operands. An op whose results are not as exact as its
-tests demand is not timed, and the run fails. GB/s are the bytes that the fused op moves, for every provider, so they
-compare as times do. ``--smoke`` takes the smallest case of each op with one row; so does a machine without a GPU, in
-Triton's interpreter and in float32 (its products of bfloat16 matrices are wrong): those times mean nothing.
+tests demand is not timed, and the run fails. GB/s are the bytes that the fused op's kernels move, for every provider,
+so they compare as times do; plain matrix products around them count in the time alone. ``--smoke`` takes the smallest
+case of each op with one row; so does a machine without a GPU, in Triton's interpreter and in float32 (its products of
+bfloat16 matrices are wrong): those times mean nothing.
 """
 
 import argparse
@@ -45,7 +46,7 @@ def selected(smoke: bool, only: str | None = None) -> list[Case]:
     if not smoke:
         return cases
     smallest = {}
-    for case in sorted(cases, key=lambda c: bytes_moved(c, FORWARD, None), reverse=True):
+    for case in sorted(cases, key=lambda c: bytes_moved(c, modes(c)[-1], None), reverse=True):
         smallest[case.op] = case
     return list(smallest.values())
 

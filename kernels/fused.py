@@ -1,6 +1,6 @@
 """The fused ops, with the names and signatures of ``reference``."""
 
-from . import activation_difference, adaln, adaln_difference, conditioning, consistency, noise, velocity
+from . import activation_difference, adaln, adaln_difference, conditioning, consistency, heads, noise, velocity
 from . import attention_difference as attention_family
 from . import mlp as mlp_family
 from ._cases import Case
@@ -10,6 +10,7 @@ from .adaln_difference import gated_residual_layernorm_difference, modulated_lay
 from .attention_difference import attention_difference
 from .conditioning import condition, time_sinusoids, time_sinusoids_difference
 from .consistency import consistency_loss
+from .heads import project_heads
 from .mlp import mlp
 from .noise import interpolate, noisy_sample, normal, uniform
 from .velocity import guided_velocity, velocity_loss
@@ -28,6 +29,7 @@ __all__ = [
     "modulated_layernorm_difference",
     "noisy_sample",
     "normal",
+    "project_heads",
     "silu_difference",
     "time_sinusoids",
     "time_sinusoids_difference",
@@ -42,6 +44,7 @@ _FAMILIES = (
     attention_family,
     conditioning,
     consistency,
+    heads,
     mlp_family,
     noise,
     velocity,

@@ -41,6 +41,7 @@ __all__ = [
     "noisy_sample",
     "normal",
     "philox",
+    "project_heads",
     "silu_difference",
     "time_sinusoids",
     "time_sinusoids_difference",
@@ -255,7 +256,21 @@ def gated_residual_layernorm(
     return x_new, modulated_layernorm(x_new, shift, scale, eps=eps, dtype=dtype or branch.dtype)
 
 
-# -------------------------------------------------------------------------------------------------------- MLP
+# ----------------------------------------------------------------------------------------- attention heads, MLP
+
+
+def project_heads(h: Tensor, weight: Tensor, bias: Tensor, *, heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values of every head: ``h Wᵀ + bias``, whose columns are (3, H, h); in the dtype of h.
+
+    Args:
+        h: (B, N, D). weight: (3D, D). bias: (3D,). heads: H, divides D.
+
+    Returns:
+        ``(q, k, v)``, each (B, H, N, h).
+    """
+    y = nn.functional.linear(h, weight, bias)
+    return y.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+
 
 _PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
 

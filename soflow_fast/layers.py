@@ -95,7 +95,8 @@ class Attention(nn.Module):
         return qkv.unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
 
     def forward(self, h: Tensor, dh: Tensor | None, call: Call) -> tuple[Tensor, Tensor | None]:
-        q, k, v = self._heads(linear(self.qkv, h))
+        weight, bias = self.qkv.weight.to(h.dtype), self.qkv.bias.to(h.dtype)
+        q, k, v = call.ops.project_heads(h, weight, bias, heads=self.num_heads)
         o = attention(q, k, v, call.attention)
         out = linear(self.proj, o.transpose(1, 2).flatten(2))
         if call.rows is None:

@@ -47,9 +47,11 @@ def one_binary_for_every_number_of_tokens():
             torch.autograd.backward(outputs, [torch.empty_like(o) for o in outputs])
             fused.gated_residual_layernorm_difference(x, x, x, x, m, m, m, m, m)
             fused.gelu_difference(x, x)
+            q, k, v = fused.project_heads(x, torch.empty(3 * 384, 384, device="meta"), x.new_empty(3 * 384), heads=6)
+            (q + k + v).sum().backward()
         return _hashes(records)
 
-    assert len(hashes(256)) == 5
+    assert len(hashes(256)) == 6
     assert all(hashes(tokens) == hashes(256) for tokens in (1, 7, 16, 64, 4096))
 
     def attention_hashes(tokens: int) -> list[tuple]:
