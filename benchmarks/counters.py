@@ -15,6 +15,10 @@ value on the host would raise. Less is better for every counter:
                           ``_fp32_residual`` with the residual streams in float32
     hidden_tensors        kept by an autograd function outside of its saved tensors
     operators_per_block   dispatched forward and backward, not compiled
+    launches_per_block    of the step, recomputing elementwise, as Inductor writes it for an H200: of its kernels and
+                          this package's, and calls of libraries
+    bytes_moved_per_element_block
+                          by those, the operands of products included; a slice counts as the whole tensor
     parameters            trained and fixed
     optimizer_bytes_per_parameter
                           loaded and stored by the one-pass update with average and bfloat16 copy, by its code
@@ -31,6 +35,7 @@ import sys
 from pathlib import Path
 
 import torch
+from _inductor import Compiled, backend
 from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
 from torch import Tensor
 from torch._dynamo.backends.common import aot_autograd
@@ -183,6 +188,28 @@ def _operators(preset: str, **options) -> int:
     return dispatched.count
 
 
+def compiled_block(preset: str, **options) -> dict[str, float]:
+    """What a block of the compiled step launches and moves on a GPU; options as in :func:`fake_step`.
+
+    Must run without Triton's interpreter.
+    """
+    compiled = {depth: _compiled(preset, depth=depth, recompute="elementwise", **options) for depth in (1, 3)}
+    launches = (compiled[3].launches - compiled[1].launches) / 2
+    with torch.device("meta"):
+        elements = BATCH * DiT.from_preset(preset, impl="torch").pos_embed.numel()
+    moved = (compiled[3].bytes_moved - compiled[1].bytes_moved) / 2 / elements
+    return {"launches_per_block": launches, "bytes_moved_per_element_block": round(moved, 3)}
+
+
+def _compiled(preset: str, **options) -> Compiled:
+    compiled = Compiled([])
+    torch._dynamo.reset()
+    with FakeTensorMode():
+        step = fake_step(preset, compile=backend(compiled), **options)
+        step(*fake_batch(step.model.network))
+    return compiled
+
+
 def hidden_tensors(preset: str, **options) -> int:
     """Tensors in the attributes of autograd functions of the loss, where no partitioner and no offloading sees them."""
     with FakeTensorMode():
@@ -257,6 +284,7 @@ def count(preset: str) -> dict[str, float]:
     return counters | {
         "hidden_tensors": hidden_tensors(preset),
         "operators_per_block": operators_per_block(preset),
+        **compiled_block(preset),
         "parameters": parameters(preset),
         "optimizer_bytes_per_parameter": optimizer_bytes_per_parameter(),
         "graph_breaks": graph_breaks(),

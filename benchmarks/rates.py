@@ -21,7 +21,7 @@ from _timing import Timer, copy_bandwidth, launch_floor_ms
 from torch import Tensor
 
 from soflow_fast.dit import PRESETS
-from soflow_fast.kernels import reference
+from soflow_fast.kernels import mlp, reference
 
 INPUT_SIZE = 32
 _TINY = (8, 64, 2, 2)
@@ -29,7 +29,10 @@ _TINY = (8, 64, 2, 2)
 
 @dataclass(frozen=True)
 class Part:
-    """One operation of a step: ``make`` its inputs' function, ``flops`` of one call, ``count`` per step."""
+    """One operation of a step: ``make`` its inputs' function, ``flops`` of one call, ``count`` per step.
+
+    A count of 0 is of an operation that is timed for comparison only.
+    """
 
     name: str
     flops: float
@@ -54,6 +57,16 @@ def parts(sizes: tuple[int, int, int, int], batch: int, device: str, dtype: torc
             a, b = normal(*x), normal(*y)
             a, b = a.mT if x_t else a, b.mT if y_t else b
             return lambda: a @ b
+
+        return make
+
+    def hidden_units(m: int, *, one_call: bool):
+        def make():
+            h, w1, b1 = normal(m, D), normal(4 * D, D), normal(4 * D)
+            if one_call:
+                return lambda: mlp._linear_gelu(h, w1, b1)
+            u = torch.empty(m, 4 * D, dtype=dtype, device=device)
+            return lambda: torch.nn.functional.gelu(torch.addmm(b1, h, w1.mT, out=u), approximate="tanh")
 
         return make
 
@@ -91,6 +104,10 @@ def parts(sizes: tuple[int, int, int, int], batch: int, device: str, dtype: torc
         flops = 2.0 * m * n_in * n_out
         listed.append(Part(f"{layer}, gradient of the input", flops, depth, product((m, n_out), (n_out, n_in))))
         listed.append(Part(f"{layer}, gradient of the weight", flops, depth, product((m, n_out), (m, n_in), x_t=True)))
+    # Not in the floor: whether the GELU costs less in the epilogue of its product than after it.
+    m, flops = rows["guidance"] * N, 2.0 * rows["guidance"] * N * D * 4 * D
+    listed.append(Part("fc1 with GELU, guidance", flops, 0, hidden_units(m, one_call=True)))
+    listed.append(Part("fc1, then GELU, guidance", flops, 0, hidden_units(m, one_call=False)))
     two_products = 4.0 * N * N * D
     listed += [
         Part("attention, guidance", rows["guidance"] * two_products, depth, attention(rows["guidance"], False)),

@@ -125,6 +125,22 @@ def test_without_gradient(dtype):
         check_accuracy(NAME, arguments, {})
 
 
+@pytest.mark.parametrize("gradients", [(), GRADIENTS])
+def test_autocast(gradients):
+    """The products are in its dtype, and the gradients in those of what they are for."""
+    arguments = _inputs((3, 7), 13, 51)
+
+    def under_autocast(op):
+        def run_op(**arguments):
+            with torch.autocast(DEVICE, torch.bfloat16), torch.set_grad_enabled(bool(gradients)):
+                return op(**arguments)
+
+        return run(run_op, arguments, {}, gradients)
+
+    for ours, expected in zip(under_autocast(fused.mlp), under_autocast(reference.mlp), strict=True):
+        torch.testing.assert_close(ours, expected, rtol=2**-5, atol=2**-5)
+
+
 def test_op_contract():
     generator = torch.Generator().manual_seed(0)
     u, dg = torch.randn(2, 9, 24, generator=generator).to(DEVICE)
