@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from soflow_fast.kernels import fused
+from soflow_fast.kernels import fused, reference
 from soflow_fast.kernels._accuracy import errors, run
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -52,3 +52,15 @@ def check_compiles(name: str, arguments: dict[str, Any], options: dict[str, Any]
     compiled = torch.compile(op, fullgraph=True, backend="aot_eager")
     for eager, ours in zip(run(op, arguments, {}, gradients), run(compiled, arguments, {}, gradients), strict=True):
         assert torch.equal(eager, ours)
+
+
+def check_row_gradients(name: str, arguments: dict[str, Any], options: dict[str, Any]):
+    """The gradient of F for those of the rows' losses at any stride: a mean or a sum hands one number to all rows."""
+    rows = arguments["F"].shape[0]
+    weights = torch.arange(2.0 * rows, device=DEVICE)[::2]
+    for incoming in (torch.ones((), device=DEVICE).expand(rows), weights, weights.contiguous()):
+        ours, expected = (
+            run(getattr(ops, name), arguments, options, ("F",), output_gradients=(incoming,))[-1]
+            for ops in (fused, reference)
+        )
+        assert torch.allclose(ours, expected, rtol=1e-5, atol=1e-8)
