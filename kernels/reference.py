@@ -3,7 +3,7 @@ against these in float64.
 
 Shapes: B rows (samples), N tokens, D width. Low-precision inputs are upcast: statistics and reductions run in float32
 (float64 for float64 inputs) and the result is rounded once, to the dtype stated.
-The ops on differences are in ``reference_difference`` and are re-exported here.
+The losses are in ``reference_losses`` and the ops on differences in ``reference_difference``, re-exported here.
 """
 
 import math
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from .coefficients import guidance_decay, path_coefficients, quotient_coefficients, velocity_scale
+from .coefficients import path_coefficients
 from .reference_difference import (
     attention_difference,
     frequencies,
@@ -24,6 +24,7 @@ from .reference_difference import (
     time_sinusoids_difference,
     wide,
 )
+from .reference_losses import consistency_loss, guided_velocity, per_row, velocity_loss
 
 __all__ = [
     "Stream",
@@ -127,11 +128,6 @@ def normal(rows: Tensor, n: int, *, seed: int | Tensor, step: int | Tensor, stre
     return torch.stack([radius * torch.cos(angle), radius * torch.sin(angle)], dim=-1).flatten(1)[:, :n]
 
 
-def _per_row(c: Tensor, like: Tensor) -> Tensor:
-    """(B,) scalars shaped to broadcast over the samples of ``like`` (B, ...)."""
-    return c.to(like.dtype).view(-1, *[1] * (like.dim() - 1))
-
-
 # ------------------------------------------------------------------------------------------- path and latents
 
 
@@ -144,7 +140,7 @@ def interpolate(x0: Tensor, noise: Tensor, t: Tensor, *, path: str) -> tuple[Ten
     Returns:
         ``(x_t, v_t)``, shape and dtype of x0.
     """
-    alpha, beta, dalpha, dbeta = (_per_row(c, x0) for c in path_coefficients(t, path))
+    alpha, beta, dalpha, dbeta = (per_row(c, x0) for c in path_coefficients(t, path))
     return alpha * x0 + beta * noise, dalpha * x0 + dbeta * noise
 
 
@@ -306,118 +302,3 @@ def mlp(
     else:
         out = down(u, w2)
     return out, u.detach() if hidden else None
-
-
-# ----------------------------------------------------------------------------------------------------- losses
-
-
-def guided_velocity(
-    v: Tensor,
-    F_null: Tensor,
-    F_own: Tensor,
-    t: Tensor,
-    drop: Tensor,
-    *,
-    parameterization: str,
-    guidance_scale: float,
-    guidance_mix: float,
-    decay_time: float,
-) -> Tensor:
-    """``m [v + g(t)(ω−1)(v − v̂(∅))] + (1−m) v̂(y)`` on the rows that keep their label, ``v`` on the dropped ones.
-
-    Args:
-        v: (B, ...) conditional velocity ``v_t``. F_null, F_own: (B, ...) network outputs at ``s=t`` without label and
-            with the row's. t: (B,). drop: (B,) bool.
-
-    Returns:
-        (B, ...), dtype of v, no gradient.
-    """
-    v_wide, F_null, F_own = wide(v.detach(), F_null.detach(), F_own.detach())
-    slope = velocity_scale(parameterization)
-    strength = _per_row(guidance_decay(t, decay_time) * (guidance_scale - 1), v_wide)
-    guided = guidance_mix * (v_wide + strength * (v_wide - slope * F_null)) + (1 - guidance_mix) * slope * F_own
-    return torch.where(drop.view(-1, *[1] * (v.dim() - 1)), v_wide, guided).to(v.dtype)
-
-
-def _row_mean(x: Tensor) -> Tensor:
-    return x.flatten(1).mean(1)
-
-
-def velocity_loss(
-    F: Tensor,
-    v: Tensor,
-    F_null: Tensor | None,
-    t: Tensor,
-    drop: Tensor,
-    *,
-    parameterization: str,
-    guidance_scale: float,
-    guidance_mix: float,
-    decay_time: float,
-    p: float,
-    eps: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Velocity (flow matching) loss of each row: ``w·mean(δ²)``, ``δ = v̂ − target``, ``w = 1/(b'(mean(δ²)+ε)^p)``.
-
-    The target is :func:`guided_velocity` with the prediction itself, detached, as ``v̂(y)``; it is ``v`` when
-    ``F_null`` is None. Gradient flows to F only, through δ and not through w.
-
-    Args:
-        F: (B, ...) network output at ``s=t``. v: (B, ...). F_null: (B, ...) or None. t: (B,). drop: (B,) bool.
-
-    Returns:
-        ``(loss, mse, weight)``, (B,) float32 (float64 for float64 F); mse and weight carry no gradient.
-    """
-    prediction, target = wide(F, v.detach())
-    slope = velocity_scale(parameterization)
-    if F_null is not None:
-        target = guided_velocity(
-            target,
-            F_null,
-            F,
-            t,
-            drop,
-            parameterization=parameterization,
-            guidance_scale=guidance_scale,
-            guidance_mix=guidance_mix,
-            decay_time=decay_time,
-        )
-    mse = _row_mean((slope * prediction - target).square())
-    weight = 1 / (slope * (mse.detach() + eps).pow(p))
-    return weight * mse, mse.detach(), weight
-
-
-def consistency_loss(
-    F: Tensor,
-    dF: Tensor,
-    v: Tensor,
-    x_t: Tensor,
-    t: Tensor,
-    gap: Tensor,
-    s: Tensor,
-    *,
-    parameterization: str,
-    p: float,
-    eps: float,
-    tangent: bool = False,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Solution consistency loss of each row: ``sign(b(t,s))·w·mean(F·Δ)``, ``w = (mean(Δ²)+ε)^(−p)``.
-
-    Δ is the quotient of :func:`~soflow_fast.kernels.coefficients.quotient_coefficients`, without gradient; as ``s <
-    t``, ``sign(b) = −1``. The gradient equals that of the squared error of f up to the factor it divides by.
-
-    Args:
-        F: (B, ...) ``F(x_t,t,s)``. dF: (B, ...) its difference (or, with tangent, derivative). v: (B, ...) the target
-            velocity. x_t: (B, ...). t, gap, s: (B,).
-
-    Returns:
-        ``(loss, mse, weight)``, (B,): mse is ``mean(Δ²)``; mse and weight carry no gradient.
-    """
-    F_wide, dF, v, x_t = wide(F, dF, v, x_t)
-    t, gap, s = (x.to(F_wide.dtype) for x in (t, gap, s))
-    coefficients = quotient_coefficients(t, gap, s, parameterization, tangent)
-    c_x, c_F, c_d, c_v = (_per_row(c, F_wide) for c in coefficients)
-    quotient = (c_x * x_t + c_F * F_wide + c_d * dF + c_v * v).detach()
-    mse = _row_mean(quotient.square())
-    weight = (mse + eps).pow(-p)
-    return -weight * _row_mean(F_wide * quotient), mse, weight
