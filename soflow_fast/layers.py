@@ -44,9 +44,14 @@ def linear(layer: nn.Linear, x: Tensor) -> Tensor:
     return nn.functional.linear(x, layer.weight.to(x.dtype), layer.bias.to(x.dtype))
 
 
+def product(layer: nn.Linear, x: Tensor) -> Tensor:
+    """The layer without its bias, in the dtype of x."""
+    return nn.functional.linear(x, layer.weight.to(x.dtype))
+
+
 def linear_difference(layer: nn.Linear, d: Tensor) -> Tensor:
     """The layer's difference, in the dtype of d: no bias."""
-    return nn.functional.linear(d, layer.weight.to(d.dtype))
+    return product(layer, d)
 
 
 class PatchEmbed(nn.Module):
@@ -96,7 +101,7 @@ class LabelEmbedder(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention; the qkv output reshapes to (B, N, 3, H, h)."""
+    """Multi-head self-attention; the qkv output reshapes to (B, N, 3, H, h). The block adds the bias of proj."""
 
     def __init__(self, hidden_size: int, num_heads: int):
         super().__init__()
@@ -110,7 +115,7 @@ class Attention(nn.Module):
     def forward(self, h: Tensor, dh: Tensor | None, call: Call) -> tuple[Tensor, Tensor | None]:
         q, k, v = self._heads(linear(self.qkv, h))
         o = attention(q, k, v, call.attention)
-        out = linear(self.proj, o.transpose(1, 2).flatten(2))
+        out = product(self.proj, o.transpose(1, 2).flatten(2))
         if call.rows is None:
             return out, None
         with torch.no_grad():
@@ -121,7 +126,7 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
-    """Linear–tanh-GELU–Linear."""
+    """Linear–tanh-GELU–Linear. The block adds the bias of fc2."""
 
     def __init__(self, hidden_size: int, mlp_hidden_size: int):
         super().__init__()
@@ -141,14 +146,14 @@ class Mlp(nn.Module):
             return out, linear_difference(self.fc2, dg)
 
     def _down(self, u: Tensor) -> Tensor:
-        return linear(self.fc2, nn.functional.gelu(u, approximate="tanh"))
+        return product(self.fc2, nn.functional.gelu(u, approximate="tanh"))
 
 
 class DiTBlock(nn.Module):
     """Attention and MLP, each gated into the residual stream.
 
     A block receives its input already normalised and modulated, and returns the next block's: then each gate, residual
-    and following LayerNorm is one op.
+    and following LayerNorm is one op, which also adds the bias of the last product: its gradient is then free.
     """
 
     def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float):
@@ -172,16 +177,17 @@ class DiTBlock(nn.Module):
         d, dh, dmodulation = pair
         modulation = modulation.unbind(1)
         dmodulation = None if call.rows is None else dmodulation.unbind(1)
-        for i, layer in enumerate((self.attn, self.mlp)):
+        for i, (layer, last) in enumerate(((self.attn, self.attn.proj), (self.mlp, self.mlp.fc2))):
             branch, d_branch = layer(h, dh, call)
+            bias = last.bias.to(branch.dtype)
             gate, shift, scale = modulation[3 * i : 3 * i + 3]
-            x, h = call.ops.gated_residual_layernorm(x, branch, gate, shift, scale, eps=LN_EPS)
+            x, h = call.ops.gated_residual_layernorm(x, branch, gate, shift, scale, bias=bias, eps=LN_EPS)
             if call.rows is not None:
                 with torch.no_grad():
                     primal = [y[call.rows] for y in (x, branch, gate, scale)]
                     d, dh = call.ops.gated_residual_layernorm_difference(
                         primal[0], d, primal[1], d_branch, *primal[2:], *dmodulation[3 * i : 3 * i + 3],
-                        eps=LN_EPS, tangent=call.tangent,
+                        bias=bias, eps=LN_EPS, tangent=call.tangent,
                     )  # fmt: skip
         return x, h, d, dh
 
