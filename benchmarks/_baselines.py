@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from soflow_fast import DiT, SoFlow
 from soflow_fast.ema import EMA
 from soflow_fast.kernels import reference
-from soflow_fast.layers import Attention, linear
+from soflow_fast.layers import Attention, linear, product
 from soflow_fast.objectives.base import TotalLoss
 from soflow_fast.objectives.meanflow import MeanFlow
 from soflow_fast.optim import AdamW
@@ -191,7 +191,7 @@ class _JvpFlashAttention(Attention):
         from jvp_flash_attention.jvp_attention import JVPAttn
 
         o = JVPAttn.fwd_dual(*self._heads(linear(self.qkv, h)))
-        return linear(self.proj, o.transpose(1, 2).flatten(2)), None
+        return product(self.proj, o.transpose(1, 2).flatten(2)), None
 
 
 class JvpFlashDiT(DiT):

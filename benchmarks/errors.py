@@ -34,8 +34,8 @@ def modulated_layernorm(x, shift, scale, *, eps=1e-6, dtype=None):
     return n * (1 + scale[:, None]) + shift[:, None]
 
 
-def gated_residual_layernorm(x, branch, gate, shift, scale, *, eps=1e-6, dtype=None):
-    x_new = x + gate[:, None] * branch
+def gated_residual_layernorm(x, branch, gate, shift, scale, *, bias=None, eps=1e-6, dtype=None):
+    x_new = x + gate[:, None] * (branch if bias is None else branch + bias)
     return x_new, modulated_layernorm(x_new, shift, scale, eps=eps, dtype=dtype or branch.dtype)
 
 
@@ -67,8 +67,9 @@ def modulated_layernorm_difference(x, d, scale, dshift, dscale, **options):
 
 
 def gated_residual_layernorm_difference(
-    x_new, d, branch, d_branch, gate, scale, dgate, dshift, dscale, *, dtype=None, **options
+    x_new, d, branch, d_branch, gate, scale, dgate, dshift, dscale, *, bias=None, dtype=None, **options
 ):
+    branch = branch if bias is None else branch + bias
     options["dtype"] = dtype or d_branch.dtype
     gated = (gate + dgate)[:, None] * (branch + d_branch)
     moved = x_new - gate[:, None] * branch + d + gated

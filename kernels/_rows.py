@@ -47,6 +47,15 @@ def require_modulation(x: Tensor, **modulation: Tensor) -> list[Tensor]:
     return [tensor if tensor.stride(1) == 1 else tensor.contiguous() for tensor in modulation.values()]
 
 
+def require_bias(x: Tensor, bias: Tensor | None) -> Tensor | None:
+    """The bias, contiguous, or None; ValueError unless it is (width,) of x in a known dtype."""
+    if bias is None:
+        return None
+    require_shape("bias", bias, x.shape[2:])
+    require_dtype("bias", bias)
+    return bias.contiguous()
+
+
 @triton.jit
 def row_columns(D: tl.constexpr, THREADS: tl.constexpr):
     """The columns of a row, (THREADS, strips, 4); those beyond D are masked by the functions below."""

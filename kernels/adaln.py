@@ -1,14 +1,17 @@
 """adaLN: gate, residual, LayerNorm and modulation in one pass, and their backward in one pass.
 
-    x_new = x + gate·branch,   n = (x_new − mean)·rstd,   h = n(1+scale) + shift
+    x_new = x + gate·(branch + bias),   n = (x_new − mean)·rstd,   h = n(1+scale) + shift
 
 Backward, with g = dh(1+scale) and dx_new the gradient that arrives at the residual stream:
 
     dx = dx_new + rstd(g − mean(g) − n·mean(g·n)),   dbranch = gate·dx
-    dshift = Σ_tokens dh,   dscale = Σ_tokens dh·n,   dgate = Σ_tokens dx·branch
+    dshift = Σ_tokens dh,   dscale = Σ_tokens dh·n,   dgate = Σ_tokens dx·branch + bias·Σ_tokens dx
+    dbias = Σ_samples gate·Σ_tokens dx
 
-One pass over the tokens gives all five: a program walks over a chunk of one sample's tokens, keeps the three sums in
-registers, and writes them as float32 partial sums (B, chunks, 3, D), which a second small kernel adds in a fixed order.
+The bias is that of the linear layer whose product branch is, or absent. Summed where dx is in registers, its gradient
+costs no pass over dbranch. One pass over the tokens gives all six: a program walks over a chunk of one sample's tokens,
+keeps the four sums in registers, and writes them as float32 partial sums (B, chunks, 4, D), which a second small kernel
+adds in a fixed order; dbias is then one more sum, of (B, D).
 
 Shapes: B rows (samples), N tokens, D width.
 
@@ -16,14 +19,15 @@ Bytes per token and channel, bfloat16 operands:    residual stream float32    bf
     forward    reads x, branch; writes x_new, h           4+2+4+2 = 12        2+2+2+2 = 8
     backward   reads dh, dx_new, x_new, branch            2+4+4+2             2+2+2+2
                writes dx, dbranch                         4+2     = 18        2+2     = 12
-    partial sums, written and read, chunks of 32 tokens   24/32   =  0.75                0.75
-    a block (two of each)                                           61.5                41.5
-In chunks of 16 tokens (small batches) a block takes 63 and 43. With the modulation and its gradients, and with mean and
-rstd, all launches of a block of XL/2 move 61.7 bytes (float32 stream) and 41.7; of B/4, 63.5 and 43.5.
+    partial sums, written and read, chunks of 32 tokens   32/32   =  1                   1
+    a block (two of each)                                           62                  42
+In chunks of 16 tokens (small batches) a block takes 64 and 44. With the modulation and its gradients, and with mean and
+rstd, all launches of a block of XL/2 move 62.2 bytes (float32 stream) and 42.2; of B/4, 64.7 and 44.7. The bias is 0.5
+of them (B/4: 1.1), where passes over dbranch would read 4.
 
-Saved for the backward: x_new (which the next op reads anyway), branch, gate, scale, and mean and rstd of each token:
-16 bytes a token, written and read, 0.1 % of the backward's bytes, spare it two more exchanges between threads. An
-output that nobody uses has no gradient to read (torch.compile sends zeros instead, in the last of all blocks).
+Saved for the backward: x_new (which the next op reads anyway), branch, bias, gate, scale, and mean and rstd of each
+token: 16 bytes a token, written and read, 0.1 % of the backward's bytes, spare it two more exchanges between threads.
+An output that nobody uses has no gradient to read (torch.compile sends zeros instead, in the last of all blocks).
 """
 
 import torch
@@ -33,8 +37,10 @@ from torch import Tensor
 
 from ._cases import Case, Inputs
 from ._launch import Launch, launch
+from ._partials import sum_chunks
 from ._rows import (
     load_row,
+    require_bias,
     require_modulation,
     require_tokens,
     row_columns,
@@ -53,17 +59,16 @@ _ENOUGH_PROGRAMS = 1024
 
 # Registers for at least 4 rows of up to 1536 channels in flight per SM: at 1152 channels the backward has 54 KiB on the
 # way, where a microsecond of latency at 4.3 TB/s needs 32; the forward has 6 rows, 40 KiB.
+# The row that is used last, the forward's shift and the backward's gate, is not kept: each token reads it from L1.
 _FORWARD_REGISTERS = 80
 _BACKWARD_REGISTERS = 128
-_SUM = Launch(num_warps=1, max_registers=64)
-_SUM_CHUNKS = 8
-_SUM_COLUMNS = 128
 
 
 @triton.jit(do_not_specialize=["N", "chunk"])
 def _adaln_forward_kernel(
     x_ptr,  # (B, N, D)
     branch_ptr,  # (B, N, D), or None: then x is normalised as it is
+    bias_ptr,  # (D,), or None: then branch has no bias
     gate_ptr,  # (B, D), row stride stride_gate; None without branch
     shift_ptr,  # (B, D), row stride stride_shift
     scale_ptr,  # (B, D), row stride stride_scale
@@ -83,19 +88,24 @@ def _adaln_forward_kernel(
     sample = tl.program_id(0).to(tl.int64)
     first = tl.program_id(1).to(tl.int64) * chunk
     columns = row_columns(D, THREADS)
-    shift = load_row(shift_ptr + sample * stride_shift, columns, D)
     gain = 1 + load_row(scale_ptr + sample * stride_scale, columns, D)
     if branch_ptr is not None:
         gate = load_row(gate_ptr + sample * stride_gate, columns, D)
+    if bias_ptr is not None:
+        bias = load_row(bias_ptr, columns, D)
     for token in range(sample * N + first, sample * N + tl.minimum(first + chunk, N)):
         x = load_row(x_ptr + token * D, columns, D)
         if branch_ptr is not None:
-            x = (x + gate * load_row(branch_ptr + token * D, columns, D)).to(x_new_ptr.dtype.element_ty)
+            branch = load_row(branch_ptr + token * D, columns, D)
+            if bias_ptr is not None:
+                branch += bias
+            x = (x + gate * branch).to(x_new_ptr.dtype.element_ty)
             store_row(x_new_ptr + token * D, columns, x, D)
             x = x.to(tl.float32)
         mean = sum_row(x) / D
         centred = tl.where(columns < D, x - mean, 0.0)
         rstd = tl.rsqrt(sum_row(centred * centred) / D + EPS)
+        shift = load_row(shift_ptr + sample * stride_shift, columns, D)
         store_row(h_ptr + token * D, columns, centred * rstd * gain + shift, D)
         tl.store(mean_ptr + token, mean)
         tl.store(rstd_ptr + token, rstd)
@@ -107,13 +117,14 @@ def _adaln_backward_kernel(
     dx_new_ptr,  # (B, N, D), or None: nothing arrives at the residual stream
     x_ptr,  # (B, N, D), what was normalised
     branch_ptr,  # (B, N, D) or None
+    bias_ptr,  # (D,) or None
     gate_ptr,  # (B, D), row stride stride_gate; None without branch
     scale_ptr,  # (B, D), row stride stride_scale
     mean_ptr,  # (B, N)
     rstd_ptr,  # (B, N)
     dx_ptr,  # (B, N, D)
     dbranch_ptr,  # (B, N, D); None without branch
-    partial_ptr,  # (B, chunks, 2 or 3, D): of dshift, dscale and, with branch, dgate
+    partial_ptr,  # (B, chunks, 2 to 4, D): of dshift, dscale, with branch dgate, with bias its gradient
     stride_gate,
     stride_scale,
     N: tl.int64,
@@ -129,8 +140,9 @@ def _adaln_backward_kernel(
     dshift = tl.zeros(columns.shape, tl.float32)
     dscale = tl.zeros(columns.shape, tl.float32)
     if branch_ptr is not None:
-        gate = load_row(gate_ptr + sample * stride_gate, columns, D)
         dgate = tl.zeros(columns.shape, tl.float32)
+    if bias_ptr is not None:
+        sum_dx = tl.zeros(columns.shape, tl.float32)
     for token in range(sample * N + first, sample * N + tl.minimum(first + chunk, N)):
         dh = load_row(dh_ptr + token * D, columns, D)
         x = load_row(x_ptr + token * D, columns, D)
@@ -141,41 +153,29 @@ def _adaln_backward_kernel(
         rstd = tl.load(rstd_ptr + token)
         # zero beyond D, so that a strip that lies there costs nothing
         n = tl.where(columns < D, (x - tl.load(mean_ptr + token)) * rstd, 0.0)
+        dscale += dh * n  # here, and dshift below: in other orders ptxas spills or needs more registers
         g = dh * gain
         sum_g, sum_gn = sum_rows_2(g, g * n)
+        dshift += dh
         dx = rstd * (g - sum_g / D - n * (sum_gn / D))
         if dx_new_ptr is not None:
             dx += dx_new
         store_row(dx_ptr + token * D, columns, dx, D)
-        dshift += dh
-        dscale += dh * n
         if branch_ptr is not None:
+            gate = load_row(gate_ptr + sample * stride_gate, columns, D)
             store_row(dbranch_ptr + token * D, columns, dx * gate, D)
             dgate += dx * branch
+        if bias_ptr is not None:
+            sum_dx += dx
     partial_ptr += (sample * tl.num_programs(1) + tl.program_id(1)) * (SUMS * D)
     store_row(partial_ptr, columns, dshift, D)
     store_row(partial_ptr + D, columns, dscale, D)
+    if bias_ptr is not None:
+        gate = load_row(gate_ptr + sample * stride_gate, columns, D)
+        dgate += sum_dx * load_row(bias_ptr, columns, D)
+        store_row(partial_ptr + 3 * D, columns, sum_dx * gate, D)
     if branch_ptr is not None:
         store_row(partial_ptr + 2 * D, columns, dgate, D)
-
-
-@triton.jit(do_not_specialize=["chunks"])
-def _sum_partials_kernel(
-    partial_ptr,  # (B, chunks, C)
-    sum_ptr,  # (B, C)
-    chunks: tl.int64,
-    C,
-    CHUNKS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
-    sample = tl.program_id(0).to(tl.int64)
-    columns = tl.program_id(1).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
-    total = tl.zeros((CHUNKS, COLUMNS), tl.float32)
-    for first in range(0, chunks, CHUNKS):
-        chunk = first + tl.arange(0, CHUNKS)
-        mask = (chunk < chunks)[:, None] & (columns < C)[None, :]
-        total += tl.load(partial_ptr + (sample * chunks + chunk)[:, None] * C + columns[None, :], mask=mask, other=0.0)
-    tl.store(sum_ptr + sample * C + columns, tl.sum(total, 0).to(sum_ptr.dtype.element_ty), mask=columns < C)
 
 
 def _tokens_per_program(B: int, N: int) -> int:
@@ -184,7 +184,7 @@ def _tokens_per_program(B: int, N: int) -> int:
     return many if B * triton.cdiv(N, many) >= _ENOUGH_PROGRAMS else few
 
 
-def _forward(x, branch, gate, shift, scale, eps, dtype) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
+def _forward(x, branch, bias, gate, shift, scale, eps, dtype) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
     """``(x_new, h, mean, rstd)``; x_new is None without branch."""
     B, N, D = x.shape
     x_new = None if branch is None else torch.empty_like(x)
@@ -194,20 +194,10 @@ def _forward(x, branch, gate, shift, scale, eps, dtype) -> tuple[Tensor | None, 
     launch(
         _adaln_forward_kernel,
         lambda: (B, triton.cdiv(N, _FORWARD_TOKENS)),
-        x,
-        branch,
-        gate,
-        shift,
-        scale,
-        x_new,
-        h,
-        mean,
-        rstd,
-        0 if gate is None else gate.stride(0),
-        shift.stride(0),
-        scale.stride(0),
-        N,
-        _FORWARD_TOKENS,
+        *(x, branch, bias, gate, shift, scale),
+        *(x_new, h, mean, rstd),
+        *(0 if m is None else m.stride(0) for m in (gate, shift, scale)),
+        *(N, _FORWARD_TOKENS),
         EPS=eps,
         D=D,
         THREADS=32 * warps,
@@ -216,8 +206,14 @@ def _forward(x, branch, gate, shift, scale, eps, dtype) -> tuple[Tensor | None, 
     return x_new, h, mean, rstd
 
 
-def _backward(dh, dx_new, x, branch, gate, scale, mean, rstd) -> tuple[Tensor, Tensor | None, Tensor]:
-    """``(dx, dbranch, sums)``: sums are dshift, dscale and, with branch, dgate, (B, 2 or 3, D)."""
+def _backward(
+    dh, dx_new, x, branch, bias, gate, scale, mean, rstd
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
+    """``(dx, dbranch, dmodulation, dbias)``.
+
+    dmodulation: dshift, dscale and, with branch, dgate, (B, 2 or 3, D). dbias: with bias, each sample's part of it,
+    (B, D), float32.
+    """
     B, N, D = x.shape
     dh = dh.contiguous()
     dx_new = None if dx_new is None else dx_new.contiguous()
@@ -225,62 +221,49 @@ def _backward(dh, dx_new, x, branch, gate, scale, mean, rstd) -> tuple[Tensor, T
     dbranch = None if branch is None else torch.empty_like(branch)
     tokens = _tokens_per_program(B, N)
     chunks = triton.cdiv(N, tokens)
-    n_sums = 2 if branch is None else 3
+    dmodulation = scale.new_empty((B, 2 if branch is None else 3, D))
+    dbias = None if bias is None else x.new_empty((B, D), dtype=torch.float32)
+    n_sums = dmodulation.shape[1] + (bias is not None)
     partials = x.new_empty((B, chunks, n_sums, D), dtype=torch.float32)
-    sums = scale.new_empty((B, n_sums, D))
     warps = row_warps(D)
     launch(
         _adaln_backward_kernel,
         lambda: (B, chunks),
-        dh,
-        dx_new,
-        x,
-        branch,
-        gate,
-        scale,
-        mean,
-        rstd,
-        dx,
-        dbranch,
-        partials,
-        0 if gate is None else gate.stride(0),
-        scale.stride(0),
-        N,
-        tokens,
+        *(dh, dx_new, x, branch, bias, gate, scale, mean, rstd),
+        *(dx, dbranch, partials),
+        *(0 if m is None else m.stride(0) for m in (gate, scale)),
+        *(N, tokens),
         SUMS=n_sums,
         D=D,
         THREADS=32 * warps,
         config=Launch(warps, max_registers=_BACKWARD_REGISTERS),
     )
-    launch(
-        _sum_partials_kernel,
-        lambda: (B, triton.cdiv(n_sums * D, _SUM_COLUMNS)),
-        partials,
-        sums,
-        chunks,
-        n_sums * D,
-        CHUNKS=_SUM_CHUNKS,
-        COLUMNS=_SUM_COLUMNS,
-        config=_SUM,
-    )
-    return dx, dbranch, sums
+    sum_chunks(partials, dmodulation, dbias)
+    return dx, dbranch, dmodulation, dbias
 
 
 def _layernorm_fwd(
     x: Tensor, shift: Tensor, scale: Tensor, eps: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _forward(x, None, None, shift, scale, eps, dtype)[1:]
+    return _forward(x, None, None, None, shift, scale, eps, dtype)[1:]
 
 
 def _layernorm_bwd(dh: Tensor, x: Tensor, scale: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
-    dx, _, sums = _backward(dh, None, x, None, None, scale, mean, rstd)
-    return dx, sums
+    dx, _, dmodulation, _ = _backward(dh, None, x, None, None, None, scale, mean, rstd)
+    return dx, dmodulation
 
 
 def _gated_fwd(
-    x: Tensor, branch: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, eps: float, dtype: torch.dtype
+    x: Tensor,
+    branch: Tensor,
+    bias: Tensor | None,
+    gate: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    eps: float,
+    dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _forward(x, branch, gate, shift, scale, eps, dtype)
+    return _forward(x, branch, bias, gate, shift, scale, eps, dtype)
 
 
 def _gated_bwd(
@@ -288,12 +271,15 @@ def _gated_bwd(
     dx_new: Tensor | None,
     x_new: Tensor,
     branch: Tensor,
+    bias: Tensor | None,
     gate: Tensor,
     scale: Tensor,
     mean: Tensor,
     rstd: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return _backward(dh, dx_new, x_new, branch, gate, scale, mean, rstd)
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dx, dbranch, dmodulation, dbias = _backward(dh, dx_new, x_new, branch, bias, gate, scale, mean, rstd)
+    # an op returns a tensor in any case: without bias one of no rows
+    return dx, dbranch, dmodulation, x_new.new_empty((0, x_new.shape[2])) if dbias is None else dbias
 
 
 _layernorm_fwd_op = torch.library.custom_op("soflow::modulated_layernorm_fwd", _layernorm_fwd, mutates_args=())
@@ -320,31 +306,33 @@ class _ModulatedLayerNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dh, _mean, _rstd):
-        dx, sums = _layernorm_bwd_op(dh, *ctx.saved_tensors)
-        dshift, dscale = sums.unbind(1)
+        dx, dmodulation = _layernorm_bwd_op(dh, *ctx.saved_tensors)
+        dshift, dscale = dmodulation.unbind(1)
         return dx, dshift, dscale, None, None
 
 
 class _GatedResidualLayerNorm(torch.autograd.Function):
     @staticmethod
-    def forward(x, branch, gate, shift, scale, eps, dtype):
-        return _gated_fwd_op(x, branch, gate, shift, scale, eps, dtype)
+    def forward(x, branch, bias, gate, shift, scale, eps, dtype):
+        return _gated_fwd_op(x, branch, bias, gate, shift, scale, eps, dtype)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        _, branch, gate, _, scale, _, ctx.dtype = inputs
+        _, branch, bias, gate, _, scale, _, ctx.dtype = inputs
         x_new, _, mean, rstd = output
         ctx.mark_non_differentiable(mean, rstd)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x_new, branch, gate, scale, mean, rstd)
+        ctx.save_for_backward(x_new, branch, bias, gate, scale, mean, rstd)
 
     @staticmethod
     def backward(ctx, dx_new, dh, _mean, _rstd):
         if dh is None:
             dh = torch.zeros_like(dx_new, dtype=ctx.dtype)
-        dx, dbranch, sums = _gated_bwd_op(dh, dx_new, *ctx.saved_tensors)
-        dshift, dscale, dgate = sums.unbind(1)
-        return dx, dbranch, dgate, dshift, dscale, None, None
+        bias = ctx.saved_tensors[2]
+        dx, dbranch, dmodulation, dbias = _gated_bwd_op(dh, dx_new, *ctx.saved_tensors)
+        dbias = dbias.sum(0).to(bias.dtype) if ctx.needs_input_grad[2] else None
+        dshift, dscale, dgate = dmodulation.unbind(1)
+        return dx, dbranch, dbias, dgate, dshift, dscale, None, None
 
 
 def modulated_layernorm(
@@ -373,13 +361,15 @@ def gated_residual_layernorm(
     shift: Tensor,
     scale: Tensor,
     *,
+    bias: Tensor | None = None,
     eps: float = 1e-6,
     dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Fused :func:`soflow_fast.kernels.reference.gated_residual_layernorm`.
 
     Args:
-        x, branch: (B, N, D). gate, shift, scale: (B, D), one dtype, any row stride. dtype: of h, by default branch's.
+        x, branch: (B, N, D). gate, shift, scale: (B, D), one dtype, any row stride. bias: (D,), of any dtype, or None.
+            dtype: of h, by default branch's.
 
     Returns:
         ``(x_new, h)``, (B, N, D); x_new has the dtype of x and h normalises the rounded x_new.
@@ -389,30 +379,34 @@ def gated_residual_layernorm(
     """
     x, branch = require_tokens(x=x, branch=branch)
     gate, shift, scale = require_modulation(x, gate=gate, shift=shift, scale=scale)
-    return _GatedResidualLayerNorm.apply(x, branch, gate, shift, scale, eps, dtype or branch.dtype)[:2]
+    bias = require_bias(x, bias)
+    return _GatedResidualLayerNorm.apply(x, branch, bias, gate, shift, scale, eps, dtype or branch.dtype)[:2]
 
 
 def cases() -> list[Case]:
     """Shapes of a batch of 256; the modulation are slices of one (B, chunks, D) tensor, as in the DiT."""
 
-    def inputs(tokens: int, width: int, residual: torch.dtype | None, gated: bool):
+    def inputs(tokens: int, width: int, residual: torch.dtype | None, gradients: tuple[str, ...]):
         def make(new: Inputs) -> dict:
             B = new.rows(256)
             gate, shift, scale = new.normal(B, 8, width, scale=0.5).unbind(1)[:3]
-            x = new.normal(B, tokens, width, dtype=residual)
-            if not gated:
-                return {"x": x, "shift": shift, "scale": scale, "dtype": new.dtype}
-            return {"x": x, "branch": new.normal(B, tokens, width), "gate": gate, "shift": shift, "scale": scale}
+            made = {"x": new.normal(B, tokens, width, dtype=residual), "shift": shift, "scale": scale}
+            if "branch" not in gradients:
+                return made | {"dtype": new.dtype}
+            made |= {"branch": new.normal(B, tokens, width), "gate": gate}
+            return made | ({"bias": new.normal(width, scale=0.5)} if "bias" in gradients else {})
 
         return make
 
+    def case(op: str, name: str, size: tuple[int, int], residual: torch.dtype | None, *gradients: str) -> Case:
+        return Case(op, name, inputs(*size, residual, gradients), gradients=gradients)
+
     sizes = {"S/2": (256, 384), "B/4": (64, 768), "L/2": (256, 1024), "XL/2": (256, 1152)}
-    gradients = ("x", "branch", "gate", "shift", "scale")
-    cases = []
+    plain, gated = ("x", "shift", "scale"), ("x", "branch", "gate", "shift", "scale")
+    op, cases = "gated_residual_layernorm", []
     for name, size in sizes.items():
-        op = "gated_residual_layernorm"
-        cases.append(Case(op, name, inputs(*size, torch.float32, gated=True), gradients=gradients))
-        cases.append(Case(op, f"{name} narrow residual", inputs(*size, None, gated=True), gradients=gradients))
-        first = inputs(*size, torch.float32, gated=False)
-        cases.append(Case("modulated_layernorm", name, first, gradients=("x", "shift", "scale")))
+        cases.append(case(op, name, size, torch.float32, *gated, "bias"))
+        cases.append(case(op, f"{name} narrow residual", size, None, *gated, "bias"))
+        cases.append(case("modulated_layernorm", name, size, torch.float32, *plain))
+    cases.append(case(op, "XL/2 without bias", sizes["XL/2"], torch.float32, *gated))
     return cases

@@ -1,11 +1,12 @@
 """Difference of adaLN: of gate, residual, LayerNorm and modulation, without cancellation and in one pass.
 
-    d_new = d + gate·d_branch + dgate·(branch + d_branch)
+    d_new = d + gate·d_branch + dgate·(branch + bias + d_branch)
     x̃ = x − mean(x),  d̃ = d_new − mean(d_new),  ρ = rstd(x),  e = ρ²(2·mean(x̃d̃) + mean(d̃²)),  q = √(1+e)
     δρ = −ρe/(q(1+q)),  dn = d̃(ρ+δρ) + x̃δρ,  dh = dn(1+scale+dscale) + x̃ρ·dscale + dshift
 
-x is the normalised input, x_new of the primal op. The tangent drops every product of two differences: branch alone in
-d_new, e = 2ρ²·mean(x̃d̃) with q = 1, and dh = dn(1+scale) + x̃ρ·dscale + dshift.
+x is the normalised input, x_new of the primal op; bias is that of the primal branch, or absent, and d_branch has none.
+The tangent drops every product of two differences: branch + bias alone in d_new, e = 2ρ²·mean(x̃d̃) with q = 1, and
+dh = dn(1+scale) + x̃ρ·dscale + dshift.
 
 Shapes: b rows that carry a difference, N tokens, D width. Bytes per token and channel, float32 streams and bfloat16
 operands: reads x, d, branch, d_branch (4+4+2+2), writes d_new, dh (4+2), 18 in all; 12 with bfloat16 streams. Nothing
@@ -21,6 +22,7 @@ from ._cases import Case, Inputs
 from ._launch import Launch, constants, launch
 from ._rows import (
     load_row,
+    require_bias,
     require_modulation,
     require_tokens,
     row_columns,
@@ -31,9 +33,10 @@ from ._rows import (
 )
 
 # Tokens per program: at 64 rows of 64 tokens there are still 4 programs for each of an H100's 132 SMs. At 128 registers
-# 4 rows of up to 1536 channels are in flight per SM, as in adaln; only float32 operands on sm_100 need a few more.
+# 4 rows of up to 1536 channels are in flight per SM, as in adaln; only float32 operands on sm_100 need a few more. The
+# row that is used last, dshift, is not kept: each token reads it from L1.
 _TOKENS = 8
-_REGISTERS = 136
+_REGISTERS = 140
 
 
 @triton.jit(do_not_specialize=["N", "chunk"])
@@ -42,6 +45,7 @@ def _adaln_difference_kernel(
     d_ptr,  # (b, N, D)
     branch_ptr,  # (b, N, D), or None: then d is the difference of what is normalised
     d_branch_ptr,  # (b, N, D) or None
+    bias_ptr,  # (D,), or None: then branch has no bias
     gate_ptr,  # (b, D), row stride stride_gate; None without branch
     scale_ptr,  # (b, D), row stride stride_scale
     dgate_ptr,  # (b, D), row stride stride_dgate; None without branch
@@ -64,7 +68,6 @@ def _adaln_difference_kernel(
     sample = tl.program_id(0).to(tl.int64)
     first = tl.program_id(1).to(tl.int64) * chunk
     columns = row_columns(D, THREADS)
-    dshift = load_row(dshift_ptr + sample * stride_dshift, columns, D)
     dscale = load_row(dscale_ptr + sample * stride_dscale, columns, D)
     gain = 1 + load_row(scale_ptr + sample * stride_scale, columns, D)
     if not TANGENT:
@@ -72,12 +75,16 @@ def _adaln_difference_kernel(
     if branch_ptr is not None:
         gate = load_row(gate_ptr + sample * stride_gate, columns, D)
         dgate = load_row(dgate_ptr + sample * stride_dgate, columns, D)
+    if bias_ptr is not None:
+        bias = load_row(bias_ptr, columns, D)
     for token in range(sample * N + first, sample * N + tl.minimum(first + chunk, N)):
         x = load_row(x_ptr + token * D, columns, D)
         d = load_row(d_ptr + token * D, columns, D)
         if branch_ptr is not None:
             branch = load_row(branch_ptr + token * D, columns, D)
             d_branch = load_row(d_branch_ptr + token * D, columns, D)
+            if bias_ptr is not None:
+                branch += bias
             moved = branch if TANGENT else branch + d_branch
             d = (d + gate * d_branch + dgate * moved).to(d_new_ptr.dtype.element_ty)
             store_row(d_new_ptr + token * D, columns, d, D)
@@ -97,11 +104,12 @@ def _adaln_difference_kernel(
             q = tl.sqrt_rn(1 + e)
             drho = -rho * e / (q * (1 + q))
             dn = d * (rho + drho) + x * drho
+        dshift = load_row(dshift_ptr + sample * stride_dshift, columns, D)
         store_row(dh_ptr + token * D, columns, dn * gain + x * rho * dscale + dshift, D)
 
 
 def _run(
-    x, d, branch, d_branch, gate, scale, dgate, dshift, dscale, eps, dtype, tangent
+    x, d, branch, d_branch, bias, gate, scale, dgate, dshift, dscale, eps, dtype, tangent
 ) -> tuple[Tensor | None, Tensor]:
     """``(d_new, dh)``; d_new is None without branch."""
     b, N, D = x.shape
@@ -115,6 +123,7 @@ def _run(
         d,
         branch,
         d_branch,
+        bias,
         gate,
         scale,
         dgate,
@@ -144,7 +153,7 @@ def _layernorm_difference(
     dtype: torch.dtype,
     tangent: bool,
 ) -> Tensor:
-    return _run(x, d, None, None, None, scale, None, dshift, dscale, eps, dtype, tangent)[1]
+    return _run(x, d, None, None, None, None, scale, None, dshift, dscale, eps, dtype, tangent)[1]
 
 
 def _gated_difference(
@@ -152,6 +161,7 @@ def _gated_difference(
     d: Tensor,
     branch: Tensor,
     d_branch: Tensor,
+    bias: Tensor | None,
     gate: Tensor,
     scale: Tensor,
     dgate: Tensor,
@@ -161,7 +171,7 @@ def _gated_difference(
     dtype: torch.dtype,
     tangent: bool,
 ) -> tuple[Tensor, Tensor]:
-    return _run(x_new, d, branch, d_branch, gate, scale, dgate, dshift, dscale, eps, dtype, tangent)
+    return _run(x_new, d, branch, d_branch, bias, gate, scale, dgate, dshift, dscale, eps, dtype, tangent)
 
 
 _layernorm_op = torch.library.custom_op(
@@ -211,6 +221,7 @@ def gated_residual_layernorm_difference(
     dshift: Tensor,
     dscale: Tensor,
     *,
+    bias: Tensor | None = None,
     eps: float = 1e-6,
     dtype: torch.dtype | None = None,
     tangent: bool = False,
@@ -219,7 +230,7 @@ def gated_residual_layernorm_difference(
 
     Args:
         x_new, d, branch, d_branch: (b, N, D). gate, scale, dgate, dshift, dscale: (b, D), one dtype, any row stride.
-            dtype: of dh, by default that of d_branch.
+            bias: (D,), of any dtype, or None. dtype: of dh, by default that of d_branch.
 
     Returns:
         ``(d_new, dh)``, (b, N, D), no gradient; d_new has the dtype of d and dh normalises the rounded d_new.
@@ -229,13 +240,15 @@ def gated_residual_layernorm_difference(
     """
     tokens = require_tokens(x_new=x_new, d=d, branch=branch, d_branch=d_branch)
     modulation = require_modulation(x_new, gate=gate, scale=scale, dgate=dgate, dshift=dshift, dscale=dscale)
-    return _gated_op(*constants(*tokens, *modulation), eps, dtype or d_branch.dtype, tangent)
+    bias = require_bias(x_new, bias)
+    biases = [None] if bias is None else constants(bias)
+    return _gated_op(*constants(*tokens), *biases, *constants(*modulation), eps, dtype or d_branch.dtype, tangent)
 
 
 def cases() -> list[Case]:
     """Shapes of the consistency rows of a batch of 256, residual stream in float32 and in low precision."""
 
-    def inputs(tokens: int, width: int, residual: torch.dtype | None, gated: bool):
+    def inputs(tokens: int, width: int, residual: torch.dtype | None, gated: bool, biased: bool = True):
         def make(new: Inputs) -> dict:
             b = new.rows(64)
             gate, scale = new.normal(b, 8, width, scale=0.5).unbind(1)[:2]
@@ -246,18 +259,18 @@ def cases() -> list[Case]:
             if not gated:
                 return {"x": x, "d": d, "dtype": new.dtype, **modulation}
             branch, d_branch = new.normal(b, tokens, width), new.normal(b, tokens, width, scale=1e-3)
-            gates = {"gate": gate, "dgate": dgate}
+            gates = {"gate": gate, "dgate": dgate} | ({"bias": new.normal(width, scale=0.5)} if biased else {})
             return {"x_new": x, "d": d, "branch": branch, "d_branch": d_branch, **gates, **modulation}
 
         return make
 
     sizes = {"S/2": (256, 384), "B/4": (64, 768), "L/2": (256, 1024), "XL/2": (256, 1152)}
-    cases = []
+    op, wide, cases = "gated_residual_layernorm_difference", torch.float32, []
     for name, size in sizes.items():
-        op, wide = "gated_residual_layernorm_difference", torch.float32
         cases.append(Case(op, name, inputs(*size, wide, gated=True)))
         cases.append(Case(op, f"{name} tangent", inputs(*size, wide, gated=True), {"tangent": True}))
         cases.append(Case(op, f"{name} narrow residual", inputs(*size, None, gated=True)))
         first = inputs(*size, wide, gated=False)
         cases.append(Case("modulated_layernorm_difference", name, first))
+    cases.append(Case(op, "XL/2 without bias", inputs(*sizes["XL/2"], wide, gated=True, biased=False)))
     return cases

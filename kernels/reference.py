@@ -236,18 +236,22 @@ def gated_residual_layernorm(
     shift: Tensor,
     scale: Tensor,
     *,
+    bias: Tensor | None = None,
     eps: float = 1e-6,
     dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """``x_new = x + gate·branch`` and ``h = LayerNorm(x_new)(1+scale) + shift``.
+    """``x_new = x + gate·(branch + bias)`` and ``h = LayerNorm(x_new)(1+scale) + shift``.
 
     Args:
-        x: (B, N, D) residual stream. branch: (B, N, D). gate, shift, scale: (B, D). dtype: of h, by default branch's.
+        x: (B, N, D) residual stream. branch: (B, N, D). gate, shift, scale: (B, D). bias: of branch, (D,), or None.
+            dtype: of h, by default branch's.
 
     Returns:
         ``(x_new, h)``; x_new has the dtype of x and h normalises the *rounded* x_new.
     """
     x_wide, branch_wide, gate = wide(x, branch, gate)
+    if bias is not None:
+        branch_wide = branch_wide + bias.to(branch_wide.dtype)
     x_new = (x_wide + gate[:, None] * branch_wide).to(x.dtype)
     return x_new, modulated_layernorm(x_new, shift, scale, eps=eps, dtype=dtype or branch.dtype)
 

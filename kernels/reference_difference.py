@@ -107,22 +107,25 @@ def gated_residual_layernorm_difference(
     dshift: Tensor,
     dscale: Tensor,
     *,
+    bias: Tensor | None = None,
     eps: float = 1e-6,
     dtype: torch.dtype | None = None,
     tangent: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Difference of :func:`gated_residual_layernorm`, given its output ``x_new``.
 
-    ``d_new = d + gate·d_branch + dgate·(branch + d_branch)``, then :func:`modulated_layernorm_difference`.
+    ``d_new = d + gate·d_branch + dgate·(branch + bias + d_branch)``, then :func:`modulated_layernorm_difference`.
 
     Args:
-        x_new, d, branch, d_branch: (b, N, D). gate, scale, dgate, dshift, dscale: (b, D). dtype: of dh, by default
-            that of d_branch.
+        x_new, d, branch, d_branch: (b, N, D). gate, scale, dgate, dshift, dscale: (b, D). bias: of the primal branch,
+            (D,), or None. dtype: of dh, by default that of d_branch.
 
     Returns:
         ``(d_new, dh)``, (b, N, D); d_new has the dtype of d.
     """
     d_wide, branch, d_branch_wide, gate, dgate = wide(d, branch, d_branch, gate[:, None], dgate[:, None])
+    if bias is not None:
+        branch = branch + bias.to(branch.dtype)
     moved = branch if tangent else branch + d_branch_wide
     d_new = (d_wide + gate * d_branch_wide + dgate * moved).to(d.dtype)
     dtype = dtype or d_branch.dtype

@@ -22,7 +22,7 @@ from soflow_fast.layers import (
     PatchEmbed,
     TimestepEmbedder,
     linear,
-    linear_difference,
+    product,
 )
 
 RECOMPUTE = ("none", "elementwise", "block")
@@ -229,7 +229,7 @@ class DiT(nn.Module):
         if rows is None:
             return out, None
         with torch.no_grad():
-            return out, self._unpatchify(linear_difference(self.final_layer.linear, dh)).to(x.dtype)
+            return out, self._unpatchify(product(self.final_layer.linear, dh)).to(x.dtype)
 
     def _modulation_layers(self) -> list[nn.Linear]:
         return [m.adaLN_modulation[1] for m in (*self.blocks, self.final_layer)]

@@ -31,9 +31,9 @@ def linear(layer: nn.Linear, x: Tensor) -> Tensor:
     return nn.functional.linear(x, layer.weight.to(x.dtype), layer.bias.to(x.dtype))
 
 
-def linear_difference(layer: nn.Linear, d: Tensor) -> Tensor:
-    """The layer's difference, in the dtype of d: no bias."""
-    return nn.functional.linear(d, layer.weight.to(d.dtype))
+def product(layer: nn.Linear, x: Tensor) -> Tensor:
+    """The layer without its bias, in the dtype of x; of the difference of an input, that of the output."""
+    return nn.functional.linear(x, layer.weight.to(x.dtype))
 
 
 class PatchEmbed(nn.Module):
@@ -70,8 +70,8 @@ class TimestepEmbedder(nn.Module):
         return linear(self.mlp[2], nn.functional.silu(u)), u
 
     def difference(self, u: Tensor, d_features: Tensor, call: Call) -> Tensor:
-        du = linear_difference(self.mlp[0], d_features)
-        return linear_difference(self.mlp[2], call.ops.silu_difference(u[call.rows], du, tangent=call.tangent))
+        du = product(self.mlp[0], d_features)
+        return product(self.mlp[2], call.ops.silu_difference(u[call.rows], du, tangent=call.tangent))
 
 
 class LabelEmbedder(nn.Module):
@@ -83,7 +83,7 @@ class LabelEmbedder(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention; the qkv output reshapes to (B, N, 3, H, h)."""
+    """Multi-head self-attention; the qkv output reshapes to (B, N, 3, H, h). The block adds the bias of proj."""
 
     def __init__(self, hidden_size: int, num_heads: int):
         super().__init__()
@@ -98,18 +98,18 @@ class Attention(nn.Module):
         weight, bias = self.qkv.weight.to(h.dtype), self.qkv.bias.to(h.dtype)
         q, k, v = call.ops.project_heads(h, weight, bias, heads=self.num_heads)
         o = attention(q, k, v, call.attention)
-        out = linear(self.proj, o.transpose(1, 2).flatten(2))
+        out = product(self.proj, o.transpose(1, 2).flatten(2))
         if call.rows is None:
             return out, None
         with torch.no_grad():
             primal = [y[call.rows] for y in (q, k, v)]
-            difference = self._heads(linear_difference(self.qkv, dh))
+            difference = self._heads(product(self.qkv, dh))
             do = call.ops.attention_difference(*primal, *difference, o[call.rows], tangent=call.tangent)
-            return out, linear_difference(self.proj, do.transpose(1, 2).flatten(2))
+            return out, product(self.proj, do.transpose(1, 2).flatten(2))
 
 
 class Mlp(nn.Module):
-    """Linear–tanh-GELU–Linear."""
+    """Linear–tanh-GELU–Linear. The block adds the bias of fc2."""
 
     def __init__(self, hidden_size: int, mlp_hidden_size: int):
         super().__init__()
@@ -120,19 +120,18 @@ class Mlp(nn.Module):
         w1, b1, w2 = (p.to(h.dtype) for p in (self.fc1.weight, self.fc1.bias, self.fc2.weight))
         recompute, differs = call.recompute == "elementwise", call.rows is not None
         out, u = call.ops.mlp(h, w1, b1, w2, recompute=recompute, hidden=differs)
-        out = out + self.fc2.bias.to(h.dtype)
         if not differs:
             return out, None
         with torch.no_grad():
-            dg = call.ops.gelu_difference(u[call.rows], linear_difference(self.fc1, dh), tangent=call.tangent)
-            return out, linear_difference(self.fc2, dg)
+            dg = call.ops.gelu_difference(u[call.rows], product(self.fc1, dh), tangent=call.tangent)
+            return out, product(self.fc2, dg)
 
 
 class DiTBlock(nn.Module):
     """Attention and MLP, each gated into the residual stream.
 
     A block receives its input already normalised and modulated, and returns the next block's: then each gate, residual
-    and following LayerNorm is one op.
+    and following LayerNorm is one op, which also adds the bias of the last product: its gradient is then free.
     """
 
     def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float):
@@ -156,16 +155,17 @@ class DiTBlock(nn.Module):
         d, dh, dmodulation = pair
         modulation = modulation.unbind(1)
         dmodulation = None if call.rows is None else dmodulation.unbind(1)
-        for i, layer in enumerate((self.attn, self.mlp)):
+        for i, (layer, last) in enumerate(((self.attn, self.attn.proj), (self.mlp, self.mlp.fc2))):
             branch, d_branch = layer(h, dh, call)
+            bias = last.bias.to(branch.dtype)
             gate, shift, scale = modulation[3 * i : 3 * i + 3]
-            x, h = call.ops.gated_residual_layernorm(x, branch, gate, shift, scale, eps=LN_EPS)
+            x, h = call.ops.gated_residual_layernorm(x, branch, gate, shift, scale, bias=bias, eps=LN_EPS)
             if call.rows is not None:
                 with torch.no_grad():
                     primal = [y[call.rows] for y in (x, branch, gate, scale)]
                     d, dh = call.ops.gated_residual_layernorm_difference(
                         primal[0], d, primal[1], d_branch, *primal[2:], *dmodulation[3 * i : 3 * i + 3],
-                        eps=LN_EPS, tangent=call.tangent,
+                        bias=bias, eps=LN_EPS, tangent=call.tangent,
                     )  # fmt: skip
         return x, h, d, dh
 

@@ -43,9 +43,9 @@ def one_binary_for_every_number_of_tokens():
         x, branch = (torch.empty(2, tokens, 384, device="meta", requires_grad=True) for _ in range(2))
         m = torch.empty(2, 384, device="meta")
         with recording() as records:
-            outputs = fused.gated_residual_layernorm(x, branch, m, m, m)
+            outputs = fused.gated_residual_layernorm(x, branch, m, m, m, bias=m[0])
             torch.autograd.backward(outputs, [torch.empty_like(o) for o in outputs])
-            fused.gated_residual_layernorm_difference(x, x, x, x, m, m, m, m, m)
+            fused.gated_residual_layernorm_difference(x, x, x, x, m, m, m, m, m, bias=m[0])
             fused.gelu_difference(x, x)
             q, k, v = fused.project_heads(x, torch.empty(3 * 384, 384, device="meta"), x.new_empty(3 * 384), heads=6)
             (q + k + v).sum().backward()

@@ -15,7 +15,8 @@ from soflow_fast.kernels._cases import Inputs
 from soflow_fast.kernels._launch import recording
 
 PLAIN, GATED = "modulated_layernorm", "gated_residual_layernorm"
-GRADIENTS = {PLAIN: ("x", "shift", "scale"), GATED: ("x", "branch", "gate", "shift", "scale")}
+GRADIENTS = {PLAIN: ("x", "shift", "scale"), GATED: ("x", "branch", "gate", "shift", "scale", "bias")}
+WITHOUT_BIAS = GRADIENTS[GATED][:-1]
 # B, L and XL, a width that is only a multiple of 8, and an odd one; 18 tokens leave part of a chunk empty
 SHAPES = ((2, 18, 768), (1, 9, 1024), (2, 5, 1152), (1, 17, 136), (3, 7, 13))
 # residual stream and matrix operands
@@ -32,8 +33,13 @@ def _inputs(name, shape, residual, dtype=None, offset=0.0):
         (torch.randn(rows, 8, width, generator=generator) / 2).to(DEVICE, dtype or residual).unbind(1)[2:5]
     )
     arguments = {"x": x.to(DEVICE, residual), "branch": branch.to(DEVICE, dtype or residual)}
-    arguments |= {"gate": gate, "shift": shift, "scale": scale}
+    bias = torch.randn(width, generator=generator).to(DEVICE, dtype or residual)
+    arguments |= {"gate": gate, "shift": shift, "scale": scale, "bias": bias}
     return {k: v for k, v in arguments.items() if k in GRADIENTS[name]}
+
+
+def _inputs_without_bias(*arguments, **options):
+    return {k: v for k, v in _inputs(GATED, *arguments, **options).items() if k in WITHOUT_BIAS}
 
 
 @pytest.mark.parametrize(("residual", "dtype"), DTYPES)
@@ -42,6 +48,33 @@ def _inputs(name, shape, residual, dtype=None, offset=0.0):
 def test_matches_the_reference(name, shape, residual, dtype):
     options = {"dtype": dtype} if name == PLAIN else {}
     check_accuracy(name, _inputs(name, shape, residual, dtype), options, GRADIENTS[name])
+
+
+@pytest.mark.parametrize(("residual", "dtype"), DTYPES)
+@pytest.mark.parametrize("shape", [(2, 18, 768), (3, 7, 13)])
+def test_matches_the_reference_without_bias(shape, residual, dtype):
+    check_accuracy(GATED, _inputs_without_bias(shape, residual, dtype), {}, WITHOUT_BIAS)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_bias_may_have_any_dtype(dtype):
+    """Its gradient has the same: of the master a float32 one, rounded once."""
+    arguments = _inputs(GATED, (3, 18, 24), torch.float32, torch.bfloat16)
+    check_accuracy(GATED, arguments | {"bias": arguments["bias"].to(dtype)}, {}, GRADIENTS[GATED])
+
+
+def test_a_bias_that_is_not_trained():
+    arguments = _inputs(GATED, (2, 5, 24), torch.float32)
+    check_accuracy(GATED, arguments, {}, WITHOUT_BIAS)
+    check_compiles(GATED, arguments, {}, WITHOUT_BIAS)
+
+
+def test_a_closed_gate_lets_no_gradient_of_the_bias_through():
+    """The gate is zero where training starts; its own gradient then counts the bias like the rest of the branch."""
+    arguments = _inputs(GATED, (2, 18, 24), torch.float32)
+    arguments["gate"] = torch.zeros_like(arguments["gate"])
+    check_accuracy(GATED, arguments, {}, GRADIENTS[GATED])
+    assert not run(fused.gated_residual_layernorm, arguments, {}, ("bias",))[-1].any()
 
 
 @pytest.mark.parametrize("name", GRADIENTS)
@@ -121,7 +154,7 @@ def test_an_absent_gradient_is_not_read():
 @pytest.mark.parametrize("name", GRADIENTS)
 def test_strided_inputs(name):
     arguments = _inputs(name, (2, 3, 24), torch.float32)
-    strided = {k: v.mT.contiguous().mT for k, v in arguments.items()}
+    strided = {k: torch.stack([v, v], -1)[..., 0] for k, v in arguments.items()}
     ours = run(getattr(fused, name), arguments, {}, GRADIENTS[name])
     for a, b in zip(ours, run(getattr(fused, name), strided, {}, GRADIENTS[name]), strict=True):
         assert torch.equal(a, b)
@@ -134,14 +167,21 @@ def test_op_contract(name):
     check_repeatable(name, arguments, {}, GRADIENTS[name])
 
 
+def test_op_contract_without_bias():
+    arguments = _inputs_without_bias((2, 5, 24), torch.float32)
+    check_compiles(GATED, arguments, {}, WITHOUT_BIAS)
+    check_repeatable(GATED, arguments, {}, WITHOUT_BIAS)
+
+
 def test_raw_ops():
-    x, branch, gate, shift, scale = _inputs(GATED, (2, 5, 24), torch.float32).values()
+    x, branch, gate, shift, scale, bias = _inputs(GATED, (2, 5, 24), torch.float32).values()
     torch.library.opcheck(adaln._layernorm_fwd_op, (x, shift, scale, 1e-6, torch.bfloat16))
-    torch.library.opcheck(adaln._gated_fwd_op, (x, branch, gate, shift, scale, 1e-6, torch.bfloat16))
     statistics = torch.zeros(2, 5, device=DEVICE), torch.ones(2, 5, device=DEVICE)
     torch.library.opcheck(adaln._layernorm_bwd_op, (branch, x, scale, *statistics))
-    for dx_new in (None, x):
-        torch.library.opcheck(adaln._gated_bwd_op, (branch, dx_new, x, branch, gate, scale, *statistics))
+    for added in (None, bias):
+        torch.library.opcheck(adaln._gated_fwd_op, (x, branch, added, gate, shift, scale, 1e-6, torch.bfloat16))
+        for dx_new in (None, x):
+            torch.library.opcheck(adaln._gated_bwd_op, (branch, dx_new, x, branch, added, gate, scale, *statistics))
 
 
 @pytest.mark.parametrize(("suffix", "limit"), [("", 66), (" narrow residual", 46)])
@@ -166,7 +206,7 @@ def test_nothing_is_saved_twice():
 
 
 def test_bad_inputs():
-    x, branch, gate, shift, scale = _inputs(GATED, (2, 5, 24), torch.float32).values()
+    x, branch, gate, shift, scale, bias = _inputs(GATED, (2, 5, 24), torch.float32).values()
     with pytest.raises(ValueError, match=r"shift has shape \(24,\) where \(2, 24\) is needed"):
         fused.modulated_layernorm(x, shift[0], scale)
     with pytest.raises(ValueError, match=r"x has shape \(5, 24\) where \(rows, tokens, width\) is needed"):
@@ -177,6 +217,10 @@ def test_bad_inputs():
         fused.modulated_layernorm(x, shift, scale.bfloat16())
     with pytest.raises(ValueError, match=r"branch has shape \(2, 4, 24\) where \(2, 5, 24\) is needed"):
         fused.gated_residual_layernorm(x, branch[:, 1:], gate, shift, scale)
+    with pytest.raises(ValueError, match=r"bias has shape \(23,\) where \(24,\) is needed"):
+        fused.gated_residual_layernorm(x, branch, gate, shift, scale, bias=bias[1:])
+    with pytest.raises(ValueError, match=r"bias has dtype torch\.float64"):
+        fused.gated_residual_layernorm(x, branch, gate, shift, scale, bias=bias.double())
     with recording() as launches, pytest.raises(ValueError, match="gate has shape"):
         fused.gated_residual_layernorm(x, branch, gate[:1], shift, scale)
     assert not launches

@@ -31,7 +31,12 @@ def _inputs(name, shape, residual=torch.float32, dtype=None, step=1e-3):
         return {"x": x, "d": d, "scale": scale, "dshift": dshift, "dscale": dscale}
     branch, d_branch = tokens(1, dtype or residual), tokens(step, dtype or residual)
     tensors = {"x_new": x, "d": d, "branch": branch, "d_branch": d_branch}
-    return tensors | {"gate": gate, "scale": scale, "dgate": dgate, "dshift": dshift, "dscale": dscale}
+    tensors |= {"gate": gate, "scale": scale, "dgate": dgate, "dshift": dshift, "dscale": dscale}
+    return tensors | {"bias": torch.randn(width, generator=generator).to(DEVICE, dtype or residual)}
+
+
+def _inputs_without_bias(*arguments, **options):
+    return {k: v for k, v in _inputs(GATED, *arguments, **options).items() if k != "bias"}
 
 
 def _primal(name, a, amount):
@@ -41,9 +46,9 @@ def _primal(name, a, amount):
     scale = a["scale"] + amount * a["dscale"]
     if name == PLAIN:
         return (reference.modulated_layernorm(a["x"] + amount * a["d"], shift, scale),)
-    x = a["x_new"] - a["gate"][:, None] * a["branch"]
+    x = a["x_new"] - a["gate"][:, None] * (a["branch"] + a["bias"])
     branch, gate = a["branch"] + amount * a["d_branch"], a["gate"] + amount * a["dgate"]
-    return reference.gated_residual_layernorm(x + amount * a["d"], branch, gate, shift, scale)
+    return reference.gated_residual_layernorm(x + amount * a["d"], branch, gate, shift, scale, bias=a["bias"])
 
 
 def _outputs(result):
@@ -56,6 +61,19 @@ def _outputs(result):
 @pytest.mark.parametrize("name", OPS)
 def test_matches_the_reference(name, shape, residual, dtype, tangent):
     check_accuracy(name, _inputs(name, shape, residual, dtype), {"dtype": dtype, "tangent": tangent})
+
+
+@pytest.mark.parametrize("tangent", [False, True])
+@pytest.mark.parametrize(("residual", "dtype"), DTYPES)
+@pytest.mark.parametrize("shape", [(2, 9, 768), (3, 7, 13)])
+def test_matches_the_reference_without_bias(shape, residual, dtype, tangent):
+    check_accuracy(GATED, _inputs_without_bias(shape, residual, dtype), {"dtype": dtype, "tangent": tangent})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_bias_may_have_any_dtype(dtype):
+    arguments = _inputs(GATED, (3, 9, 24), torch.float32, torch.bfloat16)
+    check_accuracy(GATED, arguments | {"bias": arguments["bias"].to(dtype)}, {})
 
 
 @pytest.mark.parametrize("step", [1.0, 1e-1, 1e-3, 1e-6])
@@ -92,11 +110,25 @@ def test_no_difference_gives_exactly_zero(name):
 @pytest.mark.parametrize("name", OPS)
 def test_op_contract(name):
     arguments = _inputs(name, (2, 5, 24))
-    op = adaln_difference._layernorm_op if name == PLAIN else adaln_difference._gated_op
-    for tangent in (False, True):
-        torch.library.opcheck(op, (*arguments.values(), 1e-6, torch.bfloat16, tangent))
     check_compiles(name, arguments, {})
     check_repeatable(name, arguments, {})
+
+
+def test_op_contract_without_bias():
+    arguments = _inputs_without_bias((2, 5, 24))
+    check_compiles(GATED, arguments, {})
+    check_repeatable(GATED, arguments, {})
+
+
+@pytest.mark.parametrize("tangent", [False, True])
+def test_raw_ops(tangent):
+    options = (1e-6, torch.bfloat16, tangent)
+    torch.library.opcheck(adaln_difference._layernorm_op, (*_inputs(PLAIN, (2, 5, 24)).values(), *options))
+    *tokens, gate, scale, dgate, dshift, dscale, bias = _inputs(GATED, (2, 5, 24)).values()
+    for added in (None, bias):
+        torch.library.opcheck(
+            adaln_difference._gated_op, (*tokens, added, gate, scale, dgate, dshift, dscale, *options)
+        )
 
 
 @pytest.mark.parametrize("name", OPS)
@@ -108,7 +140,7 @@ def test_no_gradient_flows(name):
 @pytest.mark.parametrize("name", OPS)
 def test_strided_inputs(name):
     arguments = _inputs(name, (2, 3, 24))
-    strided = {k: v.mT.contiguous().mT for k, v in arguments.items()}
+    strided = {k: torch.stack([v, v], -1)[..., 0] for k, v in arguments.items()}
     for a, b in zip(
         _outputs(getattr(fused, name)(**arguments)), _outputs(getattr(fused, name)(**strided)), strict=True
     ):
@@ -123,6 +155,10 @@ def test_bad_inputs():
         fused.gated_residual_layernorm_difference(**{**a, "dgate": a["dgate"][:1]})
     with pytest.raises(ValueError, match=r"dscale has dtype torch\.float16 where torch\.float32 is needed"):
         fused.gated_residual_layernorm_difference(**{**a, "dscale": a["dscale"].half()})
+    with pytest.raises(ValueError, match=r"bias has shape \(2, 24\) where \(24,\) is needed"):
+        fused.gated_residual_layernorm_difference(**{**a, "bias": a["gate"]})
+    with pytest.raises(ValueError, match=r"bias has dtype torch\.int64"):
+        fused.gated_residual_layernorm_difference(**{**a, "bias": a["bias"].long()})
     b = _inputs(PLAIN, (2, 5, 24))
     with pytest.raises(ValueError, match=r"d has dtype torch\.float64"):
         fused.modulated_layernorm_difference(**{**b, "d": b["d"].double()})

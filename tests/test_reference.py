@@ -230,6 +230,22 @@ def test_gated_residual_layernorm():
     torch.testing.assert_close(h, normed, rtol=0, atol=1e-13)
 
 
+def test_the_bias_of_a_branch_is_added_before_the_gate():
+    x, branch, bias = _randn(2, 5, 12).float(), _randn(2, 5, 12, seed=1).bfloat16(), _randn(12, seed=5).half()
+    gate, shift, scale = (_randn(2, 12, seed=i).bfloat16() for i in (2, 3, 4))
+    x_new, h = ops.gated_residual_layernorm(x, branch, gate, shift, scale, bias=bias)
+    assert (x_new.dtype, h.dtype) == (torch.float32, torch.bfloat16)
+    assert torch.equal(x_new, x + gate.float()[:, None] * (branch.float() + bias.float()))
+    wide = [y.double() for y in (x, branch, gate, shift, scale)]
+    moved = wide[1] + bias.double()
+    for ours, expected in zip(
+        ops.gated_residual_layernorm(*wide, bias=bias.double()),
+        ops.gated_residual_layernorm(wide[0], moved, *wide[2:]),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, expected, rtol=0, atol=1e-13)
+
+
 def test_gated_residual_layernorm_normalises_the_stored_stream():
     x, branch = _randn(2, 5, 12).bfloat16(), _randn(2, 5, 12, seed=1).half()
     gate, shift, scale = (_randn(2, 12, seed=i).half() for i in (2, 3, 4))

@@ -49,12 +49,18 @@ def _attention(q, k, v):
     return torch.einsum("bhnm,bhmd->bhnd", weights, v)
 
 
-def _gated_difference(x, branch, gate, shift, scale, dx, dbranch, dgate, dshift, dscale, tangent):
+def _gated_difference(x, branch, gate, shift, scale, dx, dbranch, dgate, dshift, dscale, tangent, bias=None):
+    """``branch`` includes the bias, if there is one; the op gets the two apart."""
     x_new = x + gate[:, None] * branch
+    branch = branch if bias is None else branch - bias
     pair = ops.gated_residual_layernorm_difference(
-        x_new, dx, branch, dbranch, gate, scale, dgate, dshift, dscale, eps=1e-3, tangent=tangent
+        x_new, dx, branch, dbranch, gate, scale, dgate, dshift, dscale, bias=bias, eps=1e-3, tangent=tangent
     )
     return torch.stack(pair)
+
+
+def _biased_difference(x, *arguments):
+    return _gated_difference(x, *arguments, bias=_randn(12, seed=50).to(x))
 
 
 # name: the plain function, the op on (values, differences, tangent), the shapes of the values
@@ -77,6 +83,7 @@ OPS = {
         [(2, 5, 12), (2, 12), (2, 12)],
     ),
     "gated_residual_layernorm": (_gated, _gated_difference, [(2, 5, 12)] * 2 + [(2, 12)] * 3),
+    "gated_residual_layernorm with bias": (_gated, _biased_difference, [(2, 5, 12)] * 2 + [(2, 12)] * 3),
     "gelu": (_gelu, lambda u, du, tangent: ops.gelu_difference(u, du, tangent=tangent), [(6, 50)]),
     "silu": (_silu, lambda u, du, tangent: ops.silu_difference(u, du, tangent=tangent), [(6, 50)]),
     "attention": (
