@@ -79,7 +79,7 @@ def _parser() -> argparse.ArgumentParser:
     score.add_argument("--count", type=int, help="how many samples (default: as configured)")
     score.add_argument("--steps", type=int, help="network calls per sample (default: as configured)")
     score.add_argument("--seed", type=int, default=0, help="of the noise (default 0)")
-    score.add_argument("--reference", help="folder of real images (default: as configured)")
+    score.add_argument("--reference", help="folder of real images or .npz of their statistics (default: as configured)")
     score.add_argument("--features", help="feature extractor of torch-fidelity, or pixels (default: as configured)")
     score.add_argument("--weights", help="file of the extractor's weights (default: as configured, or downloaded)")
 

@@ -250,7 +250,8 @@ class EvaluationConfig(Section, section="evaluation."):
         every: steps between evaluations during training, 0 for none. samples: how many are drawn, batch_size at a
             time, in ``steps`` network calls. features: a feature extractor of torch-fidelity, or ``pixels``; by default
             ``pixels`` for the digits and ``inception-v3-compat`` otherwise. weights: file of the extractor's weights.
-        reference: folder of the real images, where the training data is not one.
+        reference: folder of the real images, or ``.npz`` file of their features' mean ``mu`` and covariance ``sigma``
+            as ADM and EDM publish them; by default the training data, where it is a folder.
     """
 
     every: int = 0

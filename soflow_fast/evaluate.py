@@ -23,6 +23,7 @@ _log = logging.getLogger(__name__)
 
 _INCEPTION = "inception-v3-compat"
 _IMAGE_SUFFIXES = "png,jpg,jpeg,bmp,webp"
+_REFERENCES = "a folder of real images or a .npz file of their statistics"
 
 
 def digit_scores(samples: Tensor, labels: Tensor) -> dict[str, float]:
@@ -56,7 +57,7 @@ def why_unscored(config: TrainConfig) -> str | None:
         return None
     if config.data.vae is None and not _are_pixels(config):
         return "no autoencoder is set (data.vae), so samples stay latents"
-    return None if _reference(config) else "evaluation.reference is not set to a folder of real images"
+    return None if _reference(config) else f"evaluation.reference is not set to {_REFERENCES}"
 
 
 def check_evaluation(config: TrainConfig) -> None:
@@ -64,7 +65,7 @@ def check_evaluation(config: TrainConfig) -> None:
 
     Raises:
         ValueError: for a missing package, an unknown feature extractor or one whose weights cannot be had, a reference
-            that is no folder of images, and settings that would do nothing.
+            that is neither a folder of images nor statistics of the features, and settings that would do nothing.
     """
     wanted, unscored = config.evaluation, why_unscored(config)
     if config.data.kind == "digits" or unscored:
@@ -76,12 +77,7 @@ def check_evaluation(config: TrainConfig) -> None:
         _fidelity()
         digits()
     elif not unscored:
-        reference = _reference(config)
-        if not reference.is_dir():
-            raise ValueError(f"evaluation.reference={str(reference)!r} is not a folder; give one of real images")
-        if len(list(itertools.islice(_image_files(reference), 2))) < 2:
-            raise ValueError(f"evaluation.reference={str(reference)!r} holds fewer than two images; give more")
-        _fidelity().check_features(wanted.features or _INCEPTION, wanted.weights)
+        _check_reference(_reference(config), config)
 
 
 def evaluate(
@@ -97,8 +93,12 @@ def evaluate(
     """Draws samples and scores them as the configuration's ``evaluation`` section says.
 
     The digits get :func:`digit_scores`. Images, and latents that are decoded, are written to ``folder`` and compared
-    with the real images of ``evaluation.reference`` (or of the training folder), whose statistics are kept next to it
-    for the next time; latents without an autoencoder are written as one array.
+    with ``evaluation.reference`` (or the training folder); latents without an autoencoder are written as one array.
+
+    A reference of real images is resized and cropped to the size of the samples, and its statistics are kept next to
+    ``folder`` for the next time. A ``.npz`` file of statistics must be of the same features, see
+    :func:`soflow_fast.fidelity.distance_to_statistics`; nothing is resized then: the samples are scored at their own
+    size, and that of the real images is not known. Grey samples count as RGB with three equal channels.
 
     Args:
         model: an objective, its weights already those to score. folder: for the samples of images and latents, in
@@ -135,15 +135,33 @@ def evaluate(
     scores: dict[str, float | str] = {"samples": str(folder)}
     reference = _reference(config)
     if reference is None:
-        _log.warning("no score: set evaluation.reference to a folder of real images")
+        _log.warning("no score: set evaluation.reference to %s", _REFERENCES)
         return scores
-    scores["frechet"] = _score_folders(folder, reference, image.shape[-1], config)
+    scores["frechet"] = _frechet(folder, reference, image.shape[-1], config)
     return scores
 
 
 def _reference(config: TrainConfig) -> Path | None:
     given = config.evaluation.reference or (config.data.path if config.data.kind == "folder" else None)
     return None if given is None else Path(given)
+
+
+def _check_reference(reference: Path, config: TrainConfig) -> None:
+    named, fidelity, statistics = f"evaluation.reference={str(reference)!r}", _fidelity(), None
+    if reference.is_dir():
+        if len(list(itertools.islice(_image_files(reference), 2))) < 2:
+            raise ValueError(f"{named} holds fewer than two images; give more")
+    elif not reference.exists():
+        raise ValueError(f"{named} does not exist; give {_REFERENCES}")
+    elif reference.suffix.lower() == ".npz":
+        statistics = fidelity.load_statistics(reference)
+    else:
+        raise ValueError(f"{named} is neither a folder nor a .npz file; give {_REFERENCES}")
+    features = config.evaluation.features or _INCEPTION
+    extractor = fidelity.load_extractor(features, config.evaluation.weights)
+    # How many pixels a decoded latent has shows when it is decoded; a network's features are as many of any size.
+    if statistics and (_are_pixels(config) or features != fidelity.PIXELS):
+        fidelity.check_length(reference, statistics, extractor, config.model.input_size)
 
 
 def _are_pixels(config: TrainConfig) -> bool:
@@ -155,21 +173,26 @@ def _image_files(folder: Path) -> Iterator[Path]:
     return (file for file in folder.rglob("*") if file.suffix.lower().removeprefix(".") in _IMAGE_SUFFIXES.split(","))
 
 
-def _score_folders(samples: Path, reference: Path, size: int, config: TrainConfig) -> float:
-    features, weights = config.evaluation.features or _INCEPTION, config.evaluation.weights
+def _frechet(samples: Path, reference: Path, size: int, config: TrainConfig) -> float:
+    weights = config.evaluation.weights
+    options = {
+        "features": config.evaluation.features or _INCEPTION,
+        "cuda": torch.cuda.is_available() and config.device != "cpu",
+        "samples_find_deep": True,
+        "samples_find_ext": _IMAGE_SUFFIXES,
+        "feature_extractor_weights_path": weights,
+    }
+    if not reference.is_dir():
+        return _fidelity().distance_to_statistics(samples, reference, **options)
     files = sorted((str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in _image_files(reference))
     depends_on = repr((str(reference.resolve()), files, size, weights))
     return _fidelity().frechet_distance(
         samples,
         reference,
-        features=features,
         cache_folder=samples.parent / "reference",
         second_name=hashlib.sha256(depends_on.encode()).hexdigest()[:16],
-        cuda=torch.cuda.is_available() and config.device != "cpu",
-        samples_find_deep=True,
-        samples_find_ext=_IMAGE_SUFFIXES,
         samples_resize_and_crop=size,
-        feature_extractor_weights_path=weights,
+        **options,
     )
 
 

@@ -1,19 +1,26 @@
 """Fréchet distances by torch-fidelity, with raw pixels as one more of its feature extractors.
 
-Importing this module needs the package torch-fidelity.
+Real images are given as such or as statistics of their features, F of each image. Importing this module needs the
+package torch-fidelity.
 """
 
+import zipfile
+import zlib
 from pathlib import Path
 from pickle import UnpicklingError
 
+import numpy as np
+import torch
 import torch_fidelity
 from torch import Tensor, is_tensor
 from torch.utils.data import Dataset
 from torch_fidelity.feature_extractor_base import FeatureExtractorBase
+from torch_fidelity.metric_fid import fid_input_id_to_statistics, fid_statistics_to_metric
 from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
-from torch_fidelity.utils import create_feature_extractor
+from torch_fidelity.utils import create_feature_extractor, resolve_feature_layer_for_metric
 
 PIXELS = "pixels"
+_DEFAULTS = {"cuda": False, "save_cpu_ram": True, "verbose": False}
 
 
 class PixelFeatures(FeatureExtractorBase):
@@ -56,8 +63,8 @@ class _Images(Dataset):
         return self.images[index]
 
 
-def check_features(name: str, weights: str | None) -> None:
-    """Builds a feature extractor, downloading its weights unless ``weights`` is their file.
+def load_extractor(name: str, weights: str | None) -> FeatureExtractorBase:
+    """A feature extractor on the CPU; downloads its weights unless ``weights`` is their file.
 
     Raises:
         ValueError: if torch-fidelity does not know it, or its weights cannot be had.
@@ -67,11 +74,56 @@ def check_features(name: str, weights: str | None) -> None:
         raise ValueError(f"evaluation.features={name!r} is not known; choose one of {', '.join(known)}")
     layers = [known[name].get_default_feature_layer_for_metric("fid")]
     try:
-        create_feature_extractor(name, layers, cuda=False, feature_extractor_weights_path=weights, verbose=False)
+        return create_feature_extractor(name, layers, cuda=False, feature_extractor_weights_path=weights, verbose=False)
     except (OSError, RuntimeError, UnpicklingError) as error:  # not there, of another network, not weights at all
         raise ValueError(
             f"the weights of {name} cannot be had ({error}); set evaluation.weights to their file"
         ) from None
+
+
+def load_statistics(file: Path) -> dict[str, np.ndarray]:
+    """Mean ``mu`` (F,) and covariance ``sigma`` (F, F) of features in a .npz file, float64.
+
+    Whatever else the file holds stays unread, such as the gigabytes of images in ``arr_0`` of ADM's files.
+
+    Raises:
+        ValueError: for a file that is no .npz, lacks one of the two, or holds others than finite numbers of these
+            shapes.
+    """
+    if not zipfile.is_zipfile(file):
+        raise ValueError(f"{_named(file)} is no .npz file, or not all of one; write or copy it again")
+    try:
+        with np.load(file, allow_pickle=False) as arrays:
+            names = arrays.files
+            read = {name: np.asarray(arrays[name]) for name in ("mu", "sigma") if name in names}
+    except (OSError, ValueError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
+        raise ValueError(f"{_named(file)} cannot be read ({error}); write or copy it again") from None
+    for name in ("mu", "sigma"):
+        if name not in read:
+            raise ValueError(
+                f"{_named(file)} has no array {name!r} and holds {', '.join(names) or 'nothing'}; "
+                "give a file with the mean as mu and the covariance as sigma"
+            )
+        if read[name].dtype.kind not in "fiu" or not np.isfinite(read[name]).all():
+            raise ValueError(f"{_named(file)} has values in {name} that are not finite numbers; write the file again")
+    mu, sigma = read["mu"], read["sigma"]
+    if mu.ndim != 1 or sigma.shape != (len(mu), len(mu)):
+        raise ValueError(
+            f"{_named(file)} has mu of shape {mu.shape} and sigma of shape {sigma.shape}, which are not (F,) and "
+            "(F, F); give the mean and the covariance of the same features"
+        )
+    return {name: array.astype(np.float64) for name, array in read.items()}
+
+
+def check_length(file: Path, statistics: dict[str, np.ndarray], extractor: FeatureExtractorBase, size: int) -> None:
+    """Whether an extractor gives as many features of RGB images (3, size, size) as a file's statistics are of.
+
+    Raises:
+        ValueError: if not.
+    """
+    with torch.no_grad():
+        (features,) = extractor(torch.zeros(1, 3, size, size, dtype=torch.uint8))
+    _require_length(file, statistics, extractor.get_name(), features.shape[1])
 
 
 def frechet_distance(
@@ -91,18 +143,58 @@ def frechet_distance(
         cache_folder: where the statistics of the second are kept, under ``second_name``, and used again.
         options: of ``torch_fidelity.calculate_metrics``.
     """
-    defaults = {"cuda": False, "save_cpu_ram": True, "verbose": False}
     metrics = torch_fidelity.calculate_metrics(
-        input1=_Images(first) if is_tensor(first) else str(first),
-        input2=_Images(second) if is_tensor(second) else str(second),
+        input1=_input(first),
+        input2=_input(second),
         fid=True,
         feature_extractor=features,
         cache=cache_folder is not None,
         cache_root=str(cache_folder),
         input2_cache_name=second_name,
-        **{**defaults, **options},
+        **{**_DEFAULTS, **options},
     )
     if cache_folder is not None:
         for file in cache_folder.glob(f"{second_name}-*-features-*.pt"):  # gigabytes, and only the statistics are used
             file.unlink()
     return float(metrics[torch_fidelity.KEY_METRIC_FID])
+
+
+def distance_to_statistics(images: Tensor | Path, file: Path, *, features: str = PIXELS, **options) -> float:
+    """Fréchet distance of a set of images to published statistics of real ones.
+
+    The statistics must be of the same features: those that ADM and EDM distribute are of the Inception of TensorFlow,
+    of which torch-fidelity's ``inception-v3-compat`` is a port, at its last pooling (F = 2048). Of the real images'
+    size nothing is known, so the images are taken at their own.
+
+    Args:
+        images, features, options: as for :func:`frechet_distance`.
+        file: see :func:`load_statistics`.
+
+    Raises:
+        ValueError: as :func:`load_statistics`, and for statistics of another number of features.
+    """
+    statistics = load_statistics(file)
+    options = {**_DEFAULTS, **options, "input1": _input(images), "feature_extractor": features, "cache": False}
+    layer = resolve_feature_layer_for_metric("fid", **options)
+    extractor = create_feature_extractor(features, [layer], **options)
+    found = fid_input_id_to_statistics(1, extractor, layer, **options)
+    found = {name: array.astype(np.float64) for name, array in found.items()}  # the mean comes in the features' dtype
+    _require_length(file, statistics, features, len(found["mu"]))
+    return fid_statistics_to_metric(found, statistics, verbose=False)[torch_fidelity.KEY_METRIC_FID]
+
+
+def _input(images: Tensor | Path) -> Dataset | str:
+    return _Images(images) if is_tensor(images) else str(images)
+
+
+def _named(file: Path) -> str:
+    return f"evaluation.reference={str(file)!r}"
+
+
+def _require_length(file: Path, statistics: dict[str, np.ndarray], features: str, length: int) -> None:
+    given = len(statistics["mu"])
+    if given != length:
+        raise ValueError(
+            f"{_named(file)} holds statistics of {given} features, and evaluation.features={features!r} gives {length} "
+            "of these samples; give statistics of the same features"
+        )

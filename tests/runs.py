@@ -9,6 +9,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 import torch
+from PIL import Image
 
 from soflow_fast.config import (
     DataConfig,
@@ -75,6 +76,27 @@ def write_latents(path: Path, n=40, channels=4, size=8, classes=10, **changes) -
             if array is not None:
                 file[name] = array
     return path
+
+
+def write_images(folder: Path, n=30) -> np.ndarray:
+    """(n, 8, 8, 3) random bytes, and two class folders of them as PNG."""
+    levels = np.random.default_rng(0).integers(0, 256, (n, 8, 8, 3), dtype=np.uint8)
+    for number, image in enumerate(levels):
+        (folder / f"class{number % 2}").mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(folder / f"class{number % 2}" / f"{number}.png")
+    return levels
+
+
+def pixel_features(levels: np.ndarray) -> np.ndarray:
+    """(n, 3·H·W) float64 in [-1, 1] of images (n, H, W, 3) of bytes, channel by channel."""
+    return levels.transpose(0, 3, 1, 2).reshape(len(levels), -1) / 127.5 - 1
+
+
+def write_statistics(file: Path, features: np.ndarray, dtype=np.float64, **changes) -> Path:
+    """A ``.npz`` file of the published form for features (n, F); an array given as None is left out."""
+    arrays = {"mu": features.mean(axis=0).astype(dtype), "sigma": np.cov(features.T).astype(dtype), **changes}
+    np.savez(file, **{name: array for name, array in arrays.items() if array is not None})
+    return file
 
 
 class Blobs(torch.utils.data.Dataset):

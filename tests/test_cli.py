@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from runs import soflow, tiny_config, write_config, write_latents
+from runs import pixel_features, soflow, tiny_config, write_config, write_images, write_latents, write_statistics
 from test_interop import IMAGENET
 
 from soflow_fast import Trainer, capture
@@ -243,6 +243,27 @@ def test_eval_of_the_digits(run, capsys):
     printed = capsys.readouterr().out
     for name in ("frechet_all", "frechet_held_out", "recognised", "memorisation"):
         assert f"{name:<20}{written[name]:.4f}" in printed
+
+
+def test_eval_against_images_and_against_their_statistics(tmp_path, capsys):
+    """More images than pixels: the covariances have full rank, and every order of the images scores the same."""
+    levels = write_images(tmp_path / "real", n=240)
+    config = tiny_config(tmp_path / "run", data=DataConfig(kind="folder", path=str(tmp_path / "real"), workers=0))
+    Trainer(replace(config, model=replace(config.model, in_channels=3), total_steps=1)).fit()
+    file = write_statistics(tmp_path / "real.npz", pixel_features(levels))
+    command = ["eval", str(tmp_path / "run"), "--features", "pixels", "--count", "240", "--reference"]
+    written, scores = tmp_path / "run" / "evaluation" / "step-00000001-1-step.json", []
+    for reference in (tmp_path / "real", file):
+        assert main([*command, str(reference)]) == 0
+        scores.append(json.loads(written.read_text())["frechet"])
+        assert f"frechet             {scores[-1]:.4f}\n" in capsys.readouterr().out
+    assert scores[1] == pytest.approx(scores[0], rel=1e-6)
+    before = _files(tmp_path / "run")
+    write_statistics(file, pixel_features(levels)[:, :64])
+    assert "statistics of 64 features, and evaluation.features='pixels' gives 192" in _refused(capsys, *command, file)
+    assert "is neither a folder nor a .npz file" in _refused(capsys, *command, written)
+    assert "does not exist" in _refused(capsys, *command, tmp_path / "nowhere.npz")
+    assert _files(tmp_path / "run") == before
 
 
 def test_latents_train_sample_and_evaluate_without_an_autoencoder(tmp_path, capsys):

@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from runs import tiny_config, write_latents
+from runs import pixel_features, tiny_config, write_images, write_latents, write_statistics
+from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
 
 from soflow_fast import SoFlow, build, evaluate, fidelity
 from soflow_fast.config import DataConfig, EvaluationConfig, ModelConfig, SoFlowConfig
 from soflow_fast.data import digits
-from soflow_fast.fidelity import frechet_distance
+from soflow_fast.fidelity import distance_to_statistics, frechet_distance
 from soflow_fast.images import balanced_labels, generate, grid, save_samples, to_uint8, vae_decoder
 from soflow_fast.kernels.reference import Stream, normal
 
@@ -33,6 +34,13 @@ def test_frechet_distance_of_a_shift_and_of_a_stretch():
     assert frechet_distance(x, x + 0.5) == pytest.approx(9 * 0.25, rel=1e-9)
     mean, covariance = x.flatten(1).mean(0), torch.cov(x.flatten(1).T)
     assert frechet_distance(x, 2 * x) == pytest.approx(float(mean.square().sum() + covariance.trace()), rel=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.float32])
+def test_distance_to_statistics_is_that_to_the_images(tmp_path, dtype):
+    x, y = _points(), 1.5 * _points(seed=1) + 0.25
+    file = write_statistics(tmp_path / "real.npz", y.flatten(1).numpy(), dtype)
+    assert distance_to_statistics(x, file) == pytest.approx(frechet_distance(x, y), rel=1e-6)
 
 
 def test_images_of_bytes_and_of_floats_are_the_same_pixels():
@@ -99,15 +107,6 @@ def test_saved_samples(tmp_path, channels, suffix):
         assert Image.open(path).size == (5 * 34, 34)
 
 
-def _write_images(folder, n=30):
-    """(n, 8, 8, 3) bytes, and two class folders of them as PNG."""
-    levels = np.random.default_rng(0).integers(0, 256, (n, 8, 8, 3), dtype=np.uint8)
-    for number, image in enumerate(levels):
-        (folder / f"class{number % 2}").mkdir(parents=True, exist_ok=True)
-        Image.fromarray(image).save(folder / f"class{number % 2}" / f"{number}.png")
-    return levels
-
-
 def _folder_config(run_dir, folder, **evaluation):
     return tiny_config(
         run_dir,
@@ -118,7 +117,7 @@ def _folder_config(run_dir, folder, **evaluation):
 
 
 def test_folder_scores_equal_those_of_the_images(tmp_path):
-    levels = _write_images(tmp_path / "real")
+    levels = write_images(tmp_path / "real")
     model, config = _model(channels=3), _folder_config(tmp_path, tmp_path / "real")
     (tmp_path / "samples").mkdir()
     Image.fromarray(levels[0]).save(tmp_path / "samples" / "of-an-earlier-evaluation.png")
@@ -130,7 +129,7 @@ def test_folder_scores_equal_those_of_the_images(tmp_path):
 
 
 def test_the_reference_is_read_again_only_if_it_changed(tmp_path, monkeypatch):
-    _write_images(tmp_path / "real")
+    write_images(tmp_path / "real")
     model, config = _model(channels=3), _folder_config(tmp_path, tmp_path / "real")
     seen, forward = [], fidelity.PixelFeatures.forward
     monkeypatch.setattr(fidelity.PixelFeatures, "forward", lambda self, x: seen.append(len(x)) or forward(self, x))
@@ -151,18 +150,128 @@ def test_the_reference_is_read_again_only_if_it_changed(tmp_path, monkeypatch):
         ({"features": "inseption"}, ["evaluation.features='inseption' is not known", "inception-v3-compat, "]),
         ({"features": None, "weights": "nowhere.pth"}, ["weights of inception-v3-compat cannot be had", "nowhere.pth"]),
         ({"features": None, "weights": __file__}, ["weights of inception-v3-compat cannot be had"]),
-        ({"reference": "nowhere"}, ["evaluation.reference='nowhere' is not a folder"]),
+        ({"reference": "nowhere"}, ["evaluation.reference='nowhere' does not exist", "or a .npz file of their"]),
+        ({"reference": "nowhere.npz"}, ["evaluation.reference='nowhere.npz' does not exist", "folder of real images"]),
+        ({"reference": "text"}, ["evaluation.reference='text' is neither a folder nor a .npz file", "give a folder"]),
         ({"reference": "empty"}, ["evaluation.reference='empty' holds fewer than two images"]),
     ],
 )
 def test_what_would_fail_is_found_before_anything_is_drawn(tmp_path, monkeypatch, changes, words):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
-    _write_images(tmp_path / "real", n=2)
+    (tmp_path / "text").write_text("")
+    write_images(tmp_path / "real", n=2)
     evaluate.check_evaluation(_folder_config(tmp_path, tmp_path / "real"))
     with pytest.raises(ValueError, match=re.escape(words[0])) as error:
         evaluate.check_evaluation(_folder_config(tmp_path, tmp_path / "real", **changes))
     assert all(word in str(error.value) for word in words)
+
+
+def _first_bytes_of_an_array_lost(content: bytes) -> bytes:
+    start = content.index(b"NUMPY") + 200
+    return content[:start] + bytes(8) + content[start + 8 :]
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda content: b"", "is no .npz file"),
+        (lambda content: b"mu: 0", "is no .npz file"),
+        (lambda content: content[:-1000], "is no .npz file, or not all of one; write or copy it again"),
+        (lambda content: content[content.index(b"\x93NUMPY") :][:1000], "is no .npz file"),
+        (_first_bytes_of_an_array_lost, "cannot be read (Bad CRC-32 for file 'mu.npy'); write or copy it again"),
+    ],
+)
+def test_damaged_statistics(tmp_path, damage, words):
+    file = write_statistics(tmp_path / "real.npz", np.random.default_rng(0).standard_normal((200, 192)))
+    file.write_bytes(damage(file.read_bytes()))
+    with pytest.raises(ValueError, match=re.escape(f"evaluation.reference={str(file)!r} {words}")):
+        evaluate.check_evaluation(_folder_config(tmp_path, tmp_path, reference=str(file)))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (
+            {"mu": None, "arr_0": np.zeros(1)},
+            "has no array 'mu' and holds sigma, arr_0; give a file with the mean as mu",
+        ),
+        ({"sigma": None}, "has no array 'sigma' and holds mu; give"),
+        ({"mu": None, "sigma": None}, "has no array 'mu' and holds nothing; give"),
+        ({"mu": np.zeros((1, 192))}, "has mu of shape (1, 192) and sigma of shape (192, 192), which are not (F,) and"),
+        ({"mu": np.zeros(())}, "has mu of shape () and sigma of shape (192, 192), which are not"),
+        ({"sigma": np.zeros(192)}, "has mu of shape (192,) and sigma of shape (192,), which are not"),
+        ({"sigma": np.eye(191)}, "has mu of shape (192,) and sigma of shape (191, 191), which are not"),
+        ({"mu": np.full(192, np.nan)}, "has values in mu that are not finite numbers; write the file again"),
+        ({"sigma": np.full((192, 192), np.inf)}, "has values in sigma that are not finite numbers"),
+        ({"mu": np.full(192, "0")}, "has values in mu that are not finite numbers"),
+        ({"mu": np.full(192, None)}, "cannot be read (Object arrays cannot be loaded when allow_pickle=False); write"),
+        (
+            {"mu": np.zeros(64), "sigma": np.eye(64)},
+            "holds statistics of 64 features, and evaluation.features='pixels' gives 192 of these samples; give",
+        ),
+    ],
+)
+def test_statistics_that_cannot_be_used(tmp_path, changes, words):
+    features = np.random.default_rng(0).standard_normal((200, 192))
+    file = write_statistics(tmp_path / "real.npz", features)
+    config = _folder_config(tmp_path, tmp_path, reference=str(file))
+    evaluate.check_evaluation(config)
+    write_statistics(file, features, **changes)
+    with pytest.raises(ValueError, match=re.escape(f"evaluation.reference={str(file)!r} {words}")):
+        evaluate.check_evaluation(config)
+
+
+def test_scores_of_grey_samples_against_statistics(tmp_path):
+    """They are read as RGB; of ADM's files only the statistics are (the images, here a pickle, could not be)."""
+    levels = np.random.default_rng(0).integers(0, 256, (70, 8, 8, 1), dtype=np.uint8).repeat(3, axis=3)
+    file = write_statistics(tmp_path / "real.npz", pixel_features(levels), arr_0=np.array([None]))
+    config = _folder_config(tmp_path, tmp_path, reference=str(file))
+    config = replace(config, model=replace(config.model, in_channels=1))
+    evaluate.check_evaluation(config)
+    model = _model()
+    scores = evaluate.evaluate(model, config, tmp_path / "run" / "samples", seed=1)
+    samples = to_uint8(
+        torch.cat(list(generate(model, balanced_labels(30, 10), 30, (1, 8, 8), steps=1, seed=1, batch=30)))
+    )
+    real = torch.from_numpy(levels).permute(0, 3, 1, 2)
+    assert scores["frechet"] == pytest.approx(frechet_distance(samples.expand(-1, 3, -1, -1), real), rel=1e-3)
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["samples"]  # no statistics of images to keep
+
+
+class _MeanColour(fidelity.PixelFeatures):
+    """Stands in for a trained extractor: three features of an image of any size."""
+
+    def forward(self, images):
+        return (images.float().mean(dim=(2, 3)),)
+
+
+def _decoded_config(tmp_path, monkeypatch, features, reference):
+    monkeypatch.setitem(FEATURE_EXTRACTORS_REGISTRY, "mean-colour", _MeanColour)
+    config = _folder_config(tmp_path, tmp_path, reference=str(reference), features=features)
+    return replace(config, data=DataConfig(kind="latents", vae="x"), model=replace(config.model, in_channels=4))
+
+
+def test_scores_of_decoded_latents_against_statistics(tmp_path, monkeypatch):
+    levels, model, scores = write_images(tmp_path / "real"), _model(channels=4), []
+    file = write_statistics(tmp_path / "real.npz", levels.mean(axis=(1, 2)))
+    for reference in (tmp_path / "real", file):
+        config = _decoded_config(tmp_path, monkeypatch, "mean-colour", reference)
+        evaluate.check_evaluation(config)
+        found = evaluate.evaluate(model, config, tmp_path / "run" / "samples", decode=lambda latents: latents[:, :3])
+        scores.append(found["frechet"])
+    assert scores[1] == pytest.approx(scores[0], rel=1e-5)
+
+
+def test_statistics_of_other_features_for_decoded_latents(tmp_path, monkeypatch):
+    file = write_statistics(tmp_path / "real.npz", np.random.default_rng(0).standard_normal((200, 768)))
+    sentence = "holds statistics of 768 features, and evaluation.features='{}' gives {} of these samples; give"
+    with pytest.raises(ValueError, match=sentence.format("mean-colour", 3)):
+        evaluate.check_evaluation(_decoded_config(tmp_path, monkeypatch, "mean-colour", file))
+    config = _decoded_config(tmp_path, monkeypatch, "pixels", file)
+    evaluate.check_evaluation(config)  # how many pixels a latent is decoded to shows only when it is
+    with pytest.raises(ValueError, match=sentence.format("pixels", 192)):
+        evaluate.evaluate(_model(channels=4), config, tmp_path / "samples", decode=lambda latents: latents[:, :3])
 
 
 @pytest.mark.parametrize("name", ["reference", "features", "weights"])
