@@ -167,8 +167,9 @@ def mlp(
     for name, x in {"w1": w1, "b1": b1, "w2": w2}.items():
         if x.dtype != h.dtype:
             raise ValueError(f"{name} has dtype {x.dtype} where that of h, {h.dtype}, is needed")
-    if torch.is_autocast_enabled(h.device.type):
-        h, w1, b1, w2 = (x.to(torch.get_autocast_dtype(h.device.type)) for x in (h, w1, b1, w2))
+    device = h.device.type
+    if device != "meta" and torch.is_autocast_enabled(device):  # meta has no autocast to ask about
+        h, w1, b1, w2 = (x.to(torch.get_autocast_dtype(device)) for x in (h, w1, b1, w2))
     if not hidden and not torch.is_grad_enabled():
         g = _linear_gelu_op(*constants(h.flatten(0, -2), w1, b1))
         return nn.functional.linear(g, w2).unflatten(0, h.shape[:-1]), None
