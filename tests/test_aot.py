@@ -61,6 +61,7 @@ def test_no_kernel_spills_or_needs_more_registers_than_committed(tmp_path):
         "too_many_registers_are_refused",
         "bytes_are_those_of_the_tensors",
         "the_update_moves_no_more_bytes_than_committed",
+        pytest.param("a_block_launches_and_moves_no_more_than_committed", marks=pytest.mark.slow),
     ],
 )
 def test_offline(check, tmp_path):
