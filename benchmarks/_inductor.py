@@ -20,9 +20,11 @@ from torch import Tensor
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.device_interface import CudaInterface
 from torch._guards import TracingContext
+from torch._inductor import lowering
 from torch._inductor.compile_fx import _recursive_joint_graph_passes, compile_fx_inner
 from torch._inductor.decomposition import select_decomp_table
 from torch._inductor.graph import GraphLowering
+from torch._ops import OpOverload
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 from triton import runtime
 from triton.backends.compiler import GPUTarget
@@ -167,6 +169,15 @@ def _moved(graph: torch.fx.GraphModule) -> torch.fx.GraphModule:
     return graph
 
 
+def _forget_custom_ops() -> None:
+    """So that each graph is written as the first of a process: what Inductor met before it computes inputs for."""
+    for operator in [
+        x for x in lowering.lowerings if isinstance(x, OpOverload) and x.namespace in ("soflow", "offline")
+    ]:
+        del lowering.lowerings[operator]
+        lowering.needs_realized_inputs.discard(operator)
+
+
 def _write(graph: torch.fx.GraphModule, inputs: list, into: Compiled, **options) -> None:
     """Adds the code and the counts of one graph."""
 
@@ -177,6 +188,7 @@ def _write(graph: torch.fx.GraphModule, inputs: list, into: Compiled, **options)
         return types.SimpleNamespace(call=lambda inputs: None)  # instead of the compiled code
 
     mode = TracingContext.get().fake_mode
+    _forget_custom_ops()
     with _imagined_gpu(), mock.patch.object(GraphLowering, "compile_to_module", write):
         with mode:
             inputs = [

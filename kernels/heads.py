@@ -162,6 +162,7 @@ _op = torch.library.custom_op("soflow::pack_heads_bwd", _pack_heads_bwd, mutates
 _op.register_fake(_pack_heads_bwd)
 
 
+@torch.compiler.allow_in_graph  # else a checkpoint that is compiled keeps what it should recompute
 class _ProjectHeads(torch.autograd.Function):
     @staticmethod
     def forward(h, weight, bias, heads):

@@ -118,6 +118,7 @@ def _flops(h_shape, w1_shape, *args, out_shape=None, **kwargs) -> int:
     return 2 * h_shape[0] * h_shape[1] * w1_shape[0]
 
 
+@torch.compiler.allow_in_graph  # else a checkpoint that is compiled keeps what it should recompute
 class _Mlp(torch.autograd.Function):
     @staticmethod
     def forward(h, w1, b1, w2, recompute):

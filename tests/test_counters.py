@@ -72,7 +72,7 @@ def test_the_difference_forward_costs_what_two_forwards_cost(preset):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("preset", "form"), [("DiT-B/4", ""), ("DiT-XL/2", "_elementwise")])
+@pytest.mark.parametrize(("preset", "form"), [("DiT-B/4", ""), ("DiT-XL/2", "_elementwise"), ("DiT-S/4", "_block")])
 def test_saved_for_the_backward(preset, form):
     now = counters.saved_bytes_per_element_block(preset, **counters.SAVED[form])
     assert counters.worse(preset, {SAVED + form: now}) == []
