@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from soflow_fast import DiT, SoFlow
 from soflow_fast.ema import EMA
 from soflow_fast.kernels import reference
+from soflow_fast.kernels.reference import split_heads
 from soflow_fast.layers import Attention, linear, product
 from soflow_fast.objectives.base import TotalLoss
 from soflow_fast.objectives.meanflow import MeanFlow
@@ -190,7 +191,7 @@ class _JvpFlashAttention(Attention):
             return super().forward(h, dh, call)
         from jvp_flash_attention.jvp_attention import JVPAttn
 
-        o = JVPAttn.fwd_dual(*self._heads(linear(self.qkv, h)))
+        o = JVPAttn.fwd_dual(*split_heads(linear(self.qkv, h), self.num_heads))
         return product(self.proj, o.transpose(1, 2).flatten(2)), None
 
 

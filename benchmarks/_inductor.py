@@ -202,7 +202,7 @@ def _write(graph: torch.fx.GraphModule, inputs: list, into: Compiled, **options)
             compile_fx_inner(graph, inputs, **options)
     body = into.code[-1].partition("def call(")[2]
     into.launches += len(fused) + len(
-        re.findall(r"\btriton_\w+\.run\(|\bextern_kernels\.|= torch\.ops\.(?!soflow)", body)
+        re.findall(r"\btriton_\w+\.run\(|\bextern_kernels\.|= torch\.ops\.(?!soflow\.(?!linear_gelu))", body)
     )
 
 

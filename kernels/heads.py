@@ -5,8 +5,8 @@
 
 The forward is one product, bias in its epilogue. The backward of attention returns three tensors; the products of the
 backward want one. Autograd stacks them, and the bias's gradient reads the stack once more; here one kernel copies them
-and keeps the sums of its columns in registers. It writes them as float32 partial sums (chunks, 3, H·h), which a second
-small kernel adds in a fixed order.
+and keeps the sums of its columns in registers. It writes them as float32 partial sums (chunks, 3, H·h), which torch
+adds in a fixed order.
 
 Shapes: B rows (samples), N tokens, D = H·h width, H heads, h head dim.
 
@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from ._cases import Case, Inputs
 from ._launch import Launch, launch, require_dtype, require_shape
 from ._rows import require_tokens
+from .reference import split_heads
 
 # A program has the same 16 groups of columns of q, k and v: a group is one access of 16 bytes, so a half warp reads 256
 # bytes in a row, and 128 columns of bfloat16 divide the width of every preset. Its 8 warps take 16 tokens at a time,
@@ -167,8 +168,7 @@ class _ProjectHeads(torch.autograd.Function):
     @staticmethod
     def forward(h, weight, bias, heads):
         # The views are made inside: those of an output would have autograd stack their gradients.
-        y = nn.functional.linear(h, weight, bias)
-        return y.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        return split_heads(nn.functional.linear(h, weight, bias), heads)
 
     @staticmethod
     def setup_context(ctx, inputs, output):

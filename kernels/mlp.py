@@ -21,9 +21,9 @@ from torch.utils.flop_counter import register_flop_formula
 from ._cases import Case, Inputs
 from ._launch import Launch, constants, launch, require_dtype, require_shape
 
-# A tile of 4 rows is 8 values a thread, 16-byte accesses in bfloat16. With 64 registers half of an SM's threads are
-# resident. At most 256 chunks, so that adding up their sums is one small kernel, of at least 64 rows, so that the sums
-# are under 2 % of the bytes: B/4 has 3072 programs, 3 for each that an H100 holds at a time, and XL/2 4608.
+# A tile of 4 rows is 8 values a thread, 16-byte accesses in bfloat16. With 64 registers at least half of an SM's
+# threads are resident. At most 256 chunks, so that adding up their sums is small, and of at least 64 rows, so that the
+# sums are about 2 % of the bytes or less: B/4 has 3072 programs, XL/2 4608, 2 and 4 times what an H100 holds at a time.
 _ROWS = tl.constexpr(4)
 _COLUMNS = 256
 _MOST_CHUNKS, _FEWEST_ROWS = 256, 64
@@ -55,7 +55,7 @@ def _gelu_backward_kernel(
     COLUMNS: tl.constexpr,
 ):
     first = tl.program_id(0).to(tl.int64) * chunk
-    columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    columns = tl.program_id(1).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     rows = first + tl.arange(0, _ROWS)[:, None]
     total = tl.zeros((_ROWS, COLUMNS), tl.float32)
     for _ in range(0, chunk, _ROWS):
@@ -70,7 +70,7 @@ def _gelu_backward_kernel(
             tl.store(g_ptr + offset, g.to(g_ptr.dtype.element_ty), mask=mask)
         total += du
         rows += _ROWS
-    columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    columns = tl.program_id(1).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
     tl.store(partial_ptr + tl.program_id(0).to(tl.int64) * M + columns, tl.sum(total, 0), mask=columns < M)
 
 
@@ -136,12 +136,23 @@ class _Mlp(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dout, *_):
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            raise NotImplementedError("the fused MLP has no second derivative; use impl='torch'")
         h, w1, w2, u, g = ctx.saved_tensors
-        dout_2d, h_2d, u_2d = (x.flatten(0, -2) for x in (dout, h, u))
-        du, new_g, partials = _gelu_bwd_op(u_2d, dout_2d @ w2, g is None)
-        g_2d = new_g if g is None else g.flatten(0, -2)
-        db1 = partials.sum(0).to(du.dtype)
-        return (du @ w1).view(h.shape), du.mT @ h_2d, db1, dout_2d.mT @ g_2d, None
+        needs_h, needs_w1, needs_b1, needs_w2, _ = ctx.needs_input_grad
+        dout_2d, h_2d, u_2d = (x.reshape(-1, x.shape[-1]) for x in (dout, h, u))
+        dh = dw1 = db1 = dw2 = None
+        if needs_h or needs_w1 or needs_b1 or g is None:
+            du, new_g, partials = _gelu_bwd_op(u_2d, dout_2d @ w2, needs_w2 and g is None)
+        if needs_w2:
+            dw2 = dout_2d.mT @ (new_g if g is None else g.reshape(u_2d.shape))
+        if needs_h:
+            dh = (du @ w1).view(h.shape)
+        if needs_w1:
+            dw1 = du.mT @ h_2d
+        if needs_b1:
+            db1 = partials.sum(0).to(du.dtype)
+        return dh, dw1, db1, dw2, None
 
 
 def mlp(
@@ -149,7 +160,8 @@ def mlp(
 ) -> tuple[Tensor, Tensor | None]:
     """Fused :func:`soflow_fast.kernels.reference.mlp`.
 
-    Where neither gradients nor hidden units are wanted, the GELU is part of the first product.
+    In half precision the GELU is part of the first product where neither gradients nor hidden units are wanted: it is
+    then that of the unrounded u. In float32, where two outputs may be subtracted, both forms compute the same.
 
     Args:
         h: (..., D). w1: (M, D). b1: (M,). w2: (D_out, M), all of one dtype. recompute: the backward computes the GELU
@@ -171,21 +183,22 @@ def mlp(
     device = h.device.type
     if device != "meta" and torch.is_autocast_enabled(device):  # meta has no autocast to ask about
         h, w1, b1, w2 = (x.to(torch.get_autocast_dtype(device)) for x in (h, w1, b1, w2))
-    if not hidden and not torch.is_grad_enabled():
-        g = _linear_gelu_op(*constants(h.flatten(0, -2), w1, b1))
-        return nn.functional.linear(g, w2).unflatten(0, h.shape[:-1]), None
+    differentiable = torch.is_grad_enabled() and any(x.requires_grad for x in (h, w1, b1, w2))
+    if not hidden and not differentiable and h.dtype != torch.float32:
+        g = _linear_gelu_op(*constants(h.reshape(-1, h.shape[-1]), w1, b1))
+        return nn.functional.linear(g, w2).view(*h.shape[:-1], w2.shape[0]), None
     out, u, _ = _Mlp.apply(h, w1, b1, w2, recompute)
     return out, u if hidden else None
 
 
 def cases() -> list[Case]:
-    """The gradient's rows of a batch of 256, where the GELU is recomputed; and S/4 where it is not."""
+    """The gradient's rows of a batch of 256, the GELU recomputed; S/4 where it is not; XL/2's rows without gradient."""
 
-    def inputs(tokens: int, width: int):
+    def inputs(tokens: int, width: int, rows: int = 256):
         def make(new: Inputs) -> dict:
             hidden = 4 * width
             return {
-                "h": new.normal(new.rows(256), tokens, width),
+                "h": new.normal(new.rows(rows), tokens, width),
                 "w1": new.normal(hidden, width, scale=width**-0.5),
                 "b1": new.normal(hidden, scale=0.1),
                 "w2": new.normal(width, hidden, scale=hidden**-0.5),
@@ -199,4 +212,5 @@ def cases() -> list[Case]:
         Case("mlp", "B/4", inputs(64, 768), recompute, gradients),
         Case("mlp", "L/2", inputs(256, 1024), recompute, gradients),
         Case("mlp", "XL/2", inputs(256, 1152), recompute, gradients),
+        Case("mlp", "XL/2 without gradient", inputs(256, 1152, 320)),
     ]

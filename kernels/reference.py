@@ -259,6 +259,11 @@ def gated_residual_layernorm(
 # ----------------------------------------------------------------------------------------- attention heads, MLP
 
 
+def split_heads(y: Tensor, heads: int) -> tuple[Tensor, ...]:
+    """``(q, k, v)``, each (B, H, N, h), views of y (B, N, 3·H·h)."""
+    return y.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+
+
 def project_heads(h: Tensor, weight: Tensor, bias: Tensor, *, heads: int) -> tuple[Tensor, Tensor, Tensor]:
     """Queries, keys and values of every head: ``h Wᵀ + bias``, whose columns are (3, H, h); in the dtype of h.
 
@@ -268,8 +273,7 @@ def project_heads(h: Tensor, weight: Tensor, bias: Tensor, *, heads: int) -> tup
     Returns:
         ``(q, k, v)``, each (B, H, N, h).
     """
-    y = nn.functional.linear(h, weight, bias)
-    return y.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+    return split_heads(nn.functional.linear(h, weight, bias), heads)
 
 
 _PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)

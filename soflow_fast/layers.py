@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from soflow_fast.attention import attention
+from soflow_fast.kernels.reference import split_heads
 
 SINUSOID_WIDTH = 256
 LN_EPS = 1e-6
@@ -91,9 +92,6 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
         self.proj = nn.Linear(hidden_size, hidden_size)
 
-    def _heads(self, qkv: Tensor) -> tuple[Tensor, ...]:
-        return qkv.unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-
     def forward(self, h: Tensor, dh: Tensor | None, call: Call) -> tuple[Tensor, Tensor | None]:
         weight, bias = self.qkv.weight.to(h.dtype), self.qkv.bias.to(h.dtype)
         q, k, v = call.ops.project_heads(h, weight, bias, heads=self.num_heads)
@@ -103,7 +101,7 @@ class Attention(nn.Module):
             return out, None
         with torch.no_grad():
             primal = [y[call.rows] for y in (q, k, v)]
-            difference = self._heads(product(self.qkv, dh))
+            difference = split_heads(product(self.qkv, dh), self.num_heads)
             do = call.ops.attention_difference(*primal, *difference, o[call.rows], tangent=call.tangent)
             return out, product(self.proj, do.transpose(1, 2).flatten(2))
 
@@ -131,7 +129,7 @@ class DiTBlock(nn.Module):
     """Attention and MLP, each gated into the residual stream.
 
     A block receives its input already normalised and modulated, and returns the next block's: then each gate, residual
-    and following LayerNorm is one op, which also adds the bias of the last product: its gradient is then free.
+    and following LayerNorm is one op, which also adds the bias of the last product and sums its gradient.
     """
 
     def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float):
