@@ -31,6 +31,8 @@ def one_binary_for_every_batch():
     """Batch sizes that are 1, odd, and a multiple of 16 launch the same binaries."""
     for case in fused.cases():
         runs = [_aot.record_case(case, max_rows=rows) for rows in (None, 48, 7, 1)]
+        if not any(runs):  # products alone
+            continue
         assert len({_elements(run) for run in runs}) == len(runs), f"{case.op} {case.name} ignores Inputs.rows"
         first, *others = map(_hashes, runs)
         assert all(other == first for other in others), f"{case.op} {case.name}: a batch size has its own binary"
