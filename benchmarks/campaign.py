@@ -36,6 +36,8 @@ _NATIVE_TESTS = [
     "attention_difference",
     "conditioning",
     "consistency",
+    "heads",
+    "mlp",
     "noise",
     "velocity",
     "optim",

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from soflow_fast.kernels import fused
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -122,3 +124,8 @@ def test_the_profile_sorts_kernels_and_names_the_largest_gaps():
     }
     assert report["largest_gaps"] == ["fused kernels", "Inductor's kernels", "products"]
     assert report["floor_ms"] == 71.5
+
+
+def test_every_kernel_is_checked_natively(campaign):
+    families = {family.__name__.rpartition(".")[2] for family in fused._FAMILIES}
+    assert families <= set(campaign._NATIVE_TESTS)
