@@ -32,6 +32,7 @@ import argparse
 import json
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -119,19 +120,42 @@ def work(preset: str, **options) -> dict[str, float]:
 
 def saved_bytes_per_element_block(preset: str, **options) -> float:
     """What a block of the compiled step keeps for the backward; options as in :func:`fake_step`."""
-    return _per_block(_saved_bytes_per_element, preset, **options)
+    (saved,) = _per_block(_saved_bytes_per_element, preset, **options)
+    return saved
 
 
 def operators_per_block(preset: str, **options) -> float:
     """What a block dispatches; options as in :func:`fake_step`."""
-    return _per_block(_operators, preset, **options)
+    (operators,) = _per_block(_operators, preset, **options)
+    return operators
 
 
-def _per_block(measure, preset: str, **options) -> float:
-    return round((measure(preset, depth=3, **options) - measure(preset, depth=1, **options)) / 2, 3)
+def compiled_block(preset: str, **options) -> dict[str, float]:
+    """What a block of the compiled step launches and moves on a GPU; options as in :func:`fake_step`.
+
+    Must run without Triton's interpreter.
+    """
+    launches, moved = _per_block(_launches_and_bytes, preset, recompute="elementwise", **options)
+    return {"launches_per_block": launches, "bytes_moved_per_element_block": moved}
 
 
-def _saved_bytes_per_element(preset: str, **options) -> float:
+def _per_block(measure: Callable[..., tuple[float, ...]], preset: str, **options) -> list[float]:
+    """Of each value."""
+    three, one = (measure(preset, depth=depth, **options) for depth in (3, 1))
+    return [round((more - less) / 2, 3) for more, less in zip(three, one, strict=True)]
+
+
+def _run_compiled(preset: str, how: Callable, **options) -> int:
+    """A step on fake tensors, its loss compiled by that backend; the (token · channel) elements of its batch."""
+    torch._dynamo.reset()
+    with FakeTensorMode():
+        step = fake_step(preset, compile=how, **options)
+        net = step.model.network
+        step(*fake_batch(net))
+    return BATCH * net.pos_embed.numel()
+
+
+def _saved_bytes_per_element(preset: str, **options) -> tuple[float]:
     saved = {}
 
     def partition(joint, inputs, *, num_fwd_outputs, **keywords):
@@ -148,15 +172,17 @@ def _saved_bytes_per_element(preset: str, **options) -> float:
     def as_it_is(graph, inputs):
         return make_boxed_func(graph.forward)
 
-    backend = aot_autograd(
+    keep = aot_autograd(
         fw_compiler=as_it_is, bw_compiler=as_it_is, partition_fn=partition, decompositions=select_decomp_table()
     )
-    torch._dynamo.reset()
-    with FakeTensorMode():
-        step = fake_step(preset, compile=backend, **options)
-        net = step.model.network
-        step(*fake_batch(net))
-    return sum(saved.values()) / (BATCH * net.pos_embed.numel())
+    elements = _run_compiled(preset, keep, **options)
+    return (sum(saved.values()) / elements,)
+
+
+def _launches_and_bytes(preset: str, **options) -> tuple[float, float]:
+    compiled = Compiled([])
+    elements = _run_compiled(preset, backend(compiled), **options)
+    return compiled.launches, compiled.bytes_moved / elements
 
 
 def _values(nodes) -> list[Tensor]:
@@ -180,34 +206,12 @@ class _Dispatched(TorchDispatchMode):
         return operator(*arguments, **(keywords or {}))
 
 
-def _operators(preset: str, **options) -> int:
+def _operators(preset: str, **options) -> tuple[int]:
     with FakeTensorMode():
         step = fake_step(preset, **options)
         with _Dispatched() as dispatched:
             fake_loss(step).backward()
-    return dispatched.count
-
-
-def compiled_block(preset: str, **options) -> dict[str, float]:
-    """What a block of the compiled step launches and moves on a GPU; options as in :func:`fake_step`.
-
-    Must run without Triton's interpreter.
-    """
-    compiled = {depth: _compiled(preset, depth=depth, recompute="elementwise", **options) for depth in (1, 3)}
-    launches = (compiled[3].launches - compiled[1].launches) / 2
-    with torch.device("meta"):
-        elements = BATCH * DiT.from_preset(preset, impl="torch").pos_embed.numel()
-    moved = (compiled[3].bytes_moved - compiled[1].bytes_moved) / 2 / elements
-    return {"launches_per_block": launches, "bytes_moved_per_element_block": round(moved, 3)}
-
-
-def _compiled(preset: str, **options) -> Compiled:
-    compiled = Compiled([])
-    torch._dynamo.reset()
-    with FakeTensorMode():
-        step = fake_step(preset, compile=backend(compiled), **options)
-        step(*fake_batch(step.model.network))
-    return compiled
+    return (dispatched.count,)
 
 
 def hidden_tensors(preset: str, **options) -> int:

@@ -24,7 +24,7 @@ import triton.language as tl
 from torch import Tensor, nn
 
 from ._cases import Case, Inputs
-from ._launch import Launch, launch, require_dtype, require_shape
+from ._launch import Launch, autocast, launch, require_dtype, require_shape
 from ._rows import require_tokens
 from .reference import split_heads
 
@@ -182,11 +182,10 @@ class _ProjectHeads(torch.autograd.Function):
         packed, partials = _op(dq, dk, dv)
         dy = packed.flatten(0, 1)
         dh = dweight = dbias = None
-        # under autocast the product, and so dy, has another dtype than its operands
         if ctx.needs_input_grad[0]:
-            dh = (dy @ weight.to(dy.dtype)).view(h.shape).to(h.dtype)
+            dh = (dy @ weight).view(h.shape)
         if ctx.needs_input_grad[1]:
-            dweight = (dy.mT @ h.flatten(0, 1).to(dy.dtype)).to(weight.dtype)
+            dweight = dy.mT @ h.flatten(0, 1)
         if ctx.needs_input_grad[2]:
             dbias = partials.sum(0).to(weight.dtype)
         return dh, dweight, dbias, None
@@ -213,7 +212,7 @@ def project_heads(h: Tensor, weight: Tensor, bias: Tensor, *, heads: int) -> tup
             raise ValueError(f"{name} has dtype {x.dtype} and h has {h.dtype}; convert one of them to the other's")
     if heads < 1 or D % heads:
         raise ValueError(f"heads={heads} does not divide the width {D} of h")
-    return _ProjectHeads.apply(h, weight, bias, heads)
+    return _ProjectHeads.apply(*autocast(h, weight, bias), heads)
 
 
 def cases() -> list[Case]:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import register_flop_formula
 
 from ._cases import Case, Inputs
-from ._launch import Launch, constants, launch, require_dtype, require_shape
+from ._launch import Launch, autocast, constants, launch, require_dtype, require_shape
 
 # A tile of 4 rows is 8 values a thread, 16-byte accesses in bfloat16. With 64 registers at least half of an SM's
 # threads are resident. At most 256 chunks, so that adding up their sums is small, and of at least 64 rows, so that the
@@ -180,9 +180,7 @@ def mlp(
     for name, x in {"w1": w1, "b1": b1, "w2": w2}.items():
         if x.dtype != h.dtype:
             raise ValueError(f"{name} has dtype {x.dtype} where that of h, {h.dtype}, is needed")
-    device = h.device.type
-    if device != "meta" and torch.is_autocast_enabled(device):  # meta has no autocast to ask about
-        h, w1, b1, w2 = (x.to(torch.get_autocast_dtype(device)) for x in (h, w1, b1, w2))
+    h, w1, b1, w2 = autocast(h, w1, b1, w2)
     differentiable = torch.is_grad_enabled() and any(x.requires_grad for x in (h, w1, b1, w2))
     if not hidden and not differentiable and h.dtype != torch.float32:
         g = _linear_gelu_op(*constants(h.reshape(-1, h.shape[-1]), w1, b1))

@@ -64,3 +64,20 @@ def check_row_gradients(name: str, arguments: dict[str, Any], options: dict[str,
             for ops in (fused, reference)
         )
         assert torch.allclose(ours, expected, rtol=1e-5, atol=1e-8)
+
+
+def check_autocast(
+    name: str, arguments: dict[str, Any], options: dict[str, Any], gradients: tuple[str, ...], tolerance: float
+):
+    """The products are in its dtype, and the gradients in those of what they are for."""
+
+    def under_autocast(op):
+        def run_op(**arguments):
+            with torch.autocast(DEVICE, torch.bfloat16), torch.set_grad_enabled(bool(gradients)):
+                return op(**arguments)
+
+        return run(run_op, arguments, options, gradients)
+
+    results = (under_autocast(getattr(ops, name)) for ops in (fused, reference))
+    for ours, expected in zip(*results, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=tolerance, atol=tolerance)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from functorch.compile import make_boxed_func
-from op_checks import DEVICE, check_accuracy, check_compiles, check_repeatable, run
+from op_checks import DEVICE, check_accuracy, check_autocast, check_compiles, check_repeatable, run
 from torch._dynamo.backends.common import aot_autograd
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -197,19 +197,7 @@ def test_bytes_of_the_backward(case):
 
 
 def test_autocast():
-    """The product is in its dtype, and the gradients in those of what they are for."""
-    arguments = _inputs(SMALL)
-
-    def under_autocast(op):
-        def run_op(**arguments):
-            with torch.autocast(DEVICE, torch.bfloat16):
-                return op(**arguments, **_options(SMALL))
-
-        return run(run_op, arguments, {}, GRADIENTS)
-
-    ours, expected = under_autocast(fused.project_heads), under_autocast(reference.project_heads)
-    for a, b in zip(ours, expected, strict=True):
-        torch.testing.assert_close(a, b, rtol=2**-7, atol=2**-7)
+    check_autocast(NAME, _inputs(SMALL), _options(SMALL), GRADIENTS, tolerance=2**-7)
 
 
 def test_strided_inputs():

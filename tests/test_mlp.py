@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from op_checks import DEVICE, check_accuracy, check_compiles, check_repeatable, run
+from op_checks import DEVICE, check_accuracy, check_autocast, check_compiles, check_repeatable, run
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -145,18 +145,7 @@ def test_without_gradient(dtype):
 
 @pytest.mark.parametrize("gradients", [(), GRADIENTS])
 def test_autocast(gradients):
-    """The products are in its dtype, and the gradients in those of what they are for."""
-    arguments = _inputs((3, 7), 13, 51)
-
-    def under_autocast(op):
-        def run_op(**arguments):
-            with torch.autocast(DEVICE, torch.bfloat16), torch.set_grad_enabled(bool(gradients)):
-                return op(**arguments)
-
-        return run(run_op, arguments, {}, gradients)
-
-    for ours, expected in zip(under_autocast(fused.mlp), under_autocast(reference.mlp), strict=True):
-        torch.testing.assert_close(ours, expected, rtol=2**-5, atol=2**-5)
+    check_autocast(NAME, _inputs((3, 7), 13, 51), {}, gradients, tolerance=2**-5)
 
 
 def test_op_contract():
