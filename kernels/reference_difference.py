@@ -139,7 +139,7 @@ def gated_residual_layernorm_difference(
 _GELU_C, _GELU_K = math.sqrt(2 / math.pi), 0.044715
 
 
-def _tanh_difference(tanh_a: Tensor, tanh_b: Tensor, difference: Tensor) -> Tensor:
+def tanh_difference(tanh_a: Tensor, tanh_b: Tensor, difference: Tensor) -> Tensor:
     """``tanh a − tanh b`` from ``difference = a − b``: ``tanh(a−b)(1 − tanh a·tanh b)``."""
     return torch.tanh(difference) * (1 - tanh_a * tanh_b)
 
@@ -158,7 +158,7 @@ def gelu_difference(u: Tensor, du: Tensor, *, tangent: bool = False) -> Tensor:
         return (0.5 * du_wide * (1 + tanh_z) + 0.5 * u * dz * (1 - tanh_z * tanh_z)).to(du.dtype)
     dz = _GELU_C * du_wide * (1 + _GELU_K * (3 * u * (u + du_wide) + du_wide * du_wide))
     tanh_moved = torch.tanh(z + dz)
-    dg = 0.5 * du_wide * (1 + tanh_moved) + 0.5 * u * _tanh_difference(tanh_moved, tanh_z, dz)
+    dg = 0.5 * du_wide * (1 + tanh_moved) + 0.5 * u * tanh_difference(tanh_moved, tanh_z, dz)
     return dg.to(du.dtype)
 
 
@@ -169,14 +169,14 @@ def silu_difference(u: Tensor, du: Tensor, *, tangent: bool = False) -> Tensor:
     if tangent:
         return (0.5 * du_wide * (1 + tanh_half) + 0.25 * u * du_wide * (1 - tanh_half * tanh_half)).to(du.dtype)
     tanh_moved = torch.tanh((u + du_wide) / 2)
-    dg = 0.5 * du_wide * (1 + tanh_moved) + 0.5 * u * _tanh_difference(tanh_moved, tanh_half, du_wide / 2)
+    dg = 0.5 * du_wide * (1 + tanh_moved) + 0.5 * u * tanh_difference(tanh_moved, tanh_half, du_wide / 2)
     return dg.to(du.dtype)
 
 
 # -------------------------------------------------------------------------------------------------- attention
 
 
-def _expm1(x: Tensor) -> Tensor:
+def expm1(x: Tensor) -> Tensor:
     """``e^x − 1`` as ``tanh(x/2)(e^x + 1)``: compiled for a CPU, torch.expm1 becomes exp(x) − 1 and cancels."""
     return torch.tanh(x / 2) * (torch.exp(x) + 1)
 
@@ -206,7 +206,7 @@ def attention_difference(
         ds = (dq @ k.mT + q @ dk.mT) * scale
         dp = p * (ds - (p * ds).sum(-1, keepdim=True))
         return (dp @ v + p @ dv_wide).to(dv.dtype)
-    e = _expm1((dq @ (k + dk).mT + q @ dk.mT) * scale)
+    e = expm1((dq @ (k + dk).mT + q @ dk.mT) * scale)
     z = (p * e).sum(-1, keepdim=True)
     dp = p * (e - z) / (1 + z)
     return (dp @ (v + dv_wide) + p @ dv_wide).to(dv.dtype)

@@ -173,6 +173,8 @@ class TrainStep:
                 self._loss, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True
             )
         self._orders: dict[int, list[tuple[Tensor, Tensor, int]]] = {}
+        self._prepared: set[tuple[int, ...]] = set()
+        self._latent_scale = latent_scale
         self._steps_run = 0
         self._graph: Captured | None = None
 
@@ -212,6 +214,7 @@ class TrainStep:
         progress = (self.step.float() / self.total_steps).clamp(max=1)
         outputs = []
         orders = self._row_orders(x0.shape[0])
+        self._prepare(x0, labels, len(orders[0][1]) - orders[0][2])
         with _tensor_cores("fp32" if self.model.needs_float32 else self.precision), _compiler_settings():
             for i, (order, rows, n_velocity) in enumerate(orders):
                 last = i == len(orders) - 1
@@ -226,6 +229,16 @@ class TrainStep:
         self.step += 1
         loss = torch.stack([out.loss.detach() for out in outputs]).mean()
         return StepStats(loss, grad_norm, _joined([out.parts for out in outputs]), finite)
+
+    def _prepare(self, x0: Tensor, labels: Tensor | None, rows: int) -> None:
+        """Has the objective make what cannot be made while its loss is compiled."""
+        form = (rows, *x0.shape[1:])
+        if rows == 0 or form in self._prepared:
+            return
+        self._prepared.add(form)
+        channels = x0.shape[1] if self._latent_scale is None else x0.shape[1] // 2
+        dtype = torch.promote_types(x0.dtype, torch.float32)
+        self.model.prepare(x0.new_zeros((rows, channels, *x0.shape[2:]), dtype=dtype), labels)
 
     def _row_orders(self, batch: int) -> list[tuple[Tensor, Tensor, int]]:
         """For each micro-batch: offsets into the rows, velocity first; their global rows; how many are velocity."""

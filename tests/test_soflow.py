@@ -1,7 +1,6 @@
 """Both SoFlow losses and their gradients against formulas in float64, and every setting that is refused."""
 
 import itertools
-import logging
 import math
 
 import pytest
@@ -172,7 +171,6 @@ def test_velocity_and_solution(path, parameterization):
         ({"label_drop": 0.0}, "guidance_scale=2.5 needs a 'no label' prediction, which label_drop=0 never trains"),
         ({"quotient": "two_forwards", "min_gap": 0.0}, "min_gap=0 divides rounding error by nothing"),
         ({"impl": "cuda"}, "impl='cuda' is not known"),
-        ({"net": Net(), "quotient": "tangent"}, "quotient='tangent' needs a network with forward_difference; Net has"),
     ],
 )
 def test_impossible_settings(settings, sentence):
@@ -193,11 +191,3 @@ def test_consistency_loss_takes_one_of_l_and_gap(both):
     l, gap = (T - GAP, GAP) if both else (None, None)
     with pytest.raises(ValueError, match="exactly one of l and gap"):
         make_model().consistency_loss(samples(5), samples(5), T, l, S, LABELS, gap=gap)
-
-
-def test_a_network_without_difference_forward_takes_two_and_says_so(caplog):
-    with caplog.at_level(logging.WARNING):
-        model = make_model(Net())
-    assert model.quotient == "two_forwards"
-    assert "Net has no forward_difference: the consistency quotient takes two forwards" in caplog.text
-    assert make_model().quotient == "difference"

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from soflow_fast import kernels, paths
+from soflow_fast.differencing import ForwardDifference
 from soflow_fast.sample import sample
 
 
@@ -57,6 +58,7 @@ class Objective(nn.Module):
         super().__init__()
         require_range("velocity_share", velocity_share, 0, 1)
         self.network, self.velocity_share = net, velocity_share
+        self._derived = None if hasattr(net, "forward_difference") else ForwardDifference(net)
         self.needs_float32 = False
         self.impl = kernels.resolve_impl(impl or getattr(net, "impl", "auto"))
 
@@ -64,6 +66,18 @@ class Objective(nn.Module):
     def ops(self):
         """The module of ops that ``impl`` stands for."""
         return kernels.ops(self.impl)
+
+    @property
+    def forward_difference(self):
+        """The network's own, or the one derived from its operators."""
+        return self._derived or self.network.forward_difference
+
+    def prepare(self, x: Tensor, labels: Tensor | None) -> None:
+        """Readies what cannot be made while the loss is compiled, for rows of this form; nothing by default.
+
+        Args:
+            x: (n, C, H, W) samples that do not only train the velocity; their values do not matter. labels: of a batch.
+        """
 
     def forward(self, *args, **kwargs) -> TotalLoss:
         """:meth:`loss_of_rows`, so that wrappers of modules apply to the loss."""

@@ -30,7 +30,7 @@ class MeanFlow(Objective):
     derivative along ``(v_g, 1)`` in (z, t). Loss of a row ``Σe²/(Σe²+eps)^p``, the sum over the sample.
 
     Args:
-        net: as for :class:`~soflow_fast.SoFlow`; ``tangent`` needs ``forward_difference``, ``jvp`` needs ``jvp``.
+        net: as for :class:`~soflow_fast.SoFlow`; ``derivative="jvp"`` needs a method ``jvp``.
         path: ``linear`` or ``trig``.
         guidance_scale: ω. guidance_mix: κ in [0, 1); (ω, κ) = (1, 0) is no guidance. guidance_interval: of t.
         label_drop: share of rows trained without label. p, eps: the adaptive weight.
@@ -74,9 +74,8 @@ class MeanFlow(Objective):
             raise ValueError(f"guidance_interval={tuple(guidance_interval)} is not an interval of times in [0, 1]")
         self.guided = (guidance_scale, guidance_mix) != (1, 0)
         require_null_label(net, f"guidance_scale={guidance_scale}" if self.guided else None, label_drop)
-        method = {"tangent": "forward_difference", "jvp": "jvp"}.get(derivative)
-        if method and not hasattr(net, method):
-            raise ValueError(f"derivative={derivative!r} needs a network with {method}; {type(net).__name__} has none")
+        if derivative == "jvp" and not hasattr(net, "jvp"):
+            raise ValueError(f"derivative='jvp' needs a network with jvp; {type(net).__name__} has none")
         self.path, self.guidance_scale, self.guidance_mix = path, guidance_scale, guidance_mix
         self.guidance_interval = tuple(guidance_interval)
         self.label_drop, self.p, self.eps = label_drop, p, eps
@@ -85,6 +84,22 @@ class MeanFlow(Objective):
         self.needs_float32 = derivative == "finite_difference"
 
     renoises = False
+
+    def prepare(self, x: Tensor, labels: Tensor | None) -> None:
+        """Derives the tangent forward of a network that has none; see the base class.
+
+        Raises:
+            ValueError: where it cannot be derived.
+        """
+        if self._derived is None or self.derivative != "tangent":
+            return
+        try:
+            self._derived.prepare(x, labels, "tangent")
+        except ValueError as error:
+            raise ValueError(
+                f"derivative='tangent' needs a difference forward, and {error}; write the network's "
+                "forward_difference, or use derivative='finite_difference'"
+            ) from error
 
     def velocity(self, x: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
         """The model's velocity ``u(x,t,t,y)``."""
@@ -156,7 +171,9 @@ class MeanFlow(Objective):
         """``u(z,t,r,y)`` of all rows, and ``du/dt`` along ``(v, 1)`` of the given ones, without gradient."""
         one = torch.ones_like(t[rows])
         if self.derivative == "tangent":
-            return self.network.forward_difference(z, t, r, labels, v, one, rows=rows, mode="tangent")
+            if not torch.compiler.is_compiling():
+                self.prepare(z[rows], labels)
+            return self.forward_difference(z, t, r, labels, v, one, rows=rows, mode="tangent")
         if self.derivative == "finite_difference":
             return self._with_finite_difference(z, t, r, labels, v, rows)
         u = self.network(z, t, r, labels)

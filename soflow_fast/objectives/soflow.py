@@ -52,8 +52,10 @@ class SoFlow(Objective):
         time_mean, time_std: of the logit-normal draws, in the order velocity t, consistency s, consistency t.
         gap_schedule, gap_init, gap_end: r(k), see :func:`soflow_fast.paths.gap_ratio`.
         min_gap: the smallest ``t−l`` (never more than ``t−s``); 0 only with the difference forward.
-        quotient: ``difference`` carries ``F(x_l,l,s) − F(x_t,t,s)`` through the network without cancellation;
-            ``two_forwards`` subtracts two outputs; ``tangent`` is the limit of a gap of 0.
+        quotient: ``difference`` carries ``F(x_l,l,s) − F(x_t,t,s)`` through the network without cancellation, by its
+            ``forward_difference`` or one derived from its operators, see :mod:`soflow_fast.differencing`; where that is
+            not possible it becomes ``two_forwards``, in float32, and a warning says why. ``two_forwards`` subtracts two
+            outputs; ``tangent`` is the limit of a gap of 0.
         impl: of the reductions; by default the network's own, see :func:`soflow_fast.kernels.resolve_impl`.
 
     Raises:
@@ -100,16 +102,6 @@ class SoFlow(Objective):
             raise ValueError(f"time_std={tuple(time_std)} has a negative standard deviation")
         require_range("min_gap", min_gap, 0, 1)
         require_null_label(net, f"guidance_scale={guidance_scale}" if guidance_scale != 1 else None, label_drop)
-        if quotient == "difference" and not hasattr(net, "forward_difference"):
-            _log.warning(
-                "%s has no forward_difference: the consistency quotient takes two forwards in float32",
-                type(net).__name__,
-            )
-            quotient, self.needs_float32 = "two_forwards", True
-        if quotient == "tangent" and not hasattr(net, "forward_difference"):
-            raise ValueError(
-                f"quotient='tangent' needs a network with forward_difference; {type(net).__name__} has none"
-            )
         if min_gap == 0 and quotient == "two_forwards":
             raise ValueError(
                 "min_gap=0 divides rounding error by nothing when the quotient takes two forwards; "
@@ -132,6 +124,26 @@ class SoFlow(Objective):
         """``f(x,t,s,y) = a x + b F``; see the base class."""
         a, b = (c.view(-1, 1, 1, 1) for c in paths.solution_coefficients(t, s, self.parameterization))
         return a * x + b * self.network(x, t, s, labels)
+
+    def prepare(self, x: Tensor, labels: Tensor | None) -> None:
+        """Derives the difference forward of a network that has none; see the base class.
+
+        Raises:
+            ValueError: where it cannot be derived and two forwards are no way out.
+        """
+        if self._derived is None or self.quotient == "two_forwards":
+            return
+        try:
+            self._derived.prepare(x, labels, self.quotient)
+        except ValueError as error:
+            if self.quotient == "tangent" or self.min_gap == 0:
+                needs = "quotient='tangent'" if self.quotient == "tangent" else "min_gap=0"
+                raise ValueError(
+                    f"{needs} needs a difference forward, and {error}; write the network's forward_difference, or "
+                    "use quotient='two_forwards' with min_gap=1e-4"
+                ) from error
+            _log.warning("the consistency quotient takes two forwards in float32: %s", error)
+            self.quotient, self.needs_float32 = "two_forwards", True
 
     # --------------------------------------------------------------------------------------------------- losses
 
@@ -293,10 +305,12 @@ class SoFlow(Objective):
 
     def _with_difference(self, x_t, t, s, labels, v, gap, rows=slice(None)) -> tuple[Tensor, Tensor]:
         """``F(x_t,t,s)``, and of the given rows ``F(x_l,l,s) − F(x_t,t,s)`` (tangent: its limit over the gap)."""
+        if not torch.compiler.is_compiling():
+            self.prepare(x_t[rows], labels)
         if self.quotient != "two_forwards":
             step = torch.ones_like(gap) if self.quotient == "tangent" else gap
             dx = -step.view(-1, 1, 1, 1) * v
-            return self.network.forward_difference(x_t, t, s, labels, dx, -step, rows=rows, mode=self.quotient)
+            return self.forward_difference(x_t, t, s, labels, dx, -step, rows=rows, mode=self.quotient)
         with torch.autocast(x_t.device.type, enabled=False):
             F = self.network(x_t, t, s, labels)
             with torch.no_grad():

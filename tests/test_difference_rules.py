@@ -1,0 +1,228 @@
+"""The rule of every operator: its difference and tangent against float64."""
+
+import functools
+import math
+
+import pytest
+import torch
+import torch.nn.functional as nnf
+from foreign_networks import Function
+
+from soflow_fast.difference_rules import RULES
+from soflow_fast.differencing import ForwardDifference
+
+B = 3
+_generator = torch.Generator().manual_seed(0)
+
+
+def _normal(*shape, scale=1.0):
+    return scale * torch.randn(*shape, generator=_generator, dtype=torch.float64)
+
+
+W, TABLE, KERNEL, GAIN = _normal(6, 8), _normal(4, 8), _normal(5, 4, 3, 3), 1 + _normal(8, scale=0.1)
+MASK = _normal(8) > 0
+
+
+def _heads(x):
+    return x.view(B, 2, 4, 8)
+
+
+# Of x (B, 4, 4, 4), positive and away from the kinks of the functions that have one, and of t (B,).
+OPERATORS = {
+    "view": lambda x, t: x.view(B, -1),
+    "reshape": lambda x, t: x.transpose(1, 2).reshape(B, -1),
+    "flatten": lambda x, t: x.flatten(1).unflatten(1, (8, 8)),
+    "permute": lambda x, t: x.permute(0, 3, 1, 2),
+    "transpose": lambda x, t: x.mT @ x,
+    "t": lambda x, t: x.flatten(1).t(),
+    "movedim": lambda x, t: x.movedim(1, 3),
+    "squeeze": lambda x, t: t.unsqueeze(1).squeeze(1) * x.mean((1, 2, 3)),
+    "squeeze_all": lambda x, t: t[None].squeeze() * x.mean((1, 2, 3)),
+    "expand": lambda x, t: t.view(B, 1, 1, 1).expand(B, 4, 4, 4) + x,
+    "repeat": lambda x, t: x.repeat(1, 2, 1, 1),
+    "repeat_interleave": lambda x, t: x.repeat_interleave(2, dim=2),
+    "split": lambda x, t: x.split(2, 1)[1],
+    "split_with_sizes": lambda x, t: x.split([1, 3], 2)[1],
+    "chunk": lambda x, t: x.chunk(2, 3)[0],
+    "unbind": lambda x, t: x.unbind(1)[2],
+    "slice": lambda x, t: x[:, 1:3, ..., ::2],
+    "select": lambda x, t: x[:, 1],
+    "narrow": lambda x, t: x.narrow(1, 1, 2),
+    "diagonal": lambda x, t: x.diagonal(dim1=2, dim2=3),
+    "index": lambda x, t: x[:, torch.tensor([2, 0, 2])],
+    "index_select": lambda x, t: x.index_select(1, torch.tensor([3, 1])),
+    "gather": lambda x, t: x.gather(1, torch.zeros(B, 2, 4, 4, dtype=torch.int64)),
+    "flip": lambda x, t: x.flip(2),
+    "roll": lambda x, t: x.roll(1, 3),
+    "rot90": lambda x, t: x.rot90(1, (2, 3)),
+    "unfold": lambda x, t: x.unfold(2, 2, 2),
+    "im2col": lambda x, t: nnf.unfold(x, 2, stride=2),
+    "contiguous": lambda x, t: x.permute(0, 2, 3, 1).contiguous(),
+    "clone": lambda x, t: x.clone(),
+    "detach": lambda x, t: x.detach(),
+    "to": lambda x, t: x.double().to(x.dtype),
+    "neg": lambda x, t: -x,
+    "sum": lambda x, t: x.sum((1, 2)),
+    "mean": lambda x, t: x.mean(1, keepdim=True) + x.mean(),
+    "cumsum": lambda x, t: x.cumsum(1),
+    "tril": lambda x, t: x.tril() + x.triu(1),
+    "avg_pool2d": lambda x, t: nnf.avg_pool2d(x, 2),
+    "adaptive_avg_pool2d": lambda x, t: nnf.adaptive_avg_pool2d(x, 2),
+    "upsample_nearest": lambda x, t: nnf.interpolate(x, scale_factor=2.0),
+    "upsample_exact": lambda x, t: nnf.interpolate(x, size=6, mode="nearest-exact"),
+    "upsample_bilinear": lambda x, t: nnf.interpolate(x, scale_factor=2.0, mode="bilinear"),
+    "upsample_bicubic": lambda x, t: nnf.interpolate(x, scale_factor=2.0, mode="bicubic"),
+    "pixel_shuffle": lambda x, t: nnf.pixel_shuffle(x, 2),
+    "pixel_unshuffle": lambda x, t: nnf.pixel_unshuffle(x, 2),
+    "pad": lambda x, t: nnf.pad(x, (1, 0, 0, 2), value=3.0),
+    "pad_reflect": lambda x, t: nnf.pad(x, (1, 1, 1, 1), mode="reflect"),
+    "pad_replicate": lambda x, t: nnf.pad(x, (1, 1, 1, 1), mode="replicate"),
+    "masked_fill": lambda x, t: x.view(B, 8, 8).masked_fill(MASK, -2.0),
+    "where": lambda x, t: torch.where(MASK, x.view(B, 8, 8), t.view(B, 1, 1)) + torch.where(MASK, 1.0, x.view(B, 8, 8)),
+    "cat": lambda x, t: torch.cat([x, torch.ones_like(x), 2 * x], 1),
+    "stack": lambda x, t: torch.stack([x, x * x], 2),
+    "add": lambda x, t: 1 + torch.add(x, t.view(B, 1, 1, 1), alpha=3) + W[0, 0].to(x),
+    "sub": lambda x, t: t.view(B, 1, 1, 1) - x - 0.5,
+    "rsub": lambda x, t: 1 - x,
+    "add_of_a_constant": lambda x, t: t[:, None] + GAIN.to(x),
+    "mul": lambda x, t: x * t.view(B, 1, 1, 1) * 2 * W[0, 0].to(x),
+    "in_place": lambda x, t: (2 * x).add_(1).mul_(x),
+    "div": lambda x, t: x / 2 + 1 / x + x / (1 + t.view(B, 1, 1, 1)) + t.view(B, 1, 1, 1) / x,
+    "reciprocal": lambda x, t: x.reciprocal(),
+    "addcmul": lambda x, t: torch.addcmul(t.view(B, 1, 1, 1), x, x * x, value=2).addcmul(x, t[:1]),
+    "mm": lambda x, t: x.flatten(1) @ torch.cat([W.mT.to(x)] * 8),
+    "mm_itself": lambda x, t: torch.mm(x.view(-1, 8), W.mT.to(x)),
+    "bmm": lambda x, t: torch.bmm(x.flatten(1, 2), x.flatten(1, 2).mT),
+    "matmul": lambda x, t: x @ (x * x).mT,
+    "addmm": lambda x, t: torch.addmm(GAIN.to(x)[:6], x.view(-1, 8), W.mT.to(x), beta=2, alpha=3),
+    "addmm_of_moving": lambda x, t: torch.addmm(x.view(-1, 8)[:, :6], x.view(-1, 8), W.mT.to(x)),
+    "baddbmm": lambda x, t: torch.baddbmm(t.view(B, 1, 1), x[:, 0], x[:, 1], alpha=0.5),
+    "einsum": lambda x, t: torch.einsum("bcij,bdij->bcd", x, x * x),
+    "einsum_of_one": lambda x, t: torch.einsum("bcij->bijc", x),
+    "linear": lambda x, t: nnf.linear(x.view(B, -1, 8), W.to(x), GAIN.to(x)[:6]),
+    "linear_of_moving_weights": lambda x, t: nnf.linear(x[0, 0], x[1, 1]),
+    "conv1d": lambda x, t: nnf.conv1d(x.flatten(2), KERNEL[..., 0].to(x), GAIN.to(x)[:5], padding=1),
+    "conv2d": lambda x, t: nnf.conv2d(x, KERNEL.to(x), GAIN.to(x)[:5], stride=2, padding=1),
+    "conv3d": lambda x, t: nnf.conv3d(x[:, None], KERNEL[:1, :1, :, None].to(x)),
+    "conv_transpose1d": lambda x, t: nnf.conv_transpose1d(x.flatten(2), KERNEL[:4, :, 0].to(x), stride=2),
+    "conv_transpose2d": lambda x, t: nnf.conv_transpose2d(x, KERNEL[:4].to(x), GAIN.to(x)[:4], stride=2),
+    "sqrt": lambda x, t: x.sqrt(),
+    "rsqrt": lambda x, t: x.rsqrt(),
+    "square": lambda x, t: x.square(),
+    "pow": lambda x, t: x**2 + x**0.5 + x**-0.5 + x**3,
+    "exp": lambda x, t: torch.exp(-x),
+    "log": lambda x, t: x.log(),
+    "sin": lambda x, t: torch.sin(9 * t)[:, None] + torch.sin(x).flatten(1),
+    "cos": lambda x, t: torch.cos(9 * t)[:, None] + torch.cos(x).flatten(1),
+    "tanh": lambda x, t: torch.tanh(x - 1),
+    "sigmoid": lambda x, t: torch.sigmoid(x - 1),
+    "silu": lambda x, t: nnf.silu(x - 1),
+    "gelu": lambda x, t: nnf.gelu(x - 1),
+    "gelu_tanh": lambda x, t: nnf.gelu(x - 1, approximate="tanh"),
+    "relu": lambda x, t: nnf.relu(x - 2) + nnf.leaky_relu(2 - x) + nnf.relu6(x) + nnf.hardtanh(x / 4),
+    "elu": lambda x, t: nnf.elu(x - 2) + nnf.celu(x - 2) + nnf.selu(x - 2),
+    "softplus": lambda x, t: nnf.softplus(x) + nnf.mish(x) + nnf.hardswish(x) + nnf.logsigmoid(x),
+    "erf": lambda x, t: torch.erf(x) + x.log1p() + x.expm1() + x.atan() + x.log2() + x.exp2(),
+    "abs": lambda x, t: (-x).abs() + x.clamp(0.1, 9.0) + x.clamp_min(0.1) + x.clamp_max(9.0),
+    "maximum": lambda x, t: torch.maximum(x, -x) + torch.minimum(x, 3 * x) + torch.atan2(x, 2 * x * x),
+    "layer_norm": lambda x, t: nnf.layer_norm(x.view(B, -1, 8), (8,), GAIN.to(x), GAIN.to(x), 1e-6),
+    "layer_norm_of_two": lambda x, t: nnf.layer_norm(x, (4, 4)),
+    "rms_norm": lambda x, t: nnf.rms_norm(x.view(B, -1, 8), (8,), GAIN.to(x), 1e-6),
+    "rms_norm_without_weight": lambda x, t: nnf.rms_norm(x, (4,)),
+    "group_norm": lambda x, t: nnf.group_norm(x, 2, GAIN.to(x)[:4], GAIN.to(x)[4:]) + nnf.group_norm(x, 4),
+    "vector_norm": lambda x, t: nnf.normalize(x) + torch.linalg.vector_norm(x),
+    "softmax": lambda x, t: torch.softmax(100 + x, -1),
+    "attention": lambda x, t: nnf.scaled_dot_product_attention(_heads(x), _heads(x * x), _heads(x) + 5, scale=0.3),
+    "attention_by_hand": lambda x, t: torch.softmax(_heads(x) @ _heads(x).mT / math.sqrt(8), -1) @ _heads(x * x),
+    "dropout_of_evaluation": lambda x, t: nnf.dropout(x, 0.5, training=False),
+}  # fmt: skip
+
+
+@functools.cache
+def _forward(name):
+    return ForwardDifference(Function(OPERATORS[name]))
+
+
+def _inputs(step):
+    generator = torch.Generator().manual_seed(1)
+    x = torch.rand(B, 4, 4, 4, generator=generator, dtype=torch.float64) + 0.5
+    t = torch.rand(B, generator=generator, dtype=torch.float64) / 2 + 0.4
+    dx = step * torch.randn(x.shape, generator=generator, dtype=torch.float64)
+    return x, t, dx, -step * t
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_rule(name):
+    """As accurate as the arithmetic, however small the step; the value is what the operator computes."""
+    function = OPERATORS[name]
+    forward = _forward(name)
+    for step in (0.1, 1e-3, 1e-5):
+        x, t, dx, dt = _inputs(step)
+        truth = function(x + dx, t + dt) - function(x, t)
+        single = [z.float() for z in (x, t, t / 2)]
+        value, difference = forward(*single, None, dx.float(), dt.float())
+        torch.testing.assert_close(value, function(*single[:2]), rtol=1e-6, atol=1e-6)
+        assert difference.dtype == value.dtype
+        assert (difference - truth).norm() <= 3e-6 * truth.norm()
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_tangent(name):
+    function = OPERATORS[name]
+    x, t, dx, dt = _inputs(1.0)
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        truth = torch.func.jvp(function, (x, t), (dx, dt))[1]
+    if name == "detach":  # of which torch takes the derivative for zero
+        truth = dx
+    tangent = _forward(name)(x, t, t / 2, None, dx, dt, mode="tangent")[1]
+    assert (tangent - truth).norm() <= 1e-9 * truth.norm()
+
+
+def test_every_rule_is_tried():
+    called = set()
+    for name in OPERATORS:
+        _forward(name).prepare(_inputs(1.0)[0].float(), None)
+        for captured in _forward(name)._captured.values():
+            called |= {getattr(node.target, "overloadpacket", None) for node in captured.run.graph.nodes}
+    assert set(RULES) - called == {torch.ops.aten.native_dropout}  # see test_dropout
+
+
+def test_dropout_has_one_mask():
+    """The value's mask is the difference's: zeros agree, and what is kept is scaled alike."""
+    forward = ForwardDifference(Function(lambda x, t: nnf.dropout(3 * x, 0.5)))
+    x, t, dx, dt = _inputs(0.1)
+    value, difference = forward(x, t, t / 2, None, dx, dt)
+    kept = value != 0
+    assert 0.2 < kept.double().mean() < 0.8
+    assert torch.equal(difference, torch.where(kept, 6 * dx, 0))
+    torch.manual_seed(0)
+    first, _ = forward(x, t, t / 2, None, dx, dt)
+    assert not torch.equal(first == 0, value == 0)
+
+
+def test_rules_keep_their_digits_when_compiled():
+    """Inductor rewrites some functions into forms that cancel."""
+
+    def function(x, t):
+        y = torch.log(x) + torch.exp(-x) + torch.tanh(x) + nnf.silu(x) + nnf.gelu(x) + x.rsqrt() + nnf.softplus(x)
+        return torch.softmax(y, -1) + torch.sin(y) + nnf.normalize(y) + 1 / y
+
+    forward = ForwardDifference(Function(function))
+    x, t, dx, dt = _inputs(1e-5)
+    single = [z.float() for z in (x, t, t / 2)]
+    forward.prepare(single[0], None)
+    _, difference = torch.compile(forward, fullgraph=True)(*single, None, dx.float(), dt.float())
+    truth = function(x + dx, t + dt) - function(x, t)
+    assert (difference - truth).norm() <= 3e-6 * truth.norm()
+
+
+def test_a_rule_can_be_added(monkeypatch):
+    net = Function(lambda x, t: x.sort(1)[0])
+
+    def sort(operator, out, arguments, differences, tangent):
+        return differences[0].gather(arguments[1], out[1]), None
+
+    monkeypatch.setitem(RULES, torch.ops.aten.sort, sort)
+    x, t, dx, dt = _inputs(1e-6)
+    difference = ForwardDifference(net)(x, t, t / 2, None, dx, dt)[1]
+    assert torch.allclose(difference, (x + dx).sort(1)[0] - x.sort(1)[0], atol=1e-12)

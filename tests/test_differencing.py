@@ -1,0 +1,192 @@
+"""The difference forward derived from a network's operators: whole networks, objectives and steps over them."""
+
+import logging
+
+import pytest
+import torch
+from foreign_networks import Function, Transformer, UNet
+from torch import nn
+
+from soflow_fast import DiT, SoFlow
+from soflow_fast.differencing import ForwardDifference
+from soflow_fast.objectives.meanflow import MeanFlow
+from soflow_fast.step import TrainStep
+
+
+def _net(kind, **options):
+    torch.manual_seed(0)
+    if kind is DiT:
+        net = DiT(8, 2, 3, 32, 1, 2, num_classes=10, impl="torch", attention="math")
+        for p in net.parameters():
+            if p.requires_grad:
+                nn.init.normal_(p, std=0.1)
+        return net
+    return kind(**options)
+
+
+def _batch(step=1e-3, dtype=torch.float32):
+    g = torch.Generator().manual_seed(1)
+    x, v = (torch.randn(4, 3, 8, 8, generator=g, dtype=torch.float64).to(dtype) for _ in range(2))
+    t = torch.tensor([0.9, 0.5, 0.7, 0.3], dtype=dtype)
+    return x, t, t / 3, torch.tensor([1, 10, 0, 7]), step * v, -step * t
+
+
+@pytest.mark.parametrize("kind", [UNet, Transformer, DiT])
+def test_whole_networks(kind):
+    """As accurate as one float32 forward at every step, in value, difference, tangent and gradient."""
+    net, exact = _net(kind), _net(kind).double()
+    forward = ForwardDifference(net)
+    for step in (1e-1, 1e-3, 1e-5):
+        wide = _batch(step, torch.float64)
+        x, t, s, labels, dx, dt = wide
+        with torch.no_grad():
+            truth = exact(x + dx, t + dt, s, labels) - exact(x, t, s, labels)
+        F, dF = forward(*(z.float() if z.is_floating_point() else z for z in wide))
+        assert (dF - truth).norm() <= 3e-6 * truth.norm()
+        assert not dF.requires_grad
+    x, t, s, labels, dx, dt = _batch(step)
+    torch.testing.assert_close(F, net(x, t, s, labels), rtol=1e-5, atol=1e-6)
+    ours = torch.autograd.grad(F.square().sum(), list(net.parameters())[-1])[0]
+    expected = torch.autograd.grad(net(x, t, s, labels).square().sum(), list(net.parameters())[-1])[0]
+    torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_library_s_own_network_derived_is_the_one_written_by_hand():
+    net = _net(DiT).double()
+    x, t, s, labels, dx, dt = _batch(0.1, torch.float64)
+    rows = slice(1, None)
+    for mode in ("difference", "tangent"):
+        for labels_or_none in (labels, None):
+            arguments = (x, t, s, labels_or_none, dx[rows], dt[rows])
+            ours = ForwardDifference(net)(*arguments, rows=rows, mode=mode)
+            for a, b in zip(ours, net.forward_difference(*arguments, rows=rows, mode=mode), strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+def test_compiles_as_one_graph_in_bfloat16():
+    net, exact = _net(UNet), _net(UNet).double()
+    x, t, s, labels, dx, dt = _batch(1e-3)
+    forward = ForwardDifference(net)
+    compiled = torch.compile(forward, fullgraph=True, backend="aot_eager")
+    with pytest.raises(Exception, match="call prepare"):
+        compiled(x, t, s, labels, dx, dt)
+    torch._dynamo.reset()
+    forward.prepare(x, labels)
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        two = net(x + dx, t + dt, s, labels) - net(x, t, s, labels)
+    with torch.autocast("cpu", torch.bfloat16):
+        F, dF = compiled(x, t, s, labels, dx, dt)
+    x, t, s, dx, dt = (z.double() for z in (x, t, s, dx, dt))
+    with torch.no_grad():
+        truth = exact(x + dx, t + dt, s, labels) - exact(x, t, s, labels)
+    assert (dF - truth).norm() <= 0.02 * truth.norm()
+    assert (two - truth).norm() > 0.5 * truth.norm()  # what the derived form is for
+    assert F.requires_grad
+
+
+@pytest.mark.parametrize("objective", [SoFlow, MeanFlow])
+@pytest.mark.parametrize("merged", [False, True])
+def test_objectives_derive_it(objective, merged):
+    """The loss and its gradient are those of the definition in float64."""
+    x0 = torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    labels = torch.arange(8)
+    results = []
+    for dtype, definition in ((torch.float32, False), (torch.float64, True)):
+        net = _net(Transformer).to(dtype)
+        if objective is SoFlow:
+            model = SoFlow(net, quotient="two_forwards" if definition else "difference", impl="torch")
+        else:
+            model = MeanFlow(net, impl="torch")
+            if definition:
+                net.forward_difference = lambda *a, rows, mode, net=net: _by_jvp(net, rows, *a)
+                model = MeanFlow(net, impl="torch")
+        rows = torch.arange(8)
+        loss = model.loss_of_rows(x0.to(dtype), labels, rows, 6, 0.5, 0, 3, merged=merged).loss
+        loss.backward()
+        results.append([loss.detach(), *(p.grad for p in net.parameters())])
+    for ours, expected in zip(*results, strict=True):
+        assert (ours - expected).norm() <= 1e-4 * expected.norm() + 1e-7
+
+
+def _by_jvp(net, rows, x, t, s, labels, dx, dt):
+    F = net(x, t, s, labels)
+    x, t, s, labels = (z[rows] for z in (x, t, s, labels))
+    with torch.no_grad(), torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        return F, torch.func.jvp(lambda x, t: net(x, t, s, labels), (x, t), (dx, dt))[1]
+
+
+def test_a_compiled_step_in_bfloat16():
+    """Its loss and its update are those of a plain float32 step, but for the rounding of one forward."""
+    x0, labels = torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(2)), torch.arange(8)
+    results = []
+    for settings in ({"precision": "bf16", "compile": "aot_eager"}, {"precision": "fp32", "merged": False}):
+        net = _net(Transformer)
+        model = SoFlow(net, impl="torch")
+        step = TrainStep(model, optimizer=torch.optim.SGD(net.parameters(), lr=1.0), total_steps=10, **settings)
+        before = [p.detach().clone() for p in net.parameters()]
+        loss = step(x0, labels).loss.item()
+        update = torch.cat([(p - b).flatten() for p, b in zip(net.parameters(), before, strict=True)])
+        assert (model.quotient, model.needs_float32) == ("difference", False)
+        results.append((loss, update))
+    (ours, our_update), (plain, update) = results
+    assert ours == pytest.approx(plain, rel=0.01)
+    assert (our_update - update).norm() <= 0.03 * update.norm()
+
+
+# ------------------------------------------------------------------------------------- what cannot be derived
+
+
+class _Branching(Function):
+    def forward(self, x, t, s, labels):
+        return x if t.max() > 0.5 else 2 * x
+
+
+class _Counting(Function):
+    def __init__(self):
+        super().__init__(None)
+        self.norm = nn.BatchNorm2d(4)
+
+    def forward(self, x, t, s, labels):
+        return self.norm(x)
+
+
+def _with_own_autocast(x, t):
+    with torch.autocast("cpu", enabled=False):
+        return x.float() @ x.float()
+
+
+@pytest.mark.parametrize(
+    ("net", "sentence"),
+    [
+        (Function(lambda x, t: x.sort(1)[0]), r"Function calls aten.sort.default, which has no rule; add one to"),
+        (Function(lambda x, t: (x > 1).to(x)), "Function calls aten.gt.Scalar, which has no rule"),
+        (Function(lambda x, t: x + t.long()[:, None, None, None]), "Function makes torch.int64 of what changes"),
+        (Function(lambda x, t: torch.ones_like(x)), "Function must return one tensor that depends on x"),
+        (Function(lambda x, t: (x, x)), "Function must return one tensor that depends on x"),
+        (Function(lambda x, t: torch.linalg.vector_norm(x, 1, 1)), "has a rule only for the Euclid"),
+        (Function(_with_own_autocast), "Function has a region with an autocast of its own around aten.matmul"),
+        (_Branching(None), "_Branching cannot be captured by torch.export"),
+        (_Counting(), "_Counting changes its buffer 'norm.*' in a forward"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_derived_is_named(net, sentence, caplog):
+    x = torch.rand(4, 4, 4, 4)
+    with pytest.raises(ValueError, match=sentence):
+        ForwardDifference(net).prepare(x, None)
+    net.num_classes = 0
+    model = SoFlow(net, guidance_scale=1.0, label_drop=0.0, impl="torch")
+    with caplog.at_level(logging.WARNING):
+        model.prepare(x, None)
+    assert "takes two forwards in float32: " in caplog.text
+    assert model.quotient == "two_forwards"
+    assert model.needs_float32
+    for model, remedy in (
+        (SoFlow(net, guidance_scale=1.0, label_drop=0.0, quotient="tangent"), "quotient='tangent' needs a difference"),
+        (SoFlow(net, guidance_scale=1.0, label_drop=0.0, min_gap=0.0), "min_gap=0 needs a difference"),
+        (
+            MeanFlow(net, guidance_scale=1.0, guidance_mix=0.0, label_drop=0.0),
+            "derivative='tangent' needs a difference",
+        ),
+    ):
+        with pytest.raises(ValueError, match=remedy):
+            model.prepare(x, None)
