@@ -246,7 +246,7 @@ def _moments(vae, loader, device: torch.device, precision: str, *, mirrored: boo
 
 def _launch(vae, images: Tensor, device, precision: str, mirrored: bool) -> tuple[Tensor, torch.cuda.Event | None]:
     """The moments of a batch on their way to the host, and the event of their arrival where that takes its time."""
-    x = images.to(device, non_blocking=True).float() / 127.5 - 1
+    x = images.to(device, non_blocking=True).contiguous().float() / 127.5 - 1
     if mirrored:
         x = torch.stack([x, x.flip(-1)], dim=1).flatten(0, 1)
     with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
