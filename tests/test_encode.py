@@ -194,34 +194,46 @@ class _Killed(BaseException):
     """Stands for SIGKILL: from then on no call that changes the disk does anything."""
 
 
-def _kill_at(monkeypatch, instant):
-    """Ends the process at its call number ``instant`` that changes the disk; what is written then is written half."""
-    calls = iter(range(10**9))
+def _kill_at(monkeypatch, instant, power_too):
+    """Ends the process at its call number ``instant`` that changes the disk; what is written then is written half.
 
-    def dying(function):
+    If the power goes too, moments that were not yet flushed are lost; their count, if it was written, is not.
+    """
+    calls, pwrite, unsafe = iter(range(10**9)), os.pwrite, []
+
+    def dying(name, function):
         def call(*arguments):
             number = next(calls)
-            if number == instant and function is os_pwrite:
-                function(arguments[0], arguments[1][: len(arguments[1]) // 2], arguments[2])
+            if name == "pwrite":
+                file, data, at = arguments
+                unsafe.append((file, os.pread(file, len(data), at), at))
+            if number == instant:
+                if name == "pwrite":
+                    pwrite(file, data[: len(data) // 2], at)
+                for file, before, at in unsafe if power_too else ():
+                    if len(before) > 8:
+                        pwrite(file, before, at)
             if number >= instant:
                 raise _Killed
+            if name == "fsync":
+                unsafe.clear()
             return function(*arguments)
 
         return call
 
-    os_pwrite = os.pwrite
     for name in ("pwrite", "fsync", "rename"):
-        monkeypatch.setattr(os, name, dying(getattr(os, name)))
+        monkeypatch.setattr(os, name, dying(name, getattr(os, name)))
 
 
-def test_killed_at_any_instant_it_goes_on_to_the_same_bytes(tmp_path, pictures, vae, straight, monkeypatch):
+@pytest.mark.parametrize("power_too", [False, True])
+def test_killed_at_any_instant_it_goes_on_to_the_same_bytes(tmp_path, pictures, vae, straight, monkeypatch, power_too):
     read, image = [], encoding.read_image
     monkeypatch.setattr(encoding, "read_image", lambda file, mode: read.append(file) or image(file, mode))
     counts = []
     for instant in range(100):
         out = tmp_path / str(instant) / "out.hdf5"
         with monkeypatch.context() as patch:
-            _kill_at(patch, instant)
+            _kill_at(patch, instant, power_too)
             try:
                 encode(pictures, out, vae=vae, **SMALL)
                 break
@@ -343,6 +355,10 @@ def test_other_arguments_and_other_images_are_refused(stopped, vae, tmp_path, co
     Image.new("RGB", (16, 16)).save(pictures / "a" / "1.png")
     refused(f"holds {7 if complete else 4} latents, and not of the images that come first in this command")
     (pictures / "a" / "1.png").unlink()
+    kept = (pictures / "a" / "0.png").read_bytes()
+    Image.new("RGB", (16, 16)).save(pictures / "a" / "0.png")  # another image of that name
+    refused("give the same images, or")
+    (pictures / "a" / "0.png").write_bytes(kept)
     (pictures / "a0").mkdir()  # another class: the labels after it are others
     refused("give the same images, or")
     (pictures / "a0").rmdir()
