@@ -1,5 +1,6 @@
 """``soflow encode``: what it writes, that a kill loses nothing, and what it refuses."""
 
+import errno
 import os
 import re
 import shutil
@@ -317,6 +318,26 @@ def test_a_batch_that_does_not_fit_costs_nothing_that_is_written(tmp_path, pictu
     found, expected = _read(tmp_path / "out.hdf5"), _read(tmp_path / "straight.hdf5")
     np.testing.assert_allclose(found["latents"], expected["latents"], rtol=1e-4, atol=1e-4)
     assert np.array_equal(found["labels"], expected["labels"])
+
+
+def test_a_full_disk_costs_nothing_that_is_written(tmp_path, pictures, vae, straight, capsys, monkeypatch):
+    out, pwrite, sizes = tmp_path / "out.hdf5", os.pwrite, []
+
+    def full(file, data, at):
+        sizes.append(len(data))
+        if sizes[-1] > 8 and sum(size > 8 for size in sizes) == 3:  # the third batch; a count has 8 bytes
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return pwrite(file, data, at)
+
+    command = ["encode", str(pictures), str(out), "--vae", vae]
+    command += [str(part) for name, value in SMALL.items() for part in (f"--{name}", value)]
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwrite", full)
+        assert main(command) == 2
+    assert f"No space left on device: '{out}.partial'" in capsys.readouterr().err.splitlines()[-1]
+    assert _written(out) == 4
+    assert main(command) == 0
+    assert out.read_bytes() == straight
 
 
 @pytest.fixture

@@ -72,9 +72,16 @@ class LatentsWriter:
             os.close(self._file)
 
     def append(self, moments: np.ndarray) -> None:
-        """Writes the next rows, (m, 2C, S, S) float32, and records them every ten seconds."""
+        """Writes the next rows, (m, 2C, S, S) float32, and records them every ten seconds.
+
+        Raises:
+            OSError: if the disk is full or fails; the rows before these count.
+        """
         rows = np.ascontiguousarray(moments, dtype="<f4")
-        _write_at(self._file, memoryview(rows).cast("B"), self._rows_at + self.written * self._row_bytes)
+        try:
+            _write_at(self._file, memoryview(rows).cast("B"), self._rows_at + self.written * self._row_bytes)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self.partial)) from None
         self.written += len(rows)
         if time.monotonic() - self._flushed_at >= _FLUSH_SECONDS:
             self._flush()
