@@ -7,7 +7,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from soflow_fast.config import GIVEN, OBJECTIVE_SECTIONS, ModelConfig, TrainConfig
-from soflow_fast.data import ImageFolder, LatentMoments, digits
+from soflow_fast.data import ImageFolder, LatentMoments, MomentsFolder, digits, find_moments_folder
 from soflow_fast.data.checks import require_pair
 from soflow_fast.dit import DiT
 from soflow_fast.objectives.flow_matching import FlowMatching
@@ -100,8 +100,9 @@ def build_dataset(config: TrainConfig) -> Dataset:
     form = {"channels": model.in_channels, "size": model.input_size, "num_classes": model.num_classes}
     if data.kind == "folder":
         return ImageFolder(data.path, **form)
-    dtype = torch.bfloat16 if data.latent_precision == "bf16" else torch.float32
-    return LatentMoments(data.path, **form, scale=data.latent_scale, dtype=dtype)
+    form |= {"scale": data.latent_scale, "dtype": torch.bfloat16 if data.latent_precision == "bf16" else torch.float32}
+    folder = find_moments_folder(data.path)
+    return LatentMoments(data.path, **form) if folder is None else MomentsFolder(folder, **form)
 
 
 def check_dataset(config: TrainConfig, dataset: Dataset) -> float | None:

@@ -62,13 +62,13 @@ def save(folder: Path, state: State, keep: int) -> Path:
     sizes = {}
     for file in sorted(temporary.iterdir()):
         sizes[file.name] = file.stat().st_size
-        _flush(file)
+        flush(file)
     (temporary / _MARKER).write_text(json.dumps(sizes))
-    _flush(temporary / _MARKER)
-    _flush(temporary)
+    flush(temporary / _MARKER)
+    flush(temporary)
     _remove(final)
     os.rename(temporary, final)
-    _flush(folder)
+    flush(folder)
     kept = committed(folder)[-keep:]
     for old in _own(folder):
         if old not in kept:
@@ -118,6 +118,15 @@ def load_weights(model: nn.Module, weights: dict[str, Tensor], path: Path) -> No
     model.load_state_dict(weights)
 
 
+def flush(path: Path) -> None:
+    """Asks the system to have a file or folder on the disk before it goes on."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def _own(folder: Path) -> list[Path]:
     """The folders of :func:`path_of`, whether they count or not."""
     return [path for path in folder.glob("step-*") if re.fullmatch(r"step-\d{8,}", path.name) and path.is_dir()]
@@ -129,15 +138,6 @@ def _step(path: Path) -> int:
 
 def _on_host(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-
-
-def _flush(path: Path) -> None:
-    """Asks the system to have a file or folder on the disk before it goes on."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _remove(path: Path) -> None:

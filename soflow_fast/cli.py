@@ -1,4 +1,4 @@
-"""The command ``soflow``: train, sample, eval, demo, doctor.
+"""The command ``soflow``: encode, train, sample, eval, demo, doctor.
 
 Bad input ends in one sentence and exit code 2, a training run that does not stay finite in one sentence and 1.
 """
@@ -14,15 +14,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 
 from soflow_fast import distributed, doctor
 from soflow_fast.build import sample_shape
 from soflow_fast.config import TrainConfig
 from soflow_fast.config_io import read_yaml
 from soflow_fast.dry_run import describe
+from soflow_fast.encode import encode
 from soflow_fast.evaluate import check_evaluation, evaluate
 from soflow_fast.images import balanced_labels, save_samples, vae_decoder
 from soflow_fast.interop import public_words
+from soflow_fast.precision import PRECISIONS
 from soflow_fast.sample import SAMPLE_PRECISIONS, Decoder, Sampler
 from soflow_fast.trainer import Trainer, load_run
 
@@ -42,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"soflow: {distributed.whose()}{' '.join(str(error).split())}", file=sys.stderr)
         return 1 if isinstance(error, FloatingPointError) else 2
     except KeyboardInterrupt:
-        print("soflow: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        print("soflow: interrupted; the same command goes on from what was last saved", file=sys.stderr)
         return 130
     return 0
 
@@ -87,7 +90,17 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--run-dir", default="runs/demo", help="where to write (default runs/demo)")
     demo.add_argument("--seed", type=int, default=0, help="of every draw (default 0)")
 
-    for sub in (sample, score, demo):
+    encoder = add("encode", _encode, "write, or go on writing, the latents of a folder of images")
+    encoder.add_argument("images", help="folder of class folders, or of images without classes")
+    encoder.add_argument("out", help="HDF5 file to write; OUT.partial until it is complete")
+    encoder.add_argument("--vae", required=True, help="diffusers AutoencoderKL: name of a published one, or its folder")
+    encoder.add_argument("--size", type=int, default=256, help="of the images, cropped in ADM's way (default 256)")
+    encoder.add_argument("--batch", type=int, default=32, help="images at a time (default 32)")
+    encoder.add_argument("--flip", action="store_true", help="each image's mirror image too, as samples of their own")
+    encoder.add_argument("--precision", choices=PRECISIONS, help="of the encoder (default tf32 on a GPU, else fp32)")
+    encoder.add_argument("--workers", type=int, help="processes that read images (default: the CPU cores, up to 16)")
+
+    for sub in (encoder, sample, score, demo):
         sub.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default auto)")
     for sub in (sample, score):
         sub.add_argument("--vae", help="autoencoder that decodes latents (default: data.vae of the run)")
@@ -113,6 +126,13 @@ def _train(args: argparse.Namespace) -> None:
     if trainer.processes.is_first:
         print(f"done: {last}")
     distributed.leave()
+
+
+def _encode(args: argparse.Namespace) -> None:
+    names = ("vae", "size", "batch", "device", "precision", "workers", "flip")
+    done = encode(args.images, args.out, **{name: getattr(args, name) for name in names})
+    print(f"{done.rows} latents {done.shape} of {done.num_classes or 'no'} classes: {done.path}; in the configuration:")
+    print(yaml.safe_dump(done.configuration(), default_flow_style=None, sort_keys=False, width=10_000), end="")
 
 
 def _sample(args: argparse.Namespace) -> None:

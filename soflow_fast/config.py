@@ -56,8 +56,9 @@ class DataConfig(Section, section="data."):
     """The training data.
 
     Attributes:
-        kind: ``digits`` (scikit-learn's handwritten digits), ``latents`` (an HDF5 file of latent moments), ``folder``
-            (images by class) or ``given`` (an object given to the Trainer). path: of the file or folder.
+        kind: ``digits`` (scikit-learn's handwritten digits), ``latents`` (latent moments: an HDF5 file, or a folder of
+            one file per image as EDM2's and REPA's tools write it), ``folder`` (images by class) or ``given`` (an
+            object given to the Trainer). path: of the file or folder.
         latent_scale: what unscaled latents are multiplied by. vae: name or folder of the diffusers ``AutoencoderKL``
             that decodes latents; without it samples stay latents. latent_precision: of the moments as they are read:
             ``fp32`` as they are; ``bf16`` rounds them by at most 2^-8 of their size and halves the memory they take,

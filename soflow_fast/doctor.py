@@ -18,7 +18,7 @@ _PACKAGES = {
     "torch-fidelity": "scores",
     "torchvision": "scores",
     "matplotlib": "the demo's figures",
-    "diffusers": "decoding latents (data.vae)",
+    "diffusers": "encoding to latents and decoding them (data.vae)",
     "flash-attn": "attention='flash_attn'",
 }
 

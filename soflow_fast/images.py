@@ -40,27 +40,37 @@ def balanced_labels(n: int, num_classes: int) -> Tensor | None:
     return torch.arange(n) % num_classes if num_classes else None
 
 
-def vae_decoder(name: str, scale: float, device: torch.device) -> Decoder:
-    """The function from scaled latents (n, C, S, S) to images (n, 3, 8S, 8S) of a diffusers ``AutoencoderKL``.
+def load_vae(name: str, setting: str = "data.vae") -> nn.Module:
+    """A diffusers ``AutoencoderKL`` on the CPU, in float32, for inference.
 
     Args:
-        name: of the published autoencoder, or a folder that holds one. scale: what latents were multiplied by.
+        name: of the published autoencoder, or a folder that holds one. setting: what the user calls it.
 
     Raises:
         ValueError: if diffusers is not installed or the autoencoder cannot be read.
     """
     if importlib.util.find_spec("diffusers") is None:
+        otherwise = ", or leave it out to keep latents" if setting == "data.vae" else ""
         raise ValueError(
-            f"data.vae={name!r} needs the package diffusers, which is not installed; "
-            "run pip install 'soflow-fast[vae]', or leave data.vae out to keep latents"
+            f"{setting}={name!r} needs the package diffusers, which is not installed; run pip install "
+            f"'soflow-fast[vae]'{otherwise}"
         )
     from diffusers import AutoencoderKL
 
     try:
         vae = AutoencoderKL.from_pretrained(name, low_cpu_mem_usage=False)
     except (OSError, ValueError) as error:
-        raise ValueError(f"data.vae={name!r} cannot be read ({error}); give a name or a folder that can") from None
-    vae = vae.to(device).eval().requires_grad_(False)
+        raise ValueError(f"{setting}={name!r} cannot be read ({error}); give a name or a folder that can") from None
+    return vae.float().eval().requires_grad_(False)
+
+
+def vae_decoder(name: str, scale: float, device: torch.device) -> Decoder:
+    """The function from scaled latents (n, C, S, S) to images (n, 3, 8S, 8S) of a diffusers ``AutoencoderKL``.
+
+    Args:
+        name: see :func:`load_vae`, also for what it raises. scale: what latents were multiplied by.
+    """
+    vae = load_vae(name).to(device)
     return lambda latents: vae.decode(latents / scale).sample
 
 

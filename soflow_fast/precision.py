@@ -1,6 +1,7 @@
-"""Low-precision compute copies of float32 master parameters."""
+"""Low-precision compute copies of float32 master parameters, and which products may be TensorFloat-32."""
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -70,3 +71,23 @@ class ComputeCopy:
         copies = [self.copies[name] for name in self._trained]
         masters = [self._masters[name] for name in self._trained]
         return {**self.copies, **dict(zip(self._trained, _ToMaster.apply(copies, *masters), strict=True))}
+
+
+@contextlib.contextmanager
+def tensor_cores(precision: str) -> Iterator[None]:
+    """TensorFloat-32 products inside the block, except for ``fp32``; they are exact for operands that were bfloat16."""
+    matmul, cudnn, tf32 = torch.backends.cuda.matmul, torch.backends.cudnn, precision != "fp32"
+    settings = [(matmul, "allow_tf32", tf32), (cudnn, "allow_tf32", tf32)]
+    try:
+        before = [getattr(owner, name) for owner, name, _ in settings]
+    except RuntimeError:  # where the newer names have been used, torch refuses these
+        value = "tf32" if tf32 else "ieee"
+        settings = [(matmul, "fp32_precision", value), (cudnn.conv, "fp32_precision", value)]
+        before = [getattr(owner, name) for owner, name, _ in settings]
+    try:
+        for owner, name, value in settings:
+            setattr(owner, name, value)
+        yield
+    finally:
+        for (owner, name, _), value in zip(settings, before, strict=True):
+            setattr(owner, name, value)

@@ -2,7 +2,6 @@
 
 import contextlib
 import logging
-from collections.abc import Iterator
 from fractions import Fraction
 from functools import partial
 from typing import NamedTuple
@@ -18,7 +17,7 @@ from soflow_fast.capture import Captured, compiled, on_side_stream
 from soflow_fast.ema import EMA
 from soflow_fast.objectives.base import LossOutput, Objective, TotalLoss, require_choice
 from soflow_fast.paths import row_order
-from soflow_fast.precision import PRECISIONS, ComputeCopy
+from soflow_fast.precision import PRECISIONS, ComputeCopy, tensor_cores
 
 _log = logging.getLogger(__name__)
 
@@ -215,7 +214,7 @@ class TrainStep:
         outputs = []
         orders = self._row_orders(x0.shape[0])
         self._prepare(x0, labels, len(orders[0][1]) - orders[0][2])
-        with _tensor_cores("fp32" if self.model.needs_float32 else self.precision), _compiler_settings():
+        with tensor_cores("fp32" if self.model.needs_float32 else self.precision), _compiler_settings():
             for i, (order, rows, n_velocity) in enumerate(orders):
                 last = i == len(orders) - 1
                 with contextlib.nullcontext() if last or self.world_size == 1 else self._loss.no_sync():
@@ -279,23 +278,3 @@ def _period(share: float) -> int:
 def _compiler_settings():
     """One graph also under data parallelism, which would cut it at its buckets; steps of many settings in a process."""
     return torch._dynamo.config.patch(optimize_ddp=False, recompile_limit=64)
-
-
-@contextlib.contextmanager
-def _tensor_cores(precision: str) -> Iterator[None]:
-    """TensorFloat-32 products inside the block, except for ``fp32``; they are exact for operands that were bfloat16."""
-    matmul, cudnn, tf32 = torch.backends.cuda.matmul, torch.backends.cudnn, precision != "fp32"
-    settings = [(matmul, "allow_tf32", tf32), (cudnn, "allow_tf32", tf32)]
-    try:
-        before = [getattr(owner, name) for owner, name, _ in settings]
-    except RuntimeError:  # where the newer names have been used, torch refuses these
-        value = "tf32" if tf32 else "ieee"
-        settings = [(matmul, "fp32_precision", value), (cudnn.conv, "fp32_precision", value)]
-        before = [getattr(owner, name) for owner, name, _ in settings]
-    try:
-        for owner, name, value in settings:
-            setattr(owner, name, value)
-        yield
-    finally:
-        for (owner, name, _), value in zip(settings, before, strict=True):
-            setattr(owner, name, value)

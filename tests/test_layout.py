@@ -13,8 +13,8 @@ FLOORS = [
     ["kernels"],
     ["config", "config_io", "difference_rules", "differencing", "interop", "paths"],
     [
-        "attention", "build", "capture", "checkpoint", "data", "dit", "ema", "evaluate", "fidelity", "images",
-        "layers", "memory", "objectives", "optim", "pair", "precision", "sample",
+        "attention", "build", "capture", "checkpoint", "data", "dit", "ema", "encode", "evaluate", "fidelity",
+        "images", "layers", "memory", "objectives", "optim", "pair", "precision", "sample",
     ],
     ["cli", "demo", "distributed", "doctor", "dry_run", "logs", "step", "trainer"],
 ]  # fmt: skip

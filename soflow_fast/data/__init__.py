@@ -4,6 +4,17 @@ from soflow_fast.data.digits import digits
 from soflow_fast.data.folder import ImageFolder
 from soflow_fast.data.latents import LatentMoments
 from soflow_fast.data.loader import batches
+from soflow_fast.data.moments_folder import MomentsFolder, find_moments_folder
 from soflow_fast.data.resident import Resident, load_resident, resident_bytes
 
-__all__ = ["ImageFolder", "LatentMoments", "Resident", "batches", "digits", "load_resident", "resident_bytes"]
+__all__ = [
+    "ImageFolder",
+    "LatentMoments",
+    "MomentsFolder",
+    "Resident",
+    "batches",
+    "digits",
+    "find_moments_folder",
+    "load_resident",
+    "resident_bytes",
+]

@@ -4,12 +4,40 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
 _SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".webp"}
 _MODES = {1: "L", 3: "RGB"}
+
+
+def class_folders(path: Path) -> list[str]:
+    """The names of the folders in a folder, sorted: class 0, 1, .."""
+    return sorted(entry.name for entry in path.iterdir() if entry.is_dir())
+
+
+def labelled_images(path: Path, classes: list[str]) -> list[tuple[Path, int]]:
+    """Every image below the class folders with its class, in a fixed order; ``[""]`` takes all of the folder as one."""
+    return [
+        (file, label)
+        for label, name in enumerate(classes)
+        for file in sorted((path / name).rglob("*"))
+        if file.suffix.lower() in _SUFFIXES
+    ]
+
+
+def read_image(file: Path, mode: str) -> Image.Image:
+    """An image in a mode of PIL, such as ``RGB``.
+
+    Raises:
+        ValueError: for a file that is missing, damaged or no image.
+    """
+    try:
+        with Image.open(file) as image:
+            return image.convert(mode)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(f"the image {file} cannot be read ({error}); repair or remove it") from None
 
 
 class ImageFolder(Dataset):
@@ -30,19 +58,13 @@ class ImageFolder(Dataset):
         if channels not in _MODES:
             raise ValueError(f"model.in_channels={channels} does not fit images; choose 1 (grey) or 3 (RGB)")
         self.mode = _MODES[channels]
-        folders = sorted(entry.name for entry in self.path.iterdir() if entry.is_dir())
-        self.classes = folders if num_classes else [""]
+        self.classes = class_folders(self.path) if num_classes else [""]
         if num_classes and len(self.classes) > num_classes:
             raise ValueError(
                 f"the image folder {self.path} has {len(self.classes)} class folders, outside the classes "
                 f"0..{num_classes - 1}; set model.num_classes={len(self.classes)}"
             )
-        self.samples = [
-            (file, label)
-            for label, name in enumerate(self.classes)
-            for file in sorted((self.path / name).rglob("*"))
-            if file.suffix.lower() in _SUFFIXES
-        ]
+        self.samples = labelled_images(self.path, self.classes)
         if not self.samples:
             raise ValueError(
                 f"the image folder {self.path} holds no images; put them in one folder per class"
@@ -55,13 +77,7 @@ class ImageFolder(Dataset):
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         """(channels, size, size) float32 in [-1, 1], and the label."""
         file, label = self.samples[index]
-        try:
-            with Image.open(file) as image:
-                square = _centre_square(image.convert(self.mode)).resize(
-                    (self.size, self.size), Image.Resampling.LANCZOS
-                )
-        except (UnidentifiedImageError, OSError) as error:
-            raise ValueError(f"the image {file} cannot be read ({error}); repair or remove it") from None
+        square = _centre_square(read_image(file, self.mode)).resize((self.size, self.size), Image.Resampling.LANCZOS)
         pixels = torch.from_numpy(np.array(square, dtype=np.float32)) / 127.5 - 1
         return pixels.view(self.size, self.size, -1).permute(2, 0, 1), label
 

@@ -1,0 +1,276 @@
+"""From a folder of images to a file of latent moments, as fast as the autoencoder goes.
+
+Shapes: b images of a batch, C channels and S height and width of a latent.
+"""
+
+import hashlib
+import logging
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import h5py
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from soflow_fast.build import resolve_device
+from soflow_fast.config import DataConfig
+from soflow_fast.data.folder import class_folders, labelled_images, read_image
+from soflow_fast.data.latents import LatentMoments
+from soflow_fast.data.moments import fits, probe_rows, spread
+from soflow_fast.data.writer import Contents, LatentsWriter, is_complete
+from soflow_fast.images import load_vae
+from soflow_fast.precision import PRECISIONS, tensor_cores
+
+_log = logging.getLogger(__name__)
+
+_MOST_WORKERS = 16
+
+
+class Encoded(NamedTuple):
+    """A file of latent moments, and what a configuration has to say to train on it.
+
+    Attributes:
+        path: of the file. rows: samples in it. shape: (C, S, S) of a latent. num_classes: 0 for images without
+            classes. scale: what makes the latents' standard deviation about 1. vae: name of the autoencoder.
+    """
+
+    path: Path
+    rows: int
+    shape: tuple[int, int, int]
+    num_classes: int
+    scale: float
+    vae: str
+
+    def configuration(self) -> dict[str, dict]:
+        """The sections ``model`` and ``data`` as far as the file determines them."""
+        model = {"input_size": self.shape[1], "in_channels": self.shape[0], "num_classes": self.num_classes}
+        data = {"kind": "latents", "path": str(self.path), "vae": self.vae}
+        if self.scale != DataConfig().latent_scale:
+            data["latent_scale"] = self.scale
+        return {"model": model, "data": data}
+
+
+def encode(
+    images: str | Path,
+    out: str | Path,
+    *,
+    vae: str,
+    size: int = 256,
+    batch: int = 32,
+    device: str = "auto",
+    precision: str | None = None,
+    workers: int | None = None,
+    flip: bool = False,
+) -> Encoded:
+    """Writes the latent moments of a folder of images as HDF5, see :mod:`soflow_fast.data.latents`.
+
+    It can be killed at any instant; the same call goes on where it stopped, and on a CPU ends with bitwise the same
+    file. Images are cropped as by :func:`centre_crop` and given to the autoencoder in [-1, 1].
+
+    Args:
+        images: folder of class folders, whose sorted names are classes 0, 1, ..; or of images without classes.
+        out: the file; until it is complete it lies beside it as ``OUT.partial``.
+        vae: name of a published diffusers ``AutoencoderKL``, or a folder that holds one.
+        size: height and width of the images. batch: images at a time; it changes the result by rounding only.
+        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+        precision: ``tf32``, the default on a GPU, as is torch's own for convolutions and so that of the published
+            scripts; ``fp32``, the default on a CPU; ``bf16``, with errors of about 2^-8 of the means, which may be more
+            than the standard deviations beside them. Moments are stored in float32.
+        workers: processes that read images, 0 for none; by default as many as there are CPU cores, up to 16.
+        flip: each image is followed by its mirror image, so that there are twice as many samples.
+
+    Raises:
+        ValueError: for a folder without images, an image that cannot be read, an autoencoder that cannot be used or
+            whose latents are not finite, a batch that does not fit the memory, numbers below their least, and a file
+            there already that was made of other images or in another way.
+    """
+    images, out = Path(images), Path(out)
+    for name, value, least in (("size", size, 1), ("batch", batch, 1), ("workers", workers, 0)):
+        if value is not None and value < least:
+            raise ValueError(f"--{name} {value} is not possible; it must be at least {least}")
+    if precision not in (None, *PRECISIONS):
+        raise ValueError(f"--precision {precision} is not known; choose one of {', '.join(PRECISIONS)}")
+    if out.is_dir():
+        raise ValueError(f"{out} is a folder; give the name of a file in it, such as {out / 'latents.hdf5'}")
+    place = resolve_device(device)
+    precision = precision or ("tf32" if place.type == "cuda" else "fp32")
+    classes, samples = _samples(images)
+    network = load_vae(vae, "--vae")
+    channels, latent_size = _latent_shape(network, vae, size)
+    copies = 1 + flip
+    settings = {"size": size, "flip": flip, "precision": precision, "autoencoder weights": _digest(network)}
+    contents = Contents(
+        settings,
+        (2 * channels, latent_size, latent_size),
+        np.repeat(np.array([label for _, label in samples], np.int64), copies),
+        np.repeat(_fingerprints(images, samples), copies),
+    )
+    if is_complete(out, contents):
+        _log.warning("%s is complete already", out)
+    else:
+        writer = LatentsWriter(out, contents)
+        with writer:
+            _write(writer, network.to(place), samples, size, batch, precision, workers, copies)
+        writer.finish()
+    scale = _scale(network, out)
+    form = {"channels": channels, "size": latent_size, "num_classes": classes}
+    rows = len(LatentMoments(out, **form, scale=scale))
+    return Encoded(out, rows, (channels, latent_size, latent_size), classes, scale, vae)
+
+
+def centre_crop(image: Image.Image, size: int) -> Image.Image:
+    """The centred square of an image as ADM takes it, and DiT, SiT and the published SoFlow code after it.
+
+    The image is halved, each pixel the mean of four, while its shorter side is at least twice the size; resized until
+    that side is the size, bicubic; and cropped.
+
+    Args:
+        image: of any size. size: height and width of the result.
+    """
+    while min(image.size) >= 2 * size:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    factor = size / min(image.size)
+    image = image.resize((round(image.width * factor), round(image.height * factor)), Image.Resampling.BICUBIC)
+    left, top = (image.width - size) // 2, (image.height - size) // 2
+    return image.crop((left, top, left + size, top + size))
+
+
+class _Batches(Dataset):
+    """The images of each batch, (b, 3, size, size) uint8, or as a value the error that keeps one from being read."""
+
+    def __init__(self, files: list[Path], size: int, batch: int):
+        self.files, self.size, self.batch = files, size, batch
+
+    def __len__(self) -> int:
+        return -(-len(self.files) // self.batch)
+
+    def __getitem__(self, index: int) -> Tensor | ValueError:
+        files = self.files[index * self.batch : (index + 1) * self.batch]
+        try:
+            pixels = np.stack([np.asarray(centre_crop(read_image(file, "RGB"), self.size)) for file in files])
+        except ValueError as error:  # a worker would wrap it in a traceback; as a value it stays one sentence
+            return error
+        return torch.from_numpy(pixels).permute(0, 3, 1, 2)
+
+
+def _samples(images: Path) -> tuple[int, list[tuple[Path, int]]]:
+    """How many classes there are, 0 for a folder without class folders; and the images with their classes."""
+    if not images.is_dir():
+        raise ValueError(f"the image folder {images} does not exist; give a folder of class folders, or of images")
+    classes = class_folders(images)
+    samples = labelled_images(images, classes or [""])
+    if not samples:
+        raise ValueError(f"the image folder {images} holds no images; put them in one folder per class")
+    return len(classes), samples
+
+
+def _latent_shape(vae: nn.Module, name: str, size: int) -> tuple[int, int]:
+    """C and S."""
+    config = vae.config
+    if config.in_channels != 3:
+        raise ValueError(f"--vae {name} takes images of {config.in_channels} channels; choose one for RGB images")
+    factor = 2 ** (len(config.block_out_channels) - 1)
+    if size % factor:
+        raise ValueError(f"--size {size} is not possible with this autoencoder; choose a multiple of {factor}")
+    return config.latent_channels, size // factor
+
+
+def _digest(vae: nn.Module) -> str:
+    digest = hashlib.sha256()
+    for name, weight in sorted(vae.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(weight.numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _fingerprints(images: Path, samples: list[tuple[Path, int]]) -> np.ndarray:
+    """(n,) uint64 of the name, the bytes and the class of each image."""
+    texts = (f"{file.relative_to(images).as_posix()}\0{file.stat().st_size}\0{label}" for file, label in samples)
+    digests = (hashlib.blake2b(os.fsencode(text), digest_size=8).digest() for text in texts)
+    return np.frombuffer(b"".join(digests), dtype="<u8")
+
+
+def _write(writer, vae, samples, size, batch, precision, workers, copies) -> None:
+    """Encodes the images that the writer has not, ``copies`` rows of each."""
+    device, done = next(vae.parameters()).device, writer.written // copies
+    cores = len(os.sched_getaffinity(0))
+    loader = DataLoader(
+        _Batches([file for file, _ in samples[done:]], size, batch),
+        batch_size=None,
+        num_workers=min(cores, _MOST_WORKERS) if workers is None else workers,
+        pin_memory=device.type == "cuda",
+        generator=torch.Generator(),  # the loader seeds its workers from it, not from the global one
+    )
+    bar = tqdm(total=len(samples), initial=done, unit="image", desc=f"encoding to {writer.partial}")
+    try:
+        with bar, torch.inference_mode(), tensor_cores(precision):
+            for moments in _moments(vae, loader, device, precision, mirrored=copies == 2):
+                finite = np.isfinite(moments).all(axis=(1, 2, 3))
+                if not finite.all():
+                    file = samples[(writer.written + int(finite.argmin())) // copies][0]
+                    raise ValueError(
+                        f"the latents of the image {file} in --precision {precision} are not finite; choose another "
+                        "precision or autoencoder"
+                    )
+                writer.append(moments)
+                bar.update(len(moments) // copies)
+    except torch.OutOfMemoryError:
+        raise ValueError(
+            f"--batch {batch} does not fit the memory of {device}; with a smaller one the same command goes on"
+        ) from None
+
+
+def _moments(vae, loader, device: torch.device, precision: str, *, mirrored: bool) -> Iterator[np.ndarray]:
+    """Of each batch (rows, 2C, S, S) float32 on the host, which is had while the device is at the next one.
+
+    Raises:
+        ValueError: for an image that cannot be read, when everything before its batch has been had.
+    """
+    pending = None
+    for images in loader:
+        upcoming = None if isinstance(images, ValueError) else _launch(vae, images, device, precision, mirrored)
+        if pending is not None:
+            yield _arrived(*pending)
+        if upcoming is None:
+            raise images
+        pending = upcoming
+    if pending is not None:
+        yield _arrived(*pending)
+
+
+def _launch(vae, images: Tensor, device, precision: str, mirrored: bool) -> tuple[Tensor, torch.cuda.Event | None]:
+    """The moments of a batch on their way to the host, and the event of their arrival where that takes its time."""
+    x = images.to(device, non_blocking=True).contiguous().float() / 127.5 - 1
+    if mirrored:
+        x = torch.stack([x, x.flip(-1)], dim=1).flatten(0, 1)
+    with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+        posterior = vae.encode(x).latent_dist
+    moments = torch.cat([posterior.mean.float(), (posterior.logvar.float() / 2).exp()], dim=1)
+    if device.type != "cuda":
+        return moments, None
+    moments, event = moments.to("cpu", non_blocking=True), torch.cuda.Event()
+    event.record()
+    return moments, event
+
+
+def _arrived(moments: Tensor, event: torch.cuda.Event | None) -> np.ndarray:
+    if event is not None:
+        event.synchronize()
+    return moments.numpy()
+
+
+def _scale(vae: nn.Module, path: Path) -> float:
+    """The autoencoder's own scale if it fits the latents, otherwise the one that does, to three digits."""
+    with h5py.File(path, "r") as file:
+        found = spread(file["latents"][probe_rows(len(file["labels"]))])
+    own = vae.config.scaling_factor
+    if own and fits(own, found):
+        return own
+    _log.warning("the autoencoder's own scale %s gives latents of standard deviation %.2g", own, (own or 1) * found)
+    return float(f"{1 / found:.3g}")
