@@ -96,6 +96,26 @@ class ScaledAdamW(AdamW):
         return norm, finite
 
 
+class _Foreign(nn.Module):
+    """A network of which nothing is known but ``net(x, t, s, labels)`` and its number of classes."""
+
+    def __init__(self, net: nn.Module):
+        super().__init__()
+        self.run, self.num_classes = net.forward, net.num_classes
+        self._parameters, self._modules = net._parameters, net._modules  # under the names that they have there
+
+    def forward(self, x: Tensor, t: Tensor, s: Tensor, labels: Tensor | None = None) -> Tensor:
+        return self.run(x, t, s, labels)
+
+
+class DerivedSoFlow(SoFlow):
+    """Over the network as if it came from elsewhere: its difference forward is derived from its operators, and low
+    precision is autocast's."""
+
+    def __init__(self, net: DiT, *arguments, **keywords):
+        super().__init__(_Foreign(net), *arguments, impl=net.impl, **keywords)
+
+
 # ------------------------------------------------------------------------------------------------------- MeanFlow
 
 

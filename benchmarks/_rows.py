@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from _baselines import (
     AllRowsMeanFlow,
+    DerivedSoFlow,
     EagerSoFlow,
     Fp32PairMeanFlow,
     Fp32PairSoFlow,
@@ -160,6 +161,11 @@ ROWS = {
         "difference forward and the rest of the step by fused kernels, two network calls, bfloat16, compiled, "
         "CUDA graph, one-pass update",
         SoFlow, 0.03, dit=DiT, impl="triton", no_cpu=_KERNELS,
+    ),
+    "soflow/derived": Row(
+        "difference forward derived from the operators of a network in plain torch, bfloat16 by autocast, compiled, "
+        "CUDA graph, one-pass update",
+        DerivedSoFlow, 0.03,
     ),
     "meanflow/published": Row(
         "as published: eager, bfloat16, JVP with gradient on all rows through math attention, a conditional and an "

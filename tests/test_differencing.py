@@ -4,6 +4,7 @@ import logging
 
 import pytest
 import torch
+from diffusers import UNet2DModel
 from foreign_networks import Function, Transformer, UNet
 from torch import nn
 
@@ -49,6 +50,36 @@ def test_whole_networks(kind):
     ours = torch.autograd.grad(F.square().sum(), list(net.parameters())[-1])[0]
     expected = torch.autograd.grad(net(x, t, s, labels).square().sum(), list(net.parameters())[-1])[0]
     torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
+
+
+class _FromDiffusers(nn.Module):
+    num_classes = 10
+
+    def __init__(self):
+        super().__init__()
+        self.unet = UNet2DModel(
+            sample_size=8, in_channels=4, out_channels=3, block_out_channels=(16, 32), layers_per_block=1,
+            norm_num_groups=4, attention_head_dim=8, num_class_embeds=11,
+            down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        )  # fmt: skip
+
+    def forward(self, x, t, s, labels):
+        x = torch.cat([x, (t - s).view(-1, 1, 1, 1).expand_as(x[:, :1])], 1)
+        return self.unet(x, 1000 * t, class_labels=labels).sample
+
+
+def test_a_network_of_another_library():
+    """With t fixed, as it computes the features of t in float32 whatever it is given."""
+    net, exact = _net(_FromDiffusers), _net(_FromDiffusers).double()
+    for step in (1e-1, 1e-5):
+        wide = _batch(step, torch.float64)
+        x, t, s, labels, dx, dt = wide
+        with torch.no_grad():
+            truth = exact(x + dx, t, s, labels) - exact(x, t, s, labels)
+        x, t, s, dx, dt = (z.float() for z in (x, t, s, dx, 0 * dt))
+        F, dF = ForwardDifference(net)(x, t, s, labels, dx, dt)
+        assert (dF - truth).norm() <= 3e-6 * truth.norm()
+        torch.testing.assert_close(F, net(x, t, s, labels), rtol=1e-5, atol=1e-6)
 
 
 def test_the_library_s_own_network_derived_is_the_one_written_by_hand():
