@@ -141,6 +141,13 @@ class Track:
         report["compile_seconds"] = max(0.0, seconds - (CHECKED_STEP + 1) * ms / 1000)
         return Contestant(step, data, report, ms)
 
+    def has_room(self, contestants: list[Contestant]) -> bool:
+        """Whether the free memory would hold another row as large as the largest of these."""
+        if not self.on_gpu or not contestants:
+            return True
+        release()
+        return torch.cuda.mem_get_info()[0] >= max(c.report["peak_memory_bytes"] for c in contestants)
+
     def _begin_memory(self) -> int:
         if not self.on_gpu:
             return 0

@@ -52,7 +52,8 @@ class Row:
 
     Attributes:
         what: in words. objective: class and, in ``settings``, what differs from the published recipe.
-        tolerance: largest relative error of loss and gradient against the plain float64 objective.
+        tolerance: largest relative error of loss and gradient against the plain float64 objective; where two outputs
+            are subtracted it grows with the depth, to 0.17 of 28 blocks with operands cut off to TensorFloat-32.
         dit: class of the network and, in ``network``, its options. impl: of ops and network.
         precision: of the step. optimizer: ``published`` (torch's AdamW, a Python loop for the EMA), ``torch`` (torch's
             fused AdamW, foreach EMA) or ``one-pass``. compile, cuda_graph, merged: of the step.
@@ -133,11 +134,11 @@ _PUBLISHED = {"optimizer": "published", "compile": False, "cuda_graph": False}
 ROWS = {
     "soflow/public": Row(
         "as published: eager, TF32, six network calls, torch's AdamW, EMA in a Python loop",
-        EagerSoFlow, 0.10, _TWO, precision="tf32", merged=False, **_PUBLISHED,
+        EagerSoFlow, 0.20, _TWO, precision="tf32", merged=False, **_PUBLISHED,
     ),
     "soflow/public-tf32-compile": Row(
         "two forwards in TF32, three network calls, compiled, CUDA graph, one-pass update",
-        SoFlow, 0.10, _TWO, precision="tf32",
+        SoFlow, 0.20, _TWO, precision="tf32",
     ),
     "soflow/public-fp16-compile": Row(
         "two forwards in float16 with a loss scale, three network calls, compiled, CUDA graph, one-pass update",
@@ -146,12 +147,12 @@ ROWS = {
     ),
     "soflow/public-bf16-fp32pair-compile": Row(
         "bfloat16 but for the consistency pair in TF32, four network calls, compiled, CUDA graph, one-pass update",
-        Fp32PairSoFlow, 0.10, _TWO, network={"compute_dtype": torch.bfloat16}, precision="tf32", no_cpu=_HALF,
+        Fp32PairSoFlow, 0.20, _TWO, network={"compute_dtype": torch.bfloat16}, precision="tf32", no_cpu=_HALF,
     ),
     "soflow/public-bf16-r02-compile": Row(
         "two forwards in bfloat16 with the gap enlarged to 0.02, three network calls, compiled, CUDA graph, "
         "one-pass update",
-        SoFlow, 0.10, {**_TWO, "gap_end": 0.02}, network=_FP32_STREAM, no_cpu=_HALF,
+        SoFlow, 0.20, {**_TWO, "gap_end": 0.02}, network=_FP32_STREAM, no_cpu=_HALF,
     ),
     "soflow/merged-compile": Row(
         "difference forward in plain torch, two network calls, bfloat16, compiled, CUDA graph, one-pass update",

@@ -6,7 +6,8 @@
 command of this folder that writes one JSON; a stage whose JSON is complete, of this commit and this card, is not run
 again, so the same call repeated comes to the end. Figures are compared only inside one JSON. Compiled code is kept in
 ``--cache`` from call to call. A stage that leaves no JSON is tried again by the next call; every stage leaves its log.
-``report`` writes the folder's REPORT.md. Where the files are without their git history, ``git rev-parse HEAD > COMMIT``
+``report`` writes the folder's REPORT.md. The package must be installed in place (``pip install --editable .``), as its
+tests run from the checkout. Where the files are without their git history, ``git rev-parse HEAD > COMMIT``
 before they are copied tells the results their commit. ``--smoke`` runs the smallest form of every stage, on a CPU too:
 it tries the campaign, and its figures mean nothing.
 """
@@ -22,6 +23,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from _measure import environment
 from _rows import selected
 from readme_results import sections
@@ -42,7 +44,6 @@ _NATIVE_TESTS = [
     "velocity",
     "optim",
     "impl",
-    "dit_difference",
     "attention",
     "fast_step",
     "capture",
@@ -67,7 +68,7 @@ class Stage:
 
     Attributes:
         name: of the stage, its JSON and its log. script: of this folder, or ``pytest``. arguments, smoke: of the script
-            on a GPU and in a smoke run. seconds: expected on an H200, compiling included. rows: ids or sets of
+            on a GPU and in a smoke run. seconds: expected on an H200, compiling included. gib: of GPU memory needed. rows: ids or sets of
             ``throughput.py`` that make it complete; such a script takes ``--limit`` and goes on where it stopped.
     """
 
@@ -77,22 +78,22 @@ class Stage:
     smoke: tuple[str, ...] = ("--smoke",)
     seconds: int = 60
     rows: tuple[str, ...] = ()
+    gib: int = 0
 
 
-def _throughput(name: str, model: str, rows: tuple[str, ...], seconds: int, batch: int = 256) -> Stage:
+def _throughput(name: str, model: str, rows: tuple[str, ...], seconds: int, batch: int = 256, gib: int = 0) -> Stage:
     smoke = ("--model", "small", "--batch", "4", "--seconds", "0.2")
-    return Stage(
-        name, "throughput.py", ("--model", model, "--batch", str(batch), "--seconds", "5"), smoke, seconds, rows
-    )
+    arguments = ("--model", model, "--batch", str(batch), "--seconds", "5")
+    return Stage(name, "throughput.py", arguments, smoke, seconds, rows, gib)
 
 
 STAGES = (
     Stage("correctness", "pytest", seconds=240),
     Stage("errors", "errors.py", (), ("--only", "silu_difference"), 60),
     Stage("rates", "rates.py", ("--models", "DiT-XL/2", "DiT-B/4", "DiT-L/2", "DiT-B/2"), seconds=60),
-    _throughput("throughput_xl2_256", "DiT-XL/2", tuple(_FIRST), 540),
+    _throughput("throughput_xl2_256", "DiT-XL/2", tuple(_FIRST), 540, gib=100),
     _throughput("throughput_b4", "DiT-B/4", ("table",), 480),
-    Stage("profile_xl2", "profile_step.py", ("--rates", "{folder}/rates.json"), ("--smoke",), 120),
+    Stage("profile_xl2", "profile_step.py", ("--rates", "{folder}/rates.json"), ("--smoke",), 120, gib=100),
     Stage("kernels", "kernels.py", ("--minutes", "7"), ("--smoke", "--only", "silu_difference"), 450),
     Stage("precision", "precision.py", ("--weights", "random", "digits"), seconds=180),
     _throughput("ladder_b4", "DiT-B/4", ("ladder",), 240),
@@ -119,9 +120,15 @@ class Campaign:
     def __init__(self, folder: Path, cache: Path, smoke: bool):
         self.folder, self.cache, self.smoke = folder, cache, smoke
         self.here = environment()
+        self.gib = torch.cuda.get_device_properties(0).total_memory / 2**30 if torch.cuda.is_available() else 0.0
 
     def state(self, stage: Stage) -> str:
-        """``done``, ``begun`` or ``to do``; results of another commit, card or size count for nothing."""
+        """``done``, ``begun``, ``to do`` or, if the card has too little memory, ``too large``.
+
+        Results of another commit, card or size count for nothing.
+        """
+        if not self.smoke and self.gib < stage.gib:
+            return "too large"
         path = self._json(stage)
         if not path.exists():
             return "to do"
@@ -144,7 +151,9 @@ class Campaign:
         end, failed = time.monotonic() + seconds, []
         self.folder.mkdir(parents=True, exist_ok=True)
         for stage in stages:
-            if self.state(stage) == "done":
+            if self.state(stage) == "too large":
+                print(f"{stage.name}: needs {stage.gib} GiB of GPU memory, this card has {self.gib:.0f}", flush=True)
+            if self.state(stage) in ("done", "too large"):
                 continue
             left = end - time.monotonic()
             if left < (min(stage.seconds, 120) if stage.rows else stage.seconds):
@@ -218,10 +227,10 @@ class Campaign:
         self._junit(stage).unlink()
 
     def _json(self, stage: Stage) -> Path:
-        return (self.folder / f"{stage.name}.json").resolve()
+        return self.folder / f"{stage.name}.json"
 
     def _junit(self, stage: Stage) -> Path:
-        return (self.folder / f"{stage.name}.xml").resolve()
+        return self.folder / f"{stage.name}.xml"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -237,6 +246,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--only", nargs="+", choices=names, default=names, metavar="STAGE", help=", ".join(names))
     parser.add_argument("--smoke", action="store_true", help="the smallest form of every stage")
     options = parser.parse_args(arguments)
+    options.folder = options.folder.resolve()  # the stages run in the root of the checkout
     campaign = Campaign(options.folder, options.cache, options.smoke)
     if campaign.here["gpu"] is None and options.action == "run" and not options.smoke:
         parser.error("the campaign needs a CUDA GPU and none is visible; --smoke tries it without")

@@ -163,7 +163,7 @@ def measure(case: Case, dtype_name: str) -> list[dict]:
     if case.op in PLAIN and not case.options.get("tangent"):
         plain = _accuracy.run(PLAIN[case.op], *inputs)
     rows = []
-    for i, error in enumerate(_accuracy.compare(ours, upcast, exact, case.gradients)):
+    for i, error in enumerate(_accuracy.compare(case.op, ours, upcast, exact, case.gradients)):
         row = {"op": case.op, "case": case.name, "inputs": dtype_name, "result": error.name}
         row |= {"dtype": str(error.dtype).removeprefix("torch."), "fused": error.ours / error.scale}
         row |= {"reference": error.plain / error.scale, "within_rule": error.within}

@@ -25,12 +25,12 @@ from soflow_fast.dit import PRESETS
 
 #: Kind of a kernel by its name; the first that matches. On a CPU the names are those of operators.
 KINDS = {
+    "Inductor's kernels": r"^triton_|cpp_fused",  # first, as their names tell what is fused in them
     "attention difference": r"attention_difference",
     "attention": r"flash|fmha|attention|cudnn.*sdpa|sdpa",
     "products": r"gemm|nvjet|cutlass|cublas|wgmma|aten::(mm|addmm|bmm|linear)\b|mkl",
     "update": r"adamw|_square_sum_kernel|multi_tensor|foreach",
     "fused kernels": r"^_\w+_kernel",
-    "Inductor's kernels": r"^triton_|cpp_fused",
     "copies": r"memcpy|memset|copy",
 }
 STEPS = 5

@@ -72,8 +72,9 @@ def parts(sizes: tuple[int, int, int, int], batch: int, device: str, dtype: torc
 
     def attention(b: int, backward: bool):
         def make():
-            qkv = normal(b, N, 3, heads, D // heads).permute(2, 0, 3, 1, 4).requires_grad_(backward)
-            q, k, v = qkv.unbind(0)
+            qkv = normal(b, N, 3, heads, D // heads).permute(2, 0, 3, 1, 4)
+            # leaves: a node made outside a CUDA graph cannot receive a gradient inside
+            q, k, v = (x.requires_grad_(backward) for x in qkv.unbind(0))
             g = normal(b, N, heads, D // heads).transpose(1, 2)
 
             def run():

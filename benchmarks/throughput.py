@@ -49,8 +49,12 @@ class Run:
             if not self._in_time():
                 self.left = pending[i:]
                 break
+            if not self.track.has_room(list(self._together.values())):
+                self._race()  # before the next one is compiled only to find that it does not fit
             begin = time.monotonic()
-            self._prepare(name)
+            if not self._prepare(name):
+                self.left = pending[i:]
+                break
             self._longest = max(self._longest, time.monotonic() - begin)
         self._race()
 
@@ -60,11 +64,12 @@ class Run:
         timing = self.track.race_seconds(list(self._together.values())) + self.track.seconds
         return time.monotonic() - self.start + self._longest + 1.3 * timing < self.limit
 
-    def _prepare(self, name: str) -> None:
+    def _prepare(self, name: str) -> bool:
+        """False if only a second attempt would do and there is no time for it."""
         print(f"{name}: {self.rows[name].what}", file=sys.stderr, flush=True)
         try:
             self._together[name] = self.track.prepare(self.rows[name])
-            return
+            return True
         except NotRun as error:
             report = error.report
         except Exception as error:  # a row that breaks must not cost the others
@@ -77,11 +82,11 @@ class Run:
                 raise
         if out_of_memory_report(report) and self._together:
             self._race()
-            self._prepare(name)
-        else:
-            print(f"{name}: not timed, {report['skipped']}", file=sys.stderr, flush=True)
-            self.results.add({name: report})
-            release()
+            return self._in_time() and self._prepare(name)
+        print(f"{name}: not timed, {report['skipped']}", file=sys.stderr, flush=True)
+        self.results.add({name: report})
+        release()
+        return True
 
     def _race(self) -> None:
         """Times the rows that are ready, records them and frees their memory."""

@@ -131,6 +131,9 @@ class AdamW(torch.optim.AdamW):
         """As torch's; also takes the state of a torch.optim.AdamW."""
         super().load_state_dict(state_dict)
         self._use_fused()
+        for p, state in self.state.items():
+            if "step" in state:  # torch leaves it on the CPU where the optimizer that saved it was not fused
+                state["step"] = state["step"].to(p.device, torch.float32)
         for one_pass, group in zip(self._passes, self.param_groups, strict=False):
             one_pass.adopt(self, group)
 

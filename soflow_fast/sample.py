@@ -123,6 +123,7 @@ class Sampler:
         self._autocast = low and not follows_parameters
         self._run = compiled(self._draw, self.compile)
         self._graph: Captured | None = None
+        self._first_row = torch.zeros((), dtype=torch.int64, device=self.device)
 
     def draw(self, labels: Tensor | None, n: int, decode: Decoder | None = None) -> Iterator[Tensor]:
         """Samples 0 to n-1, in batches.
@@ -154,7 +155,7 @@ class Sampler:
             self._copy.refresh()
         if labels is not None:
             labels = nn.functional.pad(labels, (0, self.batch - len(labels)))
-        inputs = labels, torch.tensor(first_row, device=self.device)
+        inputs = labels, self._first_row.fill_(first_row)  # a new one would be copied from the host, and waited for
         if not self.cuda_graph:
             return self._run_on_copies(*inputs)
         if self._graph is None:

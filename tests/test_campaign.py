@@ -129,3 +129,15 @@ def test_the_profile_sorts_kernels_and_names_the_largest_gaps():
 def test_every_kernel_is_checked_natively(campaign):
     families = {family.__name__.rpartition(".")[2] for family in fused._FAMILIES}
     assert families <= set(campaign._NATIVE_TESTS)
+
+
+def test_a_stage_that_needs_a_larger_card_is_left_out(campaign, monkeypatch, tmp_path, capsys):
+    small = campaign.Campaign(tmp_path, tmp_path, smoke=False)
+    small.gib = 80.0
+    stages = [stage for stage in campaign.STAGES if stage.gib]
+    assert {stage.name for stage in stages} == {"throughput_xl2_256", "profile_xl2"}
+    monkeypatch.setattr(small, "_run", lambda *_: pytest.fail("it was run"))
+    assert small.run(stages, 1e9) == []
+    assert "throughput_xl2_256: needs 100 GiB of GPU memory, this card has 80" in capsys.readouterr().out
+    small.gib = 139.0
+    assert {small.state(stage) for stage in stages} == {"to do"}

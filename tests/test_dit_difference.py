@@ -5,7 +5,15 @@ import torch
 
 from soflow_fast import DiT
 
-SMALL = {"input_size": 8, "patch_size": 2, "in_channels": 3, "hidden_size": 24, "depth": 2, "num_heads": 3}
+SMALL = {
+    "input_size": 8,
+    "patch_size": 2,
+    "in_channels": 3,
+    "hidden_size": 24,
+    "depth": 2,
+    "num_heads": 3,
+    "impl": "torch",
+}
 
 
 def _net(**overrides):

@@ -125,7 +125,7 @@ def test_steps_of_many_seeds_share_their_code():
 
 
 class _Foreign(torch.nn.Module):
-    """A network without a difference forward; notes how it is computed."""
+    """A network of which no difference forward can be derived, as what it does depends on t; notes how it is computed."""
 
     num_classes = 10
 
@@ -135,6 +135,8 @@ class _Foreign(torch.nn.Module):
         self.computed = set()
 
     def forward(self, x, t, s, labels):
+        if t.max() > 2:
+            return x
         out = self.layer(x * t.view(-1, 1, 1, 1) + s.view(-1, 1, 1, 1))
         self.computed.add((out.dtype, torch.backends.cuda.matmul.allow_tf32))
         return out
@@ -142,11 +144,14 @@ class _Foreign(torch.nn.Module):
 
 @pytest.mark.parametrize(
     ("objective", "options"),
-    [(SoFlow, {"guidance_scale": 1.0}), (MeanFlow, {"derivative": "finite_difference", "guidance_mix": 0.0})],
+    [
+        (SoFlow, {"guidance_scale": 1.0}),
+        (MeanFlow, {"derivative": "finite_difference", "guidance_mix": 0.0}),
+    ],
 )
 def test_a_difference_of_two_outputs_is_of_float32(objective, options):
     torch.manual_seed(0)
-    model = objective(_Foreign(), **options)
+    model = objective(_Foreign(), impl="torch", **options)
     make_step(model, precision="bf16", merged=True)[0](*training_batch(0, torch.float32))
     assert model.network.computed == {(torch.float32, False)}
 

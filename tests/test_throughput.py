@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -198,25 +199,35 @@ class _Fake:
 
     workload, seconds = Workload("small", 4, "cpu"), 1.0
 
-    def __init__(self, too_large=()):
-        self.raced, self.alive, self.too_large = [], 0, too_large
+    def __init__(self, too_large=(), seen_to_fit=9):
+        self.raced, self.alive, self.too_large, self.seen_to_fit = [], 0, too_large, seen_to_fit
+        self.prepared = []
 
     def prepare(self, row):
+        self.prepared.append(row.what)
         if self.alive == 2 or row.what in self.too_large:
             raise RuntimeError("cannot be captured") from torch.OutOfMemoryError("planted")
         self.alive += 1
         return Contestant(None, None, {"what": row.what}, 1.0)
+
+    def has_room(self, contestants):
+        return self.alive < self.seen_to_fit
+
+    def race_seconds(self, contestants):
+        return 0.0
 
     def race(self, contestants):
         self.raced.append([c.report["what"] for c in contestants])
         self.alive = 0
 
 
-def _fake_run(names, track) -> dict:
+def _fake_run(names, track, limits=(None,)) -> dict:
     rows = {name: replace(ROWS["flow-matching"], what=name) for name in names}
     results = Results({"same": {"batch": 4}}, None, resume=False, order=list(names))
-    throughput.Run(rows, track, results, start=0.0, limit=None)()
-    return results.rows
+    for limit in limits:
+        run = throughput.Run(rows, track, results, start=time.monotonic(), limit=limit)
+        run()
+    return {**results.rows, **dict.fromkeys(run.left, "left")}
 
 
 def test_rows_that_do_not_fit_together_are_timed_in_groups():
@@ -224,6 +235,21 @@ def test_rows_that_do_not_fit_together_are_timed_in_groups():
     rows = _fake_run("abcde", track)
     assert track.raced == [["a", "b"], ["c", "d"], ["e"]]
     assert [row["group"] for row in rows.values()] == [1, 1, 2, 2, 3]
+
+
+def test_a_row_that_is_seen_not_to_fit_is_compiled_once():
+    track = _Fake(seen_to_fit=2)
+    _fake_run("abcde", track)
+    assert track.raced == [["a", "b"], ["c", "d"], ["e"]]
+    assert track.prepared == list("abcde")
+
+
+def test_a_second_attempt_is_made_only_in_time(monkeypatch):
+    track, ticks = _Fake(), iter([0.0] * 8 + [1e3] * 9)
+    monkeypatch.setattr(throughput.time, "monotonic", lambda: next(ticks))
+    rows = _fake_run("abcd", track, limits=(500.0,))
+    assert track.prepared == list("abc")
+    assert (rows["c"], rows["d"]) == ("left", "left")
 
 
 def test_a_row_too_large_for_the_memory_alone_is_skipped():
