@@ -68,8 +68,9 @@ class Stage:
 
     Attributes:
         name: of the stage, its JSON and its log. script: of this folder, or ``pytest``. arguments, smoke: of the script
-            on a GPU and in a smoke run. seconds: expected on an H200, compiling included. gib: of GPU memory needed. rows: ids or sets of
+            on a GPU and in a smoke run. seconds: expected on an H200, compiling included. rows: ids or sets of
             ``throughput.py`` that make it complete; such a script takes ``--limit`` and goes on where it stopped.
+        gib: of GPU memory that it needs.
     """
 
     name: str

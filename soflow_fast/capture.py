@@ -59,9 +59,10 @@ class Captured:
                     self.outputs = function(*self.inputs)
             except Exception as error:
                 torch.cuda.set_stream(before)  # which a capture that cannot be ended leaves
-                cause = str(error.__context__ or error).strip()  # the end of a broken capture fails as well
+                cause = error.__context__ or error  # the end of a broken capture fails as well
+                why = (str(cause).strip().splitlines() or [type(cause).__name__])[0]
                 raise RuntimeError(
-                    f"{what} cannot be captured as a CUDA graph ({cause.splitlines()[0] if cause else type(error).__name__}); set cuda_graph=False to run without"
+                    f"{what} cannot be captured as a CUDA graph ({why}); set cuda_graph=False to run without"
                 ) from error
 
     def __call__(self, *inputs: Tensor | None) -> Any:

@@ -5,20 +5,12 @@ import torch
 
 from soflow_fast import DiT
 
-SMALL = {
-    "input_size": 8,
-    "patch_size": 2,
-    "in_channels": 3,
-    "hidden_size": 24,
-    "depth": 2,
-    "num_heads": 3,
-    "impl": "torch",
-}
+SMALL = {"input_size": 8, "patch_size": 2, "in_channels": 3, "hidden_size": 24, "depth": 2, "num_heads": 3}
 
 
 def _net(**overrides):
     """A float64 DiT with non-zero weights everywhere, the zero-initialised modulation included."""
-    net = DiT(**{**SMALL, "num_classes": 5, **overrides}).double()
+    net = DiT(**{**SMALL, "num_classes": 5, "impl": "torch", **overrides}).double()
     generator = torch.Generator().manual_seed(0)
     for p in net.parameters():
         if p.requires_grad:

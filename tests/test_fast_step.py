@@ -125,7 +125,7 @@ def test_steps_of_many_seeds_share_their_code():
 
 
 class _Foreign(torch.nn.Module):
-    """A network of which no difference forward can be derived, as what it does depends on t; notes how it is computed."""
+    """What it does depends on t, so that no difference forward can be derived; notes how it is computed."""
 
     num_classes = 10
 
