@@ -2,10 +2,13 @@
 
 import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 from torch.utils.data import Dataset
@@ -148,7 +151,9 @@ class Trainer:
             log.say(f"no evaluation during training: {unscored}")
         try:
             for done, (x, labels) in enumerate(steps, start + 1):
-                meter.update(done, self.step(x, labels))
+                with self._draws_of_the_network(done):
+                    stats = self.step(x, labels)
+                meter.update(done, stats)
                 log.advance()
                 last = done == config.total_steps
                 if last or done % output.log_every == 0:
@@ -179,6 +184,18 @@ class Trainer:
             "data": "on the device" if self.on_device else f"read by {self.config.data.workers} workers",
             "processes": self.processes.world_size,
         }
+
+    @contextmanager
+    def _draws_of_the_network(self, step: int) -> Iterator[None]:
+        """What a given network draws by itself, as dropout does, depends on (seed, step, process) alone too."""
+        if self.config.model.preset != GIVEN:
+            yield
+            return
+        device = self.processes.device
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            seeds = np.random.SeedSequence((self.config.seed, step, self.processes.rank))
+            torch.manual_seed(int(seeds.generate_state(1, np.uint64)[0] >> 1))
+            yield
 
     def _restore(self) -> tuple[int, int]:
         """Loads the newest checkpoint, if there is one; steps done and steps skipped."""

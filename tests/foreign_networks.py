@@ -45,10 +45,10 @@ class UNet(nn.Module):
 
     num_classes = 10
 
-    def __init__(self, dropout=0.0):
+    def __init__(self, dropout=0.0, channels=3):
         super().__init__()
         self.time, self.label = nn.Linear(32, 16), nn.Embedding(11, 16)
-        self.enter, self.leave = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(16, 3, 3, padding=1)
+        self.enter, self.leave = nn.Conv2d(channels, 8, 3, padding=1), nn.Conv2d(16, channels, 3, padding=1)
         self.down, self.up = _Residual(8, 16, 16, dropout), _Residual(16 + 8, 16, 16, dropout)
         self.norm, self.qkv, self.proj = nn.GroupNorm(4, 16), nn.Conv1d(16, 48, 1), nn.Conv1d(16, 16, 1)
 

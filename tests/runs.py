@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from soflow_fast import checkpoint, trainer
 from soflow_fast.config import (
     DataConfig,
     EvaluationConfig,
@@ -111,3 +112,39 @@ class Blobs(torch.utils.data.Dataset):
 
     def __getitem__(self, index):
         return self.samples[index], index % self.classes
+
+
+def final(run_dir, step=6):
+    """The checkpoint of a step."""
+    return checkpoint.load(run_dir / "checkpoints" / f"step-{step:08d}")
+
+
+def assert_bitwise_equal(first, second):
+    for ours, theirs in ((first.model, second.model), (first.ema, second.ema)):
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    states = first.optimizer["state"], second.optimizer["state"]
+    assert all(torch.equal(states[0][i][key], states[1][i][key]) for i in states[0] for key in states[0][i])
+    assert (first.step, first.ema_updates, first.skipped_steps) == (
+        second.step,
+        second.ema_updates,
+        second.skipped_steps,
+    )
+
+
+class StopError(Exception):
+    """Of :func:`stop_at`."""
+
+
+def stop_at(monkeypatch, step):
+    """Makes the training step fail when it is called for the given time."""
+    original, calls = trainer.TrainStep.__call__, 0
+
+    def call(self, *args):
+        nonlocal calls
+        calls += 1
+        if calls == step:
+            raise StopError
+        return original(self, *args)
+
+    monkeypatch.setattr(trainer.TrainStep, "__call__", call)

@@ -10,51 +10,29 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from runs import Blobs, tiny_config, write_config, write_latents
+from runs import (
+    Blobs,
+    StopError,
+    assert_bitwise_equal,
+    final,
+    stop_at,
+    tiny_config,
+    write_config,
+    write_latents,
+)
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from soflow_fast import DiT, SoFlow, Trainer, checkpoint, trainer
-from soflow_fast.config import DataConfig, EvaluationConfig, ModelConfig, OptimizerConfig, OutputConfig, SoFlowConfig
+from soflow_fast import DiT, Trainer, checkpoint, trainer
+from soflow_fast.config import (
+    DataConfig,
+    EvaluationConfig,
+    ModelConfig,
+    OptimizerConfig,
+    OutputConfig,
+    SoFlowConfig,
+)
 from soflow_fast.data.order import batch_indices
-from soflow_fast.objectives.flow_matching import FlowMatching
-from soflow_fast.objectives.meanflow import MeanFlow
-
-
-def _final(run_dir, step=6):
-    return checkpoint.load(run_dir / "checkpoints" / f"step-{step:08d}")
-
-
-def _assert_bitwise_equal(first, second):
-    for ours, theirs in ((first.model, second.model), (first.ema, second.ema)):
-        assert ours.keys() == theirs.keys()
-        assert all(torch.equal(ours[name], theirs[name]) for name in ours)
-    states = first.optimizer["state"], second.optimizer["state"]
-    assert all(torch.equal(states[0][i][key], states[1][i][key]) for i in states[0] for key in states[0][i])
-    assert (first.step, first.ema_updates, first.skipped_steps) == (
-        second.step,
-        second.ema_updates,
-        second.skipped_steps,
-    )
-
-
-class _StopError(Exception):
-    pass
-
-
-def _stop_at(monkeypatch, step):
-    """Makes the training step fail when it is called for the given time."""
-    original, calls = trainer.TrainStep.__call__, 0
-
-    def call(self, *args):
-        nonlocal calls
-        calls += 1
-        if calls == step:
-            raise _StopError
-        return original(self, *args)
-
-    monkeypatch.setattr(trainer.TrainStep, "__call__", call)
-
 
 # ------------------------------------------------------------------------------------------------------ resuming
 
@@ -65,14 +43,14 @@ def test_a_stopped_run_goes_on_exactly(tmp_path, monkeypatch, data):
     Trainer(straight).fit()
     stopped = replace(straight, run_dir=str(tmp_path / "stopped"))
     with monkeypatch.context() as patch:
-        _stop_at(patch, 6)
-        with pytest.raises(_StopError):
+        stop_at(patch, 6)
+        with pytest.raises(StopError):
             Trainer(stopped).fit()
     # what has no influence on the weights may change, and the metrics beyond the checkpoint are written again
     (tmp_path / "stopped" / "metrics.jsonl").open("a").write('{"step": 5, "loss"')
     data = DataConfig(kind="digits", **data)
     Trainer(replace(stopped, output=replace(stopped.output, log_every=1), data=data)).fit()
-    _assert_bitwise_equal(_final(tmp_path / "straight"), _final(tmp_path / "stopped"))
+    assert_bitwise_equal(final(tmp_path / "straight"), final(tmp_path / "stopped"))
     lines = [json.loads(line)["step"] for line in (tmp_path / "stopped" / "metrics.jsonl").read_text().splitlines()]
     assert lines == [2, 4, 5, 6]
 
@@ -124,7 +102,7 @@ def test_a_run_killed_again_and_again_ends_bitwise_as_if_it_never_was(tmp_path):
         if calls in kills:
             assert process.returncode == -signal.SIGKILL, process.stderr
     assert process.returncode == 0, process.stderr
-    _assert_bitwise_equal(_final(tmp_path / "straight", 8), _final(tmp_path / "killed", 8))
+    assert_bitwise_equal(final(tmp_path / "straight", 8), final(tmp_path / "killed", 8))
 
 
 # --------------------------------------------------------------------------------------------------- what is written
@@ -183,7 +161,7 @@ def test_a_failing_evaluation_costs_its_score_and_not_the_run(tmp_path, monkeypa
     monkeypatch.setattr(trainer, "evaluate", lambda *_, **__: 1 / 0)
     Trainer(tiny_config(tmp_path, evaluation=EvaluationConfig(every=4))).fit()
     assert "the evaluation at step 4 failed, and training goes on: division by zero" in caplog.text
-    assert _final(tmp_path).step == 6
+    assert final(tmp_path).step == 6
     assert "evaluation/" not in (tmp_path / "metrics.jsonl").read_text()
 
 
@@ -216,75 +194,7 @@ def test_load_run_gives_the_averages(tmp_path):
     assert all(torch.equal(value, run.ema.state_dict()[name]) for name, value in model.state_dict().items())
 
 
-# ------------------------------------------------------------------------------------- a user's network and data
-
-
-def _network(classes=10):
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return DiT(8, 4, 1, 16, 1, 2, num_classes=classes)
-
-
-@pytest.mark.parametrize("wrapped", [False, True])
-def test_given_network_and_data(tmp_path, wrapped):
-    net = _network()
-    before = net.final_layer.linear.weight.detach().clone()
-    config = tiny_config(tmp_path, data=DataConfig(kind="latents", path="nowhere", workers=0))
-    # with the default of 1000 classes: the network's ten are what counts
-    config = replace(config, model=ModelConfig(input_size=8, in_channels=1))
-    config = replace(config, output=replace(config.output, sample_every=3))
-    run = Trainer(config, model=SoFlow(net) if wrapped else net, dataset=Blobs())
-    assert run.model.guidance_scale == (3.0 if wrapped else 2.0)
-    run.fit()
-    assert not torch.equal(net.final_layer.linear.weight, before)
-    with pytest.raises(ValueError, match="was given to the Trainer as an object"):
-        trainer.load_run(tmp_path)
-    # the record has what was used, and a network alone is enough to have the model back
-    loaded, model, step = trainer.load_run(tmp_path, "cpu", model=_network())
-    assert (loaded.model.num_classes, loaded.soflow.guidance_scale, step) == (10, run.model.guidance_scale, 6)
-    assert model.guidance_scale == run.model.guidance_scale
-    assert all(torch.equal(value, run.ema.state_dict()[name]) for name, value in model.state_dict().items())
-
-
-@pytest.mark.parametrize("make", [SoFlow, MeanFlow, FlowMatching])
-def test_a_given_objective_of_other_values_is_another_run(tmp_path, make):
-    def run(scale, label_drop=0.1):
-        model = make(_network(), guidance_scale=scale, label_drop=label_drop)
-        return Trainer(tiny_config(tmp_path, total_steps=1), model=model)
-
-    run(2.0).fit()
-    run(2.0).fit()
-    with pytest.raises(ValueError, match=r"guidance_scale=2\.0, and this one has 3\.0"):
-        run(3.0).fit()
-    with pytest.raises(ValueError, match=r"label_drop=0\.1, and this one has 0\.5"):
-        trainer.load_run(tmp_path, model=make(_network(), guidance_scale=2.0, label_drop=0.5))
-
-
-class _OwnObjective(SoFlow):
-    pass
-
-
-def test_an_objective_of_ones_own_is_recorded_as_given(tmp_path):
-    config = tiny_config(tmp_path, total_steps=1)
-    Trainer(config, model=_OwnObjective(_network(), guidance_scale=2.0)).fit()
-    text = (tmp_path / "config.yaml").read_text()
-    assert "objective: given" in text
-    assert "guidance_scale" not in text
-    with pytest.raises(ValueError, match="objective='given', and this one has 'soflow'"):
-        Trainer(config, model=SoFlow(_network())).fit()
-    with pytest.raises(ValueError, match="objective was given to the Trainer as an object"):
-        trainer.load_run(tmp_path, model=_network())
-    assert trainer.load_run(tmp_path, "cpu", model=_OwnObjective(_network()))[2] == 1
-
-
-def test_the_classes_are_the_networks(tmp_path):
-    config = tiny_config(tmp_path, total_steps=1)
-    with pytest.raises(ValueError, match=r"labels from 0 to 9, outside the classes 0\.\.4"):
-        Trainer(config, model=_network(classes=5), dataset=Blobs(n=16)).fit()
-    net = _network()
-    del net.num_classes
-    with pytest.raises(ValueError, match="the network DiT has num_classes=None; set it to"):
-        Trainer(config, model=net)
+# -------------------------------------------------------------------------------------------- other objectives
 
 
 def test_unconditional_training(tmp_path):
@@ -294,7 +204,7 @@ def test_unconditional_training(tmp_path):
         soflow=SoFlowConfig(guidance_scale=1.0, label_drop=0.0),
     )
     Trainer(config, dataset=Blobs()).fit()
-    assert _final(tmp_path).step == 6
+    assert final(tmp_path).step == 6
 
 
 @pytest.mark.parametrize("objective", ["meanflow", "flow_matching"])
@@ -334,7 +244,7 @@ def test_a_step_that_is_not_finite_stops_the_run_and_leaves_the_last_checkpoint(
 def test_steps_that_are_not_finite_are_left_out_up_to_the_limit(tmp_path):
     config = tiny_config(tmp_path, batch_size=4, total_steps=16, max_skipped_steps=3)
     Trainer(config, dataset=_Poisoned()).fit()
-    state, taken = _final(tmp_path, 16), 16 - len(_poisoned_steps(16))
+    state, taken = final(tmp_path, 16), 16 - len(_poisoned_steps(16))
     assert taken < 16
     assert (state.skipped_steps, state.ema_updates) == (16 - taken, taken)
     assert {float(s["step"]) for s in state.optimizer["state"].values()} == {taken}
@@ -373,7 +283,7 @@ def test_a_run_that_never_got_anywhere_can_be_started_differently(tmp_path):
     with pytest.raises(ValueError, match=r"outside the classes 0\.\.4"):
         Trainer(config).fit()
     Trainer(tiny_config(tmp_path)).fit()
-    assert _final(tmp_path).step == 6
+    assert final(tmp_path).step == 6
 
 
 def test_other_refusals(tmp_path):

@@ -1,0 +1,105 @@
+"""Training with a network, an objective or data given as objects."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from foreign_networks import UNet
+from runs import Blobs, StopError, assert_bitwise_equal, final, stop_at, tiny_config
+
+from soflow_fast import DiT, SoFlow, Trainer, trainer
+from soflow_fast.config import ComputeConfig, DataConfig, ModelConfig
+from soflow_fast.objectives.flow_matching import FlowMatching
+from soflow_fast.objectives.meanflow import MeanFlow
+
+
+def _network(classes=10):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return DiT(8, 4, 1, 16, 1, 2, num_classes=classes)
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_given_network_and_data(tmp_path, wrapped):
+    net = _network()
+    before = net.final_layer.linear.weight.detach().clone()
+    config = tiny_config(tmp_path, data=DataConfig(kind="latents", path="nowhere", workers=0))
+    # with the default of 1000 classes: the network's ten are what counts
+    config = replace(config, model=ModelConfig(input_size=8, in_channels=1))
+    config = replace(config, output=replace(config.output, sample_every=3))
+    run = Trainer(config, model=SoFlow(net) if wrapped else net, dataset=Blobs())
+    assert run.model.guidance_scale == (3.0 if wrapped else 2.0)
+    run.fit()
+    assert not torch.equal(net.final_layer.linear.weight, before)
+    with pytest.raises(ValueError, match="was given to the Trainer as an object"):
+        trainer.load_run(tmp_path)
+    # the record has what was used, and a network alone is enough to have the model back
+    loaded, model, step = trainer.load_run(tmp_path, "cpu", model=_network())
+    assert (loaded.model.num_classes, loaded.soflow.guidance_scale, step) == (10, run.model.guidance_scale, 6)
+    assert model.guidance_scale == run.model.guidance_scale
+    assert all(torch.equal(value, run.ema.state_dict()[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("make", [SoFlow, MeanFlow, FlowMatching])
+def test_a_given_objective_of_other_values_is_another_run(tmp_path, make):
+    def run(scale, label_drop=0.1):
+        model = make(_network(), guidance_scale=scale, label_drop=label_drop)
+        return Trainer(tiny_config(tmp_path, total_steps=1), model=model)
+
+    run(2.0).fit()
+    run(2.0).fit()
+    with pytest.raises(ValueError, match=r"guidance_scale=2\.0, and this one has 3\.0"):
+        run(3.0).fit()
+    with pytest.raises(ValueError, match=r"label_drop=0\.1, and this one has 0\.5"):
+        trainer.load_run(tmp_path, model=make(_network(), guidance_scale=2.0, label_drop=0.5))
+
+
+class _OwnObjective(SoFlow):
+    pass
+
+
+def test_an_objective_of_ones_own_is_recorded_as_given(tmp_path):
+    config = tiny_config(tmp_path, total_steps=1)
+    Trainer(config, model=_OwnObjective(_network(), guidance_scale=2.0)).fit()
+    text = (tmp_path / "config.yaml").read_text()
+    assert "objective: given" in text
+    assert "guidance_scale" not in text
+    with pytest.raises(ValueError, match="objective='given', and this one has 'soflow'"):
+        Trainer(config, model=SoFlow(_network())).fit()
+    with pytest.raises(ValueError, match="objective was given to the Trainer as an object"):
+        trainer.load_run(tmp_path, model=_network())
+    assert trainer.load_run(tmp_path, "cpu", model=_OwnObjective(_network()))[2] == 1
+
+
+def test_the_classes_are_the_networks(tmp_path):
+    config = tiny_config(tmp_path, total_steps=1)
+    with pytest.raises(ValueError, match=r"labels from 0 to 9, outside the classes 0\.\.4"):
+        Trainer(config, model=_network(classes=5), dataset=Blobs(n=16)).fit()
+    net = _network()
+    del net.num_classes
+    with pytest.raises(ValueError, match="the network DiT has num_classes=None; set it to"):
+        Trainer(config, model=net)
+
+
+def test_a_network_with_dropout_goes_on_exactly(tmp_path, monkeypatch):
+    """Its masks are those of the step, and the caller's random state stays as it was."""
+
+    def run(name, dropout):
+        torch.manual_seed(0)
+        net = UNet(dropout, channels=1)
+        torch.manual_seed(len(name))
+        trained = Trainer(tiny_config(tmp_path / name, total_steps=4, compute=ComputeConfig(compile=False)), model=net)
+        state = torch.get_rng_state()
+        trained.fit()
+        assert torch.equal(torch.get_rng_state(), state)
+
+    run("straight", 0.3)
+    with monkeypatch.context() as patch:
+        stop_at(patch, 4)
+        with pytest.raises(StopError):
+            run("stopped", 0.3)
+    run("stopped", 0.3)
+    assert_bitwise_equal(final(tmp_path / "straight", 4), final(tmp_path / "stopped", 4))
+    run("without", 0.0)
+    assert not torch.equal(final(tmp_path / "straight", 4).model["network.leave.weight"],
+                           final(tmp_path / "without", 4).model["network.leave.weight"])  # fmt: skip
