@@ -6,46 +6,36 @@ The graph is ordinary code: gradients flow through its value, and torch.compile 
 """
 
 import operator
-from typing import NamedTuple
+from collections.abc import Iterator
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.export import ExportedProgram
+from torch.fx import GraphModule
 
-from soflow_fast import kernels
-from soflow_fast.difference_rules import RULES, aten
-
-# Only names of sizes and strides as they were when captured; of another attention or dtype strides may differ.
-_RESHAPES = {aten.view.default: aten.reshape.default, aten._unsafe_view.default: aten.reshape.default}
-
-# What depends on the form of an argument alone.
-_OF_FORM = {aten.zeros_like, aten.ones_like, aten.full_like, aten.empty_like, aten.rand_like, aten.randn_like}
-_OF_FORM |= {aten.new_zeros, aten.new_ones, aten.new_full, aten.new_empty}
+from soflow_fast.derivation import Derivation, Derived
+from soflow_fast.difference_rules import aten
 
 # What autocast rounds the operands of: a region that keeps them in float32 cannot be told in the graph.
-_PRODUCTS = (aten.linear, aten.matmul, aten.mm, aten.bmm, aten.einsum, aten.conv2d, aten.scaled_dot_product_attention)
-
-
-class _Captured(NamedTuple):
-    """A network's graph with differences, and the names of the parameters and buffers that it takes first."""
-
-    run: fx.GraphModule
-    names: tuple[str, ...]
+_PRODUCTS = {aten.linear, aten.matmul, aten.mm, aten.bmm, aten.addmm, aten.baddbmm, aten.einsum}
+_PRODUCTS |= {getattr(aten, f"conv{kind}{n}d") for kind in ("", "_transpose") for n in (1, 2, 3)}
+_PRODUCTS |= {aten.scaled_dot_product_attention}
 
 
 class ForwardDifference:
     """``forward_difference`` of a network ``net(x, t, s, labels)`` that has none of its own.
 
-    The network must be what torch.export can capture and its operators must have rules. The custom backward of an
-    autograd.Function and activation checkpoints are lost in the captured graph, which computes the same numbers.
+    The network must be what torch.export can capture, its operators must have rules, and what else it depends on than
+    its inputs, parameters, buffers and modes must stay as it was at the capture. Activation checkpoints are lost.
 
     Args:
-        net: captured anew for every shape and dtype of its inputs.
+        net: captured anew for every form of its inputs, and when modules or their modes change.
     """
 
     def __init__(self, net: nn.Module):
-        self._net = net
-        self._captured: dict[tuple, _Captured] = {}
+        self.net = net
+        self._structure: tuple = ()
+        self._derived: dict[tuple, Derived] = {}
 
     def prepare(self, x: Tensor, labels: Tensor | None, mode: str = "difference") -> None:
         """Captures the network for inputs of this form, of which the values do not matter.
@@ -56,11 +46,14 @@ class ForwardDifference:
         Raises:
             ValueError: if the network cannot be captured, or calls an operator that has no rule.
         """
-        key = self._key(x, labels, mode)
-        if key not in self._captured:
+        structure = _structure(self.net)
+        if structure != self._structure:
+            self._structure, self._derived = structure, {}
+        key = _form(x, labels, mode)
+        if len(x) and key not in self._derived:
             t, s = x.new_zeros(len(x)), x.new_zeros(len(x))  # of one tensor for both the graph would make one input
             labels = None if labels is None else labels.new_zeros(len(x))
-            self._captured[key] = _capture(self._net, (x, t, s, labels), mode == "tangent")
+            self._derived[key] = _derive(self.net, (x.detach(), t, s, labels), mode == "tangent")
 
     def __call__(
         self,
@@ -82,145 +75,124 @@ class ForwardDifference:
         """
         rows = rows or slice(None)
         start, stop = rows.start or 0, len(x) if rows.stop is None else rows.stop
+        if start == stop:
+            return self.net(x, t, s, labels), dx.detach()
         before, here, after = (
             (x[part], t[part], s[part], None if labels is None else labels[part])
             for part in (slice(0, start), slice(start, stop), slice(stop, None))
         )
-        key = self._key(here[0], labels, mode)
-        if key not in self._captured:
-            if torch.compiler.is_compiling():
-                raise RuntimeError("the difference forward must be prepared before it is compiled; call prepare")
+        key = _form(here[0], labels, mode)
+        if not torch.compiler.is_compiling():
             self.prepare(here[0], labels, mode)
-        captured = self._captured[key]
-        held = [operator.attrgetter(name)(self._net) for name in captured.names]
-        F, dF = captured.run(*held, *(z for z in (*here, dx, dt) if z is not None))
-        parts = [self._net(*before)] if start else []
-        parts += [F, self._net(*after)] if stop < len(x) else [F]
+        elif key not in self._derived:
+            raise RuntimeError("the difference forward must be prepared before it is compiled; call prepare")
+        derived = self._derived[key]
+        held = [operator.attrgetter(name)(self.net) for name in derived.names]
+        F, dF = derived.run(*held, *(z for z in (*here, dx, dt) if z is not None))
+        parts = [self.net(*before)] if start else []
+        parts += [F, self.net(*after)] if stop < len(x) else [F]
         return torch.cat(parts) if len(parts) > 1 else F, dF
 
-    def _key(self, x: Tensor, labels: Tensor | None, mode: str) -> tuple:
-        return tuple(x.shape), x.dtype, str(x.device), labels is None, mode, self._net.training
+    def __getstate__(self) -> dict:
+        return {"net": self.net, "_structure": (), "_derived": {}}  # graphs are made again
 
 
-def _capture(net: nn.Module, inputs: tuple, tangent: bool) -> _Captured:
-    name = type(net).__name__
-    try:
-        with torch.no_grad():
-            program = torch.export.export(net, inputs, strict=False)
-    except Exception as error:  # torch.export raises whatever the network does
-        raise ValueError(f"{name} cannot be captured by torch.export ({_first_line(error)})") from error
-    _require_no_autocast(program, name)
-    program = program.run_decompositions({})
-    signature = program.graph_signature
-    if signature.buffers_to_mutate:
-        changed = next(iter(signature.buffers_to_mutate.values()))
-        raise ValueError(f"{name} changes its buffer {changed!r} in a forward, which a difference forward cannot")
-    return _Derivation(program, name, tangent).derive()
+def _form(x: Tensor, labels: Tensor | None, mode: str) -> tuple:
+    return tuple(x.shape), x.dtype, str(x.device), labels is None, mode
 
 
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+def _structure(net: nn.Module) -> tuple:
+    """What a captured graph takes for granted of the modules."""
+    modules = tuple((name, type(m), m.training, getattr(m, "p", None)) for name, m in net.named_modules())
+    held = [*net.named_parameters(remove_duplicate=False), *net.named_buffers(remove_duplicate=False)]
+    first: dict[int, str] = {}
+    return modules, tuple((name, first.setdefault(id(x), name)) for name, x in held)  # which of them are tied
+
+
+def _derive(net: nn.Module, inputs: tuple, tangent: bool) -> Derived:
+    name, x = type(net).__name__, inputs[0]
+    with torch.autocast(x.device.type, enabled=False):
+        _run_once(net, inputs)
+        try:
+            with torch.enable_grad():  # else regions without gradient would not show
+                program = torch.export.export(net, inputs, strict=False)
+        except Exception as error:  # torch.export raises whatever the network does
+            raise ValueError(f"{name} cannot be captured by torch.export ({_in_a_line(error)})") from error
+        _require_no_autocast(program, name)
+        _detach_what_has_no_gradient(program)
+        program = program.run_decompositions({})
+        signature = program.graph_signature
+        for changed in (signature.buffers_to_mutate, signature.parameters_to_mutate, signature.user_inputs_to_mutate):
+            if changed:
+                what = next(iter(changed.values()))
+                raise ValueError(f"{name} changes {what!r} in its forward, which a difference forward cannot")
+        try:
+            return Derivation(program, name, tangent).derive()
+        except ValueError:
+            raise
+        except Exception as error:  # of a rule, tried on arguments it was not made for
+            raise ValueError(f"{name} calls an operator in a way that has no rule ({_in_a_line(error)})") from error
+
+
+def _in_a_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')}"
+
+
+def _run_once(net: nn.Module, inputs: tuple) -> None:
+    """A forward as it is: what the network keeps of its first one are tensors then, and not stand-ins for them.
+
+    Raises:
+        ValueError: if the result is not one tensor, or has gradients of its own making.
+    """
+    device, name = inputs[0].device, type(net).__name__
+    buffers = [(b, b.detach().clone()) for b in net.buffers()]
+    with torch.enable_grad(), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        out = net(*inputs)
+    with torch.no_grad():
+        for buffer, value in buffers:
+            buffer.copy_(value)
+    if not isinstance(out, Tensor):
+        raise ValueError(f"{name} must return one tensor that depends on x; it returns a {type(out).__name__}")
+    for node in _graph_of(out):
+        if isinstance(node, torch.autograd.function.BackwardCFunction):
+            raise ValueError(f"{name} calls an autograd.Function, {node.name()}, whose gradient would be lost")
+
+
+def _graph_of(out: Tensor) -> Iterator:
+    """The nodes of its backward."""
+    seen, waiting = set(), [out.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            waiting += [following for following, _ in node.next_functions]
+            yield node
+
+
+def _regions(program: ExportedProgram, kind: str) -> Iterator[tuple]:
+    """The graphs that have regions of a kind, their nodes, and the region's own graphs."""
+    for module in program.graph_module.modules():
+        for node in module.graph.nodes if isinstance(module, GraphModule) else ():
+            if node.op == "call_function" and kind in str(node.target):
+                inside = next(a for a in node.args if getattr(a, "op", None) == "get_attr")
+                yield module, node, getattr(module, inside.target)
 
 
 def _require_no_autocast(program: ExportedProgram, name: str) -> None:
-    for node in program.graph.nodes:
-        if "autocast" not in str(node.target) or node.op != "call_function":
-            continue
-        region = getattr(program.graph_module, node.args[4].target)
-        for inner in region.graph.nodes:
+    for _, _, region in _regions(program, "wrap_with_autocast"):
+        for inner in (n for m in region.modules() if isinstance(m, GraphModule) for n in m.graph.nodes):
             if getattr(inner.target, "overloadpacket", None) in _PRODUCTS:
                 raise ValueError(f"{name} has a region with an autocast of its own around {inner.target}")
 
 
-class _Derivation:
-    """A program's graph with, beside every node that changes with x and t, the node of its difference.
-
-    Args:
-        program: of the network called ``name``, functional. tangent: of the rules.
-    """
-
-    def __init__(self, program: ExportedProgram, name: str, tangent: bool):
-        self.program, self.name, self.tangent = program, name, tangent
-        self.graph = fx.Graph()
-        self.values: dict[fx.Node, fx.Node] = {}
-        self.differences: dict[fx.Node, fx.Node] = {}
-
-    def derive(self) -> _Captured:
-        """The graph that takes (parameters and buffers, inputs, dx, dt) and returns ``(F, dF)``."""
-        signature, constants = self.program.graph_signature, nn.Module()
-        held = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
-        fixed = signature.inputs_to_lifted_tensor_constants
-        given = [
-            node
-            for node in self.program.graph.find_nodes(op="placeholder")
-            if node.name not in fixed and isinstance(node.meta["val"], Tensor)  # and not labels=None
-        ]
-        x, t = [node for node in given if node.name not in held][:2]
-        for node in given:
-            self.values[node] = self.graph.placeholder(node.name)
-        for node, name in ((x, "dx"), (t, "dt")):
-            self.differences[node] = self.graph.placeholder(name)
-        self.on_gpu = x.meta["val"].is_cuda
-        for node in self.program.graph.nodes:
-            if node.op == "placeholder" and node.name in fixed:
-                constants.register_buffer(node.name, self.program.constants[fixed[node.name]])
-                self.values[node] = self.graph.get_attr(node.name)
-            elif node.op == "get_attr":
-                raise ValueError(f"{self.name} has a region, {node.target!r}, that cannot be looked into")
-            elif node.op == "call_function" and "_assert" not in str(node.target):  # of dtypes, which autocast changes
-                self._add(node)
-        output = self.program.graph.output_node().args[0]
-        if len(output) != 1 or output[0] not in self.differences:
-            raise ValueError(f"{self.name} must return one tensor that depends on x")
-        self.graph.output((self.values[output[0]], self.differences[output[0]]))
-        self.graph.eliminate_dead_code()
-        module = fx.GraphModule(constants, self.graph)
-        examples = [node.meta["val"] for node in (*given, x, t)]
-        with examples[0].fake_mode:
-            module(*examples)  # a rule that does not apply is found here
-        return _Captured(module, tuple(held[node.name] for node in given if node.name in held))
-
-    def _add(self, node: fx.Node) -> None:
-        """An operator and, if what it computes changes, its rule."""
-        target = _RESHAPES.get(node.target, node.target)
-        arguments, keywords = fx.node.map_arg((node.args, node.kwargs), self.values.get)
-        self.values[node] = self.graph.call_function(target, arguments, keywords)
-        packet = getattr(target, "overloadpacket", None)
-        moving = tuple(self._moving(argument) for argument in node.args)
-        if packet in _OF_FORM or not any(d is not None for d in moving):
-            return
-        out = node.meta["val"]
-        if target is operator.getitem:
-            if out.is_floating_point():
-                self.differences[node] = self.graph.call_function(target, (moving[0], arguments[1]))
-            return
-        if packet not in RULES or self._moving(tuple(node.kwargs.values())) is not None:
-            raise ValueError(
-                f"{self.name} calls {target}, which has no rule; add one to soflow_fast.difference_rules.RULES"
-            )
-        if isinstance(out, Tensor) and not out.is_floating_point():
-            raise ValueError(f"{self.name} makes {out.dtype} of what changes, by {target}")
-        self.differences[node] = self.graph.call_function(
-            self._rule(target), (self.values[node], arguments, moving), keywords
-        )
-
-    def _moving(self, argument):
-        """The differences inside an argument, in its structure; None where nothing in it changes."""
-        if isinstance(argument, fx.Node):
-            return self.differences.get(argument)
-        if isinstance(argument, (list, tuple)):
-            inside = [self._moving(a) for a in argument]
-            return inside if any(d is not None for d in inside) else None
-        return None
-
-    def _rule(self, target):
-        """An operator's rule as a function of its output, its arguments and their differences."""
-        rule, tangent, chosen = RULES[target.overloadpacket], self.tangent, {}
-        if target.overloadpacket is aten.scaled_dot_product_attention and self.on_gpu:
-            chosen = {"ops": kernels.ops(kernels.resolve_impl("auto"))}
-
-        def difference(out, arguments, differences, **keywords):
-            with torch.no_grad():
-                return rule(target, out, arguments, differences, tangent, **chosen, **keywords)
-
-        return difference
+def _detach_what_has_no_gradient(program: ExportedProgram) -> None:
+    """Detaches the results of regions under torch.no_grad, of which nothing else would be left."""
+    for module, node, _ in list(_regions(program, "wrap_with_set_grad_enabled")):
+        if node.args[0] is not False:
+            continue
+        for result in list(node.users):
+            with module.graph.inserting_after(result):
+                detached = module.graph.call_function(aten.detach.default, (result,))
+            detached.meta.update(result.meta)
+            result.replace_all_uses_with(detached, delete_user_cb=lambda user, own=detached: user is not own)
+        module.recompile()

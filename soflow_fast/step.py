@@ -123,7 +123,7 @@ class TrainStep:
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         device = self._parameters[0].device
         on_gpu = device.type == "cuda"
-        follows_parameters = hasattr(model.network, "compute_dtype")
+        follows_parameters = hasattr(model.network, "compute_dtype") and hasattr(model.network, "forward_difference")
         only_float32 = model.needs_float32 and follows_parameters
         self.precision = precision or ("bf16" if on_gpu and not only_float32 else "fp32")
         require_choice("precision", self.precision, PRECISIONS)
@@ -172,7 +172,6 @@ class TrainStep:
                 self._loss, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True
             )
         self._orders: dict[int, list[tuple[Tensor, Tensor, int]]] = {}
-        self._prepared: set[tuple[int, ...]] = set()
         self._latent_scale = latent_scale
         self._steps_run = 0
         self._graph: Captured | None = None
@@ -231,13 +230,11 @@ class TrainStep:
 
     def _prepare(self, x0: Tensor, labels: Tensor | None, rows: int) -> None:
         """Has the objective make what cannot be made while its loss is compiled."""
-        form = (rows, *x0.shape[1:])
-        if rows == 0 or form in self._prepared:
-            return
-        self._prepared.add(form)
-        channels = x0.shape[1] if self._latent_scale is None else x0.shape[1] // 2
-        dtype = torch.promote_types(x0.dtype, torch.float32)
-        self.model.prepare(x0.new_zeros((rows, channels, *x0.shape[2:]), dtype=dtype), labels)
+        prepare = getattr(self.model, "prepare", None)  # an objective of one's own may need none
+        if rows and prepare is not None:
+            channels = x0.shape[1] if self._latent_scale is None else x0.shape[1] // 2
+            samples = x0[:rows, :channels]
+            prepare(samples.to(torch.promote_types(x0.dtype, torch.float32)), labels)
 
     def _row_orders(self, batch: int) -> list[tuple[Tensor, Tensor, int]]:
         """For each micro-batch: offsets into the rows, velocity first; their global rows; how many are velocity."""

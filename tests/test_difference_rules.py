@@ -131,6 +131,29 @@ OPERATORS = {
     "rms_norm_without_weight": lambda x, t: nnf.rms_norm(x, (4,)),
     "group_norm": lambda x, t: nnf.group_norm(x, 2, GAIN.to(x)[:4], GAIN.to(x)[4:]) + nnf.group_norm(x, 4),
     "vector_norm": lambda x, t: nnf.normalize(x) + torch.linalg.vector_norm(x),
+    "sigmoid_tails": lambda x, t: 1e6 * torch.sigmoid(x - 20) + 1e9 * nnf.silu(x - 30) + torch.sigmoid(x + 3),
+    "log_softmax": lambda x, t: torch.log_softmax(3 * x, 1),
+    "lerp": lambda x, t: torch.lerp(x, x * x, 0.3),
+    "masked_fill_of_moving": lambda x, t: x.view(B, 8, 8).masked_fill(MASK, 3 * t.mean()),
+    "rsub_scaled": lambda x, t: torch.rsub(x, 1, alpha=3),
+    "logaddexp": lambda x, t: torch.logaddexp(x, 2 * x) + nnf.hardsigmoid(x),
+    "rotary": lambda x, t: torch.view_as_real(
+        torch.view_as_complex(x.view(B, 8, 4, 2)) * torch.polar(GAIN[:4], GAIN[4:]).to(torch.complex(x, x).dtype)
+    ),
+    "pool_1d": lambda x, t: nnf.interpolate(nnf.avg_pool1d(x.flatten(2), 2), scale_factor=2.0, mode="linear"),
+    "softmax_of_masked": lambda x, t: torch.softmax((9 * x).view(B, 8, 8).masked_fill(MASK, -math.inf), -1),
+    "attention_causal": lambda x, t: nnf.scaled_dot_product_attention(
+        _heads(x), _heads(x * x), _heads(x), is_causal=True
+    ),
+    "attention_masked": lambda x, t: nnf.scaled_dot_product_attention(
+        _heads(x), _heads(x * x), _heads(x), attn_mask=torch.ones(4, 4, dtype=torch.bool).triu()
+    ),
+    "attention_biased": lambda x, t: nnf.scaled_dot_product_attention(
+        _heads(x), _heads(x * x), _heads(x)[..., :3], attn_mask=W[:4, :4].to(x), scale=0.5
+    ),
+    "attention_of_narrow_values": lambda x, t: nnf.scaled_dot_product_attention(
+        _heads(x), _heads(x * x), _heads(x)[..., :3], scale=0.5
+    ),
     "softmax": lambda x, t: torch.softmax(100 + x, -1),
     "attention": lambda x, t: nnf.scaled_dot_product_attention(_heads(x), _heads(x * x), _heads(x) + 5, scale=0.3),
     "attention_by_hand": lambda x, t: torch.softmax(_heads(x) @ _heads(x).mT / math.sqrt(8), -1) @ _heads(x * x),
@@ -182,9 +205,38 @@ def test_every_rule_is_tried():
     called = set()
     for name in OPERATORS:
         _forward(name).prepare(_inputs(1.0)[0].float(), None)
-        for captured in _forward(name)._captured.values():
-            called |= {getattr(node.target, "overloadpacket", None) for node in captured.run.graph.nodes}
+        for derived in _forward(name)._derived.values():
+            called |= {getattr(node.target, "overloadpacket", None) for node in derived.run.graph.nodes}
     assert set(RULES) - called == {torch.ops.aten.native_dropout}  # see test_dropout
+
+
+@pytest.mark.parametrize("mode", ["difference", "tangent"])
+def test_where_nothing_changes_zero_by_zero_is_zero(mode):
+    forward = ForwardDifference(Function(lambda x, t: x + nnf.normalize(nnf.relu(x - 9)) + nnf.relu(x - 9).sqrt()))
+    x, t, dx, dt = _inputs(0.1)
+    assert torch.equal(forward(x, t, t / 2, None, dx, dt, mode=mode)[1], dx)
+
+
+def test_rms_norm_of_small_numbers_in_bfloat16():
+    """Its default eps is that of float32 there."""
+    x, t, dx, dt = _inputs(1e-3)
+    low = [z.bfloat16() for z in (x / 100, t, t / 2, dx / 100, dt)]
+    forward = ForwardDifference(Function(lambda x, t: nnf.rms_norm(x, (4,))))
+    _, difference = forward(*low[:3], None, *low[3:])
+    exact, eps = [z.double() for z in low], torch.finfo(torch.float32).eps
+    truth = nnf.rms_norm(exact[0] + exact[3], (4,), eps=eps) - nnf.rms_norm(exact[0], (4,), eps=eps)
+    assert (difference - truth).norm() <= 0.01 * truth.norm()
+
+
+@pytest.mark.parametrize(
+    "function", [lambda x, t: torch.softmax(300 * x, -1), lambda x, t: torch.sigmoid(900 * x - 900)]
+)
+def test_large_changes_do_not_overflow(function):
+    x, t, dx, dt = _inputs(0.3)
+    single = [z.float() for z in (x, t, t / 2)]
+    _, difference = ForwardDifference(Function(function))(*single, None, dx.float(), dt.float())
+    truth = function(x + dx, t + dt) - function(x, t)
+    assert (difference - truth).norm() <= 1e-4 * truth.norm()
 
 
 def test_dropout_has_one_mask():

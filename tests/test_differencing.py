@@ -1,6 +1,9 @@
 """The difference forward derived from a network's operators: whole networks, objectives and steps over them."""
 
+import copy
+import functools
 import logging
+import pickle
 
 import pytest
 import torch
@@ -157,11 +160,119 @@ def test_a_compiled_step_in_bfloat16():
         before = [p.detach().clone() for p in net.parameters()]
         loss = step(x0, labels).loss.item()
         update = torch.cat([(p - b).flatten() for p, b in zip(net.parameters(), before, strict=True)])
-        assert (model.quotient, model.needs_float32) == ("difference", False)
+        assert not model.needs_float32
         results.append((loss, update))
     (ours, our_update), (plain, update) = results
     assert ours == pytest.approx(plain, rel=0.01)
     assert (our_update - update).norm() <= 0.03 * update.norm()
+
+
+# --------------------------------------------------------------------------------------- what networks do besides
+
+
+class _Small(nn.Module):
+    """Two convolutions, what is between them in a method of its own."""
+
+    num_classes = 10
+
+    def __init__(self):
+        super().__init__()
+        self.enter, self.leave = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 3, 3, padding=1)
+        self.dropout = nn.Dropout(0.5)
+
+    def forward(self, x, t, s, labels=None):
+        return self.leave(torch.tanh(self.features(x) * (1 + t - s).view(-1, 1, 1, 1)))
+
+    def features(self, x):
+        return self.enter(x)
+
+
+@functools.cache
+def _ramp(n):
+    return torch.linspace(0, 1, n)
+
+
+class _CachedOutside(_Small):
+    def features(self, x):
+        return self.enter(x) + _ramp(x.shape[-1])
+
+
+class _CachedInside(_Small):
+    def features(self, x):
+        if not hasattr(self, "ramp"):
+            self.ramp = torch.linspace(0, 1, x.shape[-1])
+        return self.enter(x) + self.ramp
+
+
+class _PartlyFrozen(_Small):
+    def features(self, x):
+        with torch.no_grad():
+            return self.enter(x)
+
+
+class _Dropping(_Small):
+    def features(self, x):
+        return self.dropout(self.enter(x))
+
+
+@pytest.mark.parametrize("kind", [_CachedOutside, _CachedInside, _PartlyFrozen])
+def test_a_step_is_that_of_two_forwards(kind):
+    """With caches filled by the first forward, and a part without gradient."""
+    x0, results = torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(2)), []
+    for quotient in ("difference", "two_forwards"):
+        _ramp.cache_clear()
+        model = SoFlow(_net(kind), quotient=quotient, impl="torch")
+        step = TrainStep(model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1), total_steps=10)
+        loss = step(x0, torch.arange(8)).loss
+        assert type(loss) is torch.Tensor
+        assert model.needs_float32 is False
+        results.append([loss, *model.parameters()])
+    for ours, expected in zip(*results, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_a_graph_of_other_modes_is_not_used():
+    net = _net(_Dropping)
+    forward = ForwardDifference(net)
+    x, t, s, _, dx, dt = _batch()
+    first = forward(x, t, s, None, dx, dt)
+    assert not torch.equal(forward(x, t, s, None, dx, dt)[0], first[0])
+    net.dropout.eval()
+    torch.testing.assert_close(forward(x, t, s, None, dx, dt)[0], net(x, t, s, None))
+    net.leave = nn.Sequential(nn.Conv2d(8, 3, 1), nn.Tanh())
+    torch.testing.assert_close(forward(x, t, s, None, dx, dt)[0], net(x, t, s, None))
+
+
+def test_another_network_in_the_objective():
+    model, x0 = SoFlow(_net(_Small), impl="torch"), torch.randn(8, 3, 8, 8)
+    model.loss(x0, torch.arange(8), 0.5).loss.backward()
+    model.network = Transformer()
+    model.loss(x0, torch.arange(8), 0.5).loss.backward()
+    assert all(p.grad is not None for p in model.network.blocks.parameters())
+
+
+def test_a_compiled_step_follows_modes_and_labels():
+    net = _net(_Small)
+    model = SoFlow(net, impl="torch")
+    step = TrainStep(model, optimizer=torch.optim.SGD(net.parameters(), lr=0.1), total_steps=10, compile="aot_eager")
+    x0 = torch.randn(8, 3, 8, 8)
+    step(x0, torch.arange(8))
+    net.eval()
+    step(x0, torch.arange(8))
+    assert step(x0, None).loss.isfinite()
+
+
+def test_an_objective_can_be_copied_and_pickled_after_a_step():
+    model, x0 = SoFlow(_net(_Small), impl="torch"), torch.randn(8, 3, 8, 8)
+    loss = model.loss(x0, torch.arange(8), 0.5).loss
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(other.loss(x0, torch.arange(8), 0.5).loss, loss)
+        assert other.network is not model.network
+
+
+def test_without_rows_that_need_it():
+    model = MeanFlow(_net(_Small), velocity_share=1.0, impl="torch")
+    assert model.loss(torch.randn(4, 3, 8, 8), torch.arange(4), 0.5).loss.isfinite()
 
 
 # ------------------------------------------------------------------------------------- what cannot be derived
@@ -181,6 +292,16 @@ class _Counting(Function):
         return self.norm(x)
 
 
+class _Straight(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.round()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient
+
+
 def _with_own_autocast(x, t):
     with torch.autocast("cpu", enabled=False):
         return x.float() @ x.float()
@@ -196,8 +317,11 @@ def _with_own_autocast(x, t):
         (Function(lambda x, t: (x, x)), "Function must return one tensor that depends on x"),
         (Function(lambda x, t: torch.linalg.vector_norm(x, 1, 1)), "has a rule only for the Euclid"),
         (Function(_with_own_autocast), "Function has a region with an autocast of its own around aten.matmul"),
+        (Function(lambda x, t: _Straight.apply(x * x.new_ones(1).requires_grad_())), "an autograd.Function, _Straight"),
+        (Function(lambda x, t: x.half().float()), "Function makes torch.float16 of what changes"),
+        (Function(lambda x, t: torch.div(x, 2, rounding_mode="floor")), "has no rule for rounding_mode='floor'"),
         (_Branching(None), "_Branching cannot be captured by torch.export"),
-        (_Counting(), "_Counting changes its buffer 'norm.*' in a forward"),
+        (_Counting(), "_Counting changes 'norm.*' in its forward"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_derived_is_named(net, sentence, caplog):
@@ -209,7 +333,6 @@ def test_what_cannot_be_derived_is_named(net, sentence, caplog):
     with caplog.at_level(logging.WARNING):
         model.prepare(x, None)
     assert "takes two forwards in float32: " in caplog.text
-    assert model.quotient == "two_forwards"
     assert model.needs_float32
     for model, remedy in (
         (SoFlow(net, guidance_scale=1.0, label_drop=0.0, quotient="tangent"), "quotient='tangent' needs a difference"),

@@ -11,7 +11,10 @@ ROOT = Path(__file__).parents[1]
 # A module may import from its own floor and from those below it.
 FLOORS = [
     ["kernels"],
-    ["config", "config_io", "difference_rules", "differencing", "interop", "paths"],
+    [
+        "config", "config_io", "derivation", "difference_nonlinear", "difference_rules", "differencing", "interop",
+        "paths",
+    ],
     [
         "attention", "build", "capture", "checkpoint", "data", "dit", "ema", "encode", "evaluate", "fidelity",
         "images", "layers", "memory", "objectives", "optim", "pair", "precision", "sample",

@@ -1,5 +1,6 @@
 """Training with a network, an objective or data given as objects."""
 
+import logging
 from dataclasses import replace
 
 import pytest
@@ -38,6 +39,22 @@ def test_given_network_and_data(tmp_path, wrapped):
     assert (loaded.model.num_classes, loaded.soflow.guidance_scale, step) == (10, run.model.guidance_scale, 6)
     assert model.guidance_scale == run.model.guidance_scale
     assert all(torch.equal(value, run.ema.state_dict()[name]) for name, value in model.state_dict().items())
+
+
+class _Branching(UNet):
+    def forward(self, x, t, s, labels=None):
+        return super().forward(x, t, s, labels) if t.max() <= 2 else x
+
+
+def test_an_objective_that_took_two_forwards_is_still_the_same(tmp_path, caplog):
+    """Its network cannot be captured; what the run records is what was asked for."""
+    model = SoFlow(_Branching(channels=1))
+    with caplog.at_level(logging.WARNING):
+        Trainer(tiny_config(tmp_path, total_steps=1), model=model).fit()
+    assert "takes two forwards in float32: _Branching cannot be captured by torch.export" in caplog.text
+    config, _, step = trainer.load_run(tmp_path, model=model)
+    assert (config.soflow.quotient, step) == ("difference", 1)
+    Trainer(tiny_config(tmp_path, total_steps=1), model=model).fit()
 
 
 @pytest.mark.parametrize("make", [SoFlow, MeanFlow, FlowMatching])

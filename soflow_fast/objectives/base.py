@@ -58,7 +58,7 @@ class Objective(nn.Module):
         super().__init__()
         require_range("velocity_share", velocity_share, 0, 1)
         self.network, self.velocity_share = net, velocity_share
-        self._derived = None if hasattr(net, "forward_difference") else ForwardDifference(net)
+        self._derived: ForwardDifference | None = None
         self.needs_float32 = False
         self.impl = kernels.resolve_impl(impl or getattr(net, "impl", "auto"))
 
@@ -69,11 +69,24 @@ class Objective(nn.Module):
 
     @property
     def forward_difference(self):
-        """The network's own, or the one derived from its operators."""
+        """The network's own, or after :meth:`prepare` the one derived from its operators."""
         return self._derived or self.network.forward_difference
 
+    def derive(self, x: Tensor, labels: Tensor | None, mode: str) -> None:
+        """Derives the difference forward of a network that has none, for rows of this form.
+
+        Raises:
+            ValueError: where it cannot be derived.
+        """
+        if hasattr(self.network, "forward_difference"):
+            self._derived = None
+            return
+        if self._derived is None or self._derived.net is not self.network:
+            self._derived = ForwardDifference(self.network)
+        self._derived.prepare(x, labels, mode)
+
     def prepare(self, x: Tensor, labels: Tensor | None) -> None:
-        """Readies what cannot be made while the loss is compiled, for rows of this form; nothing by default.
+        """Readies what cannot be made while the loss is compiled, for rows of this form; before every step.
 
         Args:
             x: (n, C, H, W) samples that do not only train the velocity; their values do not matter. labels: of a batch.

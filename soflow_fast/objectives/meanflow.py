@@ -91,10 +91,10 @@ class MeanFlow(Objective):
         Raises:
             ValueError: where it cannot be derived.
         """
-        if self._derived is None or self.derivative != "tangent":
+        if self.derivative != "tangent":
             return
         try:
-            self._derived.prepare(x, labels, "tangent")
+            self.derive(x, labels, "tangent")
         except ValueError as error:
             raise ValueError(
                 f"derivative='tangent' needs a difference forward, and {error}; write the network's "

@@ -54,7 +54,7 @@ class SoFlow(Objective):
         min_gap: the smallest ``t−l`` (never more than ``t−s``); 0 only with the difference forward.
         quotient: ``difference`` carries ``F(x_l,l,s) − F(x_t,t,s)`` through the network without cancellation, by its
             ``forward_difference`` or one derived from its operators, see :mod:`soflow_fast.differencing`; where that is
-            not possible it becomes ``two_forwards``, in float32, and a warning says why. ``two_forwards`` subtracts two
+            not possible it takes two forwards, in float32, and a warning says why. ``two_forwards`` subtracts two
             outputs; ``tangent`` is the limit of a gap of 0.
         impl: of the reductions; by default the network's own, see :func:`soflow_fast.kernels.resolve_impl`.
 
@@ -108,6 +108,7 @@ class SoFlow(Objective):
                 "use quotient='difference' or min_gap=1e-4"
             )
         self.path, self.parameterization, self.quotient = path, parameterization, quotient
+        self._subtracts = quotient == "two_forwards"
         self.guidance_scale, self.guidance_mix = guidance_scale, guidance_mix
         self.guidance_decay_time, self.label_drop = guidance_decay_time, label_drop
         self.p, self.eps = p, eps
@@ -131,10 +132,10 @@ class SoFlow(Objective):
         Raises:
             ValueError: where it cannot be derived and two forwards are no way out.
         """
-        if self._derived is None or self.quotient == "two_forwards":
+        if self._subtracts:
             return
         try:
-            self._derived.prepare(x, labels, self.quotient)
+            self.derive(x, labels, self.quotient)
         except ValueError as error:
             if self.quotient == "tangent" or self.min_gap == 0:
                 needs = "quotient='tangent'" if self.quotient == "tangent" else "min_gap=0"
@@ -143,7 +144,7 @@ class SoFlow(Objective):
                     "use quotient='two_forwards' with min_gap=1e-4"
                 ) from error
             _log.warning("the consistency quotient takes two forwards in float32: %s", error)
-            self.quotient, self.needs_float32 = "two_forwards", True
+            self._subtracts = self.needs_float32 = True
 
     # --------------------------------------------------------------------------------------------------- losses
 
@@ -307,7 +308,7 @@ class SoFlow(Objective):
         """``F(x_t,t,s)``, and of the given rows ``F(x_l,l,s) − F(x_t,t,s)`` (tangent: its limit over the gap)."""
         if not torch.compiler.is_compiling():
             self.prepare(x_t[rows], labels)
-        if self.quotient != "two_forwards":
+        if not self._subtracts:
             step = torch.ones_like(gap) if self.quotient == "tangent" else gap
             dx = -step.view(-1, 1, 1, 1) * v
             return self.forward_difference(x_t, t, s, labels, dx, -step, rows=rows, mode=self.quotient)

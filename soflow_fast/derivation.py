@@ -1,0 +1,121 @@
+"""From a network's graph of torch's operators to the graph of its value and its difference."""
+
+import operator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export import ExportedProgram
+
+from soflow_fast import difference_nonlinear, kernels  # noqa: F401, the rules that it registers
+from soflow_fast.difference_rules import RULES, aten
+
+# Only names of sizes and strides as they were when captured; of another attention or dtype strides may differ.
+_RESHAPES = {aten.view.default: aten.reshape.default, aten._unsafe_view.default: aten.reshape.default}
+
+# What depends on the form of an argument alone.
+_OF_FORM = {aten.zeros_like, aten.ones_like, aten.full_like, aten.empty_like, aten.rand_like, aten.randn_like}
+_OF_FORM |= {aten.new_zeros, aten.new_ones, aten.new_full, aten.new_empty}
+
+
+class Derived(NamedTuple):
+    """A network's graph with differences, and the names of the parameters and buffers that it takes first."""
+
+    run: fx.GraphModule
+    names: tuple[str, ...]
+
+
+class Derivation:
+    """A program's graph with, beside every node that changes with x and t, the node of its difference.
+
+    Args:
+        program: of the network called ``name``, functional. tangent: of the rules.
+    """
+
+    def __init__(self, program: ExportedProgram, name: str, tangent: bool):
+        self.program, self.name, self.tangent = program, name, tangent
+        self.graph = fx.Graph()
+        self.values: dict[fx.Node, fx.Node] = {}
+        self.differences: dict[fx.Node, fx.Node] = {}
+
+    def derive(self) -> Derived:
+        """The graph that takes (parameters and buffers, inputs, dx, dt) and returns ``(F, dF)``."""
+        signature, constants = self.program.graph_signature, nn.Module()
+        held = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+        fixed = signature.inputs_to_lifted_tensor_constants
+        given = [
+            node
+            for node in self.program.graph.find_nodes(op="placeholder")
+            if node.name not in fixed and isinstance(node.meta["val"], Tensor)  # and not labels=None
+        ]
+        x, t = [node for node in given if node.name not in held][:2]
+        for node in given:
+            self.values[node] = self.graph.placeholder(node.name)
+        for node, name in ((x, "dx"), (t, "dt")):
+            self.differences[node] = self.graph.placeholder(name)
+        self.on_gpu = x.meta["val"].is_cuda
+        for node in self.program.graph.nodes:
+            if node.op == "placeholder" and node.name in fixed:
+                constants.register_buffer(node.name, self.program.constants[fixed[node.name]])
+                self.values[node] = self.graph.get_attr(node.name)
+            elif node.op == "get_attr":
+                raise ValueError(f"{self.name} has a region, {node.target!r}, that cannot be looked into")
+            elif node.op == "call_function" and "_assert" not in str(node.target):  # of dtypes, which autocast changes
+                self._add(node)
+        output = self.program.graph.output_node().args[0]
+        if len(output) != 1 or output[0] not in self.differences:
+            raise ValueError(f"{self.name} must return one tensor that depends on x")
+        self.graph.output((self.values[output[0]], self.differences[output[0]]))
+        self.graph.eliminate_dead_code()
+        module = fx.GraphModule(constants, self.graph)
+        examples = [node.meta["val"] for node in (*given, x, t)]
+        with examples[0].fake_mode:
+            module(*examples)  # a rule that does not apply is found here
+        return Derived(module, tuple(held[node.name] for node in given if node.name in held))
+
+    def _add(self, node: fx.Node) -> None:
+        """An operator and, if what it computes changes, its rule."""
+        target = _RESHAPES.get(node.target, node.target)
+        arguments, keywords = fx.node.map_arg((node.args, node.kwargs), self.values.get)
+        self.values[node] = self.graph.call_function(target, arguments, keywords)
+        packet = getattr(target, "overloadpacket", None)
+        moving = tuple(self._moving(argument) for argument in node.args)
+        if packet in _OF_FORM or not any(d is not None for d in moving):
+            return
+        out = node.meta["val"]
+        if target is operator.getitem:
+            if out.is_floating_point() or out.is_complex():
+                self.differences[node] = self.graph.call_function(target, (moving[0], arguments[1]))
+            return
+        if packet not in RULES or self._moving(tuple(node.kwargs.values())) is not None:
+            raise ValueError(
+                f"{self.name} calls {target}, which has no rule; add one to soflow_fast.difference_rules.RULES"
+            )
+        if isinstance(out, Tensor) and (
+            out.dtype == torch.float16 or not (out.is_floating_point() or out.is_complex())
+        ):
+            raise ValueError(f"{self.name} makes {out.dtype} of what changes, by {target}")
+        self.differences[node] = self.graph.call_function(
+            self._rule(target), (self.values[node], arguments, moving), keywords
+        )
+
+    def _moving(self, argument):
+        """The differences inside an argument, in its structure; None where nothing in it changes."""
+        if isinstance(argument, fx.Node):
+            return self.differences.get(argument)
+        if isinstance(argument, (list, tuple)):
+            inside = [self._moving(a) for a in argument]
+            return inside if any(d is not None for d in inside) else None
+        return None
+
+    def _rule(self, target):
+        """An operator's rule as a function of its output, its arguments and their differences."""
+        rule, tangent, chosen = RULES[target.overloadpacket], self.tangent, {}
+        if target.overloadpacket is aten.scaled_dot_product_attention and self.on_gpu:
+            chosen = {"ops": kernels.ops(kernels.resolve_impl("auto"))}
+
+        def difference(out, arguments, differences, **keywords):
+            with torch.no_grad():
+                return rule(target, out, arguments, differences, tangent, **chosen, **keywords)
+
+        return difference

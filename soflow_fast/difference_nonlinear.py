@@ -1,0 +1,268 @@
+"""The differences of nonlinear operators: functions of every number alone, norms, softmax and attention."""
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from soflow_fast.difference_rules import RULES, Rule, aten, bilinear, like, refuse, rule_for, wide
+from soflow_fast.kernels import reference_difference as reference
+
+# The largest head dim that the fused kernel of attention's difference takes in every dtype.
+_FUSED_HEAD_DIM = 80
+
+# A change of an exponent after which the plain subtraction keeps its digits, and the other forms may overflow.
+_LARGE = 20.0
+
+
+# ----------------------------------------------------------------------------- functions of every number alone
+
+
+def _of_a_number(rule: Callable[[Tensor, Tensor, bool], Tensor]) -> Rule:
+    """A rule from ``f(x+d) − f(x)`` as a function of x, d and tangent."""
+
+    def apply(operator, out, arguments, differences, tangent, **keywords):
+        return like(rule(*wide(arguments[0], differences[0]), tangent), out)
+
+    return apply
+
+
+def _quotient(change: Tensor, by: Tensor) -> Tensor:
+    """0 where nothing changes, also by 0."""
+    return torch.where(change == 0, 0, change / by)
+
+
+def _root_difference(x: Tensor, d: Tensor, tangent: bool) -> Tensor:
+    root = torch.sqrt(x)
+    return _quotient(d, 2 * root if tangent else root + torch.sqrt(x + d))
+
+
+def _rsqrt_difference(x: Tensor, d: Tensor, tangent: bool) -> Tensor:
+    root, moved = torch.sqrt(x), torch.sqrt(x if tangent else x + d)
+    return _quotient(-d, root * moved * (root + moved))
+
+
+def _sigmoid_difference(x: Tensor, d: Tensor, tangent: bool) -> Tensor:
+    """``−expm1(−d) σ(x+d) σ(−x)``; of changes so large that this overflows, the subtraction."""
+    if tangent:
+        return d * torch.sigmoid(x) * torch.sigmoid(-x)
+    moved = torch.sigmoid(x + d)
+    change = -reference.expm1(-d.clamp(min=-_LARGE)) * moved * torch.sigmoid(-x)
+    return torch.where(d < -_LARGE, moved - torch.sigmoid(x), change)
+
+
+def _silu_difference(x: Tensor, d: Tensor, tangent: bool) -> Tensor:
+    return d * torch.sigmoid(x if tangent else x + d) + x * _sigmoid_difference(x, d, tangent)
+
+
+def _sin_difference(x: Tensor, d: Tensor, tangent: bool) -> Tensor:
+    return torch.cos(x) * d if tangent else 2 * torch.cos(x + d / 2) * torch.sin(d / 2)
+
+
+def _cos_difference(x: Tensor, d: Tensor, tangent: bool) -> Tensor:
+    return -torch.sin(x) * d if tangent else -2 * torch.sin(x + d / 2) * torch.sin(d / 2)
+
+
+def _tanh_difference(x: Tensor, d: Tensor, tangent: bool) -> Tensor:
+    tanh = torch.tanh(x)
+    if tangent:
+        return d * (1 - tanh * tanh)
+    return reference.tanh_difference(torch.tanh(x + d), tanh, d)
+
+
+def _square_difference(x: Tensor, d: Tensor, tangent: bool) -> Tensor:
+    return d * (2 * x if tangent else 2 * x + d)
+
+
+RULES |= {
+    aten.sqrt: _of_a_number(_root_difference),
+    aten.rsqrt: _of_a_number(_rsqrt_difference),
+    aten.sin: _of_a_number(_sin_difference),
+    aten.cos: _of_a_number(_cos_difference),
+    aten.tanh: _of_a_number(_tanh_difference),
+    aten.sigmoid: _of_a_number(_sigmoid_difference),
+    aten.exp: _of_a_number(lambda x, d, tangent: torch.exp(x) * (d if tangent else reference.expm1(d))),
+    aten.log: _of_a_number(lambda x, d, tangent: d / x if tangent else torch.log1p(d / x)),
+    aten.silu: _of_a_number(_silu_difference),
+    aten.square: _of_a_number(_square_difference),
+}
+
+
+@rule_for(
+    *(aten.relu, aten.leaky_relu, aten.elu, aten.celu, aten.selu, aten.softplus, aten.mish, aten.hardswish, aten.erf),
+    *(
+        aten.hardtanh,
+        aten.relu6,
+        aten.abs,
+        aten.clamp,
+        aten.clamp_min,
+        aten.clamp_max,
+        aten.log1p,
+        aten.expm1,
+        aten.atan,
+    ),
+    *(aten.log_sigmoid, aten.logaddexp, aten.hardsigmoid, aten.maximum, aten.minimum, aten.atan2, aten.log2, aten.exp2),
+)
+def _in_float64(operator, out, arguments, differences, tangent, **keywords):
+    """Of functions of numbers without a form of their own: float64 has the digits that a subtraction loses."""
+    values = [x.double() if isinstance(x, Tensor) else x for x in arguments]
+    moving = [i for i, d in enumerate(differences) if d is not None]
+
+    def function(*moved):
+        full = list(values)
+        for i, x in zip(moving, moved, strict=True):
+            full[i] = x
+        return operator(*full, **keywords)
+
+    d = tuple(differences[i].double() for i in moving)
+    if tangent:
+        return torch.func.jvp(function, tuple(values[i] for i in moving), d)[1].to(out.dtype)
+    return (
+        function(*(values[i] + step for i, step in zip(moving, d, strict=True)))
+        - function(*(values[i] for i in moving))
+    ).to(out.dtype)
+
+
+@rule_for(aten.pow)
+def _pow(operator, out, arguments, differences, tangent):
+    (x, exponent), d = arguments, differences[0]
+    if isinstance(exponent, (int, float)) and exponent in (2, 0.5, -0.5):
+        rule = {2: _square_difference, 0.5: _root_difference, -0.5: _rsqrt_difference}[exponent]
+        return like(rule(*wide(x, d), tangent), out)
+    return _in_float64(operator, out, arguments, differences, tangent)
+
+
+@rule_for(aten.gelu)
+def _gelu(operator, out, arguments, differences, tangent, approximate="none"):
+    if approximate == "tanh":
+        return like(reference.gelu_difference(*wide(arguments[0], differences[0]), tangent=tangent), out)
+    return _in_float64(operator, out, arguments, differences, tangent)
+
+
+# ------------------------------------------------------------------------------- norms, softmax and attention
+
+
+def _normalized(x: Tensor, d: Tensor, weight: Tensor | None, eps: float, tangent: bool) -> Tensor:
+    _, dn = reference.normalized_difference(x, d, eps=eps, tangent=tangent)
+    return dn if weight is None else dn * weight
+
+
+def _centred(x: Tensor, dims=-1) -> Tensor:
+    return x - x.mean(dims, keepdim=True)
+
+
+def _weights_that_stay(operator, differences: Sequence) -> None:
+    if any(d is not None for d in differences[1:]):
+        refuse(operator, "has no rule for a weight or bias that changes")
+
+
+@rule_for(aten.layer_norm)
+def _layer_norm(operator, out, arguments, differences, tangent):
+    _weights_that_stay(operator, differences)
+    x, shape, weight, _, eps, *_ = (*arguments, None, None, 1e-5)[:5]
+    k = len(shape)
+    x, d = (_centred(y.flatten(-k)) for y in wide(x, differences[0]))
+    change = _normalized(x, d, None if weight is None else weight.flatten(), eps, tangent)
+    return like(change.view(out.shape), out)
+
+
+@rule_for(aten.rms_norm)
+def _rms_norm(operator, out, arguments, differences, tangent):
+    _weights_that_stay(operator, differences)
+    x, shape, weight, eps = (*arguments, None, None)[:4]
+    eps = torch.finfo(torch.promote_types(x.dtype, torch.float32)).eps if eps is None else eps
+    k = len(shape)
+    x, d = (y.flatten(-k) for y in wide(x, differences[0]))
+    change = _normalized(x, d, None if weight is None else weight.flatten(), eps, tangent)
+    return like(change.view(out.shape), out)
+
+
+@rule_for(aten.group_norm)
+def _group_norm(operator, out, arguments, differences, tangent):
+    _weights_that_stay(operator, differences)
+    x, groups, weight, _, eps = (*arguments, None, None, 1e-5)[:5]
+    grouped = [_centred(y.unflatten(1, (groups, -1)).flatten(2)) for y in wide(x, differences[0])]
+    change = _normalized(*grouped, None, eps, tangent).view(out.shape)
+    if weight is not None:
+        change = change * weight.view(-1, *[1] * (out.ndim - 2))
+    return like(change, out)
+
+
+@rule_for(aten.linalg_vector_norm)
+def _norm(operator, out, arguments, differences, tangent, **keywords):
+    """``(Σ 2xd + d²)/(|x+d| + |x|)`` of the Euclidean norm."""
+    order, dims, keep = (*arguments[1:], *(2, None, False)[len(arguments) - 1 :])
+    if order != 2:
+        refuse(operator, "has a rule only for the Euclidean norm")
+    x, d = wide(arguments[0], differences[0])
+    dims = tuple(range(x.ndim)) if dims is None else dims
+    norm = torch.linalg.vector_norm(x, dim=dims, keepdim=keep)
+    moved = norm if tangent else torch.linalg.vector_norm(x + d, dim=dims, keepdim=keep)
+    return like(_quotient(_square_difference(x, d, tangent).sum(dims, keep), norm + moved), out)
+
+
+def _softmax_difference(p: Tensor, x: Tensor, d: Tensor, dim: int, tangent: bool) -> Tensor:
+    """``P(E−Z)/(1+Z)`` with ``E = expm1(d)``, ``Z = Σ P E``; of large changes, the subtraction.
+
+    What is masked, with P = 0, may change as it likes. A change of all alike is taken out first: softmax does not see
+    it, and it would cancel only approximately.
+    """
+    centred = torch.where(p == 0, 0, d)
+    centred = centred - (p * centred).sum(dim, keepdim=True)
+    if tangent:
+        return p * centred
+    e = reference.expm1(centred.clamp(-_LARGE, _LARGE))
+    z = (p * e).sum(dim, keepdim=True)
+    large = (d - d.amin(dim, keepdim=True)).amax(dim, keepdim=True) > _LARGE
+    return torch.where(large, torch.softmax(x + d, dim) - p, p * (e - z) / (1 + z))
+
+
+@rule_for(aten.softmax)
+def _softmax(operator, out, arguments, differences, tangent, **keywords):
+    x, d = wide(arguments[0], differences[0])
+    dim = arguments[1]
+    return like(_softmax_difference(torch.softmax(x, dim), x, d, dim, tangent), out)
+
+
+@rule_for(aten.log_softmax)
+def _log_softmax(operator, out, arguments, differences, tangent, **keywords):
+    """``d − log(1+Z)``."""
+    x, d = wide(arguments[0], differences[0])
+    dim = arguments[1]
+    p = torch.softmax(x, dim)
+    d = d - (p * d).sum(dim, keepdim=True)
+    return like(d if tangent else d - torch.log1p((p * reference.expm1(d)).sum(dim, keepdim=True)), out)
+
+
+@rule_for(aten.scaled_dot_product_attention)
+def _attention(operator, out, arguments, differences, tangent, ops=reference, scale=None, enable_gqa=False, **options):
+    names = ("attn_mask", "dropout_p", "is_causal")
+    options = {**dict(zip(names, arguments[3:], strict=False)), **options}
+    if options.get("dropout_p") or enable_gqa or any(d is not None for d in differences[3:]):
+        refuse(operator, "has no rule for dropout, groups of heads and a mask that changes")
+    q, k, v = (x.to(out.dtype) for x in arguments[:3])
+    pairs = zip((q, k, v), differences[:3], strict=True)
+    dq, dk, dv = (torch.zeros_like(x) if d is None else d.to(out.dtype) for x, d in pairs)
+    h = q.shape[-1]
+    scale = 1 / math.sqrt(h) if scale is None else scale
+    mask, causal = options.get("attn_mask"), options.get("is_causal", False)
+    if mask is not None or causal:
+        return like(_masked_attention(*wide(q, k, v, dq, dk, dv), scale, mask, causal, tangent), out)
+    factor = scale * math.sqrt(h)  # the op has 1/√h
+    if factor != 1:
+        q, dq = q * factor, dq * factor
+    if out.ndim != 4 or h > _FUSED_HEAD_DIM or not q.shape == k.shape == v.shape:
+        ops = reference
+    return ops.attention_difference(q, k, v, dq, dk, dv, out, tangent=tangent).to(out.dtype)
+
+
+def _masked_attention(q, k, v, dq, dk, dv, scale: float, mask: Tensor | None, causal: bool, tangent: bool) -> Tensor:
+    scores = q @ k.mT * scale
+    if causal:
+        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
+    scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask
+    p = torch.softmax(scores, -1)
+    change = bilinear(torch.matmul, q, k.mT, dq, dk.mT, tangent) * scale
+    dp = _softmax_difference(p, scores, change, -1, tangent)
+    return bilinear(torch.matmul, p, v, dp, dv, tangent)
