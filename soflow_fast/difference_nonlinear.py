@@ -90,19 +90,10 @@ RULES |= {
 
 
 @rule_for(
-    *(aten.relu, aten.leaky_relu, aten.elu, aten.celu, aten.selu, aten.softplus, aten.mish, aten.hardswish, aten.erf),
-    *(
-        aten.hardtanh,
-        aten.relu6,
-        aten.abs,
-        aten.clamp,
-        aten.clamp_min,
-        aten.clamp_max,
-        aten.log1p,
-        aten.expm1,
-        aten.atan,
-    ),
-    *(aten.log_sigmoid, aten.logaddexp, aten.hardsigmoid, aten.maximum, aten.minimum, aten.atan2, aten.log2, aten.exp2),
+    *(aten.relu, aten.relu6, aten.leaky_relu, aten.elu, aten.celu, aten.selu, aten.softplus, aten.mish, aten.hardswish),
+    *(aten.hardtanh, aten.hardsigmoid, aten.log_sigmoid, aten.abs, aten.clamp, aten.clamp_min, aten.clamp_max),
+    *(aten.erf, aten.log1p, aten.log2, aten.exp2, aten.expm1, aten.atan),
+    *(aten.atan2, aten.logaddexp, aten.maximum, aten.minimum),
 )
 def _in_float64(operator, out, arguments, differences, tangent, **keywords):
     """Of functions of numbers without a form of their own: float64 has the digits that a subtraction loses."""
@@ -115,13 +106,10 @@ def _in_float64(operator, out, arguments, differences, tangent, **keywords):
             full[i] = x
         return operator(*full, **keywords)
 
-    d = tuple(differences[i].double() for i in moving)
+    x, d = (tuple(y[i].double() for i in moving) for y in (arguments, differences))
     if tangent:
-        return torch.func.jvp(function, tuple(values[i] for i in moving), d)[1].to(out.dtype)
-    return (
-        function(*(values[i] + step for i, step in zip(moving, d, strict=True)))
-        - function(*(values[i] for i in moving))
-    ).to(out.dtype)
+        return torch.func.jvp(function, x, d)[1].to(out.dtype)
+    return (function(*map(torch.add, x, d)) - function(*x)).to(out.dtype)
 
 
 @rule_for(aten.pow)
@@ -245,19 +233,18 @@ def _attention(operator, out, arguments, differences, tangent, ops=reference, sc
     pairs = zip((q, k, v), differences[:3], strict=True)
     dq, dk, dv = (torch.zeros_like(x) if d is None else d.to(out.dtype) for x, d in pairs)
     h = q.shape[-1]
-    scale = 1 / math.sqrt(h) if scale is None else scale
+    if scale is not None:  # in place of the 1/√h of the ops
+        q, dq = (x * (scale * math.sqrt(h)) for x in (q, dq))
     mask, causal = options.get("attn_mask"), options.get("is_causal", False)
     if mask is not None or causal:
-        return like(_masked_attention(*wide(q, k, v, dq, dk, dv), scale, mask, causal, tangent), out)
-    factor = scale * math.sqrt(h)  # the op has 1/√h
-    if factor != 1:
-        q, dq = q * factor, dq * factor
+        return like(_masked_attention(*wide(q, k, v, dq, dk, dv), mask, causal, tangent), out)
     if out.ndim != 4 or h > _FUSED_HEAD_DIM or not q.shape == k.shape == v.shape:
         ops = reference
     return ops.attention_difference(q, k, v, dq, dk, dv, out, tangent=tangent).to(out.dtype)
 
 
-def _masked_attention(q, k, v, dq, dk, dv, scale: float, mask: Tensor | None, causal: bool, tangent: bool) -> Tensor:
+def _masked_attention(q, k, v, dq, dk, dv, mask: Tensor | None, causal: bool, tangent: bool) -> Tensor:
+    scale = 1 / math.sqrt(q.shape[-1])
     scores = q @ k.mT * scale
     if causal:
         mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
