@@ -259,6 +259,12 @@ def test_a_row_too_large_for_the_memory_alone_is_skipped():
     assert rows["b"] == {"skipped": "out of memory at batch 4", "failed": False}
 
 
+def test_a_derived_difference_counts_the_work_of_the_one_by_hand():
+    workload = Workload("small", 4, "cpu")
+    derived, by_hand = (flops_per_sample(ROWS[f"soflow/{name}"], workload) for name in ("derived", "merged-compile"))
+    assert 0.97 < derived / by_hand < 1.03
+
+
 def test_rows_are_timed_in_turns():
     track, order = Track(Workload("small", 4, "cpu"), seconds=0.02), []
     labels = torch.zeros(4)
