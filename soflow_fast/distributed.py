@@ -102,6 +102,7 @@ def whose() -> str:
 def leave() -> None:
     """Ends what :func:`join` began, after the last use of the processes; does nothing in a process alone."""
     if dist.is_initialized():
+        dist.barrier()  # a process that ends while another still works may abort
         dist.destroy_process_group()
 
 

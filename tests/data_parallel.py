@@ -25,6 +25,7 @@ def main(path: str, precision: str, compiled: bool) -> None:
         losses.append(loss.item() / world)
     if rank == 0:
         torch.save({"losses": losses, "parameters": model.state_dict(), "ema": ema.state_dict()}, path)
+    dist.barrier()  # else one that ends while the other saves may abort
     dist.destroy_process_group()
 
 
