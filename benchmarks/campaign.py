@@ -152,9 +152,10 @@ class Campaign:
         end, failed = time.monotonic() + seconds, []
         self.folder.mkdir(parents=True, exist_ok=True)
         for stage in stages:
-            if self.state(stage) == "too large":
+            state = self.state(stage)
+            if state == "too large":
                 print(f"{stage.name}: needs {stage.gib} GiB of GPU memory, this card has {self.gib:.0f}", flush=True)
-            if self.state(stage) in ("done", "too large"):
+            if state in ("done", "too large"):
                 continue
             left = end - time.monotonic()
             if left < (min(stage.seconds, 120) if stage.rows else stage.seconds):

@@ -131,13 +131,20 @@ def _gelu(operator, out, arguments, differences, tangent, approximate="none"):
 # ------------------------------------------------------------------------------- norms, softmax and attention
 
 
-def _normalized(x: Tensor, d: Tensor, weight: Tensor | None, eps: float, tangent: bool) -> Tensor:
+def norm_difference(x: Tensor, d: Tensor, weight: Tensor | None, *, eps: float, centred: bool, tangent: bool) -> Tensor:
+    """The difference of LayerNorm, or without centring of RMSNorm, over the last axis; float32 or wider."""
+    x, d = wide(x, d)
+    if centred:
+        x, d = (y - y.mean(-1, keepdim=True) for y in (x, d))
     _, dn = reference.normalized_difference(x, d, eps=eps, tangent=tangent)
     return dn if weight is None else dn * weight
 
 
-def _centred(x: Tensor, dims=-1) -> Tensor:
-    return x - x.mean(dims, keepdim=True)
+def _over(shape: Sequence[int], out: Tensor, x: Tensor, d: Tensor, weight: Tensor | None, **options) -> Tensor:
+    """:func:`norm_difference` over the last axes, as many as the shape has."""
+    x, d = (y.flatten(-len(shape)) for y in (x, d))
+    change = norm_difference(x, d, None if weight is None else weight.flatten(), **options)
+    return like(change.view(out.shape), out)
 
 
 def _weights_that_stay(operator, differences: Sequence) -> None:
@@ -149,10 +156,7 @@ def _weights_that_stay(operator, differences: Sequence) -> None:
 def _layer_norm(operator, out, arguments, differences, tangent):
     _weights_that_stay(operator, differences)
     x, shape, weight, _, eps, *_ = (*arguments, None, None, 1e-5)[:5]
-    k = len(shape)
-    x, d = (_centred(y.flatten(-k)) for y in wide(x, differences[0]))
-    change = _normalized(x, d, None if weight is None else weight.flatten(), eps, tangent)
-    return like(change.view(out.shape), out)
+    return _over(shape, out, x, differences[0], weight, eps=eps, centred=True, tangent=tangent)
 
 
 @rule_for(aten.rms_norm)
@@ -160,18 +164,15 @@ def _rms_norm(operator, out, arguments, differences, tangent):
     _weights_that_stay(operator, differences)
     x, shape, weight, eps = (*arguments, None, None)[:4]
     eps = torch.finfo(torch.promote_types(x.dtype, torch.float32)).eps if eps is None else eps
-    k = len(shape)
-    x, d = (y.flatten(-k) for y in wide(x, differences[0]))
-    change = _normalized(x, d, None if weight is None else weight.flatten(), eps, tangent)
-    return like(change.view(out.shape), out)
+    return _over(shape, out, x, differences[0], weight, eps=eps, centred=False, tangent=tangent)
 
 
 @rule_for(aten.group_norm)
 def _group_norm(operator, out, arguments, differences, tangent):
     _weights_that_stay(operator, differences)
     x, groups, weight, _, eps = (*arguments, None, None, 1e-5)[:5]
-    grouped = [_centred(y.unflatten(1, (groups, -1)).flatten(2)) for y in wide(x, differences[0])]
-    change = _normalized(*grouped, None, eps, tangent).view(out.shape)
+    grouped = (y.unflatten(1, (groups, -1)).flatten(2) for y in (x, differences[0]))
+    change = norm_difference(*grouped, None, eps=eps, centred=True, tangent=tangent).view(out.shape)
     if weight is not None:
         change = change * weight.view(-1, *[1] * (out.ndim - 2))
     return like(change, out)

@@ -18,6 +18,8 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
+from soflow_fast.difference_nonlinear import norm_difference
+from soflow_fast.difference_rules import bilinear
 from soflow_fast.kernels import reference_difference as reference
 
 
@@ -63,8 +65,7 @@ def add(x: Pair, y: Pair) -> Pair:
 
 @torch.no_grad()
 def _product_difference(x: Pair, y: Pair) -> Tensor:
-    moved = x.value if x.tangent else x.value + x.difference
-    return x.difference * y.value + moved * y.difference
+    return bilinear(torch.mul, x.value, y.value, x.difference, y.difference, x.tangent)
 
 
 def multiply(x: Pair, y: Pair) -> Pair:
@@ -87,24 +88,20 @@ def conv2d(x: Pair, weight: Tensor, bias: Tensor | None = None, **options) -> Pa
 
 
 @torch.no_grad()
-def _norm_difference(x: Pair, weight: Tensor | None, eps: float, centered: bool) -> Tensor:
-    value, difference = reference.wide(*x)
-    if centered:
-        value, difference = (y - y.mean(-1, keepdim=True) for y in (value, difference))
-    _, dn = reference.normalized_difference(value, difference, eps=eps, tangent=x.tangent)
-    return (dn if weight is None else dn * weight).to(x.difference.dtype)
+def _norm_difference(x: Pair, weight: Tensor | None, eps: float, centred: bool) -> Tensor:
+    return norm_difference(*x, weight, eps=eps, centred=centred, tangent=x.tangent).to(x.difference.dtype)
 
 
 def layer_norm(x: Pair, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-6) -> Pair:
     """LayerNorm over the last axis."""
     value = nn.functional.layer_norm(x.value, x.value.shape[-1:], weight, bias, eps)
-    return Pair(value, _norm_difference(x, weight, eps, centered=True), x.tangent)
+    return Pair(value, _norm_difference(x, weight, eps, centred=True), x.tangent)
 
 
 def rms_norm(x: Pair, weight: Tensor | None = None, eps: float = 1e-6) -> Pair:
     """``x / √(mean(x²)+eps)`` over the last axis."""
     value = nn.functional.rms_norm(x.value, x.value.shape[-1:], weight, eps)
-    return Pair(value, _norm_difference(x, weight, eps, centered=False), x.tangent)
+    return Pair(value, _norm_difference(x, weight, eps, centred=False), x.tangent)
 
 
 def gelu(x: Pair) -> Pair:
