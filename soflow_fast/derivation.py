@@ -13,9 +13,9 @@ from soflow_fast.difference_rules import RULES, aten
 # Only names of sizes and strides as they were when captured; of another attention or dtype strides may differ.
 _RESHAPES = {aten.view.default: aten.reshape.default, aten._unsafe_view.default: aten.reshape.default}
 
-# What depends on the form of an argument alone.
-_OF_FORM = {aten.zeros_like, aten.ones_like, aten.full_like, aten.empty_like, aten.rand_like, aten.randn_like}
-_OF_FORM |= {aten.new_zeros, aten.new_ones, aten.new_full, aten.new_empty}
+#: What depends on the form of an argument alone.
+OF_FORM = {aten.zeros_like, aten.ones_like, aten.full_like, aten.empty_like, aten.rand_like, aten.randn_like}
+OF_FORM |= {aten.new_zeros, aten.new_ones, aten.new_full, aten.new_empty}
 
 
 class Derived(NamedTuple):
@@ -80,7 +80,7 @@ class Derivation:
         self.values[node] = self.graph.call_function(target, arguments, keywords)
         packet = getattr(target, "overloadpacket", None)
         moving = tuple(self._moving(argument) for argument in node.args)
-        if packet in _OF_FORM or not any(d is not None for d in moving):
+        if packet in OF_FORM or not any(d is not None for d in moving):
             return
         out = node.meta["val"]
         if target is operator.getitem:

@@ -92,11 +92,22 @@ RULES |= {
 @rule_for(
     *(aten.relu, aten.relu6, aten.leaky_relu, aten.elu, aten.celu, aten.selu, aten.softplus, aten.mish, aten.hardswish),
     *(aten.hardtanh, aten.hardsigmoid, aten.log_sigmoid, aten.abs, aten.clamp, aten.clamp_min, aten.clamp_max),
-    *(aten.erf, aten.log1p, aten.log2, aten.exp2, aten.expm1, aten.atan),
-    *(aten.atan2, aten.logaddexp, aten.maximum, aten.minimum),
+    *(aten.erf, aten.log1p, aten.log2, aten.log10, aten.exp2, aten.expm1, aten.tan, aten.atan, aten.sinh, aten.cosh),
+    *(aten.asinh, aten.floor, aten.ceil, aten.round, aten.sign, aten.prelu, aten.atan2, aten.logaddexp, aten.maximum),
+    *(aten.minimum, aten.amax, aten.amin, aten.max, aten.min, aten.sort, aten.topk, aten.prod, aten.cumprod),
+    *(aten.logsumexp, aten.max_pool2d, aten.adaptive_max_pool2d),
 )
 def _in_float64(operator, out, arguments, differences, tangent, **keywords):
-    """Of functions of numbers without a form of their own: float64 has the digits that a subtraction loses."""
+    """Of what has no form of its own: float64 has the digits that a subtraction loses.
+
+    Where the output is values and their indices, only the values have a difference.
+    """
+    if not isinstance(out, Tensor):
+
+        def values(*arguments, **keywords):
+            return operator(*arguments, **keywords)[0]
+
+        return _in_float64(values, out[0], arguments, differences, tangent, **keywords), None
     values = [x.double() if isinstance(x, Tensor) else x for x in arguments]
     moving = [i for i, d in enumerate(differences) if d is not None]
 
@@ -178,6 +189,44 @@ def _group_norm(operator, out, arguments, differences, tangent):
     return like(change, out)
 
 
+@rule_for(aten.instance_norm)
+def _instance_norm(operator, out, arguments, differences, tangent):
+    x, weight, bias, _, _, of_the_sample, _, eps, _ = arguments
+    if not of_the_sample:
+        refuse(operator, "has no rule for statistics of other samples")
+    return _group_norm(operator, out, (x, x.shape[1], weight, bias, eps), differences[:1], tangent)
+
+
+@rule_for(aten._native_batch_norm_legit_no_training)
+def _batch_norm(operator, out, arguments, differences, tangent):
+    """Of an evaluation: the statistics stay."""
+    _weights_that_stay(operator, differences)
+    (x, weight, *_, variance, _, eps), d = arguments, differences[0]
+    scale = torch.rsqrt(variance + eps) * (1 if weight is None else weight)
+    return like(d * scale.view(-1, *[1] * (x.ndim - 2)), out[0]), None, None
+
+
+@rule_for(aten.var, aten.var_mean, aten.std, aten.std_mean)
+def _variance(operator, out, arguments, differences, tangent, **keywords):
+    """A variance is quadratic, ``v(x+d) − v(x) = v'(x) d + v(d)``; of its root see the square root."""
+    packet = operator.overloadpacket
+    x, d = wide(arguments[0], differences[0])
+    variance = getattr(aten.var, operator._overloadname)
+
+    def of(x: Tensor) -> Tensor:
+        return variance(x, *arguments[1:], **keywords)
+
+    change = torch.func.jvp(of, (x,), (d,))[1]
+    if not tangent:
+        change = change + of(d)
+    if packet in (aten.std, aten.std_mean):
+        root = of(x).sqrt()
+        change = _quotient(change, root + (root if tangent else of(x + d).sqrt()))
+    if isinstance(out, Tensor):
+        return like(change, out)
+    return like(change, out[0]), operator(differences[0], *arguments[1:], **keywords)[1]
+
+
 @rule_for(aten.linalg_vector_norm)
 def _norm(operator, out, arguments, differences, tangent, **keywords):
     """``(Σ 2xd + d²)/(|x+d| + |x|)`` of the Euclidean norm."""
@@ -228,11 +277,13 @@ def _log_softmax(operator, out, arguments, differences, tangent, **keywords):
 def _attention(operator, out, arguments, differences, tangent, ops=reference, scale=None, enable_gqa=False, **options):
     names = ("attn_mask", "dropout_p", "is_causal")
     options = {**dict(zip(names, arguments[3:], strict=False)), **options}
-    if options.get("dropout_p") or enable_gqa or any(d is not None for d in differences[3:]):
-        refuse(operator, "has no rule for dropout, groups of heads and a mask that changes")
+    if any(d is not None for d in differences[3:]):
+        refuse(operator, "has no rule for a mask that changes")
     q, k, v = (x.to(out.dtype) for x in arguments[:3])
     pairs = zip((q, k, v), differences[:3], strict=True)
     dq, dk, dv = (torch.zeros_like(x) if d is None else d.to(out.dtype) for x, d in pairs)
+    if enable_gqa:
+        k, v, dk, dv = (_for_every_head(x, q) for x in (k, v, dk, dv))
     h = q.shape[-1]
     if scale is not None:  # in place of the 1/√h of the ops
         q, dq = (x * (scale * math.sqrt(h)) for x in (q, dq))
@@ -244,13 +295,47 @@ def _attention(operator, out, arguments, differences, tangent, ops=reference, sc
     return ops.attention_difference(q, k, v, dq, dk, dv, out, tangent=tangent).to(out.dtype)
 
 
-def _masked_attention(q, k, v, dq, dk, dv, mask: Tensor | None, causal: bool, tangent: bool) -> Tensor:
-    scale = 1 / math.sqrt(q.shape[-1])
+def _for_every_head(x: Tensor, q: Tensor) -> Tensor:
+    """Keys or values of groups of heads, one of each group for all of it."""
+    return x.repeat_interleave(q.shape[-3] // x.shape[-3], -3)
+
+
+def _scores(q: Tensor, k: Tensor, mask: Tensor | None, causal: bool, scale: float) -> Tensor:
     scores = q @ k.mT * scale
     if causal:
         mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
-    scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask
+    if mask is None:
+        return scores
+    return scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask
+
+
+def _masked_attention(q, k, v, dq, dk, dv, mask: Tensor | None, causal: bool, tangent: bool) -> Tensor:
+    scale = 1 / math.sqrt(q.shape[-1])
+    scores = _scores(q, k, mask, causal, scale)
     p = torch.softmax(scores, -1)
     change = bilinear(torch.matmul, q, k.mT, dq, dk.mT, tangent) * scale
     dp = _softmax_difference(p, scores, change, -1, tangent)
     return bilinear(torch.matmul, p, v, dp, dv, tangent)
+
+
+def attention_with_dropout(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """Scaled dot product attention by simpler operators, where a difference needs the mask that is drawn inside it.
+
+    Without dropout it is NotImplemented, by which torch keeps its own.
+    """
+    if not dropout_p:
+        return NotImplemented
+    if enable_gqa:
+        k, v = (_for_every_head(x, q) for x in (k, v))
+    scores = _scores(q, k, attn_mask, is_causal, 1 / math.sqrt(q.shape[-1]) if scale is None else scale)
+    return torch.dropout(torch.softmax(scores, -1), dropout_p, True) @ v

@@ -55,9 +55,16 @@ def like(difference: Tensor, out: Tensor) -> Tensor:
     *(aten.repeat_interleave, aten.split, aten.split_with_sizes, aten.unbind, aten.slice, aten.select, aten.diagonal),
     *(aten.index_select, aten.index, aten.gather, aten.flip, aten.roll, aten.rot90, aten.unfold, aten.im2col),
     *(aten.clone, aten.detach, aten._to_copy, aten.neg, aten.sum, aten.mean, aten.cumsum, aten.tril, aten.triu),
-    *(aten.view_as_complex, aten.view_as_real, aten.avg_pool1d, aten.upsample_linear1d),
+    *(aten.view_as_complex, aten.view_as_real, aten.avg_pool1d, aten.avg_pool3d, aten.upsample_linear1d),
     *(aten.avg_pool2d, aten.adaptive_avg_pool2d, aten.pixel_shuffle, aten.pixel_unshuffle),
     *(aten.upsample_nearest2d, aten._upsample_nearest_exact2d, aten.upsample_bilinear2d, aten.upsample_bicubic2d),
+    *(aten._conj, aten.fft_fftshift, aten.fft_ifftshift),
+    *(
+        getattr(aten, f"fft_{inverse}{real}fft{n}")
+        for inverse in ("", "i")
+        for real in ("", "r")
+        for n in ("", "2", "n")
+    ),
 )
 def _of_the_first(operator, out, arguments, differences, tangent, **keywords):
     """Operators that are linear in their first argument, the only one that changes."""
@@ -88,6 +95,21 @@ def _where(operator, out, arguments, differences, tangent):
 def _cat(operator, out, arguments, differences, tangent):
     parts = [torch.zeros_like(x) if d is None else d for x, d in zip(arguments[0], differences[0], strict=True)]
     return operator(parts, *arguments[1:])
+
+
+@rule_for(
+    *(aten.slice_scatter, aten.select_scatter, aten.diagonal_scatter, aten.index_put, aten.index_add),
+    *(aten.scatter, aten.scatter_add, aten.copy),
+)
+def _of_all(operator, out, arguments, differences, tangent, **keywords):
+    """Operators that are linear in all their tensors of numbers together: what stays counts as a change of 0."""
+    if operator == aten.scatter.value:
+        return operator(differences[0], *arguments[1:3], 0)
+    changes = [
+        torch.zeros_like(x) if d is None and isinstance(x, Tensor) and x.is_floating_point() else x if d is None else d
+        for x, d in zip(arguments, differences, strict=True)
+    ]
+    return operator(*changes, **keywords)
 
 
 @rule_for(aten.add, aten.sub, aten.rsub)
@@ -147,12 +169,14 @@ def _addmm(operator, out, arguments, differences, tangent, beta=1, alpha=1):
 
 @rule_for(aten.einsum)
 def _einsum(operator, out, arguments, differences, tangent, **keywords):
+    """The change of every operand with those before it moved and those after it as they were."""
     equation, operands = arguments
-    if len(operands) > 2:
-        refuse(operator, "has a rule for at most two operands")
-    if len(operands) == 1:
-        return operator(equation, differences[1], **keywords)
-    return bilinear(lambda x, y: operator(equation, [x, y]), *operands, *differences[1], tangent)
+    terms, before = [], []
+    for i, (x, d) in enumerate(zip(operands, differences[1], strict=True)):
+        if d is not None:
+            terms.append(operator(equation, [*before, d, *operands[i + 1 :]]))
+        before.append(x if tangent or d is None else x + d)
+    return sum(terms[1:], terms[0])
 
 
 @rule_for(aten.linear, *(getattr(aten, f"conv{n}") for n in ("1d", "2d", "3d", "_transpose1d", "_transpose2d")))

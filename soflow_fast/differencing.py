@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.fx import GraphModule
 
-from soflow_fast.derivation import Derivation, Derived
-from soflow_fast.difference_rules import aten
+from soflow_fast.derivation import OF_FORM, Derivation, Derived
+from soflow_fast.difference_nonlinear import attention_with_dropout
+from soflow_fast.difference_rules import RULES, aten
 
 # What autocast rounds the operands of: a region that keeps them in float32 cannot be told in the graph.
 _PRODUCTS = {aten.linear, aten.matmul, aten.mm, aten.bmm, aten.addmm, aten.baddbmm, aten.einsum}
@@ -120,7 +121,7 @@ def _derive(net: nn.Module, inputs: tuple, tangent: bool) -> Derived:
             raise ValueError(f"{name} cannot be captured by torch.export ({_in_a_line(error)})") from error
         _require_no_autocast(program, name)
         _detach_what_has_no_gradient(program)
-        program = program.run_decompositions({})
+        program = program.run_decompositions(_definitions())
         signature = program.graph_signature
         for changed in (signature.buffers_to_mutate, signature.parameters_to_mutate, signature.user_inputs_to_mutate):
             if changed:
@@ -132,6 +133,14 @@ def _derive(net: nn.Module, inputs: tuple, tangent: bool) -> Derived:
             raise
         except Exception as error:  # of a rule, tried on arguments it was not made for
             raise ValueError(f"{name} calls an operator in a way that has no rule ({_in_a_line(error)})") from error
+
+
+def _definitions() -> dict:
+    """torch's own definitions, by simpler operators, of those that have no rule; and of attention with dropout."""
+    known = RULES.keys() | OF_FORM
+    table = torch.export.default_decompositions()
+    definitions = {operator: by for operator, by in table.items() if operator.overloadpacket not in known}
+    return {**definitions, aten.scaled_dot_product_attention.default: attention_with_dropout}
 
 
 def _in_a_line(error: Exception) -> str:

@@ -21,10 +21,20 @@ def _normal(*shape, scale=1.0):
 
 W, TABLE, KERNEL, GAIN = _normal(6, 8), _normal(4, 8), _normal(5, 4, 3, 3), 1 + _normal(8, scale=0.1)
 MASK = _normal(8) > 0
+FIRST = torch.zeros(B, 1, 4, 4, dtype=torch.int64)
 
 
 def _heads(x):
     return x.view(B, 2, 4, 8)
+
+
+def _assignment(x, t):
+    y = x.clone()
+    y[:, 0] = t[:, None, None] * x[:, 1]
+    y[:, 1:3, 2] = 0.5
+    y[..., torch.tensor([0, 2])] = (x * x)[..., 1:3]
+    y.diagonal(dim1=2, dim2=3).mul_(3)
+    return y
 
 
 # Of x (B, 4, 4, 4), positive and away from the kinks of the functions that have one, and of t (B,).
@@ -137,6 +147,33 @@ OPERATORS = {
     "masked_fill_of_moving": lambda x, t: x.view(B, 8, 8).masked_fill(MASK, 3 * t.mean()),
     "rsub_scaled": lambda x, t: torch.rsub(x, 1, alpha=3),
     "logaddexp": lambda x, t: torch.logaddexp(x, 2 * x) + nnf.hardsigmoid(x),
+    "avg_pool3d": lambda x, t: nnf.avg_pool3d(x, 2),
+    "fft": lambda x, t: torch.fft.irfft2(torch.fft.rfft2(x) * GAIN[:3].to(x)) + torch.fft.ifftn(x).imag,
+    "fft_1d": lambda x, t: torch.fft.irfft(torch.fft.rfft(x)) + torch.fft.ifft(torch.fft.fft(x) * (1 + 2j)).real,
+    "fft_2d": lambda x, t: torch.fft.ifft2(torch.fft.fftshift(torch.fft.fft2(x))).real + torch.fft.ifftshift(x),
+    "fft_nd": lambda x, t: torch.fft.irfftn(torch.fft.rfftn(x).conj()) + torch.fft.fftn(x).imag,
+    "scatter": lambda x, t: x.scatter(1, FIRST, x[:, 1:2]).scatter(1, 1 + FIRST, 2.0).scatter_add(1, 2 + FIRST, x * x),
+    "index_add": lambda x, t: x.index_add(1, torch.tensor([0, 0]), x[:, :2], alpha=2),
+    "assignment": _assignment,
+    "einsum_of_three": lambda x, t: torch.einsum("bcij,bdij,b->bcd", x, x * x, t),
+    "hyperbolic": lambda x, t: x.sinh() + x.cosh() + x.asinh() + x.tan() + x.log10(),
+    "steps": lambda x, t: x * ((9 * x).floor() + (9 * x).ceil() + (9 * x).round() + (x - 1).sign()),
+    "prelu": lambda x, t: nnf.prelu(x - 2, W[0, :4].to(x)),
+    "extremes": lambda x, t: x.amax(1) + x.amin(1) + x.max(1)[0] + x.min(1).values + x.max() * x.min(),
+    "sort": lambda x, t: x.sort(1, descending=True)[0][:, :2] + x.topk(2, 1)[0],
+    "prod": lambda x, t: x.prod(1) + x.logsumexp(1) + x.cumprod(1)[:, 2],
+    "max_pool2d": lambda x, t: nnf.max_pool2d(x, 2) + nnf.adaptive_max_pool2d(x, 2),
+    "instance_norm": lambda x, t: nnf.instance_norm(x, weight=GAIN[:4].to(x), bias=GAIN[4:].to(x)),
+    "batch_norm": lambda x, t: nnf.batch_norm(x, GAIN[:4].to(x), GAIN[4:].to(x), GAIN[:4].to(x), GAIN[4:].to(x)),
+    "variance": lambda x, t: x.var(1) + x.std((1, 2), keepdim=True)[:, 0] + x.var(1, correction=0) + x.var() + x.std(),
+    "variance_and_mean": lambda x, t: sum(torch.var_mean(x, 1)) * sum(torch.std_mean(x, 1)),
+    "attention_of_groups": lambda x, t: nnf.scaled_dot_product_attention(
+        _heads(x), _heads(x)[:, :1], _heads(x * x)[:, :1], enable_gqa=True
+    ),
+    # by simpler operators: those that have no rule, and that torch defines by others
+    "defined_by_others": lambda x, t: (
+        nnf.glu(x) * nnf.cosine_similarity(x, x * x)[:, None, :, :2] + nnf.softsign(x[..., :2])
+    ),
     "rotary": lambda x, t: torch.view_as_real(
         torch.view_as_complex(x.view(B, 8, 4, 2)) * torch.polar(GAIN[:4], GAIN[4:]).to(torch.complex(x, x).dtype)
     ),
@@ -252,6 +289,30 @@ def test_dropout_has_one_mask():
     assert not torch.equal(first == 0, value == 0)
 
 
+@pytest.mark.parametrize(
+    "options", [{}, {"is_causal": True}, {"enable_gqa": True}, {"attn_mask": W[:4, :4], "scale": 0.3}]
+)
+def test_attention_with_dropout_has_one_mask(options):
+    """Of equal draws the difference is that of two values."""
+
+    def attention(x, t):
+        k, v = _heads(x + 1), _heads(x * x)
+        if "enable_gqa" in options:
+            k, v = k[:, :1], v[:, :1]
+        return nnf.scaled_dot_product_attention(_heads(x), k, v, dropout_p=0.5, **options)
+
+    forward = ForwardDifference(Function(attention))
+    x, t, dx, dt = _inputs(0.1)
+    forward.prepare(x, None)
+    torch.manual_seed(0)
+    before, difference = forward(x, t, t / 2, None, dx, dt)
+    torch.manual_seed(0)
+    after, _ = forward(x + dx, t + dt, t / 2, None, dx, dt)
+    assert (difference - (after - before)).norm() <= 1e-12 * difference.norm()
+    later, _ = forward(x, t, t / 2, None, dx, dt)
+    assert not torch.equal(later, before)
+
+
 def test_rules_keep_their_digits_when_compiled():
     """Inductor rewrites some functions into forms that cancel."""
 
@@ -269,12 +330,12 @@ def test_rules_keep_their_digits_when_compiled():
 
 
 def test_a_rule_can_be_added(monkeypatch):
-    net = Function(lambda x, t: x.sort(1)[0])
+    net = Function(lambda x, t: x.cummax(1)[0])
 
-    def sort(operator, out, arguments, differences, tangent):
+    def cummax(operator, out, arguments, differences, tangent):
         return differences[0].gather(arguments[1], out[1]), None
 
-    monkeypatch.setitem(RULES, torch.ops.aten.sort, sort)
+    monkeypatch.setitem(RULES, torch.ops.aten.cummax, cummax)
     x, t, dx, dt = _inputs(1e-6)
     difference = ForwardDifference(net)(x, t, t / 2, None, dx, dt)[1]
-    assert torch.allclose(difference, (x + dx).sort(1)[0] - x.sort(1)[0], atol=1e-12)
+    assert torch.allclose(difference, (x + dx).cummax(1)[0] - x.cummax(1)[0], atol=1e-12)
