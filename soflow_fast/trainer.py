@@ -151,6 +151,7 @@ class Trainer:
             log.say(f"no evaluation during training: {unscored}")
         try:
             for done, (x, labels) in enumerate(steps, start + 1):
+                learning_rate = self._set_learning_rate(done - 1)
                 with self._draws_of_the_network(done):
                     stats = self.step(x, labels)
                 meter.update(done, stats)
@@ -158,7 +159,7 @@ class Trainer:
                 last = done == config.total_steps
                 if last or done % output.log_every == 0:
                     self._require_finite(meter)
-                    log.write(done, meter.read())
+                    log.write(done, {**meter.read(), "learning_rate": learning_rate})
                 with log.off_the_clock():
                     if last or _due(done, output.checkpoint_every):
                         skipped = self._require_finite(meter)
@@ -196,6 +197,13 @@ class Trainer:
             seeds = np.random.SeedSequence((self.config.seed, step, self.processes.rank))
             torch.manual_seed(int(seeds.generate_state(1, np.uint64)[0] >> 1))
             yield
+
+    def _set_learning_rate(self, step: int) -> float:
+        """That of a step, counted from 0."""
+        rate = self.config.optimizer.learning_rate_at(step, self.config.total_steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        return rate
 
     def _restore(self) -> tuple[int, int]:
         """Loads the newest checkpoint, if there is one; steps done and steps skipped."""
