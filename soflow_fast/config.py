@@ -277,6 +277,8 @@ class TrainConfig(Section):
         device: ``auto`` (a GPU where there is one), ``cpu``, ``cuda`` or ``cuda:1``.
         max_skipped_steps: how many steps with a loss or gradient that is not finite may be skipped before the run
             stops.
+        initial_weights: what the first step starts from, network and averages: a file of weights or the folder of a
+            run, see :func:`~soflow_fast.weights.load_weights`; drawn from the seed where there is none.
     """
 
     run_dir: str = "runs/soflow"
@@ -286,6 +288,7 @@ class TrainConfig(Section):
     seed: int = 0
     device: str = "auto"
     max_skipped_steps: int = 0
+    initial_weights: str | None = None
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
