@@ -16,6 +16,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+#: The folder of a run that holds its checkpoints.
+CHECKPOINTS = "checkpoints"
+
 _MARKER = "COMMITTED"
 _WRITING = ".writing-"
 
@@ -82,13 +85,7 @@ def load(path: Path, device: torch.device | str = "cpu") -> State:
     Raises:
         ValueError: if it is damaged.
     """
-    for name, size in json.loads((path / _MARKER).read_text()).items():
-        found = (path / name).stat().st_size if (path / name).is_file() else 0
-        if found != size:
-            raise ValueError(
-                f"the checkpoint {path} is damaged ({name} has {found} of {size} bytes); "
-                "restore it, or remove its folder to go on from the one before"
-            )
+    _require_whole(path)
     rest = json.loads((path / "state.json").read_text())
     return State(
         step=rest["step"],
@@ -100,12 +97,20 @@ def load(path: Path, device: torch.device | str = "cpu") -> State:
     )
 
 
-def load_weights(model: nn.Module, weights: dict[str, Tensor], path: Path) -> None:
-    """Copies weights read from ``path`` into a model.
+def load_averages(path: Path) -> dict[str, Tensor]:
+    """The averaged weights of a checkpoint, and what has no average as it is, on the host; ValueError if damaged."""
+    _require_whole(path)
+    return {**load_file(path / "model.safetensors"), **load_file(path / "ema.safetensors")}
 
-    Raises:
-        ValueError: if they are of another model; the message names the first weight that does not fit.
-    """
+
+def load_weights(model: nn.Module, weights: dict[str, Tensor], path: Path) -> None:
+    """Copies weights read from ``path`` into a model; ValueError as :func:`require_fit`."""
+    require_fit(model, weights, path)
+    model.load_state_dict(weights)
+
+
+def require_fit(model: nn.Module, weights: dict[str, Tensor], path: Path) -> None:
+    """ValueError if weights read from ``path`` are of another model; it names the first that does not fit."""
     own = model.state_dict()
     for name in sorted(own.keys() | weights.keys()):
         ours, theirs = (tuple(state[name].shape) if name in state else None for state in (own, weights))
@@ -115,7 +120,6 @@ def load_weights(model: nn.Module, weights: dict[str, Tensor], path: Path) -> No
                 f"{'missing' if theirs is None else theirs} there and {'missing' if ours is None else ours} in this "
                 "model; use the config it was trained with"
             )
-    model.load_state_dict(weights)
 
 
 def flush(path: Path) -> None:
@@ -125,6 +129,16 @@ def flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _require_whole(path: Path) -> None:
+    for name, size in json.loads((path / _MARKER).read_text()).items():
+        found = (path / name).stat().st_size if (path / name).is_file() else 0
+        if found != size:
+            raise ValueError(
+                f"the checkpoint {path} is damaged ({name} has {found} of {size} bytes); "
+                "restore it, or remove its folder to go on from the one before"
+            )
 
 
 def _own(folder: Path) -> list[Path]:

@@ -9,7 +9,18 @@ from pathlib import Path
 from typing import Any, Literal
 
 from soflow_fast import interop
-from soflow_fast.config_io import Section, dump_yaml, flatten, lists, parse, read_yaml, require, require_known_overrides
+from soflow_fast.config_io import (
+    Section,
+    dump_yaml,
+    flatten,
+    lists,
+    parse,
+    read_yaml,
+    require,
+    require_count,
+    require_known_overrides,
+)
+from soflow_fast.config_optimizer import OptimizerConfig
 
 #: Stands for a network, an objective or a data set that was given to the Trainer as an object.
 GIVEN = "given"
@@ -43,11 +54,11 @@ class ModelConfig(Section, section="model."):
     def __post_init__(self):
         super().__post_init__()
         for name in ("input_size", "in_channels"):
-            _require_count(f"model.{name}", getattr(self, name))
+            require_count(f"model.{name}", getattr(self, name))
         for name in ("patch_size", "hidden_size", "depth", "num_heads"):
             if getattr(self, name) is not None:
-                _require_count(f"model.{name}", getattr(self, name))
-        _require_count("model.num_classes", self.num_classes, least=0)
+                require_count(f"model.{name}", getattr(self, name))
+        require_count("model.num_classes", self.num_classes, least=0)
         require(self.mlp_ratio > 0, f"model.mlp_ratio={self.mlp_ratio} must be greater than 0")
 
 
@@ -82,39 +93,8 @@ class DataConfig(Section, section="data."):
         super().__post_init__()
         require(self.kind in DATA_KINDS, f"data.kind={self.kind!r} is not known; choose one of {', '.join(DATA_KINDS)}")
         require(self.latent_scale > 0, f"data.latent_scale={self.latent_scale} must be greater than 0")
-        _require_count("data.workers", self.workers, least=0)
-        _require_count("data.prefetch", self.prefetch)
-
-
-@dataclass
-class OptimizerConfig(Section, section="optimizer."):
-    """AdamW.
-
-    Attributes:
-        learning_rate: constant. betas, eps, weight_decay: of AdamW. grad_clip: largest global gradient norm, or None.
-        accumulation: micro-batches a batch is split into; it divides the batch.
-    """
-
-    learning_rate: float = 1e-4
-    betas: tuple[float, float] = (0.9, 0.99)
-    eps: float = 1e-8
-    weight_decay: float = 0.0
-    grad_clip: float | None = None
-    accumulation: int = 1
-
-    def __post_init__(self):
-        super().__post_init__()
-        require(self.learning_rate > 0, f"optimizer.learning_rate={self.learning_rate} must be greater than 0")
-        require(
-            all(0 <= beta < 1 for beta in self.betas), f"optimizer.betas={tuple(self.betas)} must both be in [0, 1)"
-        )
-        require(self.eps > 0, f"optimizer.eps={self.eps} must be greater than 0")
-        require(self.weight_decay >= 0, f"optimizer.weight_decay={self.weight_decay} must not be negative")
-        require(
-            self.grad_clip is None or self.grad_clip > 0,
-            f"optimizer.grad_clip={self.grad_clip} must be greater than 0, or null for no clipping",
-        )
-        _require_count("optimizer.accumulation", self.accumulation)
+        require_count("data.workers", self.workers, least=0)
+        require_count("data.prefetch", self.prefetch)
 
 
 @dataclass
@@ -236,11 +216,11 @@ class OutputConfig(Section, section="output."):
     def __post_init__(self):
         super().__post_init__()
         for name in ("sample_every", "checkpoint_every"):
-            _require_count(f"output.{name}", getattr(self, name), least=0)
+            require_count(f"output.{name}", getattr(self, name), least=0)
         for name in ("log_every", "sample_steps", "keep_checkpoints"):
-            _require_count(f"output.{name}", getattr(self, name))
+            require_count(f"output.{name}", getattr(self, name))
         for size in self.sample_shape:
-            _require_count("output.sample_shape", size)
+            require_count("output.sample_shape", size)
 
 
 @dataclass
@@ -265,10 +245,10 @@ class EvaluationConfig(Section, section="evaluation."):
 
     def __post_init__(self):
         super().__post_init__()
-        _require_count("evaluation.every", self.every, least=0)
+        require_count("evaluation.every", self.every, least=0)
         for name in ("batch_size", "steps"):
-            _require_count(f"evaluation.{name}", getattr(self, name))
-        _require_count("evaluation.samples", self.samples, least=2)
+            require_count(f"evaluation.{name}", getattr(self, name))
+        require_count("evaluation.samples", self.samples, least=2)
 
 
 # What may change between the parts of one run: it has no influence on the trained weights.
@@ -297,6 +277,8 @@ class TrainConfig(Section):
         device: ``auto`` (a GPU where there is one), ``cpu``, ``cuda`` or ``cuda:1``.
         max_skipped_steps: how many steps with a loss or gradient that is not finite may be skipped before the run
             stops.
+        initial_weights: what the first step starts from, network and averages: a file of weights or the folder of a
+            run, see :func:`~soflow_fast.weights.load_weights`; drawn from the seed where there is none.
     """
 
     run_dir: str = "runs/soflow"
@@ -306,6 +288,7 @@ class TrainConfig(Section):
     seed: int = 0
     device: str = "auto"
     max_skipped_steps: int = 0
+    initial_weights: str | None = None
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -324,14 +307,15 @@ class TrainConfig(Section):
             f"objective={self.objective!r} is not known; choose one of {', '.join(OBJECTIVE_SECTIONS)}",
         )
         for name in ("batch_size", "total_steps"):
-            _require_count(name, getattr(self, name))
-        _require_count("max_skipped_steps", self.max_skipped_steps, least=0)
+            require_count(name, getattr(self, name))
+        require_count("max_skipped_steps", self.max_skipped_steps, least=0)
         require(0 <= self.seed < 2**63, f"seed={self.seed} must be in [0, 2^63)")
         require(
             self.batch_size % self.optimizer.accumulation == 0,
             f"optimizer.accumulation={self.optimizer.accumulation} does not divide batch_size={self.batch_size}; "
             "choose one that does",
         )
+        self.optimizer.check_total_steps(self.total_steps)
 
     @property
     def objective_section(self) -> Any:
@@ -383,7 +367,3 @@ class TrainConfig(Section):
             if not free and self.flat()[name] != theirs[name]:
                 return name
         return None
-
-
-def _require_count(name: str, value: int, least: int = 1) -> None:
-    require(value >= least, f"{name}={value} is not possible; it must be at least {least}")

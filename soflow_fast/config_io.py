@@ -21,6 +21,11 @@ def require(condition: bool, sentence: str) -> None:
         raise ValueError(sentence)
 
 
+def require_count(name: str, value: int, least: int = 1) -> None:
+    """ValueError unless a value is at least that."""
+    require(value >= least, f"{name}={value} is not possible; it must be at least {least}")
+
+
 @dataclass
 class Section:
     """Base of the config dataclasses: every value must fit its annotation, and numbers must be finite.

@@ -7,10 +7,11 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from soflow_fast import build, memory
+from soflow_fast import build, checkpoint, memory
 from soflow_fast.config import TrainConfig
 from soflow_fast.paths import row_order
 from soflow_fast.trainer import Trainer
+from soflow_fast.weights import read_weights
 
 
 class Plan(NamedTuple):
@@ -42,6 +43,8 @@ def plan(config: TrainConfig) -> Plan:
     with torch.device("meta"):
         model = build.build_model(counted)
         flops = _count_step(model, counted)
+    if config.initial_weights is not None and not checkpoint.committed(trainer.checkpoints):
+        read_weights(model, config.initial_weights)
     rows = (trainer.rows.stop - trainer.rows.start) // config.optimizer.accumulation
     recompute = config.model.recompute
     if recompute == "auto":

@@ -13,7 +13,8 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 
-from soflow_fast import build, checkpoint, distributed, memory
+from soflow_fast import build, checkpoint, distributed, memory, weights
+from soflow_fast.checkpoint import CHECKPOINTS
 from soflow_fast.config import GIVEN, TrainConfig
 from soflow_fast.data import batches, load_resident
 from soflow_fast.ema import EMA
@@ -26,14 +27,13 @@ from soflow_fast.step import TrainStep
 _log = logging.getLogger(__name__)
 
 CONFIG_NAME = "config.yaml"
-CHECKPOINTS = "checkpoints"
 
 
 class Trainer:
     """One training run in a folder; the same call again goes on where it stopped.
 
-    The trained weights are a pure function of the configuration, the data and the network: stopping, even by a kill,
-    and going on changes nothing (bitwise on a CPU).
+    The trained weights are a pure function of the configuration, the data, the network and the initial weights:
+    stopping, even by a kill, and going on changes nothing (bitwise on a CPU).
 
     Where the loss or the gradient norm is not finite, the step is left out: weights, optimizer and averages stay as
     they were. Such steps are counted on the device and looked at whenever metrics or a checkpoint are written; more
@@ -122,6 +122,7 @@ class Trainer:
         config, output = self.config, self.config.output
         last_checkpoint = checkpoint.path_of(self.checkpoints, config.total_steps)
         start, skipped = self._restore()
+        origin = self._load_initial_weights() if start == 0 else None
         self.processes.of_first(self._claim_folder)
         if start == config.total_steps:
             return last_checkpoint
@@ -130,6 +131,8 @@ class Trainer:
         log = RunLog(self.run_dir, start, config.total_steps, config.batch_size) if first else Quiet()
         chosen = ", ".join(f"{name}={value}" for name, value in self.choices().items())
         log.say(f"step {start} of {config.total_steps}: {chosen}")
+        if origin is not None:
+            log.say(f"initial weights: {origin}")
         dataset = self.dataset
         if self.on_device:
             dataset = load_resident(dataset, self.processes.device, num_classes, show=first)
@@ -151,6 +154,7 @@ class Trainer:
             log.say(f"no evaluation during training: {unscored}")
         try:
             for done, (x, labels) in enumerate(steps, start + 1):
+                learning_rate = self._set_learning_rate(done - 1)
                 with self._draws_of_the_network(done):
                     stats = self.step(x, labels)
                 meter.update(done, stats)
@@ -158,7 +162,7 @@ class Trainer:
                 last = done == config.total_steps
                 if last or done % output.log_every == 0:
                     self._require_finite(meter)
-                    log.write(done, meter.read())
+                    log.write(done, {**meter.read(), "learning_rate": learning_rate})
                 with log.off_the_clock():
                     if last or _due(done, output.checkpoint_every):
                         skipped = self._require_finite(meter)
@@ -196,6 +200,23 @@ class Trainer:
             seeds = np.random.SeedSequence((self.config.seed, step, self.processes.rank))
             torch.manual_seed(int(seeds.generate_state(1, np.uint64)[0] >> 1))
             yield
+
+    def _set_learning_rate(self, step: int) -> float:
+        """That of a step, counted from 0."""
+        rate = self.config.optimizer.learning_rate_at(step, self.config.total_steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        return rate
+
+    def _load_initial_weights(self) -> str | None:
+        """Starts network and averages from the weights of the configuration, if it has any; says what they are."""
+        path = self.config.initial_weights
+        if path is None:
+            return None
+        # one answer for all processes: a run that is given may just be writing another checkpoint
+        origin = weights.load_weights(self.model, self.processes.of_first(partial(weights.locate, path)))
+        self.ema.load_state_dict(self.model.state_dict(), updates=0)
+        return origin
 
     def _restore(self) -> tuple[int, int]:
         """Loads the newest checkpoint, if there is one; steps done and steps skipped."""

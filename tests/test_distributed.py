@@ -91,6 +91,17 @@ def test_a_run_goes_on_with_another_number_of_processes(request, tmp_path, one, 
     _assert_same_run(_trained(stopped, after), one)
 
 
+def test_two_processes_start_from_given_weights_and_share_the_learning_rate(tmp_path, one):
+    changes = {"warmup_steps": 5, "schedule": "cosine"}
+    optimizer = OptimizerConfig(learning_rate=1e-3, **changes)
+    Trainer(_config(tmp_path / "alone", initial_weights=str(one), optimizer=optimizer)).fit()
+    overrides = [f"--optimizer.{name}={value}" for name, value in changes.items()]
+    result = _train(tmp_path / "both", 2, f"--initial_weights={one}", *overrides)
+    assert result.returncode == 0, result.stderr
+    assert result.stderr.count("initial weights: the averages of") == 1
+    _assert_same_run(tmp_path / "both", tmp_path / "alone")
+
+
 @pytest.mark.parametrize(
     ("overrides", "sentence"),
     [

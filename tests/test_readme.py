@@ -56,11 +56,17 @@ def test_the_python_of_the_readme_runs(tmp_path, monkeypatch):
         "batches": [(x0, labels), (x0, labels)],
     }
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
-    assert len(blocks) == 3
+    assert len(blocks) == 4
     for block in blocks[:2]:
         exec(block.replace("DiT-B/4", "DiT-S/4"), names)
     assert names["loss"].isfinite()
     assert names["images"].shape == x0.shape
     assert names["stats"].finite
-    exec(blocks[2], names | {"noise": noise[:3, :1, :8, :8], "labels": labels[:3]})
+    names |= {"noise": noise[:3, :1, :8, :8], "labels": labels[:3]}
+    exec(blocks[2], names)
+    trained = names["model"].network
+    torch.save({"ema": {name: value + 1 for name, value in trained.state_dict().items()}}, "weights.pt")
+    before = trained.final_layer.linear.bias.clone()
+    exec(blocks[3], names)
+    assert torch.equal(trained.final_layer.linear.bias, before + 1)
     assert sorted(path.name for path in Path("runs").iterdir()) == ["digits", "given"]

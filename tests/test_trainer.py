@@ -84,7 +84,8 @@ sys.exit(main(sys.argv[2:]))
 
 def test_a_run_killed_again_and_again_ends_bitwise_as_if_it_never_was(tmp_path):
     output = OutputConfig(log_every=2, sample_every=0, checkpoint_every=1, keep_checkpoints=1)
-    straight = tiny_config(tmp_path / "straight", total_steps=8, output=output)
+    optimizer = OptimizerConfig(learning_rate=1e-3, warmup_steps=3, schedule="cosine")
+    straight = tiny_config(tmp_path / "straight", total_steps=8, output=output, optimizer=optimizer)
     Trainer(straight).fit()
     config = replace(straight, run_dir=str(tmp_path / "killed"))
     command = ["train", str(write_config(tmp_path / "config.yaml", config))]

@@ -1,0 +1,109 @@
+"""Weights to start from: a published checkpoint, a file of another training, or a run of this library."""
+
+from argparse import Namespace
+from collections.abc import Mapping, Set
+from itertools import accumulate
+from pathlib import Path
+from zipfile import is_zipfile
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from soflow_fast import checkpoint
+
+# Under which names trainings keep weights beside other things; the averages first, as they are the better ones.
+_USUAL = ("ema", "ema_state_dict", "ema_model", "model_ema", "state_dict_ema")
+_USUAL += ("model", "model_state_dict", "state_dict", "network", "net")
+
+
+def load_weights(model: nn.Module, path: str | Path) -> str:
+    """Copies the weights of :func:`read_weights` into a model, on whichever device it is; says what they are."""
+    weights, origin = read_weights(model, path)
+    model.load_state_dict(weights)
+    return origin
+
+
+def read_weights(model: nn.Module, path: str | Path) -> tuple[dict[str, Tensor], str]:
+    """Weights that fit a model, on the host; a file is mapped into memory where its form allows that.
+
+    Args:
+        model: an objective such as :class:`~soflow_fast.SoFlow`, or a network.
+        path: of a ``.safetensors`` file, of a file written by torch.save, or of the folder of a run or of one of its
+            checkpoints, whose averages are taken. A file of torch.save holds a state_dict, or several and other things
+            by name; the averages are taken, if there are any. Objects of Python code in it are refused, not run. The
+            state_dict may be of an objective or of a network, with a prefix that a wrapper put before every name.
+
+    Returns:
+        ``(weights, origin)``: by the model's names, and what was taken, in words.
+
+    Raises:
+        ValueError: for a path where nothing is, what holds no weights, and weights of another model; the message names
+            the first that does not fit.
+    """
+    path = locate(path)
+    weights, origin = _read(path)
+    weights = _renamed(weights, model.state_dict().keys())
+    checkpoint.require_fit(model, weights, path)
+    return weights, origin
+
+
+def locate(path: str | Path) -> Path:
+    """The file itself, or the folder of a run's newest checkpoint; ValueError if there is none."""
+    path = Path(path)
+    if not path.exists():
+        raise ValueError(
+            f"the weights {path} do not exist; give a .safetensors file, one of torch.save, or the folder of a run"
+        )
+    if not path.is_dir() or path in checkpoint.committed(path.parent):
+        return path
+    found = checkpoint.committed(path / checkpoint.CHECKPOINTS)
+    if not found:
+        raise ValueError(f"the folder {path} holds no checkpoint of a run; give one that does, or a file of weights")
+    return found[-1]
+
+
+def _read(path: Path) -> tuple[Mapping[str, Tensor], str]:
+    """The weights as they are named at ``path``, and what was taken."""
+    if path.is_dir():
+        return checkpoint.load_averages(path), f"the averages of {path}"
+    try:
+        if path.suffix == ".safetensors":
+            found = load_file(path)
+        else:
+            with torch.serialization.safe_globals([Namespace]):  # the arguments of the script, beside the weights
+                found = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zipfile(path))
+    except Exception as error:
+        cause = " ".join(str(error).split()).split(". ")[0] or type(error).__name__
+        raise ValueError(
+            f"the weights {path} cannot be read ({cause}); give a .safetensors file, or one that torch.save wrote of "
+            "tensors and numbers alone"
+        ) from None
+    if _is_state_dict(found):
+        return found, str(path)
+    parts = {name: part for name, part in found.items() if _is_state_dict(part)} if isinstance(found, Mapping) else {}
+    names = [name for name in _USUAL if name in parts] or list(parts)
+    if not names or (len(names) > 1 and names[0] not in _USUAL):
+        raise ValueError(
+            f"the file {path} holds {'weights under ' + ', '.join(map(str, names)) if names else 'no weights'}; give "
+            "one with a state_dict, alone or under a usual name such as ema or model"
+        )
+    return parts[names[0]], f"{names[0]!r} of {path}"
+
+
+def _is_state_dict(value: object) -> bool:
+    if not isinstance(value, Mapping) or not value:
+        return False
+    return all(isinstance(name, str) and isinstance(part, Tensor) for name, part in value.items())
+
+
+def _renamed(weights: Mapping[str, Tensor], own: Set[str]) -> dict[str, Tensor]:
+    """By the names of which most are the model's: without a prefix that all of them have, or with the objective's."""
+    prefixes = ["", *accumulate(f"{part}." for part in next(iter(weights)).split(".")[:-1])]
+    forms = [
+        {added + name.removeprefix(prefix): value for name, value in weights.items()}
+        for prefix in prefixes
+        if all(name.startswith(prefix) for name in weights)
+        for added in ("", "network.")
+    ]
+    return max(forms, key=lambda form: len(form.keys() & own))
