@@ -43,10 +43,10 @@ def plan(config: TrainConfig) -> Plan:
         model = build.build_model(counted)
         flops = _count_step(model, counted)
     rows = (trainer.rows.stop - trainer.rows.start) // config.optimizer.accumulation
-    recompute = config.model.recompute
+    recompute, averages = config.model.recompute, len(config.ema.posthoc)
     if recompute == "auto":
-        recompute = memory.choose_recompute(model, rows, precision, device)
-    needed = memory.step_bytes(model, rows, precision, recompute)
+        recompute = memory.choose_recompute(model, rows, precision, device, averages)
+    needed = memory.step_bytes(model, rows, precision, recompute, averages)
     trainer.on_device = memory.keep_on_device(config.data.on_device, trainer.dataset, device, needed)
     return Plan(
         choices={**trainer.choices(), "recompute": recompute},
