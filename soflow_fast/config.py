@@ -150,13 +150,10 @@ class EMAConfig(Section, section="ema."):
     def __post_init__(self):
         super().__post_init__()
         require(0 <= self.decay < 1, f"ema.decay={self.decay} must be in [0, 1)")
+        stds = self.posthoc
         require(
-            all(0 < std < 12**-0.5 for std in self.posthoc),
-            f"ema.posthoc={list(self.posthoc)} must lie in (0, 0.2886), such as [0.05, 0.1]",
-        )
-        require(
-            len(self.posthoc) != 1 and len(set(self.posthoc)) == len(self.posthoc),
-            f"ema.posthoc={list(self.posthoc)} must be at least two different values, such as [0.05, 0.1], or none, []",
+            len(stds) != 1 and len(set(stds)) == len(stds) and all(0 < std < 12**-0.5 for std in stds),
+            f"ema.posthoc={list(stds)} must be two or more different values in (0, 0.2886), such as [0.05, 0.1], or []",
         )
         _require_count("ema.snapshot_every", self.snapshot_every)
 

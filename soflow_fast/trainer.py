@@ -324,7 +324,10 @@ def load_run(
         weights, step = {**weights, **average.weights}, average.step
         _log.warning(
             "the average of std %s at step %d is a sum of %d snapshots; its profile is off by %.2g",
-            *(ema_std, step, average.snapshots, average.residual),
+            ema_std,
+            step,
+            average.snapshots,
+            average.residual,
         )
     checkpoint.load_weights(model, weights, found[-1])
     return config, model, step
