@@ -27,13 +27,15 @@ class State(NamedTuple):
     """What a run needs to go on.
 
     Attributes:
-        step: steps done. model, ema: weights by name. optimizer: its state_dict. ema_updates: behind the averages.
-        skipped_steps: steps left out because of a value that was not finite.
+        step: steps done. model, ema: weights by name. posthoc: the further averages, as ``<std>/<name>``.
+        optimizer: its state_dict. ema_updates: behind the averages. skipped_steps: steps left out because of a value
+            that was not finite.
     """
 
     step: int
     model: dict[str, Tensor]
     ema: dict[str, Tensor]
+    posthoc: dict[str, Tensor]
     optimizer: dict
     ema_updates: int
     skipped_steps: int
@@ -46,7 +48,7 @@ def path_of(folder: Path, step: int) -> Path:
 
 def committed(folder: Path) -> list[Path]:
     """The checkpoints that count, oldest first; folders of other names, such as copies, are not looked at."""
-    return sorted((path for path in _own(folder) if (path / _MARKER).is_file()), key=_step)
+    return sorted((path for path in step_folders(folder) if (path / _MARKER).is_file()), key=_step)
 
 
 def save(folder: Path, state: State, keep: int) -> Path:
@@ -57,8 +59,10 @@ def save(folder: Path, state: State, keep: int) -> Path:
     final = path_of(folder, state.step)
     temporary = folder / f"{_WRITING}{final.name}"
     temporary.mkdir()
-    save_file(_on_host(state.model), temporary / "model.safetensors")
-    save_file(_on_host(state.ema), temporary / "ema.safetensors")
+    save_file(on_host(state.model), temporary / "model.safetensors")
+    save_file(on_host(state.ema), temporary / "ema.safetensors")
+    if state.posthoc:
+        save_file(on_host(state.posthoc), temporary / "posthoc.safetensors")
     torch.save(state.optimizer, temporary / "optimizer.pt")
     rest = {"step": state.step, "ema_updates": state.ema_updates, "skipped_steps": state.skipped_steps}
     (temporary / "state.json").write_text(json.dumps(rest))
@@ -73,7 +77,7 @@ def save(folder: Path, state: State, keep: int) -> Path:
     os.rename(temporary, final)
     flush(folder)
     kept = committed(folder)[-keep:]
-    for old in _own(folder):
+    for old in step_folders(folder):
         if old not in kept:
             _remove(old)
     return final
@@ -87,10 +91,12 @@ def load(path: Path, device: torch.device | str = "cpu") -> State:
     """
     _require_whole(path)
     rest = json.loads((path / "state.json").read_text())
+    posthoc = path / "posthoc.safetensors"
     return State(
         step=rest["step"],
         model=load_file(path / "model.safetensors", device=str(device)),
         ema=load_file(path / "ema.safetensors", device=str(device)),
+        posthoc=load_file(posthoc, device=str(device)) if posthoc.is_file() else {},
         optimizer=torch.load(path / "optimizer.pt", map_location=device, weights_only=True),
         ema_updates=rest["ema_updates"],
         skipped_steps=rest["skipped_steps"],
@@ -141,7 +147,7 @@ def _require_whole(path: Path) -> None:
             )
 
 
-def _own(folder: Path) -> list[Path]:
+def step_folders(folder: Path) -> list[Path]:
     """The folders of :func:`path_of`, whether they count or not."""
     return [path for path in folder.glob("step-*") if re.fullmatch(r"step-\d{8,}", path.name) and path.is_dir()]
 
@@ -150,7 +156,8 @@ def _step(path: Path) -> int:
     return int(path.name.removeprefix("step-"))
 
 
-def _on_host(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def on_host(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Copies on the CPU, as safetensors takes them."""
     return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
 

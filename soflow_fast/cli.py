@@ -103,6 +103,12 @@ def _parser() -> argparse.ArgumentParser:
     for sub in (encoder, sample, score, demo):
         sub.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default auto)")
     for sub in (sample, score):
+        sub.add_argument(
+            "--ema-std",
+            type=float,
+            help="of a run with ema.posthoc: the average of this relative standard deviation, such as 0.08 "
+            "(default: the average of ema.decay)",
+        )
         sub.add_argument("--vae", help="autoencoder that decodes latents (default: data.vae of the run)")
         sub.add_argument("--precision", choices=SAMPLE_PRECISIONS, help="default bf16 on a GPU, else fp32")
         sub.add_argument(
@@ -138,7 +144,7 @@ def _encode(args: argparse.Namespace) -> None:
 def _sample(args: argparse.Namespace) -> None:
     _require_positive("--count", args.count)
     _require_positive("--steps", args.steps)
-    config, model, _ = load_run(args.run, args.device)
+    config, model, _ = load_run(args.run, args.device, ema_std=args.ema_std)
     labels = _labels(args.labels, args.count, config.model.num_classes)
     sampler = Sampler(
         model,
@@ -155,7 +161,7 @@ def _sample(args: argparse.Namespace) -> None:
         seconds, _ = _timed(lambda: list(sampler.draw(labels, 1)))
         untimed = f", {seconds:.3g} s of compiling not counted"
     seconds, parts = _timed(lambda: list(sampler.draw(labels, args.count, decode)))
-    stem = Path(args.out) if args.out else Path(args.run) / "samples" / f"{args.steps}-step"
+    stem = Path(args.out) if args.out else Path(args.run) / "samples" / f"{args.steps}-step{_averaged(args)}"
     path = save_samples(torch.cat(parts), stem, config.output.sample_shape[1])
     what = "latents (no autoencoder is set: --vae)" if path.suffix == ".npy" else "samples"
     rate = f"{args.count / seconds:.4g} images/s in {sampler.precision}{untimed}"
@@ -163,7 +169,7 @@ def _sample(args: argparse.Namespace) -> None:
 
 
 def _eval(args: argparse.Namespace) -> None:
-    config, model, step = load_run(args.run, args.device)
+    config, model, step = load_run(args.run, args.device, ema_std=args.ema_std)
     given = {
         "samples": args.count,
         "steps": args.steps,
@@ -174,7 +180,7 @@ def _eval(args: argparse.Namespace) -> None:
     wanted = replace(config.evaluation, **{name: value for name, value in given.items() if value is not None})
     config = replace(_with_vae(config, args.vae), evaluation=wanted)
     check_evaluation(config)
-    folder = Path(args.run) / "evaluation" / f"step-{step:08d}-{wanted.steps}-step"
+    folder = Path(args.run) / "evaluation" / f"step-{step:08d}-{wanted.steps}-step{_averaged(args)}"
     scores = evaluate(
         model,
         config,
@@ -186,7 +192,7 @@ def _eval(args: argparse.Namespace) -> None:
     )
     folder.parent.mkdir(parents=True, exist_ok=True)
     path = folder.with_suffix(".json")
-    path.write_text(json.dumps({"step": step, "seed": args.seed, **scores}, indent=2) + "\n")
+    path.write_text(json.dumps({"step": step, "seed": args.seed, "ema_std": args.ema_std, **scores}, indent=2) + "\n")
     for name, value in scores.items():
         print(f"{name:<20}{value if isinstance(value, str) else f'{value:.4f}'}")
     print(f"{'written to':<20}{path}")
@@ -224,6 +230,11 @@ def _timed(work: Callable) -> tuple[float, Any]:
     started = time.perf_counter()
     result = work()
     return time.perf_counter() - started, result
+
+
+def _averaged(args: argparse.Namespace) -> str:
+    """What tells files of other averages apart from those of the run's own; a dot would begin a suffix."""
+    return "" if args.ema_std is None else f"-ema-{args.ema_std}".replace(".", "_")
 
 
 def _with_vae(config: TrainConfig, vae: str | None) -> TrainConfig:

@@ -113,14 +113,29 @@ class ComputeConfig(Section, section="compute."):
 
 @dataclass
 class EMAConfig(Section, section="ema."):
-    """The averaged weights that samples are drawn from, see :class:`~soflow_fast.ema.EMA`."""
+    """The averaged weights that samples are drawn from, see :class:`~soflow_fast.ema.EMA`, and those from which others
+    can be had after the training, see :mod:`soflow_fast.posthoc`.
+
+    Attributes:
+        decay, warmup: of the first. posthoc: relative standard deviations of the others, in (0, 12^-1/2): none, or at
+            least two, such as the published 0.05 and 0.1; each costs, a parameter, 4 bytes of memory and 12 of traffic.
+        snapshot_every: steps between their snapshots, which take 4 bytes a parameter on the disk and are kept.
+    """
 
     decay: float = 0.9999
     warmup: bool = True
+    posthoc: tuple[float, ...] = ()
+    snapshot_every: int = 5000
 
     def __post_init__(self):
         super().__post_init__()
         require(0 <= self.decay < 1, f"ema.decay={self.decay} must be in [0, 1)")
+        stds = self.posthoc
+        require(
+            len(stds) != 1 and len(set(stds)) == len(stds) and all(0 < std < 12**-0.5 for std in stds),
+            f"ema.posthoc={list(stds)} must be two or more different values in (0, 0.2886), such as [0.05, 0.1], or []",
+        )
+        require_count("ema.snapshot_every", self.snapshot_every)
 
 
 @dataclass
@@ -261,6 +276,7 @@ _FREE = {
     "data.prefetch",
     "data.vae",
     "data.workers",
+    "ema.snapshot_every",
 }
 _FREE_SECTIONS = ("output.", "evaluation.")
 

@@ -149,8 +149,11 @@ def _fits(value: Any, annotation: Any) -> bool:
     if origin is Literal:
         return value in choices
     if origin is tuple:
-        fits = isinstance(value, (tuple, list)) and len(value) == len(choices)
-        return fits and all(map(_fits, value, choices))
+        if not isinstance(value, (tuple, list)):
+            return False
+        if choices[-1] is ...:
+            choices = choices[:1] * len(value)
+        return len(value) == len(choices) and all(map(_fits, value, choices))
     if annotation in (int, float):
         numbers = (int, float) if annotation is float else int
         return isinstance(value, numbers) and not isinstance(value, bool) and math.isfinite(value)
@@ -170,7 +173,7 @@ def _one_sentence(cls: type, message: str) -> str:
 
 def _expected(annotation: Any) -> str:
     """An annotation in YAML's words."""
-    words = {bool: "true or false", type(None): "null", float: "a finite number", int: "a whole number"}
+    words = {bool: "true or false", type(None): "null", float: "a finite number", int: "a whole number", ...: "..."}
     if annotation in words:
         return words[annotation]
     if get_origin(annotation) is Literal:

@@ -46,10 +46,10 @@ def plan(config: TrainConfig) -> Plan:
     if config.initial_weights is not None and not checkpoint.committed(trainer.checkpoints):
         read_weights(model, config.initial_weights)
     rows = (trainer.rows.stop - trainer.rows.start) // config.optimizer.accumulation
-    recompute = config.model.recompute
+    recompute, averages = config.model.recompute, len(config.ema.posthoc)
     if recompute == "auto":
-        recompute = memory.choose_recompute(model, rows, precision, device)
-    needed = memory.step_bytes(model, rows, precision, recompute)
+        recompute = memory.choose_recompute(model, rows, precision, device, averages)
+    needed = memory.step_bytes(model, rows, precision, recompute, averages)
     trainer.on_device = memory.keep_on_device(config.data.on_device, trainer.dataset, device, needed)
     return Plan(
         choices={**trainer.choices(), "recompute": recompute},

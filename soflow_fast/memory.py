@@ -14,21 +14,22 @@ from soflow_fast.dit import DiT
 # of each gated residual and LayerNorm.
 _SAVED_BYTES = {"none": 37, "elementwise": 29, "block": 9}
 
-# Per weight: itself, its gradient, two moments of AdamW and its average in float32, and the bfloat16 copy.
-_STATE_BYTES = 22
+# Per weight: itself, its gradient, two moments of AdamW and its average in float32, and the bfloat16 copy; and each
+# further average.
+_STATE_BYTES, _AVERAGE_BYTES = 22, 4
 
 # The rest is for the forward without gradient, the workspaces of libraries and what the allocator cannot use.
 _USABLE = 0.85
 
 
-def step_bytes(model: nn.Module, rows: int, precision: str, recompute: str = "none") -> int:
+def step_bytes(model: nn.Module, rows: int, precision: str, recompute: str = "none", averages: int = 0) -> int:
     """Weights, gradients, optimizer, averages, and what a micro-batch keeps for its backward.
 
     Args:
         model: an objective; of a network that is no DiT only the weights are counted. rows: of a micro-batch.
-        precision, recompute: of the step and of the DiT.
+        precision, recompute: of the step and of the DiT. averages: how many there are beside the EMA.
     """
-    state = _STATE_BYTES * sum(p.numel() for p in model.parameters())
+    state = (_STATE_BYTES + _AVERAGE_BYTES * averages) * sum(p.numel() for p in model.parameters())
     net = model.network
     if not isinstance(net, DiT):
         return state
@@ -37,19 +38,19 @@ def step_bytes(model: nn.Module, rows: int, precision: str, recompute: str = "no
     return state + element * kept
 
 
-def choose_recompute(model: nn.Module, rows: int, precision: str, device: torch.device) -> str:
+def choose_recompute(model: nn.Module, rows: int, precision: str, device: torch.device, averages: int = 0) -> str:
     """``elementwise``, or ``block`` where a step would not fit the GPU's memory; ``none`` on a CPU.
 
     ``elementwise`` moves 16 bytes more per token and channel of a block, under 2 % of an estimated step's time, and
     keeps a fifth less.
 
     Args:
-        model, rows, precision: as in :func:`step_bytes`.
+        model, rows, precision, averages: as in :func:`step_bytes`.
     """
     if device.type != "cuda":
         return "none"
     usable = _USABLE * torch.cuda.mem_get_info(device)[1]
-    return "elementwise" if step_bytes(model, rows, precision, "elementwise") <= usable else "block"
+    return "elementwise" if step_bytes(model, rows, precision, "elementwise", averages) <= usable else "block"
 
 
 def keep_on_device(wanted: bool | str, dataset: Dataset, device: torch.device, needed: int) -> bool:

@@ -81,7 +81,7 @@ class AdamW(torch.optim.AdamW):
         self._passes += [_Pass(self, group) for group in self.param_groups[len(self._passes) :]]
         self._opt_called = True  # torch's schedulers warn where no step came before theirs
         norm = torch.stack([one_pass.norm(ema, copy) for one_pass in self._passes]).square().sum().sqrt()
-        weight = None if ema is None else 1 - ema.current_decay()
+        weight = None if ema is None else (1 - ema.current_decay()).float()
         for one_pass, lr in zip(self._passes, self._lrs, strict=True):
             one_pass.step(norm, lr.tensor, weight, math.inf if grad_clip is None else grad_clip)
         finite = torch.isfinite(norm)

@@ -13,11 +13,11 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 
-from soflow_fast import build, checkpoint, distributed, memory, weights
+from soflow_fast import build, checkpoint, distributed, memory, posthoc, weights
 from soflow_fast.checkpoint import CHECKPOINTS
 from soflow_fast.config import GIVEN, TrainConfig
 from soflow_fast.data import batches, load_resident
-from soflow_fast.ema import EMA
+from soflow_fast.ema import EMA, PowerEMA
 from soflow_fast.evaluate import check_evaluation, evaluate, why_unscored
 from soflow_fast.images import are_images, balanced_labels, generate, save_samples, vae_decoder
 from soflow_fast.logs import METRICS_NAME, Meter, Quiet, RunLog
@@ -76,11 +76,13 @@ class Trainer:
             impl=self.model.impl,
         )
         self.ema = EMA(self.model, config.ema.decay, config.ema.warmup)
+        self.averages = [PowerEMA(self.model, std) for std in config.ema.posthoc]
         compute = {name: None if value == "auto" else value for name, value in asdict(config.compute).items()}
         self.step = TrainStep(
             self.model,
             optimizer=self.optimizer,
             ema=self.ema,
+            averages=self.averages,
             total_steps=config.total_steps,
             seed=config.seed,
             accumulation=wanted.accumulation,
@@ -102,7 +104,7 @@ class Trainer:
         """Sets what is recomputed and says whether the data lie on the device, as configured or as they fit."""
         config, device = self.config, self.processes.device
         micro_batch = (self.rows.stop - self.rows.start) // config.optimizer.accumulation
-        sizes = {"rows": micro_batch, "precision": self.step.precision}
+        sizes = {"rows": micro_batch, "precision": self.step.precision, "averages": len(self.averages)}
         if config.model.preset != GIVEN and config.model.recompute == "auto":
             self.model.network.recompute = memory.choose_recompute(self.model, device=device, **sizes)
         recompute = getattr(self.model.network, "recompute", "none")
@@ -164,6 +166,10 @@ class Trainer:
                     self._require_finite(meter)
                     log.write(done, {**meter.read(), "learning_rate": learning_rate})
                 with log.off_the_clock():
+                    # Before a checkpoint: a run that goes on from it does not write the snapshots of its step again.
+                    if self.averages and (last or _due(done, config.ema.snapshot_every)):
+                        self._require_finite(meter)
+                        self.processes.of_first(partial(self._write_snapshots, done))
                     if last or _due(done, output.checkpoint_every):
                         skipped = self._require_finite(meter)
                         self.processes.of_first(partial(self._save, done, skipped))
@@ -232,6 +238,9 @@ class Trainer:
         checkpoint.load_weights(self.model, state.model, path)
         self.optimizer.load_state_dict(state.optimizer)
         self.ema.load_state_dict(state.ema, state.ema_updates)
+        for average in self.averages:
+            saved = {name: state.posthoc[f"{average.std}/{name}"] for name in average.averages}
+            average.load_state_dict(saved, state.ema_updates)  # as many as the EMA's
         self.step.step.fill_(state.step)
         return state.step, state.skipped_steps
 
@@ -251,11 +260,16 @@ class Trainer:
             step=step,
             model=self.model.state_dict(),
             ema=self.ema.state_dict(),
+            posthoc={f"{one.std}/{name}": value for one in self.averages for name, value in one.averages.items()},
             optimizer=self.optimizer.state_dict(),
             ema_updates=int(self.ema.updates),
             skipped_steps=skipped,
         )
         checkpoint.save(self.checkpoints, state, self.config.output.keep_checkpoints)
+
+    def _write_snapshots(self, step: int) -> None:
+        for average in self.averages:
+            posthoc.save(self.run_dir, step, average)
 
     def _require_finite(self, meter: Meter) -> int:
         """How many steps were left out, if they are not too many."""
@@ -301,16 +315,19 @@ class Trainer:
 
 
 def load_run(
-    run_dir: str | Path, device: str = "auto", *, model: nn.Module | None = None
+    run_dir: str | Path, device: str = "auto", *, model: nn.Module | None = None, ema_std: float | None = None
 ) -> tuple[TrainConfig, nn.Module, int]:
     """The configuration of a run, its model with the averaged weights of the newest checkpoint, and the step.
 
     Args:
         run_dir: of the run. device: for the model.
         model: the network or objective of a run that was given one as an object; it takes the weights.
+        ema_std: takes in place of those averages, and at the step of the newest snapshot, the ones of this relative
+            standard deviation, see :func:`soflow_fast.posthoc.reconstruct`.
 
     Raises:
-        ValueError: if there is no such run, no checkpoint in it, or the run was of another model.
+        ValueError: if there is no such run, no checkpoint in it, the run was of another model, or it has no snapshots
+            from which these averages can be had.
     """
     run_dir = Path(run_dir)
     if not (run_dir / CONFIG_NAME).is_file():
@@ -322,8 +339,19 @@ def load_run(
         raise ValueError(f"the run {run_dir} has no checkpoint yet; let it train to its first one")
     state = checkpoint.load(found[-1])
     model = build.build_model(config, model).to(build.resolve_device(device)).eval()
-    checkpoint.load_weights(model, {**state.model, **state.ema}, found[-1])
-    return config, model, state.step
+    taken, step = {**state.model, **state.ema}, state.step
+    if ema_std is not None:
+        average = posthoc.reconstruct(run_dir, ema_std)
+        taken, step = {**taken, **average.weights}, average.step
+        _log.warning(
+            "the average of std %s at step %d is a sum of %d snapshots; its profile is off by %.2g",
+            ema_std,
+            step,
+            average.snapshots,
+            average.residual,
+        )
+    checkpoint.load_weights(model, taken, found[-1])
+    return config, model, step
 
 
 def _due(step: int, every: int) -> bool:
@@ -333,8 +361,8 @@ def _due(step: int, every: int) -> bool:
 def _require_same_run(run_dir: Path, config: TrainConfig) -> None:
     if run_dir.exists() and not run_dir.is_dir():
         raise ValueError(f"run_dir={str(run_dir)!r} is a file; choose a folder")
-    started = bool(checkpoint.committed(run_dir / CHECKPOINTS)) or (run_dir / METRICS_NAME).exists()
-    if not started:
+    written = (run_dir / METRICS_NAME, run_dir / posthoc.FOLDER)
+    if not (checkpoint.committed(run_dir / CHECKPOINTS) or any(path.exists() for path in written)):
         return
     if not (run_dir / CONFIG_NAME).exists():
         raise ValueError(f"run_dir={str(run_dir)!r} holds a run without its {CONFIG_NAME}; choose another folder")

@@ -119,8 +119,13 @@ def final(run_dir, step=6):
     return checkpoint.load(run_dir / "checkpoints" / f"step-{step:08d}")
 
 
+def files(folder: Path) -> dict[str, bytes]:
+    """The content of every file below a folder, by its path from there."""
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
 def assert_bitwise_equal(first, second):
-    for ours, theirs in ((first.model, second.model), (first.ema, second.ema)):
+    for ours, theirs in ((first.model, second.model), (first.ema, second.ema), (first.posthoc, second.posthoc)):
         assert ours.keys() == theirs.keys()
         assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     states = first.optimizer["state"], second.optimizer["state"]

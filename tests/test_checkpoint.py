@@ -18,7 +18,8 @@ def _state(step: int) -> State:
         "state": {0: {"step": torch.tensor(float(step)), "exp_avg": values / 7}},
         "param_groups": [{"lr": 0.1}],
     }
-    return State(step, {"network.w": values}, {"network.w": values.T}, optimizer, ema_updates=step - 1, skipped_steps=2)
+    averages = {"ema": {"network.w": values.T}, "posthoc": {"0.1/network.w": values + 1}}
+    return State(step, {"network.w": values}, **averages, optimizer=optimizer, ema_updates=step - 1, skipped_steps=2)
 
 
 def _assert_equal(read: State, written: State) -> None:
@@ -29,6 +30,7 @@ def _assert_equal(read: State, written: State) -> None:
     )
     assert torch.equal(read.model["network.w"], written.model["network.w"])
     assert torch.equal(read.ema["network.w"], written.ema["network.w"])
+    assert torch.equal(read.posthoc["0.1/network.w"], written.posthoc["0.1/network.w"])
     ours, theirs = read.optimizer["state"][0], written.optimizer["state"][0]
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     assert read.optimizer["param_groups"] == written.optimizer["param_groups"]
@@ -121,7 +123,10 @@ def test_a_kill_before_any_change_of_the_disk_leaves_the_last_or_the_new_checkpo
     assert survivors == {1, 2}
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "ema.safetensors", "optimizer.pt", "state.json"])
+_FILES = ["model.safetensors", "ema.safetensors", "posthoc.safetensors", "optimizer.pt", "state.json"]
+
+
+@pytest.mark.parametrize("name", _FILES)
 @pytest.mark.parametrize("damage", ["cut", "gone"])
 def test_damage_is_refused(tmp_path, name, damage):
     path = checkpoint.save(tmp_path, _state(1), keep=1)

@@ -6,7 +6,7 @@ import pytest
 from runs import tiny_config
 
 from soflow_fast import TrainConfig
-from soflow_fast.config import DataConfig, OptimizerConfig, SoFlowConfig
+from soflow_fast.config import DataConfig, EMAConfig, OptimizerConfig, SoFlowConfig
 
 
 def test_defaults_are_the_published_imagenet_recipe():
@@ -34,8 +34,10 @@ def test_yaml_and_overrides(tmp_path):
     path = tmp_path / "config.yaml"
     path.write_text("batch_size: 32\noptimizer:\n  learning_rate: 3e-4\n  betas: [0.9, 0.95]\nmodel:\n  depth: 3\n")
     config = TrainConfig.from_yaml(
-        path, ["--batch_size", "64", "--ema.warmup=false", "--optimizer.betas", "[0.5, 0.6]"]
+        path,
+        ["--batch_size", "64", "--ema.warmup=false", "--optimizer.betas", "[0.5, 0.6]", "--ema.posthoc=[0.05, 0.1]"],
     )
+    assert config.ema.posthoc == (0.05, 0.1)
     assert (config.batch_size, config.ema.warmup) == (64, False)
     assert (config.optimizer.learning_rate, config.optimizer.betas) == (3e-4, (0.5, 0.6))
     assert (config.model.depth, config.model.preset) == (3, "DiT-B/4")
@@ -54,7 +56,7 @@ def test_compute_and_data_choose_by_themselves_unless_told():
 
 
 def test_written_config_reads_back_equal(tmp_path):
-    config = tiny_config(tmp_path, seed=7)
+    config = tiny_config(tmp_path, seed=7, ema=EMAConfig(posthoc=(0.05, 0.1)))
     path = tmp_path / "config.yaml"
     path.write_text(config.to_yaml())
     assert TrainConfig.from_yaml(path) == config
@@ -84,6 +86,11 @@ def test_written_config_reads_back_equal(tmp_path):
         ({"optimizer": {"grad_clip": 0}}, [], ["optimizer.grad_clip=0", "null"]),
         ({"optimizer": {"accumulation": 3}}, [], ["optimizer.accumulation=3", "batch_size=256"]),
         ({"ema": {"decay": 1.0}}, [], ["ema.decay=1.0", "[0, 1)"]),
+        ({"ema": {"posthoc": [0.05]}}, [], ["ema.posthoc=[0.05]", "two or more different values"]),
+        ({}, ["--ema.posthoc", "[0.1, 0.1]"], ["ema.posthoc=[0.1, 0.1]", "two or more different values"]),
+        ({"ema": {"posthoc": [0.05, 0.3]}}, [], ["ema.posthoc=[0.05, 0.3]", "(0, 0.2886)"]),
+        ({"ema": {"posthoc": 0.05}}, [], ["ema.posthoc=0.05", "[a finite number, ...]"]),
+        ({"ema": {"snapshot_every": 0}}, [], ["ema.snapshot_every=0", "at least 1"]),
         ({"data": {"kind": "latens"}}, [], ["data.kind='latens'", "latents"]),
         ({"data": {"workers": -1}}, [], ["data.workers=-1", "at least 0"]),
         ({"data": {"on_device": "maybe"}}, [], ["data.on_device=maybe", "true or false or auto"]),
@@ -158,9 +165,11 @@ def test_only_what_changes_the_weights_makes_another_run(tmp_path):
     same = config.to_dict()
     same["run_dir"], same["device"], same["output"]["log_every"] = "elsewhere", "auto", 99
     same["data"]["workers"], same["data"]["on_device"], same["model"]["recompute"] = 7, True, "block"
+    same["ema"]["snapshot_every"] = 3
     assert config.first_difference(TrainConfig.from_dict(same)) is None
     for name, change in (
         ("seed", {"seed": 1}),
+        ("ema.posthoc", {"ema": {"posthoc": [0.05, 0.1]}}),
         ("model.depth", {"model": {**config.to_dict()["model"], "depth": 2}}),
         ("soflow.gap_end", {"soflow": {**config.to_dict()["soflow"], "gap_end": 0.01}}),
     ):

@@ -7,15 +7,16 @@ import pytest
 import torch
 from runs import soflow, tiny_config, write_config
 
-from soflow_fast import Trainer, checkpoint, distributed
-from soflow_fast.config import OptimizerConfig, OutputConfig
+from soflow_fast import Trainer, checkpoint, distributed, posthoc
+from soflow_fast.config import EMAConfig, OptimizerConfig, OutputConfig
 
 STEPS = 20
 
 
 def _config(folder, **changes):
     output = OutputConfig(log_every=10, sample_every=0, checkpoint_every=10)
-    return tiny_config(folder, total_steps=STEPS, output=output, **changes)
+    ema = EMAConfig(posthoc=(0.05, 0.1), snapshot_every=10)
+    return tiny_config(folder, total_steps=STEPS, output=output, ema=ema, **changes)
 
 
 def _train(folder, processes, *overrides):
@@ -57,7 +58,7 @@ def _without_key_bias(bias):
 def _assert_same_run(folder, other):
     """Weights, averages and metrics are equal to 1e-6."""
     ours, theirs = (checkpoint.load(run / "checkpoints" / f"step-{STEPS:08d}") for run in (folder, other))
-    for a, b in ((ours.model, theirs.model), (ours.ema, theirs.ema)):
+    for a, b in ((ours.model, theirs.model), (ours.ema, theirs.ema), (ours.posthoc, theirs.posthoc)):
         assert a.keys() == b.keys()
         for name in a:
             x, y = (
@@ -82,6 +83,9 @@ def test_only_the_first_process_writes(two):
     assert len(list(two.glob("events.*"))) == 1
     assert [path.name for path in checkpoint.committed(two / "checkpoints")] == [
         f"step-{step:08d}" for step in (10, 20)
+    ]
+    assert [(one.step, one.std, one.updates) for one in posthoc.snapshots(two)] == [
+        (step, std, step) for step in (10, 20) for std in (0.05, 0.1)
     ]
 
 

@@ -10,7 +10,7 @@ import torch
 from fast_step_runs import STEPS, distances, make_model, make_step, train, training_batch
 
 from soflow_fast import DiT, SoFlow
-from soflow_fast.ema import EMA
+from soflow_fast.ema import EMA, PowerEMA
 from soflow_fast.objectives.flow_matching import FlowMatching
 from soflow_fast.objectives.meanflow import MeanFlow
 from soflow_fast.optim import AdamW
@@ -216,14 +216,17 @@ def test_cuda_graph_equals_eager():
     results = []
     for options in ({"cuda_graph": False, "compile": False}, {"cuda_graph": True, "compile": False}):
         model = make_model(torch.float32).cuda()
-        step, _ = make_step(model, precision="bf16", **options)
+        average = PowerEMA(model, 0.1)
+        step, _ = make_step(model, precision="bf16", averages=[average], **options)
         losses = []
         for k in range(8):
             x, labels = training_batch(k, torch.float32)
             losses.append(step(x.cuda(), labels.cuda()).loss.item())
-        results.append((losses, model))
+        results.append((losses, model, average))
     assert results[0][0] == pytest.approx(results[1][0], rel=1e-6)
     assert max(distances(results[1][1], results[0][1]).values()) < 1e-6
+    for eager, captured in zip(*(average.averages.values() for *_, average in results), strict=True):
+        torch.testing.assert_close(captured, eager, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="a CUDA graph needs a GPU")

@@ -17,7 +17,7 @@ FLOORS = [
     ],
     [
         "attention", "build", "capture", "checkpoint", "data", "dit", "ema", "encode", "evaluate", "fidelity",
-        "images", "layers", "memory", "objectives", "optim", "pair", "precision", "sample", "weights",
+        "images", "layers", "memory", "objectives", "optim", "pair", "posthoc", "precision", "sample", "weights",
     ],
     ["cli", "demo", "distributed", "doctor", "dry_run", "logs", "step", "trainer"],
 ]  # fmt: skip

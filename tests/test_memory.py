@@ -52,6 +52,7 @@ def test_recomputation_as_much_as_the_memory_asks_for(monkeypatch, preset, gib, 
 def test_of_another_network_only_the_weights_are_known():
     model = SoFlow(nn.Linear(9, 9), guidance_scale=1.0, label_drop=0.0)
     assert step_bytes(model, 256, "bf16") == 22 * 90
+    assert step_bytes(model, 256, "bf16", averages=2) == 30 * 90
 
 
 class _Large(Blobs):

@@ -5,7 +5,7 @@ import torch
 from runs import tiny_config
 
 from soflow_fast import build, optim
-from soflow_fast.ema import EMA
+from soflow_fast.ema import EMA, PowerEMA
 from soflow_fast.step import TrainStep
 
 LR = 0.1
@@ -100,16 +100,18 @@ def test_clipping_limits_the_norm():
 def test_a_step_that_is_not_finite_changes_nothing_but_the_step(make):
     x, labels = _batch(dtype=torch.float32)
     model = _model(dtype=torch.float32)
-    ema = EMA(model)
+    ema, average = EMA(model), PowerEMA(model, 0.1)
     optimizer = make([p for p in model.parameters() if p.requires_grad])
-    step = TrainStep(model, optimizer=optimizer, ema=ema, total_steps=10)
+    step = TrainStep(model, optimizer=optimizer, ema=ema, averages=[average], total_steps=10)
     step(x, labels)
-    before = _weights(model), {name: value.clone() for name, value in ema.state_dict().items()}
+    assert all(torch.equal(average.averages[name], p) for name, p in model.named_parameters() if p.requires_grad)
+    before = _weights(model), *({n: v.clone() for n, v in one.state_dict().items()} for one in (ema, average))
     stats = step(x / 0, labels)
     assert not stats.finite
     assert torch.equal(_weights(model), before[0])
-    assert all(torch.equal(value, before[1][name]) for name, value in ema.state_dict().items())
-    assert (int(step.step), int(ema.updates)) == (2, 1)
+    for one, values in ((ema, before[1]), (average, before[2])):
+        assert all(torch.equal(value, values[name]) for name, value in one.state_dict().items())
+    assert (int(step.step), int(ema.updates), int(average.updates)) == (2, 1, 1)
     assert {float(state["step"]) for state in optimizer.state.values()} == {1.0}
     assert step(x, labels).finite
     assert not torch.equal(_weights(model), before[0])

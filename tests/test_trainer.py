@@ -14,6 +14,7 @@ from runs import (
     Blobs,
     StopError,
     assert_bitwise_equal,
+    files,
     final,
     stop_at,
     tiny_config,
@@ -26,6 +27,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from soflow_fast import DiT, Trainer, checkpoint, trainer
 from soflow_fast.config import (
     DataConfig,
+    EMAConfig,
     EvaluationConfig,
     ModelConfig,
     OptimizerConfig,
@@ -85,13 +87,15 @@ sys.exit(main(sys.argv[2:]))
 def test_a_run_killed_again_and_again_ends_bitwise_as_if_it_never_was(tmp_path):
     output = OutputConfig(log_every=2, sample_every=0, checkpoint_every=1, keep_checkpoints=1)
     optimizer = OptimizerConfig(learning_rate=1e-3, warmup_steps=3, schedule="cosine")
-    straight = tiny_config(tmp_path / "straight", total_steps=8, output=output, optimizer=optimizer)
+    ema = EMAConfig(posthoc=(0.05, 0.1), snapshot_every=2)
+    straight = tiny_config(tmp_path / "straight", total_steps=8, output=output, ema=ema, optimizer=optimizer)
     Trainer(straight).fit()
     config = replace(straight, run_dir=str(tmp_path / "killed"))
     command = ["train", str(write_config(tmp_path / "config.yaml", config))]
-    # The configuration is the first call, writing a checkpoint about eight, removing the one before another eight: the
-    # kills fall into the first checkpoint, into a later one and into a removal, and the runs get further each time.
-    kills = (4, 11, 20, 30)
+    # The configuration is the first call, writing a checkpoint about eight, removing the one before another eight, and
+    # the snapshots of every second step are eight: the kills fall into the first checkpoint, into snapshots, a later
+    # checkpoint and a removal, and the runs get further each time.
+    kills = (4, 20, 30, 45)
     for calls in (*kills, 10**9):
         process = subprocess.run(
             [sys.executable, "-c", _SUICIDE, str(calls), *command],
@@ -104,6 +108,7 @@ def test_a_run_killed_again_and_again_ends_bitwise_as_if_it_never_was(tmp_path):
             assert process.returncode == -signal.SIGKILL, process.stderr
     assert process.returncode == 0, process.stderr
     assert_bitwise_equal(final(tmp_path / "straight", 8), final(tmp_path / "killed", 8))
+    assert files(tmp_path / "killed" / "ema") == files(tmp_path / "straight" / "ema")
 
 
 # --------------------------------------------------------------------------------------------------- what is written
@@ -255,25 +260,21 @@ def test_steps_that_are_not_finite_are_left_out_up_to_the_limit(tmp_path):
 # --------------------------------------------------------------------------------------------------- refusals
 
 
-def _files(folder):
-    return {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
-
-
 def test_a_run_of_another_config_or_model_is_refused_and_nothing_is_lost(tmp_path):
     config = tiny_config(tmp_path)
     Trainer(config).fit()
-    before = _files(tmp_path)
+    before = files(tmp_path)
     with pytest.raises(ValueError, match="holds a run with seed=0, and this one has 1"):
         Trainer(replace(config, seed=1)).fit()
     wider = ModelConfig(input_size=8, in_channels=1, num_classes=10, patch_size=4, hidden_size=32, depth=1, num_heads=2)
     with pytest.raises(ValueError, match=r"model\.hidden_size=16, and this one has 32"):
         Trainer(replace(config, model=wider)).fit()
-    assert _files(tmp_path) == before
+    assert files(tmp_path) == before
     (tmp_path / "config.yaml").write_text(replace(config, model=wider).to_yaml())
-    before = _files(tmp_path)
+    before = files(tmp_path)
     with pytest.raises(ValueError, match=r"of another model: network\."):
         Trainer(replace(config, model=wider)).fit()
-    assert _files(tmp_path) == before
+    assert files(tmp_path) == before
     (tmp_path / "config.yaml").unlink()
     with pytest.raises(ValueError, match=r"holds a run without its config\.yaml"):
         Trainer(config).fit()
