@@ -20,11 +20,10 @@ from torch import Tensor
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.device_interface import CudaInterface
 from torch._guards import TracingContext
-from torch._inductor import lowering
 from torch._inductor.compile_fx import _recursive_joint_graph_passes, compile_fx_inner
 from torch._inductor.decomposition import select_decomp_table
 from torch._inductor.graph import GraphLowering
-from torch._ops import OpOverload
+from torch._inductor.lowering import make_fallback
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 from triton import runtime
 from triton.backends.compiler import GPUTarget
@@ -65,7 +64,7 @@ class Compiled:
 # Flash attention as it is on a GPU: the operator of the CPU has other outputs.
 
 
-@torch.library.custom_op("offline::attention", mutates_args=())
+@torch.library.custom_op("offline::attention", mutates_args=(), tags=[torch.Tag.needs_exact_strides])
 def _attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     raise NotImplementedError("on fake tensors only")
 
@@ -76,7 +75,7 @@ def _(q, k, v):
     return q.new_empty(B, N, H, h).transpose(1, 2), q.new_empty(B, H, N, dtype=torch.float32)
 
 
-@torch.library.custom_op("offline::attention_bwd", mutates_args=())
+@torch.library.custom_op("offline::attention_bwd", mutates_args=(), tags=[torch.Tag.needs_exact_strides])
 def _attention_bwd(
     do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, logsumexp: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -89,6 +88,9 @@ def _(do, q, k, v, o, logsumexp):
     dq, dk, dv = (q.new_empty(B, N, H, h).transpose(1, 2) for _ in range(3))
     return dq, dk, dv
 
+
+for _operator in (_attention, _attention_bwd):
+    make_fallback(_operator._opoverload, warn=False)
 
 _aten = torch.ops.aten
 #: operators of a CPU: what stands for them on a GPU, and how many of the arguments it takes
@@ -169,15 +171,6 @@ def _moved(graph: torch.fx.GraphModule) -> torch.fx.GraphModule:
     return graph
 
 
-def _forget_custom_ops() -> None:
-    """So that each graph is written as the first of a process: what Inductor met before it computes inputs for."""
-    for operator in [
-        x for x in lowering.lowerings if isinstance(x, OpOverload) and x.namespace in ("soflow", "offline")
-    ]:
-        del lowering.lowerings[operator]
-        lowering.needs_realized_inputs.discard(operator)
-
-
 def _write(graph: torch.fx.GraphModule, inputs: list, into: Compiled, **options) -> None:
     """Adds the code and the counts of one graph."""
 
@@ -188,7 +181,6 @@ def _write(graph: torch.fx.GraphModule, inputs: list, into: Compiled, **options)
         return types.SimpleNamespace(call=lambda inputs: None)  # instead of the compiled code
 
     mode = TracingContext.get().fake_mode
-    _forget_custom_ops()
     with _imagined_gpu(), mock.patch.object(GraphLowering, "compile_to_module", write):
         with mode:
             inputs = [

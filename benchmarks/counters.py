@@ -139,6 +139,13 @@ def compiled_block(preset: str, **options) -> dict[str, float]:
     return {"launches_per_block": launches, "bytes_moved_per_element_block": moved}
 
 
+def compiled_step(preset: str, **options) -> tuple[Compiled, int]:
+    """What Inductor writes of a step for a GPU, and the (token · channel) elements of its batch; options as in
+    :func:`fake_step`."""
+    compiled = Compiled([])
+    return compiled, _run_compiled(preset, backend(compiled), **options)
+
+
 def _per_block(measure: Callable[..., tuple[float, ...]], preset: str, **options) -> list[float]:
     """Of each value."""
     three, one = (measure(preset, depth=depth, **options) for depth in (3, 1))
@@ -180,8 +187,7 @@ def _saved_bytes_per_element(preset: str, **options) -> tuple[float]:
 
 
 def _launches_and_bytes(preset: str, **options) -> tuple[float, float]:
-    compiled = Compiled([])
-    elements = _run_compiled(preset, backend(compiled), **options)
+    compiled, elements = compiled_step(preset, **options)
     return compiled.launches, compiled.bytes_moved / elements
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ._launch import Launch, launch, require_dtype, require_shape
 from ._math import log
+from ._op import raw_op
 from .coefficients import PARAMETERIZATIONS
 
 # Latents (4096 values) are one iteration of 8 values a thread; larger samples loop. Many warps a row, because there are
@@ -84,8 +85,7 @@ def _loss_bwd(residual: Tensor, weight: Tensor, dloss: Tensor, factor: float) ->
     return dF
 
 
-_loss_bwd_op = torch.library.custom_op("soflow::loss_bwd", _loss_bwd, mutates_args=())
-_loss_bwd_op.register_fake(_loss_bwd)
+_loss_bwd_op = raw_op("loss_bwd", _loss_bwd)
 
 
 def save_residual(ctx, output, factor: float) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 from ._cases import Case, Inputs
 from ._launch import Launch, constants, launch, require_dtype, require_shape
 from ._math import tanh, tanh_difference
+from ._op import raw_op
 
 # 8 elements a thread are one 16-byte access in bf16; at 64 registers half of an SM's threads are resident, enough loads
 # in flight for a kernel that only streams.
@@ -83,8 +84,7 @@ def _activation_difference(u: Tensor, du: Tensor, gelu: bool, tangent: bool) -> 
     return dg
 
 
-_op = torch.library.custom_op("soflow::activation_difference", _activation_difference, mutates_args=())
-_op.register_fake(_activation_difference)
+_op = raw_op("activation_difference", _activation_difference)
 
 
 def _check(u: Tensor, du: Tensor) -> None:

@@ -37,6 +37,7 @@ from torch import Tensor
 
 from ._cases import Case, Inputs
 from ._launch import Launch, launch
+from ._op import raw_op
 from ._partials import sum_chunks
 from ._rows import (
     load_row,
@@ -282,14 +283,10 @@ def _gated_bwd(
     return dx, dbranch, dmodulation, x_new.new_empty((0, x_new.shape[2])) if dbias is None else dbias
 
 
-_layernorm_fwd_op = torch.library.custom_op("soflow::modulated_layernorm_fwd", _layernorm_fwd, mutates_args=())
-_layernorm_fwd_op.register_fake(_layernorm_fwd)
-_layernorm_bwd_op = torch.library.custom_op("soflow::modulated_layernorm_bwd", _layernorm_bwd, mutates_args=())
-_layernorm_bwd_op.register_fake(_layernorm_bwd)
-_gated_fwd_op = torch.library.custom_op("soflow::gated_residual_layernorm_fwd", _gated_fwd, mutates_args=())
-_gated_fwd_op.register_fake(_gated_fwd)
-_gated_bwd_op = torch.library.custom_op("soflow::gated_residual_layernorm_bwd", _gated_bwd, mutates_args=())
-_gated_bwd_op.register_fake(_gated_bwd)
+_layernorm_fwd_op = raw_op("modulated_layernorm_fwd", _layernorm_fwd)
+_layernorm_bwd_op = raw_op("modulated_layernorm_bwd", _layernorm_bwd)
+_gated_fwd_op = raw_op("gated_residual_layernorm_fwd", _gated_fwd)
+_gated_bwd_op = raw_op("gated_residual_layernorm_bwd", _gated_bwd)
 
 
 class _ModulatedLayerNorm(torch.autograd.Function):

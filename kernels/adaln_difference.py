@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ._cases import Case, Inputs
 from ._launch import Launch, constants, launch
+from ._op import raw_op
 from ._rows import (
     load_row,
     require_bias,
@@ -174,12 +175,8 @@ def _gated_difference(
     return _run(x_new, d, branch, d_branch, bias, gate, scale, dgate, dshift, dscale, eps, dtype, tangent)
 
 
-_layernorm_op = torch.library.custom_op(
-    "soflow::modulated_layernorm_difference", _layernorm_difference, mutates_args=()
-)
-_layernorm_op.register_fake(_layernorm_difference)
-_gated_op = torch.library.custom_op("soflow::gated_residual_layernorm_difference", _gated_difference, mutates_args=())
-_gated_op.register_fake(_gated_difference)
+_layernorm_op = raw_op("modulated_layernorm_difference", _layernorm_difference)
+_gated_op = raw_op("gated_residual_layernorm_difference", _gated_difference)
 
 
 def modulated_layernorm_difference(

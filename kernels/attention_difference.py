@@ -32,6 +32,7 @@ from torch.utils.flop_counter import register_flop_formula
 from ._cases import Case, Inputs
 from ._launch import Launch, constants, launch, require_dtype, require_shape
 from ._math import expm1
+from ._op import raw_op
 
 # Half precision above 128 and float32 above 80, whose products hold whole operands in registers, spill at every size
 # of block.
@@ -271,8 +272,7 @@ def _attention_difference(
     return do.transpose(1, 2)
 
 
-_op = torch.library.custom_op("soflow::attention_difference", _attention_difference, mutates_args=())
-_op.register_fake(_attention_difference)
+_op = raw_op("attention_difference", _attention_difference)
 
 
 @register_flop_formula(torch.ops.soflow.attention_difference)

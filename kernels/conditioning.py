@@ -22,6 +22,7 @@ from torch import Tensor
 from ._cases import Case, Inputs
 from ._launch import Launch, constants, launch, require_dtype, require_shape
 from ._math import sin_cos
+from ._op import raw_op
 from ._rows import load_row, row_columns, row_warps, store_row
 
 # A program per row (or class): even a thousand of them fit on an H100's 132 SMs at once, at up to 80 registers.
@@ -239,16 +240,10 @@ def _condition_bwd(
     return dc, dtable
 
 
-_time_sinusoids_op = torch.library.custom_op("soflow::time_sinusoids", _time_sinusoids, mutates_args=())
-_time_sinusoids_op.register_fake(_time_sinusoids)
-_time_sinusoids_difference_op = torch.library.custom_op(
-    "soflow::time_sinusoids_difference", _time_sinusoids_difference, mutates_args=()
-)
-_time_sinusoids_difference_op.register_fake(_time_sinusoids_difference)
-_condition_fwd_op = torch.library.custom_op("soflow::condition_fwd", _condition_fwd, mutates_args=())
-_condition_fwd_op.register_fake(_condition_fwd)
-_condition_bwd_op = torch.library.custom_op("soflow::condition_bwd", _condition_bwd, mutates_args=())
-_condition_bwd_op.register_fake(_condition_bwd)
+_time_sinusoids_op = raw_op("time_sinusoids", _time_sinusoids)
+_time_sinusoids_difference_op = raw_op("time_sinusoids_difference", _time_sinusoids_difference)
+_condition_fwd_op = raw_op("condition_fwd", _condition_fwd)
+_condition_bwd_op = raw_op("condition_bwd", _condition_bwd)
 
 
 class _Condition(torch.autograd.Function):

@@ -14,6 +14,7 @@ from torch import Tensor
 from ._cases import Case, Inputs
 from ._launch import constants, launch
 from ._math import sin_cos
+from ._op import raw_op
 from ._reduction import inverse_power, load, loss_backward, reduction, require_samples, row_outputs, save_residual
 
 
@@ -105,8 +106,7 @@ def _consistency_loss(
     return outputs
 
 
-_consistency_loss_op = torch.library.custom_op("soflow::consistency_loss_fwd", _consistency_loss, mutates_args=())
-_consistency_loss_op.register_fake(_consistency_loss)
+_consistency_loss_op = raw_op("consistency_loss_fwd", _consistency_loss)
 
 
 class _ConsistencyLoss(torch.autograd.Function):

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from ._cases import Case, Inputs
 from ._launch import Launch, autocast, launch, require_dtype, require_shape
+from ._op import raw_op
 from ._rows import require_tokens
 from .reference import split_heads
 
@@ -159,8 +160,7 @@ def _pack_heads_bwd(dq: Tensor | None, dk: Tensor | None, dv: Tensor | None) -> 
     return packed, partials
 
 
-_op = torch.library.custom_op("soflow::pack_heads_bwd", _pack_heads_bwd, mutates_args=())
-_op.register_fake(_pack_heads_bwd)
+_op = raw_op("pack_heads_bwd", _pack_heads_bwd)
 
 
 @torch.compiler.allow_in_graph  # else a checkpoint that is compiled keeps what it should recompute

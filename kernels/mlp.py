@@ -20,6 +20,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from ._cases import Case, Inputs
 from ._launch import Launch, autocast, constants, launch, require_dtype, require_shape
+from ._op import raw_op
 
 # A tile of 4 rows is 8 values a thread, 16-byte accesses in bfloat16. With 64 registers at least half of an SM's
 # threads are resident. At most 256 chunks, so that adding up their sums is small, and of at least 64 rows, so that the
@@ -94,8 +95,7 @@ def _gelu_bwd(u: Tensor, dg: Tensor, with_g: bool) -> tuple[Tensor, Tensor, Tens
     return du, g, partials
 
 
-_gelu_bwd_op = torch.library.custom_op("soflow::gelu_bwd", _gelu_bwd, mutates_args=())
-_gelu_bwd_op.register_fake(_gelu_bwd)
+_gelu_bwd_op = raw_op("gelu_bwd", _gelu_bwd)
 
 
 def _linear_gelu(h: Tensor, w1: Tensor, b1: Tensor) -> Tensor:
@@ -105,12 +105,11 @@ def _linear_gelu(h: Tensor, w1: Tensor, b1: Tensor) -> Tensor:
     return nn.functional.gelu(nn.functional.linear(h, w1, b1), approximate="tanh")
 
 
-_linear_gelu_op = torch.library.custom_op("soflow::linear_gelu", _linear_gelu, mutates_args=())
-
-
-@_linear_gelu_op.register_fake
-def _(h, w1, b1):
+def _linear_gelu_fake(h: Tensor, w1: Tensor, b1: Tensor) -> Tensor:
     return h.new_empty(h.shape[0], w1.shape[0])
+
+
+_linear_gelu_op = raw_op("linear_gelu", _linear_gelu, _linear_gelu_fake)
 
 
 @register_flop_formula(torch.ops.soflow.linear_gelu)

@@ -20,6 +20,7 @@ from torch import Tensor
 from ._cases import Case, Inputs
 from ._launch import Launch, constants, launch, require_dtype, require_shape
 from ._math import log, sin_cos
+from ._op import raw_op
 from .coefficients import PATHS
 from .reference import Stream
 
@@ -223,12 +224,9 @@ def _noisy_sample(
     return x_t, v_t
 
 
-_draw_op = torch.library.custom_op("soflow::draw", _draw_values, mutates_args=())
-_draw_op.register_fake(_draw_values)
-_interpolate_op = torch.library.custom_op("soflow::interpolate", _interpolate, mutates_args=())
-_interpolate_op.register_fake(_interpolate)
-_noisy_sample_op = torch.library.custom_op("soflow::noisy_sample", _noisy_sample, mutates_args=())
-_noisy_sample_op.register_fake(_noisy_sample)
+_draw_op = raw_op("draw", _draw_values)
+_interpolate_op = raw_op("interpolate", _interpolate)
+_noisy_sample_op = raw_op("noisy_sample", _noisy_sample)
 
 
 def _require_rows(rows: Tensor) -> None:

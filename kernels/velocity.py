@@ -18,6 +18,7 @@ from torch import Tensor
 from ._cases import Case, Inputs
 from ._launch import constants, launch
 from ._math import expm1
+from ._op import raw_op
 from ._reduction import (
     POINTWISE,
     POINTWISE_BLOCK,
@@ -174,10 +175,8 @@ def _velocity_loss(
     return outputs
 
 
-_guided_velocity_op = torch.library.custom_op("soflow::guided_velocity", _guided_velocity, mutates_args=())
-_guided_velocity_op.register_fake(_guided_velocity)
-_velocity_loss_op = torch.library.custom_op("soflow::velocity_loss_fwd", _velocity_loss, mutates_args=())
-_velocity_loss_op.register_fake(_velocity_loss)
+_guided_velocity_op = raw_op("guided_velocity", _guided_velocity)
+_velocity_loss_op = raw_op("velocity_loss_fwd", _velocity_loss)
 
 
 class _VelocityLoss(torch.autograd.Function):

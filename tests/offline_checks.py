@@ -6,10 +6,12 @@ python tests/offline_checks.py CHECK
 import re
 import sys
 from pathlib import Path
+from unittest import mock
 
 import torch
 import triton
 import triton.language as tl
+from torch._inductor.exc import OperatorIssue
 
 from soflow_fast.kernels import _aot, fused
 from soflow_fast.kernels._cases import Inputs
@@ -159,6 +161,15 @@ def a_block_launches_and_moves_no_more_than_committed():
     import counters
 
     assert counters.worse("DiT-B/4", counters.compiled_block("DiT-B/4")) == []
+
+
+def inductor_describes_no_operator():
+    """What it describes it does with all that the arguments were computed from, tenfold with each block."""
+    sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
+    import counters
+
+    with mock.patch.object(OperatorIssue, "operator_str", side_effect=AssertionError("an operator was described")):
+        counters.compiled_step("DiT-B/4", depth=2)
 
 
 if __name__ == "__main__":
