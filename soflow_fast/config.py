@@ -75,9 +75,9 @@ class DataConfig(Section, section="data."):
             ``fp32`` as they are; ``bf16`` rounds them by at most 2^-8 of their size and halves the memory they take,
             so that twice as many can lie on a GPU.
         on_device: whether the data lie in the device's memory as a whole, for latents, digits and data sets that can be
-            read in pieces; the batches are the same. ``auto`` is yes on a GPU if they take at most half of the free
-            memory that a step is estimated to leave.
-        workers: loader processes, 0 for none. prefetch: batches each of them reads ahead.
+            read in pieces; the batches are the same. ``auto`` is yes if they take at most half of the free memory that
+            a step is estimated to leave, on a CPU at most 256 MiB.
+        workers: loader processes, 0 for none, at most one for each CPU. prefetch: batches each of them reads ahead.
     """
 
     kind: str = "latents"

@@ -18,6 +18,9 @@ _SAVED_BYTES = {"none": 37, "elementwise": 29, "block": 9}
 # further average.
 _STATE_BYTES, _AVERAGE_BYTES = 22, 4
 
+# Data that are not worth processes which read them.
+_SMALL = 256 << 20
+
 # The rest is for the forward without gradient, the workspaces of libraries and what the allocator cannot use.
 _USABLE = 0.85
 
@@ -56,8 +59,8 @@ def choose_recompute(model: nn.Module, rows: int, precision: str, device: torch.
 def keep_on_device(wanted: bool | str, dataset: Dataset, device: torch.device, needed: int) -> bool:
     """Whether a data set is to lie in the device's memory as a whole.
 
-    ``auto`` is yes on a GPU, for a data set that can be read in pieces and takes at most half of the free memory that
-    a step is estimated to leave.
+    ``auto`` is yes for a data set that can be read in pieces and takes at most half of the free memory that a step is
+    estimated to leave; on a CPU, at most 256 MiB.
 
     Args:
         wanted: True, False or ``auto``. needed: of a step, see :func:`step_bytes`.
@@ -65,12 +68,12 @@ def keep_on_device(wanted: bool | str, dataset: Dataset, device: torch.device, n
     Raises:
         ValueError: for True where the data cannot be read in pieces or is larger than the free memory.
     """
-    if not wanted or (wanted == "auto" and device.type != "cuda"):
+    if not wanted:
         return False
-    size = resident_bytes(dataset)
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else math.inf
+    size, on_gpu = resident_bytes(dataset), device.type == "cuda"
+    free = torch.cuda.mem_get_info(device)[0] if on_gpu else math.inf
     if wanted == "auto":
-        return size is not None and size <= (free - needed) / 2
+        return size is not None and size <= ((free - needed) / 2 if on_gpu else _SMALL)
     if size is None:
         raise ValueError(
             f"data.on_device=true needs data that can be read in pieces, and {type(dataset).__name__} has no "

@@ -94,6 +94,7 @@ class Trainer:
         )
         self.step.check_batch(self.rows.stop - self.rows.start)
         self.on_device = self._fit_into_memory()
+        self.workers = min(config.data.workers, len(os.sched_getaffinity(0)))
         self._decode = None
         if config.data.vae is not None:
             self._decode = vae_decoder(config.data.vae, config.data.latent_scale, self.processes.device)
@@ -145,7 +146,7 @@ class Trainer:
             seed=config.seed,
             num_classes=num_classes,
             rows=self.rows,
-            workers=config.data.workers,
+            workers=self.workers,
             prefetch=config.data.prefetch,
             device=self.processes.device,
         )
@@ -191,7 +192,7 @@ class Trainer:
             "compile": self.step.compile,
             "cuda_graph": self.step.cuda_graph,
             "recompute": getattr(self.model.network, "recompute", "the network's own"),
-            "data": "on the device" if self.on_device else f"read by {self.config.data.workers} workers",
+            "data": "on the device" if self.on_device else f"read by {self.workers} workers",
             "processes": self.processes.world_size,
         }
 

@@ -73,11 +73,12 @@ def test_auto_holds_data_in_half_of_what_a_step_leaves(monkeypatch, free, held):
     assert keep_on_device(True, _Large(), GPU, needed=70 * GIB) is True
 
 
-def test_auto_never_holds_data_on_a_cpu_or_that_cannot_be_read_in_pieces(monkeypatch):
+def test_auto_holds_what_is_small_on_a_cpu_and_nothing_that_cannot_be_read_in_pieces(monkeypatch):
     _gpu(monkeypatch, 80)
     assert keep_on_device("auto", digits(), GPU, needed=0) is True
     assert keep_on_device("auto", Blobs(), GPU, needed=0) is False
-    assert keep_on_device("auto", digits(), CPU, needed=0) is False
+    assert keep_on_device("auto", digits(), CPU, needed=0) is True
+    assert keep_on_device("auto", _Large(), CPU, needed=0) is False
     assert keep_on_device(True, digits(), CPU, needed=0) is True
 
 
