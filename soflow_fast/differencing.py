@@ -7,6 +7,8 @@ The graph is ordinary code: gradients flow through its value, and torch.compile 
 
 import operator
 from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -52,9 +54,7 @@ class ForwardDifference:
             self._structure, self._derived = structure, {}
         key = _form(x, labels, mode)
         if len(x) and key not in self._derived:
-            t, s = x.new_zeros(len(x)), x.new_zeros(len(x))  # of one tensor for both the graph would make one input
-            labels = None if labels is None else labels.new_zeros(len(x))
-            self._derived[key] = _derive(self.net, (x.detach(), t, s, labels), mode == "tangent")
+            self._derived[key] = _derive(self.net, _inputs(x, labels), mode == "tangent")
 
     def __call__(
         self,
@@ -96,6 +96,20 @@ class ForwardDifference:
 
     def __getstate__(self) -> dict:
         return {"net": self.net, "_structure": (), "_derived": {}}  # graphs are made again
+
+
+def draws(net: nn.Module, x: Tensor, labels: Tensor | None) -> bool:
+    """Whether a forward takes numbers from torch's generator, as dropout does; inputs as of :meth:`prepare`."""
+    state = partial(torch.cuda.get_rng_state, x.device) if x.is_cuda else torch.get_rng_state
+    with torch.no_grad(), _left_as_it_was(net, x.device):
+        before = state()
+        net(*_inputs(x, labels))
+        return not torch.equal(before, state())
+
+
+def _inputs(x: Tensor, labels: Tensor | None) -> tuple:
+    t, s = x.new_zeros(len(x)), x.new_zeros(len(x))  # of one tensor for both a graph would make one input
+    return x.detach(), t, s, None if labels is None else labels.new_zeros(len(x))
 
 
 def _form(x: Tensor, labels: Tensor | None, mode: str) -> tuple:
@@ -153,18 +167,25 @@ def _run_once(net: nn.Module, inputs: tuple) -> None:
     Raises:
         ValueError: if the result is not one tensor, or has gradients of its own making.
     """
-    device, name = inputs[0].device, type(net).__name__
-    buffers = [(b, b.detach().clone()) for b in net.buffers()]
-    with torch.enable_grad(), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+    name = type(net).__name__
+    with torch.enable_grad(), _left_as_it_was(net, inputs[0].device):
         out = net(*inputs)
-    with torch.no_grad():
-        for buffer, value in buffers:
-            buffer.copy_(value)
     if not isinstance(out, Tensor):
         raise ValueError(f"{name} must return one tensor that depends on x; it returns a {type(out).__name__}")
     for node in _graph_of(out):
         if isinstance(node, torch.autograd.function.BackwardCFunction):
             raise ValueError(f"{name} calls an autograd.Function, {node.name()}, whose gradient would be lost")
+
+
+@contextmanager
+def _left_as_it_was(net: nn.Module, device: torch.device) -> Iterator[None]:
+    """After it buffers and generators are what they were before."""
+    buffers = [(b, b.detach().clone()) for b in net.buffers()]
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        yield
+    with torch.no_grad():
+        for buffer, value in buffers:
+            buffer.copy_(value)
 
 
 def _graph_of(out: Tensor) -> Iterator:

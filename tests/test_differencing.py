@@ -344,3 +344,17 @@ def test_what_cannot_be_derived_is_named(net, sentence, caplog):
     ):
         with pytest.raises(ValueError, match=remedy):
             model.prepare(x, None)
+
+
+def test_two_forwards_are_no_way_out_where_each_draws_another_dropout():
+    x = torch.rand(4, 4, 4, 4)
+    net = Function(lambda x, t: torch.nn.functional.dropout(x.cummax(1)[0], 0.5, net.training))
+    net.num_classes = 0
+    model = SoFlow(net, guidance_scale=1.0, label_drop=0.0)
+    before = torch.get_rng_state()
+    with pytest.raises(ValueError, match=r"draws random numbers.*aten.cummax.default, which has no rule.*two_forwards"):
+        model.prepare(x, None)
+    assert torch.equal(torch.get_rng_state(), before)
+    net.eval()
+    model.prepare(x, None)
+    assert model.needs_float32

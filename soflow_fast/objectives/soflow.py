@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from soflow_fast import paths
+from soflow_fast.differencing import draws
 from soflow_fast.kernels.reference import Stream
 from soflow_fast.objectives.base import (
     LossOutput,
@@ -130,7 +131,8 @@ class SoFlow(Objective):
         """Derives the difference forward of a network that has none; see the base class.
 
         Raises:
-            ValueError: where it cannot be derived and two forwards are no way out.
+            ValueError: where it cannot be derived and two forwards are no way out: at a gap of 0, or where each of them
+                draws another dropout.
         """
         if self._subtracts:
             return
@@ -142,6 +144,11 @@ class SoFlow(Objective):
                 raise ValueError(
                     f"{needs} needs a difference forward, and {error}; write the network's forward_difference, or "
                     "use quotient='two_forwards' with min_gap=1e-4"
+                ) from error
+            if draws(self.network, x, labels):
+                raise ValueError(
+                    f"the network draws random numbers, with which two forwards differ at any gap, and {error}; turn "
+                    "its dropout off, or use quotient='two_forwards' to train on what they differ by"
                 ) from error
             _log.warning("the consistency quotient takes two forwards in float32: %s", error)
             self._subtracts = self.needs_float32 = True
