@@ -111,20 +111,20 @@ def load_averages(path: Path) -> dict[str, Tensor]:
 
 def load_weights(model: nn.Module, weights: dict[str, Tensor], path: Path) -> None:
     """Copies weights read from ``path`` into a model; ValueError as :func:`require_fit`."""
-    require_fit(model, weights, path)
+    require_fit(model, weights, f"the checkpoint {path}")
     model.load_state_dict(weights)
 
 
-def require_fit(model: nn.Module, weights: dict[str, Tensor], path: Path) -> None:
-    """ValueError if weights read from ``path`` are of another model; it names the first that does not fit."""
+def require_fit(model: nn.Module, weights: dict[str, Tensor], origin: str) -> None:
+    """ValueError if weights of that origin are of another model; it names the first that does not fit."""
     own = model.state_dict()
     for name in sorted(own.keys() | weights.keys()):
         ours, theirs = (tuple(state[name].shape) if name in state else None for state in (own, weights))
         if ours != theirs:
             raise ValueError(
-                f"the checkpoint {path} is of another model: {name} is "
+                f"{origin} is of another model: {name} is "
                 f"{'missing' if theirs is None else theirs} there and {'missing' if ours is None else ours} in this "
-                "model; use the config it was trained with"
+                "model; choose the model it was trained with"
             )
 
 
@@ -157,8 +157,8 @@ def _step(path: Path) -> int:
 
 
 def on_host(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Copies on the CPU, as safetensors takes them."""
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    """Copies on the CPU, as safetensors takes them: no two in one memory, as tied parameters are."""
+    return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
 
 
 def _remove(path: Path) -> None:

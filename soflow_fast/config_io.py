@@ -45,6 +45,8 @@ class Section:
                 is_dataclass(f.type) or _fits(value, f.type),
                 f"{self.section}{f.name}={value!r} does not fit; it must be: {_expected(f.type)}",
             )
+            if isinstance(value, list):
+                setattr(self, f.name, tuple(value))  # the same as what a file gives
 
 
 def parse(cls: type, raw: dict, overrides: Sequence[str] = ()) -> dict[str, Any]:

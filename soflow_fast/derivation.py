@@ -8,14 +8,14 @@ from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
 from soflow_fast import difference_nonlinear, kernels  # noqa: F401, the rules that it registers
-from soflow_fast.difference_rules import RULES, aten
+from soflow_fast.difference_rules import RULES, aten, value_of
 
 # Only names of sizes and strides as they were when captured; of another attention or dtype strides may differ.
 _RESHAPES = {aten.view.default: aten.reshape.default, aten._unsafe_view.default: aten.reshape.default}
 
-#: What depends on the form of an argument alone.
-OF_FORM = {aten.zeros_like, aten.ones_like, aten.full_like, aten.empty_like, aten.rand_like, aten.randn_like}
-OF_FORM |= {aten.new_zeros, aten.new_ones, aten.new_full, aten.new_empty}
+# What depends on the form of an argument alone.
+_OF_FORM = {aten.zeros_like, aten.ones_like, aten.full_like, aten.empty_like, aten.rand_like, aten.randn_like}
+_OF_FORM |= {aten.new_zeros, aten.new_ones, aten.new_full, aten.new_empty}
 
 
 class Derived(NamedTuple):
@@ -23,6 +23,14 @@ class Derived(NamedTuple):
 
     run: fx.GraphModule
     names: tuple[str, ...]
+
+
+class NoRuleError(ValueError):
+    """A network calls an operator that has no rule."""
+
+    def __init__(self, name: str, operator):
+        super().__init__(f"{name} calls {operator}, which has no rule; add one to soflow_fast.difference_rules.RULES")
+        self.operator = operator
 
 
 class Derivation:
@@ -77,20 +85,21 @@ class Derivation:
         """An operator and, if what it computes changes, its rule."""
         target = _RESHAPES.get(node.target, node.target)
         arguments, keywords = fx.node.map_arg((node.args, node.kwargs), self.values.get)
-        self.values[node] = self.graph.call_function(target, arguments, keywords)
         packet = getattr(target, "overloadpacket", None)
+        value = self.graph.call_function(value_of(target) if packet else target, arguments, keywords)
+        value.meta["operator"], self.values[node] = target, value
         moving = tuple(self._moving(argument) for argument in node.args)
-        if packet in OF_FORM or not any(d is not None for d in moving):
+        if packet in _OF_FORM or not any(d is not None for d in moving):
             return
         out = node.meta["val"]
         if target is operator.getitem:
             if out.is_floating_point() or out.is_complex():
                 self.differences[node] = self.graph.call_function(target, (moving[0], arguments[1]))
+            elif node.users:
+                raise ValueError(f"{self.name} makes {out.dtype} of what changes, by {node.args[0].target}")
             return
         if packet not in RULES or self._moving(tuple(node.kwargs.values())) is not None:
-            raise ValueError(
-                f"{self.name} calls {target}, which has no rule; add one to soflow_fast.difference_rules.RULES"
-            )
+            raise NoRuleError(self.name, target)
         if isinstance(out, Tensor) and (
             out.dtype == torch.float16 or not (out.is_floating_point() or out.is_complex())
         ):

@@ -108,7 +108,8 @@ def _in_float64(operator, out, arguments, differences, tangent, **keywords):
             return operator(*arguments, **keywords)[0]
 
         return _in_float64(values, out[0], arguments, differences, tangent, **keywords), None
-    values = [x.double() if isinstance(x, Tensor) else x for x in arguments]
+    keywords.pop("dtype", None)  # in which the values would be rounded before they are subtracted
+    values = [_double(x) if isinstance(x, Tensor) else x for x in arguments]
     moving = [i for i, d in enumerate(differences) if d is not None]
 
     def function(*moved):
@@ -117,10 +118,14 @@ def _in_float64(operator, out, arguments, differences, tangent, **keywords):
             full[i] = x
         return operator(*full, **keywords)
 
-    x, d = (tuple(y[i].double() for i in moving) for y in (arguments, differences))
+    x, d = (tuple(_double(y[i]) for i in moving) for y in (arguments, differences))
     if tangent:
         return torch.func.jvp(function, x, d)[1].to(out.dtype)
     return (function(*map(torch.add, x, d)) - function(*x)).to(out.dtype)
+
+
+def _double(x: Tensor) -> Tensor:
+    return x.to(torch.complex128 if x.is_complex() else torch.float64)
 
 
 @rule_for(aten.pow)
@@ -229,7 +234,7 @@ def _variance(operator, out, arguments, differences, tangent, **keywords):
 
 @rule_for(aten.linalg_vector_norm)
 def _norm(operator, out, arguments, differences, tangent, **keywords):
-    """``(Σ 2xd + d²)/(|x+d| + |x|)`` of the Euclidean norm."""
+    """``(Σ 2 Re(x̄d) + |d|²)/(|x+d| + |x|)`` of the Euclidean norm."""
     order, dims, keep = (*arguments[1:], *(2, None, False)[len(arguments) - 1 :])
     if order != 2:
         refuse(operator, "has a rule only for the Euclidean norm")
@@ -237,7 +242,8 @@ def _norm(operator, out, arguments, differences, tangent, **keywords):
     dims = tuple(range(x.ndim)) if dims is None else dims
     norm = torch.linalg.vector_norm(x, dim=dims, keepdim=keep)
     moved = norm if tangent else torch.linalg.vector_norm(x + d, dim=dims, keepdim=keep)
-    return like(_quotient(_square_difference(x, d, tangent).sum(dims, keep), norm + moved), out)
+    change = (x.conj() * d).real * 2 + (0 if tangent else d.abs().square())
+    return like(_quotient(change.sum(dims, keep), norm + moved), out)
 
 
 def _softmax_difference(p: Tensor, x: Tensor, d: Tensor, dim: int, tangent: bool) -> Tensor:
@@ -253,14 +259,14 @@ def _softmax_difference(p: Tensor, x: Tensor, d: Tensor, dim: int, tangent: bool
     e = reference.expm1(centred.clamp(-_LARGE, _LARGE))
     z = (p * e).sum(dim, keepdim=True)
     large = (d - d.amin(dim, keepdim=True)).amax(dim, keepdim=True) > _LARGE
-    return torch.where(large, torch.softmax(x + d, dim) - p, p * (e - z) / (1 + z))
+    return torch.where(large, aten._safe_softmax(x + d, dim) - p, p * (e - z) / (1 + z))
 
 
-@rule_for(aten.softmax)
+@rule_for(aten.softmax, aten._safe_softmax)
 def _softmax(operator, out, arguments, differences, tangent, **keywords):
     x, d = wide(arguments[0], differences[0])
     dim = arguments[1]
-    return like(_softmax_difference(torch.softmax(x, dim), x, d, dim, tangent), out)
+    return like(_softmax_difference(aten._safe_softmax(x, dim), x, d, dim, tangent), out)
 
 
 @rule_for(aten.log_softmax)
@@ -312,7 +318,7 @@ def _scores(q: Tensor, k: Tensor, mask: Tensor | None, causal: bool, scale: floa
 def _masked_attention(q, k, v, dq, dk, dv, mask: Tensor | None, causal: bool, tangent: bool) -> Tensor:
     scale = 1 / math.sqrt(q.shape[-1])
     scores = _scores(q, k, mask, causal, scale)
-    p = torch.softmax(scores, -1)
+    p = aten._safe_softmax(scores, -1)  # 0 where all is masked
     change = bilinear(torch.matmul, q, k.mT, dq, dk.mT, tangent) * scale
     dp = _softmax_difference(p, scores, change, -1, tangent)
     return bilinear(torch.matmul, p, v, dp, dv, tangent)
@@ -338,4 +344,4 @@ def attention_with_dropout(
     if enable_gqa:
         k, v = (_for_every_head(x, q) for x in (k, v))
     scores = _scores(q, k, attn_mask, is_causal, 1 / math.sqrt(q.shape[-1]) if scale is None else scale)
-    return torch.dropout(torch.softmax(scores, -1), dropout_p, True) @ v
+    return torch.dropout(aten._safe_softmax(scores, -1), dropout_p, True) @ v

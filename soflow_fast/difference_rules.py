@@ -47,6 +47,48 @@ def like(difference: Tensor, out: Tensor) -> Tensor:
     return difference.to(out.dtype).expand(out.shape)
 
 
+_FFT = [
+    getattr(aten, f"fft_{inverse}{real}fft{n}") for inverse in ("", "i") for real in ("", "r") for n in ("", "2", "n")
+]
+
+# What writes numbers into others, and which argument they are.
+_WRITTEN = {
+    **dict.fromkeys((aten.slice_scatter, aten.select_scatter, aten.diagonal_scatter), 1),
+    aten.index_put: 2,
+    **dict.fromkeys((aten.index_add, aten.scatter, aten.scatter_add), 3),
+}
+
+
+def value_of(operator) -> Callable:
+    """The operator; of a few what computes the same, with derivatives and with the casts that autocast makes necessary.
+
+    A graph is captured without autocast and keeps no casts of its own. Fourier transforms have no half precision, and
+    what is written into a tensor takes its dtype.
+    """
+    packet = operator.overloadpacket
+    if packet is aten.copy:
+        return _copied
+    if packet in _FFT:
+
+        def transform(x: Tensor, *rest, **keywords):
+            return operator(*wide(x), *rest, **keywords)
+
+        return transform
+    if packet in _WRITTEN:
+
+        def write(x: Tensor, *rest, **keywords):
+            source = _WRITTEN[packet] - 1
+            cast = [y.to(x.dtype) if i == source and isinstance(y, Tensor) else y for i, y in enumerate(rest)]
+            return operator(x, *cast, **keywords)
+
+        return write
+    return operator
+
+
+def _copied(x: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
+    return source.to(x.dtype).expand(x.shape).clone()
+
+
 # ------------------------------------------------------------------------------------- moving and adding numbers
 
 
@@ -58,19 +100,13 @@ def like(difference: Tensor, out: Tensor) -> Tensor:
     *(aten.view_as_complex, aten.view_as_real, aten.avg_pool1d, aten.avg_pool3d, aten.upsample_linear1d),
     *(aten.avg_pool2d, aten.adaptive_avg_pool2d, aten.pixel_shuffle, aten.pixel_unshuffle),
     *(aten.upsample_nearest2d, aten._upsample_nearest_exact2d, aten.upsample_bilinear2d, aten.upsample_bicubic2d),
-    *(aten._conj, aten.fft_fftshift, aten.fft_ifftshift),
-    *(
-        getattr(aten, f"fft_{inverse}{real}fft{n}")
-        for inverse in ("", "i")
-        for real in ("", "r")
-        for n in ("", "2", "n")
-    ),
+    *(aten._conj, aten.fft_fftshift, aten.fft_ifftshift, *_FFT),
 )
 def _of_the_first(operator, out, arguments, differences, tangent, **keywords):
     """Operators that are linear in their first argument, the only one that changes."""
     if any(d is not None for d in differences[1:]):
         refuse(operator, "has a rule only for a change of its first argument")
-    return operator(differences[0], *arguments[1:], **keywords)
+    return value_of(operator)(differences[0], *arguments[1:], **keywords)
 
 
 @rule_for(aten.pad)
@@ -97,19 +133,24 @@ def _cat(operator, out, arguments, differences, tangent):
     return operator(parts, *arguments[1:])
 
 
-@rule_for(
-    *(aten.slice_scatter, aten.select_scatter, aten.diagonal_scatter, aten.index_put, aten.index_add),
-    *(aten.scatter, aten.scatter_add, aten.copy),
-)
-def _of_all(operator, out, arguments, differences, tangent, **keywords):
-    """Operators that are linear in all their tensors of numbers together: what stays counts as a change of 0."""
-    if operator == aten.scatter.value:
-        return operator(differences[0], *arguments[1:3], 0)
-    changes = [
-        torch.zeros_like(x) if d is None and isinstance(x, Tensor) and x.is_floating_point() else x if d is None else d
-        for x, d in zip(arguments, differences, strict=True)
-    ]
+@rule_for(*_WRITTEN)
+def _write(operator, out, arguments, differences, tangent, **keywords):
+    """Linear in both the old numbers and the new: what stays counts as a change of 0."""
+    if "reduce" in operator._overloadname:
+        refuse(operator, "has no rule for reduce")
+    changes = list(arguments)
+    for i in (0, _WRITTEN[operator.overloadpacket]):
+        if isinstance(arguments[i], Tensor):
+            changes[i] = torch.zeros_like(arguments[i], dtype=out.dtype) if differences[i] is None else differences[i]
+            changes[i] = changes[i].to(out.dtype)
+        else:
+            changes[i] = 0
     return operator(*changes, **keywords)
+
+
+@rule_for(aten.copy)
+def _copy(operator, out, arguments, differences, tangent):
+    return torch.zeros_like(out) if differences[1] is None else like(differences[1], out)
 
 
 @rule_for(aten.add, aten.sub, aten.rsub)

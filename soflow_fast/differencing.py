@@ -15,14 +15,17 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.fx import GraphModule
 
-from soflow_fast.derivation import OF_FORM, Derivation, Derived
+from soflow_fast.derivation import Derivation, Derived, NoRuleError
 from soflow_fast.difference_nonlinear import attention_with_dropout
-from soflow_fast.difference_rules import RULES, aten
+from soflow_fast.difference_rules import aten
 
 # What autocast rounds the operands of: a region that keeps them in float32 cannot be told in the graph.
 _PRODUCTS = {aten.linear, aten.matmul, aten.mm, aten.bmm, aten.addmm, aten.baddbmm, aten.einsum}
 _PRODUCTS |= {getattr(aten, f"conv{kind}{n}d") for kind in ("", "_transpose") for n in (1, 2, 3)}
 _PRODUCTS |= {aten.scaled_dot_product_attention}
+
+# A node for every step of them would be a graph without end.
+_LOOPS = {aten.lstm, aten.gru, aten.rnn_tanh, aten.rnn_relu}
 
 
 class ForwardDifference:
@@ -135,26 +138,30 @@ def _derive(net: nn.Module, inputs: tuple, tangent: bool) -> Derived:
             raise ValueError(f"{name} cannot be captured by torch.export ({_in_a_line(error)})") from error
         _require_no_autocast(program, name)
         _detach_what_has_no_gradient(program)
-        program = program.run_decompositions(_definitions())
+        program = program.run_decompositions({aten.scaled_dot_product_attention.default: attention_with_dropout})
         signature = program.graph_signature
         for changed in (signature.buffers_to_mutate, signature.parameters_to_mutate, signature.user_inputs_to_mutate):
             if changed:
                 what = next(iter(changed.values()))
                 raise ValueError(f"{name} changes {what!r} in its forward, which a difference forward cannot")
         try:
-            return Derivation(program, name, tangent).derive()
+            return _derived(program, name, tangent)
         except ValueError:
             raise
         except Exception as error:  # of a rule, tried on arguments it was not made for
             raise ValueError(f"{name} calls an operator in a way that has no rule ({_in_a_line(error)})") from error
 
 
-def _definitions() -> dict:
-    """torch's own definitions, by simpler operators, of those that have no rule; and of attention with dropout."""
-    known = RULES.keys() | OF_FORM
-    table = torch.export.default_decompositions()
-    definitions = {operator: by for operator, by in table.items() if operator.overloadpacket not in known}
-    return {**definitions, aten.scaled_dot_product_attention.default: attention_with_dropout}
+def _derived(program: ExportedProgram, name: str, tangent: bool) -> Derived:
+    """Operators that have no rule are replaced by what torch defines them by."""
+    definitions = torch.export.default_decompositions()
+    while True:
+        try:
+            return Derivation(program, name, tangent).derive()
+        except NoRuleError as error:
+            if error.operator not in definitions or error.operator.overloadpacket in _LOOPS:
+                raise
+            program = program.run_decompositions({error.operator: definitions[error.operator]})
 
 
 def _in_a_line(error: Exception) -> str:

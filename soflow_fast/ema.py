@@ -29,6 +29,9 @@ class EMA:
         self._parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
         self._fixed = {name: p.detach() for name, p in module.named_parameters() if not p.requires_grad}
         self.averages = {name: p.detach().clone().float() for name, p in self._parameters.items()}
+        first = {id(p): name for name, p in self._parameters.items()}
+        every = module.named_parameters(remove_duplicate=False)
+        self._names = {name: first[id(p)] for name, p in every if p.requires_grad}  # tied ones have several
         device = next(iter(self._parameters.values())).device
         self.updates = torch.zeros((), dtype=torch.int64, device=device)
 
@@ -65,9 +68,13 @@ class EMA:
                 p.data = own[name]
             torch.autograd.graph.increment_version(self._parameters.values())
 
+    def named_averages(self) -> dict[str, Tensor]:
+        """The averages by all names of their parameters."""
+        return {name: self.averages[first] for name, first in self._names.items()}
+
     def state_dict(self) -> dict[str, Tensor]:
         """A state_dict of the averaged module, with the module's own keys."""
-        return {**self._fixed, **self.averages}
+        return {**self._fixed, **self.named_averages()}
 
     def load_state_dict(self, state: dict[str, Tensor], updates: int) -> None:
         """Restores :meth:`state_dict` and the number of updates behind it."""

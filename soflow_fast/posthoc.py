@@ -64,7 +64,7 @@ def save(run_dir: Path, step: int, average: PowerEMA) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     temporary = folder.parent / ".writing.safetensors"
     profile = {"step": step, "std": average.std, "updates": int(average.updates)}
-    save_file(checkpoint.on_host(average.averages), temporary, metadata={"profile": json.dumps(profile)})
+    save_file(checkpoint.on_host(average.named_averages()), temporary, metadata={"profile": json.dumps(profile)})
     checkpoint.flush(temporary)
     os.replace(temporary, folder / f"{average.std}.safetensors")
     checkpoint.flush(folder)

@@ -31,8 +31,9 @@ def read_weights(model: nn.Module, path: str | Path) -> tuple[dict[str, Tensor],
         model: an objective such as :class:`~soflow_fast.SoFlow`, or a network.
         path: of a ``.safetensors`` file, of a file written by torch.save, or of the folder of a run or of one of its
             checkpoints, whose averages are taken. A file of torch.save holds a state_dict, or several and other things
-            by name; the averages are taken, if there are any. Objects of Python code in it are refused, not run. The
-            state_dict may be of an objective or of a network, with a prefix that a wrapper put before every name.
+            by name; the averages are taken, if there are any, and what they leave out, such as buffers, from the
+            others. Objects of Python code in it are refused, not run. The state_dict may be of an objective or of a
+            network, with a prefix that a wrapper put before every name.
 
     Returns:
         ``(weights, origin)``: by the model's names, and what was taken, in words.
@@ -42,9 +43,12 @@ def read_weights(model: nn.Module, path: str | Path) -> tuple[dict[str, Tensor],
             the first that does not fit.
     """
     path = locate(path)
-    weights, origin = _read(path)
-    weights = _renamed(weights, model.state_dict().keys())
-    checkpoint.require_fit(model, weights, path)
+    parts, origin = _read(path)
+    own = model.state_dict().keys()
+    weights: dict[str, Tensor] = {}
+    for part in reversed([_renamed(part, own) for part in parts]):  # averages may be of parameters alone
+        weights = {name: value for name, value in weights.items() if name in own} | part
+    checkpoint.require_fit(model, weights, origin)
     return weights, origin
 
 
@@ -63,10 +67,10 @@ def locate(path: str | Path) -> Path:
     return found[-1]
 
 
-def _read(path: Path) -> tuple[Mapping[str, Tensor], str]:
-    """The weights as they are named at ``path``, and what was taken."""
+def _read(path: Path) -> tuple[list[Mapping[str, Tensor]], str]:
+    """The weights as they are named at ``path``, then those that fill in what they leave out; and what was taken."""
     if path.is_dir():
-        return checkpoint.load_averages(path), f"the averages of {path}"
+        return [checkpoint.load_averages(path)], f"the averages of {path}"
     try:
         if path.suffix == ".safetensors":
             found = load_file(path)
@@ -80,7 +84,7 @@ def _read(path: Path) -> tuple[Mapping[str, Tensor], str]:
             "tensors and numbers alone"
         ) from None
     if _is_state_dict(found):
-        return found, str(path)
+        return [found], str(path)
     parts = {name: part for name, part in found.items() if _is_state_dict(part)} if isinstance(found, Mapping) else {}
     names = [name for name in _USUAL if name in parts] or list(parts)
     if not names or (len(names) > 1 and names[0] not in _USUAL):
@@ -88,7 +92,7 @@ def _read(path: Path) -> tuple[Mapping[str, Tensor], str]:
             f"the file {path} holds {'weights under ' + ', '.join(map(str, names)) if names else 'no weights'}; give "
             "one with a state_dict, alone or under a usual name such as ema or model"
         )
-    return parts[names[0]], f"{names[0]!r} of {path}"
+    return [parts[name] for name in names], f"{names[0]!r} of {path}"
 
 
 def _is_state_dict(value: object) -> bool:
@@ -98,8 +102,12 @@ def _is_state_dict(value: object) -> bool:
 
 
 def _renamed(weights: Mapping[str, Tensor], own: Set[str]) -> dict[str, Tensor]:
-    """By the names of which most are the model's: without a prefix that all of them have, or with the objective's."""
-    prefixes = ["", *accumulate(f"{part}." for part in next(iter(weights)).split(".")[:-1])]
+    """By the names of which most are the model's: without a prefix that all of them have, or with the objective's.
+
+    Counters of torch's ``AveragedModel`` and the like are left out.
+    """
+    weights = {name: value for name, value in weights.items() if value.dim() or "." in name or name in own}
+    prefixes = ["", *accumulate(f"{part}." for part in next(iter(weights), "").split(".")[:-1])]
     forms = [
         {added + name.removeprefix(prefix): value for name, value in weights.items()}
         for prefix in prefixes

@@ -21,6 +21,7 @@ def _normal(*shape, scale=1.0):
 
 W, TABLE, KERNEL, GAIN = _normal(6, 8), _normal(4, 8), _normal(5, 4, 3, 3), 1 + _normal(8, scale=0.1)
 MASK = _normal(8) > 0
+HIGH = torch.arange(4)[:, None].expand(4, 4) == 2
 FIRST = torch.zeros(B, 1, 4, 4, dtype=torch.int64)
 
 
@@ -35,6 +36,16 @@ def _assignment(x, t):
     y[..., torch.tensor([0, 2])] = (x * x)[..., 1:3]
     y.diagonal(dim1=2, dim2=3).mul_(3)
     return y
+
+
+def _assignment_of_what_stays(x, t):
+    y = x * t[:, None, None, None]
+    y[:, 0] = torch.arange(4)
+    y[:, 1] = torch.tensor([True, False, True, True])
+    y = y.index_put((torch.tensor([0]), torch.tensor([2])), torch.ones(4, 4).to(y))
+    return y.scatter_add(1, FIRST, torch.ones(B, 1, 4, 4).to(y)) + torch.ones_like(x).index_add(
+        1, FIRST[0, 0, 0, :1], y[:, :1]
+    )
 
 
 # Of x (B, 4, 4, 4), positive and away from the kinks of the functions that have one, and of t (B,).
@@ -142,6 +153,7 @@ OPERATORS = {
     "group_norm": lambda x, t: nnf.group_norm(x, 2, GAIN.to(x)[:4], GAIN.to(x)[4:]) + nnf.group_norm(x, 4),
     "vector_norm": lambda x, t: nnf.normalize(x) + torch.linalg.vector_norm(x),
     "sigmoid_tails": lambda x, t: 1e6 * torch.sigmoid(x - 20) + 1e9 * nnf.silu(x - 30) + torch.sigmoid(x + 3),
+    "safe_softmax": lambda x, t: torch.ops.aten._safe_softmax(x.masked_fill(HIGH, -math.inf), -1),
     "log_softmax": lambda x, t: torch.log_softmax(3 * x, 1),
     "lerp": lambda x, t: torch.lerp(x, x * x, 0.3),
     "masked_fill_of_moving": lambda x, t: x.view(B, 8, 8).masked_fill(MASK, 3 * t.mean()),
@@ -151,17 +163,20 @@ OPERATORS = {
     "fft": lambda x, t: torch.fft.irfft2(torch.fft.rfft2(x) * GAIN[:3].to(x)) + torch.fft.ifftn(x).imag,
     "fft_1d": lambda x, t: torch.fft.irfft(torch.fft.rfft(x)) + torch.fft.ifft(torch.fft.fft(x) * (1 + 2j)).real,
     "fft_2d": lambda x, t: torch.fft.ifft2(torch.fft.fftshift(torch.fft.fft2(x))).real + torch.fft.ifftshift(x),
+    "spectrum": lambda x, t: torch.fft.rfft2(x).abs() + torch.linalg.vector_norm(torch.fft.rfft2(x)),
     "fft_nd": lambda x, t: torch.fft.irfftn(torch.fft.rfftn(x).conj()) + torch.fft.fftn(x).imag,
-    "scatter": lambda x, t: x.scatter(1, FIRST, x[:, 1:2]).scatter(1, 1 + FIRST, 2.0).scatter_add(1, 2 + FIRST, x * x),
+    "scatter": lambda x, t: x.scatter(1, FIRST, x[:, 1:2]).scatter(1, 1 + FIRST, 2.0),
+    "scatter_add": lambda x, t: x.scatter_add(1, FIRST, (x * x)[:, :1]),
     "index_add": lambda x, t: x.index_add(1, torch.tensor([0, 0]), x[:, :2], alpha=2),
     "assignment": _assignment,
+    "assignment_of_what_stays": _assignment_of_what_stays,
     "einsum_of_three": lambda x, t: torch.einsum("bcij,bdij,b->bcd", x, x * x, t),
     "hyperbolic": lambda x, t: x.sinh() + x.cosh() + x.asinh() + x.tan() + x.log10(),
     "steps": lambda x, t: x * ((9 * x).floor() + (9 * x).ceil() + (9 * x).round() + (x - 1).sign()),
     "prelu": lambda x, t: nnf.prelu(x - 2, W[0, :4].to(x)),
     "extremes": lambda x, t: x.amax(1) + x.amin(1) + x.max(1)[0] + x.min(1).values + x.max() * x.min(),
     "sort": lambda x, t: x.sort(1, descending=True)[0][:, :2] + x.topk(2, 1)[0],
-    "prod": lambda x, t: x.prod(1) + x.logsumexp(1) + x.cumprod(1)[:, 2],
+    "prod": lambda x, t: x.prod(1, dtype=x.dtype) + x.logsumexp(1) + x.cumprod(1)[:, 2],
     "max_pool2d": lambda x, t: nnf.max_pool2d(x, 2) + nnf.adaptive_max_pool2d(x, 2),
     "instance_norm": lambda x, t: nnf.instance_norm(x, weight=GAIN[:4].to(x), bias=GAIN[4:].to(x)),
     "batch_norm": lambda x, t: nnf.batch_norm(x, GAIN[:4].to(x), GAIN[4:].to(x), GAIN[:4].to(x), GAIN[4:].to(x)),
@@ -238,12 +253,50 @@ def test_tangent(name):
     assert (tangent - truth).norm() <= 1e-9 * truth.norm()
 
 
+@pytest.mark.parametrize("name", OPERATORS)
+def test_gradient(name):
+    """Of the value, as the network's own."""
+    function = OPERATORS[name]
+    x, t, dx, dt = (z.float() for z in _inputs(0.1))
+    gradients = []
+    for run in (lambda x, t: _forward(name)(x, t, t / 2, None, dx, dt)[0], function):
+        inputs = (x.clone().requires_grad_(), t.clone().requires_grad_())
+        y = run(*inputs)
+        if y.requires_grad:
+            weights = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view(y.shape)
+            gradients.append(torch.autograd.grad((weights * y).sum(), inputs, materialize_grads=True))
+    if name != "detach":  # of which the network has a gradient of zero, and a difference
+        torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("fft", "spectrum", "scatter", "scatter_add", "index_add", "assignment", "assignment_of_what_stays"),
+        *("where", "masked_fill_of_moving", "cat", "stack", "lerp", "addcmul", "addmm_of_moving", "einsum_of_three"),
+        *("add_of_a_constant", "attention", "attention_masked", "variance_and_mean", "batch_norm", "extremes", "prod"),
+    ],
+)
+def test_autocast(name):
+    """Of a bfloat16 x beside a float32 t, as autocast mixes them where the capture saw float32 alone."""
+    function = OPERATORS[name]
+    x, t, dx, dt = (z.bfloat16().double() for z in _inputs(0.1))
+    truth = function(x, t)
+    forward = ForwardDifference(Function(lambda x, t: function(x @ torch.eye(4).to(x), t)))
+    with torch.autocast("cpu", torch.bfloat16):
+        value, difference = forward(x.float(), t.float(), t.float() / 2, None, dx.float(), dt.float())
+    assert (value - truth).norm() <= 0.03 * truth.norm()
+    change = function(x + dx, t + dt) - truth
+    assert (difference - change).norm() <= 0.1 * change.norm()
+
+
 def test_every_rule_is_tried():
     called = set()
     for name in OPERATORS:
         _forward(name).prepare(_inputs(1.0)[0].float(), None)
         for derived in _forward(name)._derived.values():
-            called |= {getattr(node.target, "overloadpacket", None) for node in derived.run.graph.nodes}
+            operators = [node.meta.get("operator") for node in derived.run.graph.nodes]
+            called |= {getattr(operator, "overloadpacket", None) for operator in operators}
     assert set(RULES) - called == {torch.ops.aten.native_dropout}  # see test_dropout
 
 

@@ -292,6 +292,20 @@ class _Counting(Function):
         return self.norm(x)
 
 
+class _Recurrent(nn.Module):
+    """Over the rows of an image."""
+
+    def __init__(self):
+        super().__init__()
+        self.lstm = nn.LSTM(4, 4, batch_first=True)
+
+    def forward(self, x, t, s, labels):
+        return self.lstm(x[:, 0])[0][:, None].expand_as(x)
+
+
+_FIRST = torch.zeros(4, 1, 4, 4, dtype=torch.int64)
+
+
 class _Straight(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):
@@ -319,6 +333,9 @@ def _with_own_autocast(x, t):
         (Function(_with_own_autocast), "Function has a region with an autocast of its own around aten.matmul"),
         (Function(lambda x, t: _Straight.apply(x * x.new_ones(1).requires_grad_())), "an autograd.Function, _Straight"),
         (Function(lambda x, t: x.half().float()), "Function makes torch.float16 of what changes"),
+        (Function(lambda x, t: x.gather(1, x.topk(2, 1).indices)), "makes torch.int64 of what changes, by aten.topk"),
+        (Function(lambda x, t: x.scatter(1, _FIRST, 2.0, reduce="add")), "aten.scatter.value_reduce has no rule for"),
+        (_Recurrent(), "_Recurrent calls aten.lstm.input, which has no rule"),
         (Function(lambda x, t: torch.div(x, 2, rounding_mode="floor")), "has no rule for rounding_mode='floor'"),
         (_Branching(None), "_Branching cannot be captured by torch.export"),
         (_Counting(), "_Counting changes 'norm.*' in its forward"),
@@ -344,6 +361,23 @@ def test_what_cannot_be_derived_is_named(net, sentence, caplog):
     ):
         with pytest.raises(ValueError, match=remedy):
             model.prepare(x, None)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_attention_of_a_token_whose_keys_are_all_masked_is_zero(dropout):
+    keep = torch.ones(4, 4, dtype=torch.bool)
+    keep[1] = False
+
+    def attention(x, t):
+        return x + torch.nn.functional.scaled_dot_product_attention(x, 2 * x, x, attn_mask=keep, dropout_p=dropout)
+
+    x, dx = torch.rand(2, 4, 4, 4), 0.1 * torch.rand(2, 4, 4, 4)
+    t = torch.rand(2)
+    value, difference = ForwardDifference(Function(attention))(x, t, t / 2, None, dx, -t)
+    assert torch.equal(value[:, :, 1], x[:, :, 1])
+    assert torch.equal(difference[:, :, 1], dx[:, :, 1])
+    assert value.isfinite().all()
+    assert difference.isfinite().all()
 
 
 def test_two_forwards_are_no_way_out_where_each_draws_another_dropout():

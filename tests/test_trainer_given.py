@@ -9,7 +9,7 @@ from foreign_networks import UNet
 from runs import Blobs, StopError, assert_bitwise_equal, final, stop_at, tiny_config
 
 from soflow_fast import DiT, SoFlow, Trainer, trainer
-from soflow_fast.config import ComputeConfig, DataConfig, ModelConfig
+from soflow_fast.config import ComputeConfig, DataConfig, EMAConfig, ModelConfig, OptimizerConfig
 from soflow_fast.objectives.flow_matching import FlowMatching
 from soflow_fast.objectives.meanflow import MeanFlow
 
@@ -39,6 +39,32 @@ def test_given_network_and_data(tmp_path, wrapped):
     assert (loaded.model.num_classes, loaded.soflow.guidance_scale, step) == (10, run.model.guidance_scale, 6)
     assert model.guidance_scale == run.model.guidance_scale
     assert all(torch.equal(value, run.ema.state_dict()[name]) for name, value in model.state_dict().items())
+
+
+class _Tied(DiT):
+    """Both times are embedded by the same weights."""
+
+    def __init__(self, *arguments, **keywords):
+        super().__init__(*arguments, **keywords)
+        self.s_embedder = self.t_embedder
+
+
+def test_tied_parameters_are_saved_and_averaged_under_both_names(tmp_path):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        nets = [_Tied(8, 4, 1, 16, 1, 2, num_classes=10) for _ in range(2)]
+    ema = EMAConfig(posthoc=[0.05, 0.1], snapshot_every=1)
+    config = tiny_config(tmp_path, ema=ema, optimizer=OptimizerConfig(learning_rate=0.1))
+    run = Trainer(config, model=nets[0])
+    run.fit()
+    for std in (None, 0.08):
+        _, model, _ = trainer.load_run(tmp_path, "cpu", model=nets[1], ema_std=std)
+        weight = model.network.s_embedder.mlp[0].weight
+        assert weight is model.network.t_embedder.mlp[0].weight
+        assert not torch.equal(weight, nets[0].t_embedder.mlp[0].weight)
+        if std is None:
+            assert torch.equal(weight, run.ema.averages["network.t_embedder.mlp.0.weight"])
+    Trainer(config, model=nets[0]).fit()  # of the same configuration, with its lists as tuples
 
 
 class _Branching(UNet):

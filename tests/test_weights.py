@@ -102,7 +102,9 @@ def test_the_averages_of_a_run_or_of_one_checkpoint_with_the_buffers(tmp_path):
         theirs = _WithBuffers(step)
         averages = EMA(theirs)
         averages.averages["norm.weight"].fill_(10 + step)
-        state = checkpoint.State(step, theirs.state_dict(), averages.state_dict(), {}, ema_updates=1, skipped_steps=0)
+        state = checkpoint.State(
+            step, theirs.state_dict(), averages.state_dict(), {}, {}, ema_updates=1, skipped_steps=0
+        )
         checkpoint.save(tmp_path / "run" / "checkpoints", state, keep=2)
     first, second = checkpoint.committed(tmp_path / "run" / "checkpoints")
     for path, taken, step in ((tmp_path / "run", second, 2), (first, first, 1)):
@@ -110,6 +112,23 @@ def test_the_averages_of_a_run_or_of_one_checkpoint_with_the_buffers(tmp_path):
         assert load_weights(model, path) == f"the averages of {taken}"
         assert (model.norm.weight == 10 + step).all()
         assert (model.norm.running_mean == step).all()
+
+
+def test_averages_of_parameters_alone_take_the_buffers_of_the_others(tmp_path):
+    theirs = _WithBuffers(3)
+    ema = {name: p + 1 for name, p in theirs.named_parameters()}
+    file = _save(tmp_path / "x.pt", {"model": theirs.state_dict(), "ema": ema})
+    model = _WithBuffers(0)
+    assert load_weights(model, file) == f"'ema' of {file}"
+    assert (model.norm.weight == 4).all()
+    assert (model.norm.running_mean == 3).all()
+
+
+def test_an_averaged_model_of_torch(tmp_path):
+    averaged = torch.optim.swa_utils.AveragedModel(_WithBuffers(5))
+    model = _WithBuffers(0)
+    load_weights(model, _save(tmp_path / "x.pt", averaged.state_dict()))
+    assert (model.norm.weight == 5).all()
 
 
 class _Code:
@@ -217,7 +236,7 @@ def test_the_command_refuses_and_writes_nothing(tmp_path, capsys, monkeypatch, d
     config = write_config(tmp_path / "config.yaml", tiny_config("run", soflow=SoFlowConfig()))
     assert main(["train", str(config), *dry_run, "--initial_weights", value]) == 2
     printed = capsys.readouterr().err
-    assert printed.startswith("soflow: the ")
+    assert printed.startswith("soflow: ")
     assert value in printed
     assert printed.count("\n") == 1
     assert not (tmp_path / "run").exists()
