@@ -154,14 +154,15 @@ def _derive(net: nn.Module, inputs: tuple, tangent: bool) -> Derived:
 
 def _derived(program: ExportedProgram, name: str, tangent: bool) -> Derived:
     """Operators that have no rule are replaced by what torch defines them by."""
-    definitions = torch.export.default_decompositions()
+    definitions = dict(torch.export.default_decompositions().items())
     while True:
         try:
             return Derivation(program, name, tangent).derive()
         except NoRuleError as error:
-            if error.operator not in definitions or error.operator.overloadpacket in _LOOPS:
+            definition = definitions.pop(error.operator, None)
+            if definition is None or error.operator.overloadpacket in _LOOPS:
                 raise
-            program = program.run_decompositions({error.operator: definitions[error.operator]})
+            program = program.run_decompositions({error.operator: definition})
 
 
 def _in_a_line(error: Exception) -> str:

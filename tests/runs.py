@@ -153,3 +153,31 @@ def stop_at(monkeypatch, step):
         return original(self, *args)
 
     monkeypatch.setattr(trainer.TrainStep, "__call__", call)
+
+
+class KilledError(BaseException):
+    """Of :func:`killed`; stands for SIGKILL."""
+
+
+def killed(monkeypatch, after, functions, run):
+    """Whether a run is killed, where it would call one of these functions, ``(owner, name)``, after so many calls."""
+    left = after
+
+    def dying(original):
+        def call(*args, **kwargs):
+            nonlocal left
+            if left == 0:
+                raise KilledError
+            left -= 1
+            return original(*args, **kwargs)
+
+        return call
+
+    with monkeypatch.context() as patch:
+        for owner, name in functions:
+            patch.setattr(owner, name, dying(getattr(owner, name)))
+        try:
+            run()
+        except KilledError:
+            return True
+    return False

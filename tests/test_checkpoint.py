@@ -3,9 +3,11 @@
 import json
 import os
 import shutil
+from functools import partial
 
 import pytest
 import torch
+from runs import killed
 from torch import nn
 
 from soflow_fast import checkpoint
@@ -71,10 +73,6 @@ def test_without_its_marker_a_checkpoint_does_not_count(tmp_path):
     _assert_equal(checkpoint.load(checkpoint.committed(tmp_path)[-1]), _state(2))
 
 
-class _Killed(BaseException):
-    pass
-
-
 # Everything that changes what is on the disk.
 _DANGEROUS = [
     (os, "fsync"),
@@ -88,37 +86,18 @@ _DANGEROUS = [
 
 
 def test_a_kill_before_any_change_of_the_disk_leaves_the_last_or_the_new_checkpoint(tmp_path, monkeypatch):
-    calls, survivors = 0, set()
-    while True:
-        folder, left = tmp_path / str(calls), calls
-
-        def dying(original):
-            def call(*args, **kwargs):
-                nonlocal left
-                if left == 0:
-                    raise _Killed
-                left -= 1
-                return original(*args, **kwargs)
-
-            return call
-
+    survivors = set()
+    for calls in range(100):
+        folder = tmp_path / str(calls)
         checkpoint.save(folder, _state(1), keep=1)
-        with monkeypatch.context() as patch:
-            for module, name in _DANGEROUS:
-                patch.setattr(module, name, dying(getattr(module, name)))
-            try:
-                checkpoint.save(folder, _state(2), keep=1)
-                finished = True
-            except _Killed:
-                finished = False
+        was_killed = killed(monkeypatch, calls, _DANGEROUS, partial(checkpoint.save, folder, _state(2), 1))
         newest = checkpoint.load(checkpoint.committed(folder)[-1])
         _assert_equal(newest, _state(newest.step))
         survivors.add(newest.step)
         checkpoint.save(folder, _state(3), keep=1)
         assert [entry.name for entry in folder.iterdir()] == ["step-00000003"]
-        if finished:
+        if not was_killed:
             break
-        calls += 1
     assert calls > 10
     assert survivors == {1, 2}
 

@@ -4,11 +4,12 @@ import json
 import os
 import shutil
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
-from runs import StopError, files, final, stop_at, tiny_config
+from runs import StopError, files, final, killed, stop_at, tiny_config
 from safetensors.torch import load_file
 from torch import nn
 
@@ -240,45 +241,23 @@ def test_what_cannot_be_reconstructed(twenty, tmp_path):
 # --------------------------------------------------------------------------------------------------- on the disk
 
 
-class _Killed(BaseException):
-    pass
-
-
 def test_a_kill_before_any_change_of_the_disk_leaves_a_whole_snapshot(tmp_path, monkeypatch):
     """A snapshot that is written again is the old one or the new one, and what a kill leaves is overwritten."""
-    module, calls, survivors = nn.Linear(2, 2), 0, set()
-    while True:
-        folder, left, average = tmp_path / str(calls), calls, PowerEMA(module, 0.1)
-
-        def dying(original):
-            def call(*args, **kwargs):
-                nonlocal left
-                if left == 0:
-                    raise _Killed
-                left -= 1
-                return original(*args, **kwargs)
-
-            return call
-
+    module, survivors = nn.Linear(2, 2), set()
+    dangerous = [(os, "fsync"), (os, "replace"), (os, "mkdir"), (posthoc, "save_file")]
+    for calls in range(100):
+        folder, average = tmp_path / str(calls), PowerEMA(module, 0.1)
         average.update()
         posthoc.save(folder, 1, average)
         average.update()
-        with monkeypatch.context() as patch:
-            for owner, name in ((os, "fsync"), (os, "replace"), (os, "mkdir"), (posthoc, "save_file")):
-                patch.setattr(owner, name, dying(getattr(owner, name)))
-            try:
-                posthoc.save(folder, 1, average)
-                finished = True
-            except _Killed:
-                finished = False
+        was_killed = killed(monkeypatch, calls, dangerous, partial(posthoc.save, folder, 1, average))
         (found,) = posthoc.snapshots(folder)
         assert load_file(found.path).keys() == {"weight", "bias"}
         survivors.add(found.updates)
         posthoc.save(folder, 1, average)
         assert [path.name for path in sorted((folder / "ema").iterdir())] == ["step-00000001"]
-        if finished:
+        if not was_killed:
             break
-        calls += 1
     assert calls > 4
     assert survivors == {1, 2}
 
