@@ -3,7 +3,9 @@
 torchrun --nproc-per-node=8 -m soflow_fast.cli train CONFIG.yaml
 """
 
+import atexit
 import os
+import time
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
@@ -15,6 +17,10 @@ from torch import Tensor
 # The others wait for what only the first does, such as scoring 50,000 samples; a step's own reductions keep torch's
 # much shorter limit, so that a process that hangs is still noticed.
 _LONGEST_WAIT = timedelta(days=1)
+
+# What a thread of gloo gets at the end of the process to let go of the last tensors. One that needs Python for it while
+# Python is ending aborts the process (before Python 3.14).
+_LAST_WORK_SECONDS = 0.2
 
 
 class Processes:
@@ -90,6 +96,7 @@ def join(device: torch.device) -> Processes:
             dist.init_process_group("nccl", device_id=device)
         else:
             dist.init_process_group("gloo")
+    atexit.register(time.sleep, _LAST_WORK_SECONDS)
     return Processes(dist.get_rank(), world_size, device)
 
 
@@ -102,7 +109,7 @@ def whose() -> str:
 def leave() -> None:
     """Ends what :func:`join` began, after the last use of the processes; does nothing in a process alone."""
     if dist.is_initialized():
-        dist.barrier()  # a process that ends while another still works may abort
+        dist.barrier()
         dist.destroy_process_group()
 
 

@@ -6,11 +6,13 @@ import torch
 import torch.distributed as dist
 from fast_step_runs import BATCH, STEPS, make_model, make_step, training_batch
 
+from soflow_fast import distributed
+
 
 def main(path: str, precision: str, compiled: bool) -> None:
     dist._DEFAULT_FIRST_BUCKET_BYTES = 1024  # several buckets, as a network of real size has
-    dist.init_process_group("gloo")
-    rank, world = dist.get_rank(), dist.get_world_size()
+    processes = distributed.join(torch.device("cpu"))
+    rank, world = processes.rank, processes.world_size
     torch.set_num_threads(1)
     model = make_model(torch.float32)
     step, ema = make_step(
@@ -25,8 +27,7 @@ def main(path: str, precision: str, compiled: bool) -> None:
         losses.append(loss.item() / world)
     if rank == 0:
         torch.save({"losses": losses, "parameters": model.state_dict(), "ema": ema.state_dict()}, path)
-    dist.barrier()  # else one that ends while the other saves may abort
-    dist.destroy_process_group()
+    distributed.leave()
 
 
 if __name__ == "__main__":
