@@ -10,8 +10,8 @@ def raw_op(name: str, function: Callable, fake: Callable | None = None) -> Calla
     """An operator without derivatives that changes none of its arguments.
 
     Inductor is told of it here. One that it only meets, it first describes in its log, with all that the arguments were
-    computed from: text that grows tenfold with each block of a DiT, so that the backward of six would never compile
-    (torch 2.11).
+    computed from: text that grows manyfold with each block of a DiT, so that the backward of a whole one would never
+    compile (torch 2.11).
 
     Args:
         name: after ``soflow::``. function: of tensors and numbers, annotated. fake: its shape function, by default the

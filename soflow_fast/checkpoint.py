@@ -48,7 +48,7 @@ def path_of(folder: Path, step: int) -> Path:
 
 def committed(folder: Path) -> list[Path]:
     """The checkpoints that count, oldest first; folders of other names, such as copies, are not looked at."""
-    return sorted((path for path in step_folders(folder) if (path / _MARKER).is_file()), key=_step)
+    return sorted((path for path in step_folders(folder) if (path / _MARKER).is_file()), key=step_of)
 
 
 def save(folder: Path, state: State, keep: int) -> Path:
@@ -152,7 +152,8 @@ def step_folders(folder: Path) -> list[Path]:
     return [path for path in folder.glob("step-*") if re.fullmatch(r"step-\d{8,}", path.name) and path.is_dir()]
 
 
-def _step(path: Path) -> int:
+def step_of(path: Path) -> int:
+    """Of a folder of :func:`path_of`."""
     return int(path.name.removeprefix("step-"))
 
 

@@ -76,10 +76,11 @@ def value_of(operator) -> Callable:
         return transform
     if packet in _WRITTEN:
 
-        def write(x: Tensor, *rest, **keywords):
-            source = _WRITTEN[packet] - 1
-            cast = [y.to(x.dtype) if i == source and isinstance(y, Tensor) else y for i, y in enumerate(rest)]
-            return operator(x, *cast, **keywords)
+        def write(*arguments, **keywords):
+            cast, i = list(arguments), _WRITTEN[packet]
+            if isinstance(cast[i], Tensor):
+                cast[i] = cast[i].to(cast[0].dtype)
+            return operator(*cast, **keywords)
 
         return write
     return operator
@@ -140,12 +141,9 @@ def _write(operator, out, arguments, differences, tangent, **keywords):
         refuse(operator, "has no rule for reduce")
     changes = list(arguments)
     for i in (0, _WRITTEN[operator.overloadpacket]):
-        if isinstance(arguments[i], Tensor):
-            changes[i] = torch.zeros_like(arguments[i], dtype=out.dtype) if differences[i] is None else differences[i]
-            changes[i] = changes[i].to(out.dtype)
-        else:
-            changes[i] = 0
-    return operator(*changes, **keywords)
+        stays = torch.zeros_like(arguments[i]) if isinstance(arguments[i], Tensor) else 0
+        changes[i] = stays if differences[i] is None else differences[i]
+    return value_of(operator)(*changes, **keywords)
 
 
 @rule_for(aten.copy)

@@ -166,13 +166,15 @@ class Trainer:
                 if last or done % output.log_every == 0:
                     self._require_finite(meter)
                     log.write(done, {**meter.read(), "learning_rate": learning_rate})
+                snapshots = self.averages and (last or _due(done, config.ema.snapshot_every))
+                saves = last or _due(done, output.checkpoint_every)
                 with log.off_the_clock():
-                    # Before a checkpoint: a run that goes on from it does not write the snapshots of its step again.
-                    if self.averages and (last or _due(done, config.ema.snapshot_every)):
-                        self._require_finite(meter)
-                        self.processes.of_first(partial(self._write_snapshots, done))
-                    if last or _due(done, output.checkpoint_every):
+                    if snapshots or saves:
                         skipped = self._require_finite(meter)
+                    # Before a checkpoint: a run that goes on from it does not write the snapshots of its step again.
+                    if snapshots:
+                        self.processes.of_first(partial(self._write_snapshots, done))
+                    if saves:
                         self.processes.of_first(partial(self._save, done, skipped))
                     if _due(done, output.sample_every):
                         self.processes.of_first(partial(self._write_samples, done))
@@ -338,9 +340,8 @@ def load_run(
     found = checkpoint.committed(run_dir / CHECKPOINTS)
     if not found:
         raise ValueError(f"the run {run_dir} has no checkpoint yet; let it train to its first one")
-    state = checkpoint.load(found[-1])
     model = build.build_model(config, model).to(build.resolve_device(device)).eval()
-    taken, step = {**state.model, **state.ema}, state.step
+    taken, step = checkpoint.load_averages(found[-1]), checkpoint.step_of(found[-1])
     if ema_std is not None:
         average = posthoc.reconstruct(run_dir, ema_std)
         taken, step = {**taken, **average.weights}, average.step

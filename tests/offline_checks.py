@@ -164,7 +164,7 @@ def a_block_launches_and_moves_no_more_than_committed():
 
 
 def inductor_describes_no_operator():
-    """What it describes it does with all that the arguments were computed from, tenfold with each block."""
+    """What it describes it does with all that the arguments were computed from, manyfold with each block."""
     sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
     import counters
 
