@@ -63,6 +63,8 @@ class Stream(IntEnum):
     RENOISE = 4
     ORDER = 5
     INIT = 6
+    AUGMENT = 7
+    AUGMENT_SIZE = 8
 
 
 _MASK = 0xFFFFFFFF

@@ -14,5 +14,6 @@ from soflow_fast.config import TrainConfig
 from soflow_fast.dit import DiT
 from soflow_fast.objectives.soflow import SoFlow
 from soflow_fast.trainer import Trainer
+from soflow_fast.unet import UNet
 
-__all__ = ["DiT", "SoFlow", "TrainConfig", "Trainer", "kernels"]
+__all__ = ["DiT", "SoFlow", "TrainConfig", "Trainer", "UNet", "kernels"]

@@ -1,18 +1,22 @@
 """From a configuration to its objects: device, network, objective, data."""
 
 from dataclasses import asdict, fields, replace
+from inspect import signature
 
 import torch
 from torch import nn
 from torch.utils.data import Dataset
 
+from soflow_fast.augment import AUGMENT_DIM
 from soflow_fast.config import GIVEN, OBJECTIVE_SECTIONS, ModelConfig, TrainConfig
+from soflow_fast.config_model import UNET_PRESET
 from soflow_fast.data import ImageFolder, LatentMoments, MomentsFolder, digits, find_moments_folder
 from soflow_fast.data.checks import require_pair
 from soflow_fast.dit import DiT
 from soflow_fast.objectives.flow_matching import FlowMatching
 from soflow_fast.objectives.meanflow import MeanFlow
 from soflow_fast.objectives.soflow import SoFlow
+from soflow_fast.unet import UNet
 
 #: The class of each objective; its section of the configuration holds its arguments.
 OBJECTIVES = {"soflow": SoFlow, "meanflow": MeanFlow, "flow_matching": FlowMatching}
@@ -37,11 +41,12 @@ def resolve_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def build_network(config: ModelConfig, label_drop: float) -> DiT:
-    """The DiT of a configuration.
+def build_network(config: ModelConfig, label_drop: float, *, augmented: bool = False) -> DiT | UNet:
+    """The network of a configuration.
 
     Args:
-        label_drop: of the objective: where it is positive, or there are no classes, there is a row for "no label".
+        label_drop: of the objective: where it is positive, or there are no classes, a DiT has a row for "no label".
+        augmented: whether a UNet is told of the augmentation.
     """
     if config.preset == GIVEN:
         raise ValueError(
@@ -49,6 +54,9 @@ def build_network(config: ModelConfig, label_drop: float) -> DiT:
             "soflow_fast.trainer.load_run(run_dir, model=...)"
         )
     sizes = {name: value for name, value in asdict(config).items() if value is not None and name != "preset"}
+    if config.preset == UNET_PRESET:
+        taken = {name: value for name, value in sizes.items() if name in signature(UNet).parameters}
+        return UNet(**taken, augment_dim=AUGMENT_DIM if augmented else 0)
     if config.recompute == "auto":
         sizes["recompute"] = "none"  # the trainer knows what fits
     has_null = label_drop > 0 or config.num_classes == 0
@@ -74,7 +82,8 @@ def build_model(config: TrainConfig, given: nn.Module | None = None) -> nn.Modul
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(config.seed)
         if given is None:
-            given = build_network(replace(config.model, impl=section["impl"]), section["label_drop"])
+            network = replace(config.model, impl=section["impl"])
+            given = build_network(network, section["label_drop"], augmented=config.data.augment > 0)
         return OBJECTIVES[config.objective](given, **section)
 
 

@@ -20,46 +20,10 @@ from soflow_fast.config_io import (
     require_count,
     require_known_overrides,
 )
+from soflow_fast.config_model import GIVEN, ModelConfig
 from soflow_fast.config_optimizer import OptimizerConfig
 
-#: Stands for a network, an objective or a data set that was given to the Trainer as an object.
-GIVEN = "given"
-
 DATA_KINDS = ("digits", "latents", "folder", GIVEN)
-
-
-@dataclass
-class ModelConfig(Section, section="model."):
-    """The network, see :class:`~soflow_fast.DiT`; a size given here replaces the preset's.
-
-    Attributes:
-        preset: such as ``DiT-B/4``. input_size, in_channels, num_classes: of the data. patch_size, hidden_size, depth,
-            num_heads, mlp_ratio, impl, attention: see :class:`~soflow_fast.DiT`. recompute: see there, or ``auto``:
-            ``elementwise``, or ``block`` where that is estimated not to fit the GPU's memory; ``none`` on a CPU.
-    """
-
-    preset: str = "DiT-B/4"
-    input_size: int = 32
-    in_channels: int = 4
-    num_classes: int = 1000
-    patch_size: int | None = None
-    hidden_size: int | None = None
-    depth: int | None = None
-    num_heads: int | None = None
-    mlp_ratio: float = 4.0
-    impl: str = "auto"
-    attention: str = "auto"
-    recompute: str = "auto"
-
-    def __post_init__(self):
-        super().__post_init__()
-        for name in ("input_size", "in_channels"):
-            require_count(f"model.{name}", getattr(self, name))
-        for name in ("patch_size", "hidden_size", "depth", "num_heads"):
-            if getattr(self, name) is not None:
-                require_count(f"model.{name}", getattr(self, name))
-        require_count("model.num_classes", self.num_classes, least=0)
-        require(self.mlp_ratio > 0, f"model.mlp_ratio={self.mlp_ratio} must be greater than 0")
 
 
 @dataclass
@@ -77,6 +41,8 @@ class DataConfig(Section, section="data."):
         on_device: whether the data lie in the device's memory as a whole, for latents, digits and data sets that can be
             read in pieces; the batches are the same. ``auto`` is yes if they take at most half of the free memory that
             a step is estimated to leave, on a CPU at most 256 MiB.
+        augment: the probability of each change of an image that the network is told of, see
+            :class:`~soflow_fast.augment.Augment`; 0 for none, also without mirroring.
         workers: loader processes, 0 for none, at most one for each CPU. prefetch: batches each of them reads ahead.
     """
 
@@ -86,11 +52,13 @@ class DataConfig(Section, section="data."):
     vae: str | None = None
     latent_precision: Literal["bf16", "fp32"] = "fp32"
     on_device: bool | Literal["auto"] = "auto"
+    augment: float = 0.0
     workers: int = 4
     prefetch: int = 4
 
     def __post_init__(self):
         super().__post_init__()
+        require(0 <= self.augment <= 1, f"data.augment={self.augment} must be in [0, 1]")
         require(self.kind in DATA_KINDS, f"data.kind={self.kind!r} is not known; choose one of {', '.join(DATA_KINDS)}")
         require(self.latent_scale > 0, f"data.latent_scale={self.latent_scale} must be greater than 0")
         require_count("data.workers", self.workers, least=0)

@@ -6,6 +6,7 @@ The graph is ordinary code: gradients flow through its value, and torch.compile 
 """
 
 import operator
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -47,7 +48,7 @@ class ForwardDifference:
         """Captures the network for inputs of this form, of which the values do not matter.
 
         Args:
-            x: (b, C, H, W), of the rows that carry a difference. labels: int64, or None.
+            x: (b, C, H, W), of the rows that carry a difference. labels: (n,) or (n, 1+k), or None.
 
         Raises:
             ValueError: if the network cannot be captured, or calls an operator that has no rule.
@@ -112,11 +113,12 @@ def draws(net: nn.Module, x: Tensor, labels: Tensor | None) -> bool:
 
 def _inputs(x: Tensor, labels: Tensor | None) -> tuple:
     t, s = x.new_zeros(len(x)), x.new_zeros(len(x))  # of one tensor for both a graph would make one input
-    return x.detach(), t, s, None if labels is None else labels.new_zeros(len(x))
+    return x.detach(), t, s, None if labels is None else labels.new_zeros(len(x), *labels.shape[1:])
 
 
 def _form(x: Tensor, labels: Tensor | None, mode: str) -> tuple:
-    return tuple(x.shape), x.dtype, str(x.device), labels is None, mode
+    of_labels = None if labels is None else (labels.dtype, *labels.shape[1:])
+    return tuple(x.shape), x.dtype, str(x.device), of_labels, mode
 
 
 def _structure(net: nn.Module) -> tuple:
@@ -129,7 +131,9 @@ def _structure(net: nn.Module) -> tuple:
 
 def _derive(net: nn.Module, inputs: tuple, tangent: bool) -> Derived:
     name, x = type(net).__name__, inputs[0]
-    with torch.autocast(x.device.type, enabled=False):
+    kind = "cpu" if x.device.type == "meta" else x.device.type  # meta has no autocast to turn off
+    with torch.autocast(kind, enabled=False), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of torch's copy of its own graphs
         _run_once(net, inputs)
         try:
             with torch.enable_grad():  # else regions without gradient would not show

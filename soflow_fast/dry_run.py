@@ -9,6 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from soflow_fast import build, checkpoint, memory
 from soflow_fast.config import TrainConfig
+from soflow_fast.config_model import UNET_PRESET
 from soflow_fast.paths import row_order
 from soflow_fast.trainer import Trainer
 from soflow_fast.weights import read_weights
@@ -37,9 +38,12 @@ def plan(config: TrainConfig) -> Plan:
             data.
     """
     # The run's own trainer is asked, of a network of one block: only memory depends on how many there are.
-    trainer = Trainer(replace(config, model=replace(config.model, depth=1)))
+    is_dit = config.model.preset != UNET_PRESET
+    one_block = {"depth": 1} if is_dit else {"num_blocks": 1}
+    trainer = Trainer(replace(config, model=replace(config.model, **one_block)))
     precision, device = trainer.step.precision, trainer.processes.device
-    counted = replace(config, model=replace(config.model, impl="torch", attention="sdpa"))
+    plain = {"impl": "torch", **({"attention": "sdpa"} if is_dit else {})}
+    counted = replace(config, model=replace(config.model, **plain))
     with torch.device("meta"):
         model = build.build_model(counted)
         flops = _count_step(model, counted)
@@ -47,12 +51,12 @@ def plan(config: TrainConfig) -> Plan:
         read_weights(model, config.initial_weights)
     rows = (trainer.rows.stop - trainer.rows.start) // config.optimizer.accumulation
     recompute, averages = config.model.recompute, len(config.ema.posthoc)
-    if recompute == "auto":
+    if is_dit and recompute == "auto":
         recompute = memory.choose_recompute(model, rows, precision, device, averages)
     needed = memory.step_bytes(model, rows, precision, recompute, averages)
     trainer.on_device = memory.keep_on_device(config.data.on_device, trainer.dataset, device, needed)
     return Plan(
-        choices={**trainer.choices(), "recompute": recompute},
+        choices={**trainer.choices(), **({"recompute": recompute} if is_dit else {})},
         parameters=sum(p.numel() for p in model.parameters()),
         flops=flops * config.optimizer.accumulation,
         bytes=needed,
@@ -63,11 +67,12 @@ def describe(config: TrainConfig) -> str:
     """The resolved configuration as YAML and the plan, for people."""
     found = plan(config)
     per_image = found.flops / config.batch_size
+    kept = "; not what is kept for the backward" if config.model.preset == UNET_PRESET else ", kept for the backward"
     lines = {
         **found.choices,
         "parameters": f"{found.parameters / 1e6:,.1f} M",
         "FLOPs per step": f"{found.flops / 1e12:,.4g} T ({per_image / 1e9:,.4g} G per image)",
-        "memory, estimated": f"{found.bytes / 2**30:,.2f} GiB (weights, gradients, AdamW, EMA, kept for the backward)",
+        "memory, estimated": f"{found.bytes / 2**30:,.2f} GiB (weights, gradients, optimizer, EMA{kept})",
     }
     return "\n".join([config.to_yaml(), *(f"{name:<24}{value}" for name, value in lines.items())])
 
@@ -77,8 +82,10 @@ def _count_step(model: nn.Module, config: TrainConfig) -> int:
     batch = config.batch_size // config.optimizer.accumulation
     order, n_velocity = row_order(batch, model.velocity_share)
     labels = torch.zeros(batch, dtype=torch.int64) if config.model.num_classes else None
+    samples = torch.zeros(batch, *build.sample_shape(config))
+    if n_velocity < batch:
+        model.prepare(samples[n_velocity:], labels)  # is no part of a step
     with FlopCounterMode(display=False) as counter:
-        samples = torch.zeros(batch, *build.sample_shape(config))
         step = torch.zeros((), dtype=torch.int64)
         out = model.loss_of_rows(samples, labels, torch.tensor(order), n_velocity, step.float(), config.seed, step)
         out.loss.backward()

@@ -14,6 +14,7 @@ from torch.func import functional_call
 from torch.nn.parallel import DistributedDataParallel
 
 from soflow_fast import optim
+from soflow_fast.augment import AUGMENT_DIM, Augment
 from soflow_fast.capture import Captured, compiled, on_side_stream
 from soflow_fast.ema import EMA
 from soflow_fast.objectives.base import LossOutput, Objective, TotalLoss, require_choice
@@ -41,22 +42,24 @@ class StepStats(NamedTuple):
 
 
 class _Loss(nn.Module):
-    """The loss of one micro-batch: draws, guidance forward and gradient forward, one compiled graph.
+    """The loss of one micro-batch: augmentation, draws, guidance and gradient forward, one compiled graph.
 
     A module of its own because data parallelism wraps it; the compute copies enter outside of the compiled graph, so
     that the masters' gradient hooks see float32.
     """
 
-    def __init__(self, model: Objective, *, latent_scale, merged, copy, autocast, compile):
+    def __init__(self, model: Objective, *, latent_scale, merged, augment, copy, autocast, compile):
         super().__init__()
-        self.model, self.copy = model, copy
+        self.model, self.augment, self.copy = model, augment, copy
         self.settings = {"latent_scale": latent_scale, "merged": merged}
         self.autocast = autocast
         self.compute = compiled(self._compute, compile)
 
     def _compute(self, parameters, x0, labels, order, rows, n_velocity, progress, seed, step) -> TotalLoss:
-        labels = None if labels is None else labels[order]
-        arguments = (x0[order], labels, rows, n_velocity, progress)
+        x0, labels = x0[order], None if labels is None else labels[order]
+        if self.augment is not None:
+            x0, labels = self.augment(x0, labels, rows, seed, step)
+        arguments = (x0, labels, rows, n_velocity, progress)
         keywords = {**self.settings, "seed": seed, "step": step}
         with torch.autocast(x0.device.type, torch.bfloat16, enabled=self.autocast):
             if parameters is None:
@@ -93,6 +96,7 @@ class TrainStep:
         cuda_graph: replay the whole step as one CUDA graph, by default on a GPU with one process. The first steps run
             without it, then it is captured; batches must keep their shape.
         merged: compute the loss in its fewest network calls.
+        augment: of the samples, before anything else; the network is told of it, see :mod:`soflow_fast.augment`.
         rank, world_size: this process holds rows ``rank·B .. (rank+1)·B-1`` of the global batch, and with more than
             one gradients are averaged by DistributedDataParallel; by default as torch.distributed says, if initialised.
 
@@ -117,6 +121,7 @@ class TrainStep:
         compile: bool | str | None = None,
         cuda_graph: bool | None = None,
         merged: bool = True,
+        augment: Augment | None = None,
         rank: int | None = None,
         world_size: int | None = None,
     ):
@@ -125,6 +130,8 @@ class TrainStep:
             rank, world_size = (dist.get_rank(), dist.get_world_size()) if started else (0, 1)
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         device = self._parameters[0].device
+        if augment is not None:
+            _require_told(model.network, latent_scale)
         on_gpu = device.type == "cuda"
         follows_parameters = hasattr(model.network, "compute_dtype") and hasattr(model.network, "forward_difference")
         only_float32 = model.needs_float32 and follows_parameters
@@ -165,6 +172,7 @@ class TrainStep:
             model,
             latent_scale=latent_scale,
             merged=merged,
+            augment=augment,
             copy=self.copy,
             autocast=self.precision == "bf16" and not follows_parameters,
             compile=self.compile,
@@ -175,7 +183,7 @@ class TrainStep:
                 self._loss, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True
             )
         self._orders: dict[int, list[tuple[Tensor, Tensor, int]]] = {}
-        self._latent_scale = latent_scale
+        self._latent_scale, self._augment = latent_scale, augment
         self._steps_run = 0
         self._graph: Captured | None = None
 
@@ -238,8 +246,10 @@ class TrainStep:
         prepare = getattr(self.model, "prepare", None)  # an objective of one's own may need none
         if rows and prepare is not None:
             channels = x0.shape[1] if self._latent_scale is None else x0.shape[1] // 2
-            samples = x0[:rows, :channels]
-            prepare(samples.to(torch.promote_types(x0.dtype, torch.float32)), labels)
+            samples = x0[:rows, :channels].to(torch.promote_types(x0.dtype, torch.float32))
+            if self._augment is not None:
+                labels = self._augment.conditions(samples, None)
+            prepare(samples, labels)
 
     def _row_orders(self, batch: int) -> list[tuple[Tensor, Tensor, int]]:
         """For each micro-batch: offsets into the rows, velocity first; their global rows; how many are velocity."""
@@ -270,6 +280,18 @@ def _joined(parts: list[dict[str, LossOutput]]) -> dict[str, LossOutput]:
         mean = torch.stack([loss.detach() for loss in losses]).mean()
         joined[name] = LossOutput(mean, *(torch.cat(values) for values in rows))
     return joined
+
+
+def _require_told(network: nn.Module, latent_scale: float | None) -> None:
+    """ValueError where samples cannot be augmented, or the network would not be told."""
+    if latent_scale is not None:
+        raise ValueError("augmentation is of images, and the data are latents; set data.augment=0")
+    if getattr(network, "augment_dim", 0) != AUGMENT_DIM:
+        raise ValueError(
+            f"augmentation needs a network with augment_dim={AUGMENT_DIM}, which is told of it in labels (B, "
+            f"{1 + AUGMENT_DIM}), and this {type(network).__name__} has none; choose model.preset=UNet, or set "
+            "data.augment=0"
+        )
 
 
 def _period(share: float) -> int:

@@ -14,9 +14,12 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from soflow_fast import build, checkpoint, distributed, memory, posthoc, weights
+from soflow_fast.augment import Augment
 from soflow_fast.checkpoint import CHECKPOINTS
 from soflow_fast.config import GIVEN, TrainConfig
+from soflow_fast.config_model import UNET_PRESET
 from soflow_fast.data import batches, load_resident
+from soflow_fast.dit import DiT
 from soflow_fast.ema import EMA, PowerEMA
 from soflow_fast.evaluate import check_evaluation, evaluate, why_unscored
 from soflow_fast.images import are_images, balanced_labels, generate, save_samples, vae_decoder
@@ -88,6 +91,7 @@ class Trainer:
             accumulation=wanted.accumulation,
             grad_clip=wanted.grad_clip,
             latent_scale=latent_scale,
+            augment=self._augmentation(),
             rank=self.processes.rank,
             world_size=self.processes.world_size,
             **compute,
@@ -101,12 +105,17 @@ class Trainer:
         self.run_dir = Path(config.run_dir)
         self.checkpoints = self.run_dir / CHECKPOINTS
 
+    def _augmentation(self) -> Augment | None:
+        probability = self.config.data.augment
+        return Augment(probability, self.model.network.num_classes, self.model.impl) if probability else None
+
     def _fit_into_memory(self) -> bool:
         """Sets what is recomputed and says whether the data lie on the device, as configured or as they fit."""
         config, device = self.config, self.processes.device
         micro_batch = (self.rows.stop - self.rows.start) // config.optimizer.accumulation
         sizes = {"rows": micro_batch, "precision": self.step.precision, "averages": len(self.averages)}
-        if config.model.preset != GIVEN and config.model.recompute == "auto":
+        is_ours = config.model.preset not in (GIVEN, UNET_PRESET)
+        if is_ours and config.model.recompute == "auto":
             self.model.network.recompute = memory.choose_recompute(self.model, device=device, **sizes)
         recompute = getattr(self.model.network, "recompute", "none")
         needed = memory.step_bytes(self.model, recompute=recompute, **sizes)
@@ -200,8 +209,8 @@ class Trainer:
 
     @contextmanager
     def _draws_of_the_network(self, step: int) -> Iterator[None]:
-        """What a given network draws by itself, as dropout does, depends on (seed, step, process) alone too."""
-        if self.config.model.preset != GIVEN:
+        """What a network draws by itself, as dropout does, depends on (seed, step, process) alone too."""
+        if type(self.model.network) is DiT:  # which draws nothing
             yield
             return
         device = self.processes.device

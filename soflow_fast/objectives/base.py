@@ -109,7 +109,9 @@ class Objective(nn.Module):
         """The loss of a batch; draws everything from (seed, step, global row).
 
         Args:
-            x0: (B, C, H, W). labels: (B,) int64 or None. progress: of the training, in [0, 1].
+            x0: (B, C, H, W). progress: of the training, in [0, 1].
+            labels: (B,) int64; (B, 1+k) floating point, the label and what else the network is told of a row, such as
+                how it was augmented; or None.
             seed, step: of the draws.
             first_row: index of x0[0] in the global batch. Parts of a batch, on other processes or as micro-batches,
                 need theirs, or they draw the same numbers.
@@ -169,7 +171,13 @@ class Objective(nn.Module):
         """The labels the network sees: "no label" on the dropped rows."""
         if labels is None or drop is None:
             return labels
-        return torch.where(drop, self.network.num_classes, labels)
+        return torch.where(drop if labels.dim() == 1 else drop[:, None], self.no_label(labels), labels)
+
+    def no_label(self, labels: Tensor) -> Tensor:
+        """ "No label" in place of every label; what else the network is told of a row stays."""
+        if labels.dim() == 1:
+            return torch.full_like(labels, self.network.num_classes)
+        return torch.cat([torch.full_like(labels[:, :1], self.network.num_classes), labels[:, 1:]], 1)
 
 
 def combine(parts: dict[str, LossOutput]) -> TotalLoss:

@@ -133,7 +133,7 @@ class MeanFlow(Objective):
             t, r = t.double(), r.double()
         drop = self.ops.uniform(rows, 1, seed=seed, step=step, stream=Stream.DROP)[:, 0] <= self.label_drop
         z, v = self.ops.noisy_sample(x0, t, rows, seed=seed, step=step, path=self.path, latent_scale=latent_scale)
-        guided = self.guided and labels is not None
+        guided = self.guided and labels is not None and self.network.num_classes > 0
         v_average = v[n:]
         if guided:
             u_null, u_own = self._guidance(z, t, labels, n)
@@ -155,7 +155,7 @@ class MeanFlow(Objective):
     @torch.no_grad()
     def _guidance(self, z, t, labels, n: int) -> tuple[Tensor, Tensor]:
         """``u(z,t,t,∅)`` of all rows and ``u(z,t,t,y)`` of those from n on."""
-        null = torch.full_like(labels, self.network.num_classes)
+        null = self.no_label(labels)
         t_all = torch.cat([t, t[n:]])
         u = self.network(torch.cat([z, z[n:]]), t_all, t_all, torch.cat([null, labels[n:]]))
         return u[: len(t)], u[len(t) :]

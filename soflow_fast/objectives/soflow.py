@@ -237,7 +237,7 @@ class SoFlow(Objective):
         x_c, t_c, v = x_t[n:], t[n:], v_t[n:]
         F_null = None
         if self._guided(labels):
-            null = torch.full_like(labels, self.network.num_classes)
+            null = self.no_label(labels)
             with torch.no_grad():
                 t_all = torch.cat([t, t_c])
                 F = self.network(torch.cat([x_t, x_c]), t_all, t_all, torch.cat([null, labels[n:]]))
@@ -272,11 +272,11 @@ class SoFlow(Objective):
         return Times(torch.cat([velocity_t, t]), s, gap)
 
     def _guided(self, labels: Tensor | None) -> bool:
-        return labels is not None and self.guidance_scale != 1
+        return labels is not None and self.guidance_scale != 1 and self.network.num_classes > 0
 
     def _null_output(self, x_t: Tensor, t: Tensor, labels: Tensor) -> Tensor:
         with torch.no_grad():
-            return self.network(x_t, t, t, torch.full_like(labels, self.network.num_classes))
+            return self.network(x_t, t, t, self.no_label(labels))
 
     def _guidance(self) -> dict:
         return {

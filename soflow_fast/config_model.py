@@ -1,0 +1,63 @@
+"""The network's section of the configuration."""
+
+from dataclasses import dataclass
+
+from soflow_fast.config_io import Section, require, require_count
+
+#: Stands for a network, an objective or a data set that was given to the Trainer as an object.
+GIVEN = "given"
+
+#: The preset that is a UNet; the others are DiTs.
+UNET_PRESET = "UNet"
+
+# What only one of the two has.
+_OF_DIT = ("patch_size", "hidden_size", "depth", "num_heads", "mlp_ratio", "attention", "recompute")
+_OF_UNET = ("model_channels", "channel_mult", "num_blocks", "attention_resolutions", "dropout")
+
+
+@dataclass
+class ModelConfig(Section, section="model."):
+    """The network, :class:`~soflow_fast.DiT` or :class:`~soflow_fast.UNet`; a size given here replaces the preset's.
+
+    Attributes:
+        preset: such as ``DiT-B/4``, or ``UNet``. input_size, in_channels, num_classes: of the data.
+        patch_size, hidden_size, depth, num_heads, mlp_ratio, attention: of a DiT. recompute: see there, or ``auto``:
+            ``elementwise``, or ``block`` where that is estimated not to fit the GPU's memory; ``none`` on a CPU.
+        model_channels, channel_mult, num_blocks, attention_resolutions, dropout: of a UNet.
+        impl: of the fused ops, see :func:`soflow_fast.kernels.resolve_impl`.
+    """
+
+    preset: str = "DiT-B/4"
+    input_size: int = 32
+    in_channels: int = 4
+    num_classes: int = 1000
+    patch_size: int | None = None
+    hidden_size: int | None = None
+    depth: int | None = None
+    num_heads: int | None = None
+    mlp_ratio: float = 4.0
+    model_channels: int | None = None
+    channel_mult: tuple[int, ...] | None = None
+    num_blocks: int | None = None
+    attention_resolutions: tuple[int, ...] | None = None
+    dropout: float | None = None
+    impl: str = "auto"
+    attention: str = "auto"
+    recompute: str = "auto"
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ("input_size", "in_channels"):
+            require_count(f"model.{name}", getattr(self, name))
+        for name in ("patch_size", "hidden_size", "depth", "num_heads", "model_channels", "num_blocks"):
+            if getattr(self, name) is not None:
+                require_count(f"model.{name}", getattr(self, name))
+        for factor in self.channel_mult or ():
+            require_count("model.channel_mult", factor)
+        require_count("model.num_classes", self.num_classes, least=0)
+        for name in _OF_DIT if self.preset == UNET_PRESET else _OF_UNET:
+            if self.preset != GIVEN and getattr(self, name) != getattr(type(self), name):
+                raise ValueError(
+                    f"model.{name}={getattr(self, name)!r} does nothing with model.preset={self.preset!r}; leave it out"
+                )
+        require(self.mlp_ratio > 0, f"model.mlp_ratio={self.mlp_ratio} must be greater than 0")
