@@ -248,7 +248,7 @@ class EvaluationConfig(Section, section="evaluation."):
             time, in ``steps`` network calls. features: a feature extractor of torch-fidelity, or ``pixels``; by default
             ``pixels`` for the digits and ``inception-v3-compat`` otherwise. weights: file of the extractor's weights.
         reference: folder of the real images, or ``.npz`` file of their features' mean ``mu`` and covariance ``sigma``
-            as ADM and EDM publish them; by default the training data, where it is a folder.
+            as ADM and EDM publish them; by default the training data, where they are a folder or CIFAR-10.
     """
 
     every: int = 0

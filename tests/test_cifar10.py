@@ -2,22 +2,28 @@
 
 import hashlib
 import importlib.util
+import json
 import pickle
 import tarfile
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from threading import Thread
 
 import numpy as np
 import pytest
 import torch
-from runs import files, tiny_config, write_config
+from PIL import Image
+from runs import files, final, pixel_features, tiny_config, write_config, write_images
+from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
 from torchvision import datasets
 
+from soflow_fast import Trainer, build, evaluate, fidelity
 from soflow_fast.cli import main
-from soflow_fast.config import DataConfig, ModelConfig
+from soflow_fast.config import DataConfig, EvaluationConfig, ModelConfig, OutputConfig
 from soflow_fast.data import CIFAR10, batches, load_resident, resident, resident_bytes
 
 CPU = torch.device("cpu")
@@ -259,3 +265,130 @@ def test_without_torchvision(written, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"'cifar10' needs the package torchvision, which is not installed; run pip"):
         CIFAR10(written[0])
+
+
+# ------------------------------------------------------------------------------------------------ training and scores
+
+
+def _distance(first, second):
+    """Fréchet distance of features (n, F) and (m, F): tr √(Σ₁Σ₂) is the sum of the singular values of A Bᵀ, where
+    Σ₁ = AᵀA and Σ₂ = BᵀB."""
+    means = [values.mean(axis=0) for values in (first, second)]
+    A, B = ((values - mean) / np.sqrt(len(values) - 1) for values, mean in zip((first, second), means, strict=True))
+    singular = np.linalg.svd(A @ B.T, compute_uv=False)
+    return np.square(means[0] - means[1]).sum() + np.square(A).sum() + np.square(B).sum() - 2 * singular.sum()
+
+
+class _MeanColour(fidelity.PixelFeatures):
+    """Stands in for a trained extractor, three features of an image of bytes; counts the images."""
+
+    seen = 0
+
+    def forward(self, images):
+        assert images.dtype == torch.uint8
+        _MeanColour.seen += len(images)
+        return (images.double().mean(dim=(2, 3)),)
+
+
+@pytest.fixture
+def mean_colour(monkeypatch):
+    monkeypatch.setitem(FEATURE_EXTRACTORS_REGISTRY, "mean-colour", _MeanColour)
+    monkeypatch.setattr(_MeanColour, "seen", 0)
+    return {"samples": 30, "batch_size": 16, "features": "mean-colour"}
+
+
+def _samples(folder: Path) -> np.ndarray:
+    """(n, 32, 32, 3) bytes of the PNG files in a folder."""
+    return np.stack([np.asarray(Image.open(file)) for file in sorted(folder.glob("*.png"))])
+
+
+def test_two_steps_are_the_same_wherever_the_data_lie_and_are_scored(written, tmp_path, mean_colour):
+    path, rows, _ = written
+    config = _cifar_config(
+        tmp_path / "held",
+        path,
+        evaluation=EvaluationConfig(every=2, **mean_colour),
+        output=OutputConfig(log_every=1, sample_every=2, checkpoint_every=2),
+    )
+    for name, on_device in (("held", True), ("read", False)):
+        data = replace(config.data, on_device=on_device)
+        run = Trainer(replace(config, run_dir=str(tmp_path / name), data=data))
+        assert run.on_device == on_device
+        run.fit()
+    held, read = final(tmp_path / "held", 2), final(tmp_path / "read", 2)
+    assert all(torch.equal(value, read.model[name]) for name, value in held.model.items())
+    start = build.build_model(config).state_dict()
+    assert any(not torch.equal(value, start[name]) for name, value in held.model.items())
+    lines = [json.loads(line) for line in (tmp_path / "held" / "metrics.jsonl").read_text().splitlines()]
+    score = next(line["evaluation/frechet"] for line in lines if "evaluation/frechet" in line)
+    drawn = _samples(tmp_path / "held" / "evaluation" / "during-training")
+    real = rows.reshape(-1, 3, 1024).mean(axis=2)
+    assert score == pytest.approx(_distance(drawn.mean(axis=(1, 2)), real), rel=1e-6)
+
+
+def test_training_without_classes(written, tmp_path):
+    config = _cifar_config(tmp_path / "run", written[0])
+    config = replace(
+        config,
+        model=replace(config.model, num_classes=0),
+        soflow=replace(config.soflow, label_drop=0.0, guidance_scale=1.0),
+    )
+    assert Trainer(config).fit().is_dir()
+
+
+def test_the_statistics_are_kept_for_the_same_images_and_weights(written, tmp_path, mean_colour, monkeypatch):
+    config = _cifar_config(tmp_path / "run", written[0], evaluation=EvaluationConfig(**mean_colour))
+    assert evaluate.why_unscored(config) is None
+    evaluate.check_evaluation(config)
+    model, scores, original = build.build_model(config), [], CIFAR10.__init__
+
+    def other(self, path, **options):
+        original(self, path, **options)
+        self.images[0] = 255 - self.images[0]
+
+    weighed = replace(config, evaluation=replace(config.evaluation, weights=str(tmp_path / "weights.pth")))
+    for wanted, images in ((config, 70), (config, 30), (weighed, 70), ("other", 70)):
+        if wanted == "other":
+            monkeypatch.setattr(CIFAR10, "__init__", other)
+            wanted = config
+        _MeanColour.seen = 0
+        scores.append(evaluate.evaluate(model, wanted, tmp_path / "run" / "samples")["frechet"])
+        assert _MeanColour.seen == images
+    assert scores[0] == scores[1] == scores[2] != scores[3]
+    assert len(list((tmp_path / "run" / "reference").iterdir())) == 3  # the statistics, without the features
+
+
+def test_a_reference_that_is_given_comes_first(written, tmp_path, mean_colour):
+    levels = write_images(tmp_path / "real")
+    config = _cifar_config(tmp_path / "run", written[0])
+    wanted = EvaluationConfig(reference=str(tmp_path / "real"), **mean_colour)
+    config = replace(config, evaluation=wanted, data=replace(config.data, path="nowhere"))
+    evaluate.check_evaluation(config)
+    score = evaluate.evaluate(build.build_model(config), config, tmp_path / "samples")["frechet"]
+    drawn = _samples(tmp_path / "samples").mean(axis=(1, 2))
+    # torch-fidelity enlarges the real images of 8×8 pixels, which keeps their mean colours nearly as they are
+    assert score == pytest.approx(_distance(drawn, levels.mean(axis=(1, 2))), rel=0.02)
+
+
+@pytest.mark.parametrize("damage", [_truncated, lambda data: (data / FOLDER).rename(data / "elsewhere")])
+def test_what_would_fail_is_found_before_anything_is_drawn(written, mean_colour, damage):
+    config = _cifar_config("unused", written[0], evaluation=EvaluationConfig(**mean_colour))
+    evaluate.check_evaluation(config)
+    with pytest.raises(ValueError, match=r"evaluation\.features='inseption' is not known"):
+        evaluate.check_evaluation(replace(config, evaluation=EvaluationConfig(features="inseption")))
+    damage(written[0])
+    with pytest.raises(ValueError, match=r"is incomplete or damaged|cannot be downloaded"):
+        evaluate.check_evaluation(config)
+
+
+@pytest.mark.slow
+def test_soflow_eval_compares_a_run_with_the_training_set_pixel_by_pixel(written, tmp_path, capsys):
+    path, rows, _ = written
+    run = tmp_path / "run"
+    Trainer(_cifar_config(run, path)).fit()
+    assert main(["eval", str(run), "--count", "30", "--features", "pixels", "--device", "cpu"]) == 0
+    assert "frechet" in capsys.readouterr().out
+    found = json.loads((run / "evaluation" / "step-00000002-1-step.json").read_text())
+    drawn = _samples(Path(found["samples"]))
+    assert drawn.shape == (30, 32, 32, 3)
+    assert found["frechet"] == pytest.approx(_distance(pixel_features(drawn), rows / 127.5 - 1), rel=1e-3)
