@@ -10,7 +10,7 @@ from torch.utils.data import Dataset
 from soflow_fast.augment import AUGMENT_DIM
 from soflow_fast.config import GIVEN, OBJECTIVE_SECTIONS, ModelConfig, TrainConfig
 from soflow_fast.config_model import UNET_PRESET
-from soflow_fast.data import ImageFolder, LatentMoments, MomentsFolder, digits, find_moments_folder
+from soflow_fast.data import CIFAR10, ImageFolder, LatentMoments, MomentsFolder, digits, find_moments_folder
 from soflow_fast.data.checks import require_pair
 from soflow_fast.dit import DiT
 from soflow_fast.objectives.flow_matching import FlowMatching
@@ -106,6 +106,8 @@ def build_dataset(config: TrainConfig) -> Dataset:
         return digits("train")
     if data.path is None:
         raise ValueError(f"data.path is missing, and data.kind={data.kind!r} needs one; set data.path")
+    if data.kind == "cifar10":
+        return CIFAR10(data.path, num_classes=model.num_classes)
     form = {"channels": model.in_channels, "size": model.input_size, "num_classes": model.num_classes}
     if data.kind == "folder":
         return ImageFolder(data.path, **form)

@@ -23,7 +23,7 @@ from soflow_fast.config_io import (
 from soflow_fast.config_model import GIVEN, ModelConfig
 from soflow_fast.config_optimizer import OptimizerConfig
 
-DATA_KINDS = ("digits", "latents", "folder", GIVEN)
+DATA_KINDS = ("digits", "latents", "folder", "cifar10", GIVEN)
 
 
 @dataclass
@@ -32,15 +32,16 @@ class DataConfig(Section, section="data."):
 
     Attributes:
         kind: ``digits`` (scikit-learn's handwritten digits), ``latents`` (latent moments: an HDF5 file, or a folder of
-            one file per image as EDM2's and REPA's tools write it), ``folder`` (images by class) or ``given`` (an
-            object given to the Trainer). path: of the file or folder.
+            one file per image as EDM2's and REPA's tools write it), ``folder`` (images by class), ``cifar10``
+            (CIFAR-10's training set) or ``given`` (an object given to the Trainer). path: of the file or folder; of the
+            folder that holds ``cifar-10-batches-py``, or that it is downloaded into.
         latent_scale: what unscaled latents are multiplied by. vae: name or folder of the diffusers ``AutoencoderKL``
             that decodes latents; without it samples stay latents. latent_precision: of the moments as they are read:
             ``fp32`` as they are; ``bf16`` rounds them by at most 2^-8 of their size and halves the memory they take,
             so that twice as many can lie on a GPU.
-        on_device: whether the data lie in the device's memory as a whole, for latents, digits and data sets that can be
-            read in pieces; the batches are the same. ``auto`` is yes if they take at most half of the free memory that
-            a step is estimated to leave, on a CPU at most 256 MiB.
+        on_device: whether the data lie in the device's memory as a whole, for latents, digits, CIFAR-10 and data sets
+            that can be read in pieces; the batches are the same. ``auto`` is yes if they take at most half of the free
+            memory that a step is estimated to leave, on a CPU at most 256 MiB.
         augment: the probability of each change of an image that the network is told of, see
             :class:`~soflow_fast.augment.Augment`; 0 for none, also without mirroring.
         workers: loader processes, 0 for none, at most one for each CPU. prefetch: batches each of them reads ahead.
@@ -215,7 +216,7 @@ class EvaluationConfig(Section, section="evaluation."):
             time, in ``steps`` network calls. features: a feature extractor of torch-fidelity, or ``pixels``; by default
             ``pixels`` for the digits and ``inception-v3-compat`` otherwise. weights: file of the extractor's weights.
         reference: folder of the real images, or ``.npz`` file of their features' mean ``mu`` and covariance ``sigma``
-            as ADM and EDM publish them; by default the training data, where it is a folder.
+            as ADM and EDM publish them; by default the training data, where they are a folder or CIFAR-10.
     """
 
     every: int = 0

@@ -16,7 +16,7 @@ _PACKAGES = {
     "pillow": "data.kind='folder' and sample grids",
     "scikit-learn": "data.kind='digits' and the demo",
     "torch-fidelity": "scores",
-    "torchvision": "scores",
+    "torchvision": "scores and data.kind='cifar10'",
     "matplotlib": "the demo's figures",
     "diffusers": "encoding to latents and decoding them (data.vae)",
     "flash-attn": "attention='flash_attn'",

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from soflow_fast.build import sample_shape
 from soflow_fast.config import TrainConfig
-from soflow_fast.data import digits
+from soflow_fast.data import CIFAR10, digits
 from soflow_fast.images import Decoder, are_images, balanced_labels, generate, save_png
 
 _log = logging.getLogger(__name__)
@@ -93,10 +93,11 @@ def evaluate(
     """Draws samples and scores them as the configuration's ``evaluation`` section says.
 
     The digits get :func:`digit_scores`. Images, and latents that are decoded, are written to ``folder`` and compared
-    with ``evaluation.reference`` (or the training folder); latents without an autoencoder are written as one array.
+    with ``evaluation.reference``, or with the training data where they are a folder or CIFAR-10, as in arXiv
+    2512.15657; latents without an autoencoder are written as one array.
 
-    A reference of real images is resized and cropped to the size of the samples, and its statistics are kept next to
-    ``folder`` for the next time. A ``.npz`` file of statistics must be of the same features, see
+    A folder of real images is resized and cropped to the size of the samples. The statistics of real images are kept
+    next to ``folder`` for the next time. A ``.npz`` file of statistics must be of the same features, see
     :func:`soflow_fast.fidelity.distance_to_statistics`; nothing is resized then: the samples are scored at their own
     size, and that of the real images is not known. Grey samples count as RGB with three equal channels.
 
@@ -142,13 +143,20 @@ def evaluate(
 
 
 def _reference(config: TrainConfig) -> Path | None:
-    given = config.evaluation.reference or (config.data.path if config.data.kind == "folder" else None)
+    given = config.evaluation.reference or (config.data.path if config.data.kind in ("folder", "cifar10") else None)
     return None if given is None else Path(given)
+
+
+def _is_cifar10(config: TrainConfig) -> bool:
+    """Whether the reference is the training set of CIFAR-10, and its path the folder that this lies in."""
+    return config.data.kind == "cifar10" and config.evaluation.reference is None
 
 
 def _check_reference(reference: Path, config: TrainConfig) -> None:
     named, fidelity, statistics = f"evaluation.reference={str(reference)!r}", _fidelity(), None
-    if reference.is_dir():
+    if _is_cifar10(config):
+        CIFAR10(reference)
+    elif reference.is_dir():
         if len(list(itertools.islice(_image_files(reference), 2))) < 2:
             raise ValueError(f"{named} holds fewer than two images; give more")
     elif not reference.exists():
@@ -182,15 +190,20 @@ def _frechet(samples: Path, reference: Path, size: int, config: TrainConfig) -> 
         "samples_find_ext": _IMAGE_SUFFIXES,
         "feature_extractor_weights_path": weights,
     }
-    if not reference.is_dir():
+    if _is_cifar10(config):
+        real = CIFAR10(reference).images
+        depends_on = ("cifar10", hashlib.sha256(real.numpy()).hexdigest(), weights)
+    elif reference.is_dir():
+        real = reference
+        files = sorted((str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in _image_files(reference))
+        depends_on = (str(reference.resolve()), files, size, weights)
+    else:
         return _fidelity().distance_to_statistics(samples, reference, **options)
-    files = sorted((str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in _image_files(reference))
-    depends_on = repr((str(reference.resolve()), files, size, weights))
     return _fidelity().frechet_distance(
         samples,
-        reference,
+        real,
         cache_folder=samples.parent / "reference",
-        second_name=hashlib.sha256(depends_on.encode()).hexdigest()[:16],
+        second_name=hashlib.sha256(repr(depends_on).encode()).hexdigest()[:16],
         samples_resize_and_crop=size,
         **options,
     )

@@ -138,8 +138,8 @@ def frechet_distance(
     """Fréchet distance of two sets of images.
 
     Args:
-        first, second: (n, C, S, S) images in [-1, 1], or folders of image files. features: ``pixels``, or a feature
-            extractor that torch-fidelity knows.
+        first, second: (n, C, S, S) images in [-1, 1] or uint8, or folders of image files. features: ``pixels``, or a
+            feature extractor that torch-fidelity knows; all but ``pixels`` need uint8.
         cache_folder: where the statistics of the second are kept, under ``second_name``, and used again.
         options: of ``torch_fidelity.calculate_metrics``.
     """
