@@ -88,12 +88,20 @@ _VALUES = {
     "noising_type": {"Linear": "linear", "Trig": "trig", "Triangular": "trig"},
     "coefficient_type": {"Euler": "euler", "Trig": "trig", "Triangular": "trig"},
     "l_schedule": {"Const": "const", "Linear": "linear", "Cosine": "cosine", "Exponent": "exponential"},
-    "model_type": {f"DiT-{size}": f"DiT-{size.replace('-', '/')}" for size in ("B-4", "B-2", "M-2", "L-2", "XL-2")},
-    "dataset_type": {"Imagenet": "latents"},
+    "model_type": {
+        **{f"DiT-{size}": f"DiT-{size.replace('-', '/')}" for size in ("B-4", "B-2", "M-2", "L-2", "XL-2")},
+        "UNet": "UNet",
+    },
+    "dataset_type": {"Imagenet": "latents", "CIFAR10": "cifar10"},
 }
 
-# The published ImageNet file trains on the latents of 1000 classes, 4 channels of mean and 4 of standard deviation.
-_IMAGENET_CLASSES, _LATENT_CHANNELS = 1000, 4
+# What the published trainer takes for granted of a data set: of ImageNet the latents of 1000 classes, with 4 channels;
+# of CIFAR-10 no classes, and RAdam. Its UNet comes with EDM's augmentation, here at EDM's probability.
+_DATASETS = {
+    "Imagenet": {"model": {"in_channels": 4, "num_classes": 1000}},
+    "CIFAR10": {"model": {"in_channels": 3, "num_classes": 0}, "optimizer": {"name": "radam"}},
+}
+_CIFAR10_PATH, _AUGMENT = "./cifar10", 0.12
 _EVALUATION_SAMPLES = 50_000
 
 # Names that both forms use do not tell them apart.
@@ -130,7 +138,7 @@ def from_public(raw: dict, nested_keys: set[str]) -> dict:
 
     Raises:
         ValueError: for a key the published trainer does not have (with the nearest one), keys of both forms, or a value
-            that is not known or not built yet.
+            that is not known.
     """
     for key in map(str, raw):
         if key in PUBLIC_DEFAULTS:
@@ -142,19 +150,15 @@ def from_public(raw: dict, nested_keys: set[str]) -> dict:
             )
         near = difflib.get_close_matches(key, PUBLIC_DEFAULTS, n=1, cutoff=0)
         raise ValueError(f"unknown key {key!r} in a SoFlow file of the published form; the nearest is {near[0]!r}")
-    flat = {**PUBLIC_DEFAULTS, **raw}
-    if flat["model_type"] == "UNet":
-        raise ValueError("model_type: UNet is not built yet; choose one of " + ", ".join(_VALUES["model_type"]))
-    if flat["dataset_type"] == "CIFAR10":
-        raise ValueError(
-            "dataset_type: CIFAR10 is not built yet; use the nested form with data.kind: folder and images by class"
-        )
+    is_cifar10 = raw.get("dataset_type") == "CIFAR10"
+    flat = {**PUBLIC_DEFAULTS, **({"dataset_path": _CIFAR10_PATH} if is_cifar10 else {}), **raw}
+    _translate("dataset_type", flat["dataset_type"], _VALUES["dataset_type"])
     if isinstance(flat["eval_demo_shape"], (int, str)):
         raise ValueError(f"eval_demo_shape: {flat['eval_demo_shape']!r} is not [rows, columns], such as [4, 8]")
-    nested = {
-        "model": {"in_channels": _LATENT_CHANNELS, "num_classes": _IMAGENET_CLASSES},
-        "evaluation": {"samples": _EVALUATION_SAMPLES, "steps": flat["eval_NFE"]},
-    }
+    nested = {name: dict(section) for name, section in _DATASETS[flat["dataset_type"]].items()}
+    nested["evaluation"] = {"samples": _EVALUATION_SAMPLES, "steps": flat["eval_NFE"]}
+    if is_cifar10 and flat["model_type"] == "UNet":
+        nested["data"] = {"augment": _AUGMENT}
     for key, value in flat.items():
         *section, name = PUBLIC_NAMES[key].split(".")
         place = nested.setdefault(section[0], {}) if section else nested

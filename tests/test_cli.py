@@ -61,7 +61,7 @@ def _refused(capsys, *args) -> str:
         (IMAGENET.replace("0.002", "0.0"), ["l_end_ratio=0.0"]),
         (IMAGENET.replace("cfg_drop_rate: 0.1", "cfg_drop_rate: 0"), ["cfg_scale=2.5", "set cfg_drop_rate > 0"]),
         (IMAGENET.replace("data_size: 32", "data_size: 33"), ["patch_size=2", "data_size=33"]),
-        (IMAGENET.replace("DiT-XL-2", "UNet"), ["UNet", "not built yet"]),
+        (IMAGENET.replace("DiT-XL-2", "UNet-2"), ["model_type", "UNet-2", "choose one of", "UNet"]),
     ],
 )
 def test_bad_configurations(tmp_path, capsys, monkeypatch, text, words):
