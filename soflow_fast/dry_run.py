@@ -67,7 +67,7 @@ def describe(config: TrainConfig) -> str:
         **found.choices,
         "parameters": f"{found.parameters / 1e6:,.1f} M",
         "FLOPs per step": f"{found.flops / 1e12:,.4g} T ({per_image / 1e9:,.4g} G per image)",
-        "memory, estimated": f"{found.bytes / 2**30:,.2f} GiB (weights, gradients, AdamW, EMA, kept for the backward)",
+        "memory, estimated": f"{found.bytes / 2**30:,.2f} GiB (weights, gradients, moments, EMA, activations)",
     }
     return "\n".join([config.to_yaml(), *(f"{name:<24}{value}" for name, value in lines.items())])
 

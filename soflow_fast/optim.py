@@ -201,6 +201,10 @@ class RAdam(OnePass, torch.optim.RAdam):
                     old.copy_(torch.where(finite, value, old))
 
 
+#: The optimizers by their names in the configuration.
+OPTIMIZERS = {"adamw": AdamW, "radam": RAdam}
+
+
 def _radam_factors(k: Tensor, beta1: float, beta2: float) -> tuple[Tensor, Tensor, Tensor]:
     """``1/(1−β₁ᵏ)``, ``r_k √(1−β₂ᵏ)`` and whether the latter is used, (n,) each, for steps k, (n,) float64."""
     power = beta2**k

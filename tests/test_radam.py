@@ -1,7 +1,9 @@
-"""RAdam: equal to torch's in float64, before and after its steps are rectified."""
+"""RAdam: equal to torch's in float64, before and after its steps are rectified; its runs go on exactly."""
 
 import math
+from dataclasses import replace
 from decimal import Decimal, localcontext
+from typing import get_args, get_type_hints
 
 import pytest
 import torch
@@ -9,11 +11,14 @@ import triton
 import triton.language as tl
 from op_checks import DEVICE
 from optim_runs import Net, assert_equal, give, gradients
+from runs import StopError, assert_bitwise_equal, final, stop_at, tiny_config
 
+from soflow_fast import Trainer
+from soflow_fast.config import OptimizerConfig
 from soflow_fast.ema import EMA
 from soflow_fast.kernels import optimizer as kernel
 from soflow_fast.kernels._launch import Launch, launch
-from soflow_fast.optim import RAdam
+from soflow_fast.optim import OPTIMIZERS, RAdam
 from soflow_fast.precision import ComputeCopy
 
 STEPS = 32
@@ -125,3 +130,28 @@ def test_a_state_whose_decay_is_part_of_the_gradient_is_refused():
     theirs.param_groups[0]["weight_decay"] = 0.0  # no decay is the same in both
     ours.load_state_dict(theirs.state_dict())
     assert ours.state_dict()["param_groups"][0]["decoupled_weight_decay"]
+
+
+def test_every_name_of_the_configuration_is_an_optimizer():
+    assert get_args(get_type_hints(OptimizerConfig)["name"]) == tuple(OPTIMIZERS)
+
+
+def test_a_stopped_run_goes_on_exactly(tmp_path, monkeypatch):
+    """From a checkpoint before the first rectified step, the sixth."""
+    optimizer = OptimizerConfig(name="radam", learning_rate=1e-2, weight_decay=0.1)
+    straight = tiny_config(tmp_path / "straight", total_steps=8, optimizer=optimizer)
+    run = Trainer(straight)
+    assert type(run.optimizer) is RAdam
+    assert run.optimizer.param_groups[0]["weight_decay"] == 0.1
+    run.fit()
+    stopped = replace(straight, run_dir=str(tmp_path / "stopped"))
+    with monkeypatch.context() as patch:
+        stop_at(patch, 6)
+        with pytest.raises(StopError):
+            Trainer(stopped).fit()
+    Trainer(stopped).fit()
+    assert_bitwise_equal(final(tmp_path / "straight", 8), final(tmp_path / "stopped", 8))
+    adamw = replace(straight, run_dir=str(tmp_path / "adamw"), optimizer=replace(optimizer, name="adamw"))
+    Trainer(adamw).fit()
+    with pytest.raises(AssertionError):
+        assert_bitwise_equal(final(tmp_path / "straight", 8), final(tmp_path / "adamw", 8))
