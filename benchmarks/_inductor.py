@@ -19,11 +19,12 @@ from functorch.compile import make_boxed_func, min_cut_rematerialization_partiti
 from torch import Tensor
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.device_interface import CudaInterface
-from torch._guards import TracingContext
+from torch._guards import TracingContext, detect_fake_mode
 from torch._inductor.compile_fx import _recursive_joint_graph_passes, compile_fx_inner
 from torch._inductor.decomposition import select_decomp_table
 from torch._inductor.graph import GraphLowering
 from torch._inductor.lowering import make_fallback
+from torch._inductor.virtualized import V
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 from triton import runtime
 from triton.backends.compiler import GPUTarget
@@ -209,7 +210,8 @@ def backend(into: Compiled) -> Callable:
         return compile
 
     def partition(joint, inputs, **keywords):
-        _recursive_joint_graph_passes(joint)
+        with V.set_fake_mode(detect_fake_mode(inputs)):
+            _recursive_joint_graph_passes(joint)
         return min_cut_rematerialization_partition(joint, inputs, compiler="inductor", **keywords)
 
     return aot_autograd(

@@ -1,8 +1,13 @@
-"""AdamW, EMA and the low-precision copies of all parameters in one pass over them.
+"""AdamW or RAdam, EMA and the low-precision copies of all parameters in one pass over them.
 
     m ← m + (1−β₁)(c·g − m),  v ← v + (1−β₂)((c·g)² − v)
     p ← p(1 − η·wd) − η/(1−β₁ᵏ) · m / (√v/√(1−β₂ᵏ) + ε)
     average ← average + w(p − average),  copy ← p in the copy's dtype
+
+RAdam (arXiv 1908.03265, with AdamW's decay) has in place of the last factor, as torch has,
+
+    m · r √(1−β₂ᵏ) / (√v + ε)  where ρ_k > 5, and m alone before,
+    r² = (ρ_k−4)(ρ_k−2)ρ_∞ / ((ρ_∞−4)(ρ_∞−2)ρ_k),  ρ_k = ρ_∞ − 2kβ₂ᵏ/(1−β₂ᵏ),  ρ_∞ = 2/(1−β₂) − 1
 
 c is the clipping factor, min(1, limit/‖g‖); where ‖g‖ is not finite nothing is written. The norm takes a pass of its
 own over the gradients. Bytes per parameter in float32 with a bfloat16 copy: 4 + 38 (read g; read p, g, m, v, average,
@@ -59,6 +64,43 @@ def _square_sum_kernel(
 
 
 @triton.jit
+def _tail(x):
+    """``1/(eˣ−1) − 1/x + 1/2``: its odd series up to x = 1 (next term 3e-7 of x/12)."""
+    square = x * x
+    return x * (1 / 12 + square * (-1 / 720 + square * (1 / 30240 - square * (1 / 1209600))))
+
+
+@triton.jit
+def average_length(step, log_beta2):
+    """``(ρ_k, ρ_∞)``, float32, within 2e-6 of their values: after k steps and at last, how many gradients v averages.
+
+    ρ_k is between 1 and k while ρ_∞ may be thousands, so that their difference would lose all digits that decide on
+    ``ρ_k > 5``. With y = −ln β₂ and the tail τ it is ``k + 2(τ(y) − kτ(ky))``, which has none to lose, up to ky = 1; by
+    then more than a third of ρ_∞ is left.
+    """
+    y = -log_beta2
+    x = step * y
+    limit = 2 / -expm1(log_beta2) - 1
+    early = step + 2 * (_tail(y) - step * _tail(tl.minimum(x, 1.0)))
+    late = limit - 2 * step * tl.exp2(-1.4426950408889634 * x) / -expm1(-x)
+    return tl.where(x < 1, early, late), limit
+
+
+@triton.jit
+def _rectified(scalars, step, log_beta2):
+    """The scalars of AdamW with the root and the ε by which its step, m over ``√v/root + ε``, is RAdam's."""
+    clip, rest1, rest2, decay, rate, root, eps, weight = scalars
+    length, limit = average_length(step, log_beta2)
+    # no less than 5, below which the factor may not exist and is not used
+    at, end = tl.maximum(length, 5.0), tl.maximum(limit, 5.0)
+    root *= tl.sqrt((at - 4) / (end - 4) * ((at - 2) / (end - 2)) * (end / at))
+    # until then the denominator is 1: √v, which is below 2e19, over 1e30 is nothing, without a division by infinity
+    eps = tl.where(length > 5, eps / root, 1.0)
+    root = tl.where(length > 5, root, 1e30)
+    return clip, rest1, rest2, decay, rate, root, eps, weight
+
+
+@triton.jit
 def _adamw_block(
     p_ptr,
     g_ptr,
@@ -104,6 +146,7 @@ def _adamw_kernel(
     GRADIENT: tl.constexpr,
     COPY: tl.constexpr,  # dtype of the copy, or None
     AVERAGE: tl.constexpr,
+    RECTIFIED: tl.constexpr,  # whether it is RAdam
     BLOCK: tl.constexpr,
 ):
     norm = tl.load(norm_ptr)
@@ -120,6 +163,8 @@ def _adamw_kernel(
             eps,
             tl.load(weight_ptr),
         )
+        if RECTIFIED:
+            scalars = _rectified(scalars, step, log_beta2)
         block = tl.program_id(0).to(tl.int64)
         index = tl.load(blocks_ptr + block * 3)
         start = tl.multiple_of(tl.load(blocks_ptr + block * 3 + 1), BLOCK)
@@ -179,6 +224,7 @@ def adamw_(
     eps: float,
     weight_decay: float,
     grad_clip: float,
+    rectified: bool = False,
     gradient_dtype: torch.dtype,
     copy_dtype: torch.dtype | None,
 ) -> None:
@@ -188,6 +234,7 @@ def adamw_(
         norm: 0-d float32 gradient norm. step: 0-d float32, steps before this one. lr: 0-d float32.
         average_weight: 0-d float32 weight of the new parameter in its average, or None without averages.
         log_betas: natural logarithms of β₁, β₂. grad_clip: largest norm, ``inf`` for none.
+        rectified: RAdam in place of AdamW.
     """
     launch(
         _adamw_kernel,
@@ -205,6 +252,7 @@ def adamw_(
         GRADIENT=_TYPES[gradient_dtype],
         COPY=None if copy_dtype is None else _TYPES[copy_dtype],
         AVERAGE=average_weight is not None,
+        RECTIFIED=rectified,
         BLOCK=_BLOCK,
         config=_LAUNCH,
     )
@@ -213,19 +261,20 @@ def adamw_(
 def passes() -> dict[str, Callable[[], None]]:
     """Both launches in each form that a training step has, on meta tensors, by name; for offline compilation."""
 
-    def make(gradient: torch.dtype, copy: torch.dtype | None, averaged: bool) -> Callable[[], None]:
+    def make(gradient: torch.dtype, copy: torch.dtype | None, averaged: bool, rectified=False) -> Callable[[], None]:
         def run() -> None:
             parameter, scalar = torch.empty(1000, 1000, device="meta"), torch.empty((), device="meta")
             table, blocks = torch.empty(_ROLES, dtype=torch.int64, device="meta"), block_table([parameter]).to("meta")
             norm = gradient_norm(table, blocks, gradient)
             hyper = {"log_betas": (-0.1, -0.01), "eps": 1e-8, "weight_decay": 0.0, "grad_clip": 1.0}
-            dtypes = {"gradient_dtype": gradient, "copy_dtype": copy}
-            adamw_(table, blocks, norm, scalar, scalar, scalar if averaged else None, **hyper, **dtypes)
+            form = {"rectified": rectified, "gradient_dtype": gradient, "copy_dtype": copy}
+            adamw_(table, blocks, norm, scalar, scalar, scalar if averaged else None, **hyper, **form)
 
         return run
 
+    forms = {"bf16 copy, average": (torch.bfloat16, True), "average": (None, True), "alone": (None, False)}
     return {
-        "bf16 copy, average": make(torch.float32, torch.bfloat16, True),
-        "average": make(torch.float32, None, True),
-        "alone": make(torch.float32, None, False),
+        f"{name}{form}": make(torch.float32, *options, rectified=rectified)
+        for name, rectified in (("", False), ("RAdam, ", True))
+        for form, options in forms.items()
     }

@@ -9,17 +9,19 @@ from soflow_fast.config_io import Section, require, require_count
 
 @dataclass
 class OptimizerConfig(Section, section="optimizer."):
-    """AdamW.
+    """The optimizer, see :mod:`soflow_fast.optim`, and its learning rate.
 
     Attributes:
-        learning_rate: the highest. betas, eps, weight_decay: of AdamW. grad_clip: largest global gradient norm, or
-            None. accumulation: micro-batches a batch is split into; it divides the batch.
+        name: ``adamw``, or ``radam`` (Rectified Adam, arXiv 1908.03265, with AdamW's weight decay).
+        learning_rate: the highest. betas, eps, weight_decay: of the optimizer. grad_clip: largest global gradient norm,
+            or None. accumulation: micro-batches a batch is split into; it divides the batch.
         warmup_steps: in which the learning rate rises linearly, from learning_rate/warmup_steps.
         schedule: after that: ``constant``; ``linear`` and ``cosine`` fall to final_share of it, in [0, 1], at the end
             of the run; ``inverse_sqrt`` is ``1/sqrt(step/decay_start)`` of it (EDM2, arXiv 2312.02696).
         decay_start: step, counted from 0, after which it falls; by default warmup_steps.
     """
 
+    name: Literal["adamw", "radam"] = "adamw"
     learning_rate: float = 1e-4
     betas: tuple[float, float] = (0.9, 0.99)
     eps: float = 1e-8

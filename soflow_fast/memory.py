@@ -14,8 +14,8 @@ from soflow_fast.dit import DiT
 # of each gated residual and LayerNorm.
 _SAVED_BYTES = {"none": 37, "elementwise": 29, "block": 9}
 
-# Per weight: itself, its gradient, two moments of AdamW and its average in float32, and the bfloat16 copy; and each
-# further average.
+# Per weight: itself, its gradient, two moments and its average in float32, and the bfloat16 copy; and each further
+# average.
 _STATE_BYTES, _AVERAGE_BYTES = 22, 4
 
 # Data that are not worth processes which read them.

@@ -75,13 +75,13 @@ class TrainStep:
 
     Every draw of step k depends on (seed, k, global row) alone, so a run can stop and go on, or be split over
     processes and micro-batches, without changing its numbers. Progress and the step live on the device; nothing is
-    read on the host. Where the gradient is not finite, a fused optimizer and the EMA stay as they were: that too is
-    decided on the device.
+    read on the host. Where the gradient is not finite, an optimizer that can leave a step out and the EMA stay as they
+    were: that too is decided on the device.
 
     Args:
         model: an objective such as :class:`~soflow_fast.SoFlow`, already on its device.
-        optimizer: over ``model.parameters()``, best :class:`~soflow_fast.optim.AdamW`; of torch's, only those with
-            ``fused=True`` can leave a step out and only those with ``capturable=True`` go into a CUDA graph.
+        optimizer: over ``model.parameters()``, best :class:`~soflow_fast.optim.AdamW` or ``RAdam``; of torch's, only
+            those with ``fused=True`` can leave a step out and only those with ``capturable=True`` go into a CUDA graph.
         ema: updated after each step, or None. averages: further ones, such as :class:`~soflow_fast.ema.PowerEMA`; each
             is a pass of its own over the parameters, 12 bytes of traffic a parameter.
         total_steps: of the run; progress is step/total_steps. seed: of all draws.
@@ -151,14 +151,14 @@ class TrainStep:
             )
         if self.cuda_graph and not all(group.get("capturable", True) for group in optimizer.param_groups):
             raise ValueError(
-                "cuda_graph=True needs an optimizer built with capturable=True, or soflow_fast.optim.AdamW; "
+                "cuda_graph=True needs an optimizer built with capturable=True, or one of soflow_fast.optim; "
                 "this one was not: rebuild it or set cuda_graph=False"
             )
-        is_ours = isinstance(optimizer, optim.AdamW)
+        is_ours = isinstance(optimizer, optim.OnePass)
         if self.cuda_graph and not is_ours and not all(torch.is_tensor(g["lr"]) for g in optimizer.param_groups):
             raise ValueError(
                 "cuda_graph=True would keep a learning rate that is a number as it is at the capture: build the "
-                "optimizer with lr=torch.tensor(...) on the GPU, use soflow_fast.optim.AdamW or set cuda_graph=False"
+                "optimizer with lr=torch.tensor(...) on the GPU, use one of soflow_fast.optim or set cuda_graph=False"
             )
         if self.precision == "bf16" and follows_parameters and getattr(model, "quotient", "") == "two_forwards":
             _log.warning("quotient='two_forwards' is lost to rounding in bf16; use quotient='difference' or fp32")
@@ -199,7 +199,7 @@ class TrainStep:
         """
         if self.copy is not None:
             self.copy.refresh()
-        if isinstance(self.optimizer, optim.AdamW):
+        if isinstance(self.optimizer, optim.OnePass):
             self.optimizer.prepare()
         if not self.cuda_graph:
             return self._run(x0, labels)
@@ -209,7 +209,7 @@ class TrainStep:
         if self._graph is None:
             self.optimizer.zero_grad(set_to_none=True)  # the graph has a memory pool of its own for gradients
             self._graph = Captured("the training step", self._run, x0, labels)
-            if isinstance(self.optimizer, optim.AdamW):
+            if isinstance(self.optimizer, optim.OnePass):
                 self.optimizer.prepare()
         stats = self._graph(x0, labels)
         # What a replay writes counts as no new version of the parameters, by which copies of them are kept up to date.
@@ -231,9 +231,8 @@ class TrainStep:
                     out = self._loss(x0, labels, order, rows, n_velocity, progress, self._seed, self.step)
                     (out.loss / self.accumulation).backward()
                 outputs.append(out)
-        update = (
-            self.optimizer.update if isinstance(self.optimizer, optim.AdamW) else partial(optim.update, self.optimizer)
-        )
+        is_ours = isinstance(self.optimizer, optim.OnePass)
+        update = self.optimizer.update if is_ours else partial(optim.update, self.optimizer)
         grad_norm, finite = update(ema=self.ema, copy=self.copy, grad_clip=self.grad_clip)
         for average in self.averages:
             average.update(finite)

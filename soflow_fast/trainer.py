@@ -24,7 +24,7 @@ from soflow_fast.ema import EMA, PowerEMA
 from soflow_fast.evaluate import check_evaluation, evaluate, why_unscored
 from soflow_fast.images import are_images, balanced_labels, generate, save_samples, vae_decoder
 from soflow_fast.logs import METRICS_NAME, Meter, Quiet, RunLog
-from soflow_fast.optim import AdamW
+from soflow_fast.optim import OPTIMIZERS
 from soflow_fast.step import TrainStep
 
 _log = logging.getLogger(__name__)
@@ -70,7 +70,7 @@ class Trainer:
         self.rows = self.processes.rows(config.batch_size)
         self.model = build.build_model(config, model).to(self.processes.device)
         wanted = config.optimizer
-        self.optimizer = AdamW(
+        self.optimizer = OPTIMIZERS[wanted.name](
             [p for p in self.model.parameters() if p.requires_grad],
             lr=wanted.learning_rate,
             betas=wanted.betas,

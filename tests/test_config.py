@@ -83,6 +83,7 @@ def test_written_config_reads_back_equal(tmp_path):
         ({"optimizer": {"betas": [0.9]}}, [], ["optimizer.betas=[0.9]", "[a finite number, a finite number]"]),
         ({"optimizer": {"betas": [0.9, 1.0]}}, [], ["optimizer.betas=(0.9, 1.0)", "[0, 1)"]),
         ({"optimizer": {"weight_decay": -1}}, [], ["optimizer.weight_decay=-1", "negative"]),
+        ({"optimizer": {"name": "adam"}}, [], ["optimizer.name=adam", "adamw or radam"]),
         ({"optimizer": {"grad_clip": 0}}, [], ["optimizer.grad_clip=0", "null"]),
         ({"optimizer": {"accumulation": 3}}, [], ["optimizer.accumulation=3", "batch_size=256"]),
         ({"ema": {"decay": 1.0}}, [], ["ema.decay=1.0", "[0, 1)"]),

@@ -13,7 +13,7 @@ from soflow_fast import DiT, SoFlow
 from soflow_fast.ema import EMA, PowerEMA
 from soflow_fast.objectives.flow_matching import FlowMatching
 from soflow_fast.objectives.meanflow import MeanFlow
-from soflow_fast.optim import AdamW
+from soflow_fast.optim import AdamW, RAdam
 from soflow_fast.precision import ComputeCopy
 from soflow_fast.step import TrainStep
 
@@ -238,7 +238,8 @@ def test_a_graph_would_keep_a_learning_rate_that_is_a_number():
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="Inductor, fused kernels and the CUDA graph need a GPU")
-def test_the_default_step_on_a_gpu_follows_the_eager_one_and_the_learning_rate():
+@pytest.mark.parametrize("optimizer_class", [AdamW, RAdam])
+def test_the_default_step_on_a_gpu_follows_the_eager_one_and_the_learning_rate(optimizer_class):
     results = []
     for options in ({"cuda_graph": False, "compile": False}, {}):
         torch.manual_seed(0)
@@ -248,7 +249,7 @@ def test_the_default_step_on_a_gpu_follows_the_eager_one_and_the_learning_rate()
                 torch.nn.init.normal_(p, std=0.05)
         model = SoFlow(net.cuda())
         ema = EMA(model, 0.99)
-        optimizer = AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-3)
+        optimizer = optimizer_class((p for p in model.parameters() if p.requires_grad), lr=1e-3)
         step, losses = TrainStep(model, optimizer=optimizer, ema=ema, total_steps=STEPS, **options), []
         for k in range(8):
             if k == 5:

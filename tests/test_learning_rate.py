@@ -115,9 +115,10 @@ def test_a_stopped_run_goes_on_exactly(tmp_path, monkeypatch, step):
         ({"schedule": "linear"}, "optimizer.schedule='cosine', and this one has 'linear'"),
         ({"final_share": 0.5}, "optimizer.final_share=0.0, and this one has 0.5"),
         ({"decay_start": 4}, "optimizer.decay_start=None, and this one has 4"),
+        ({"name": "radam"}, "optimizer.name='adamw', and this one has 'radam'"),
     ],
 )
-def test_another_schedule_is_another_run(tmp_path, change, words):
+def test_another_schedule_or_optimizer_is_another_run(tmp_path, change, words):
     config = _config(tmp_path, total_steps=5)
     (tmp_path / "config.yaml").write_text(config.to_yaml())
     (tmp_path / "metrics.jsonl").write_text("")

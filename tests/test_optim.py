@@ -1,4 +1,4 @@
-"""AdamW in one pass: equal to torch's AdamW, clipping and EMA, exchanging state with it."""
+"""The one-pass optimizers: AdamW equal to torch's AdamW, clipping and EMA; and what it shares with RAdam."""
 
 import math
 from copy import deepcopy
@@ -6,6 +6,7 @@ from copy import deepcopy
 import pytest
 import torch
 from op_checks import DEVICE
+from optim_runs import PAIRS, Net, assert_equal, give, gradients, same_weights
 from torch import nn
 
 from soflow_fast import optim
@@ -13,31 +14,6 @@ from soflow_fast.ema import EMA
 from soflow_fast.kernels import optimizer as kernel
 from soflow_fast.optim import AdamW, update
 from soflow_fast.precision import ComputeCopy
-
-SHAPES = ((3, 5), (1024,), (1,), (70, 61))  # below, at and above one block, and not a multiple of 16 bytes
-
-
-class Net(nn.Module):
-    def __init__(self):
-        super().__init__()
-        generator = torch.Generator().manual_seed(0)
-        self.weights = nn.ParameterList(torch.randn(shape, generator=generator) for shape in SHAPES)
-        self.to(DEVICE)
-
-
-def gradients(step, scale=1.0):
-    generator = torch.Generator().manual_seed(100 + step)
-    return [scale * torch.randn(shape, generator=generator).to(DEVICE) for shape in SHAPES]
-
-
-def give(net, values):
-    for p, g in zip(net.weights, values, strict=True):
-        p.grad = g.clone()
-
-
-def assert_equal(ours, theirs, rtol=2e-6, atol=1e-7):
-    for a, b in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(a, b, rtol=rtol, atol=atol)
 
 
 @pytest.mark.parametrize("impl", ["torch", "triton"])
@@ -71,37 +47,40 @@ def test_equals_torch_adamw_and_ema(impl, grad_clip, weight_decay):
         assert (c.float() - p.detach()).abs().max() <= 2**-7 * p.detach().abs().max()
 
 
+@pytest.mark.parametrize(("name", "steps"), [("adamw", 3), ("radam", 3), ("radam", 7)])
 @pytest.mark.parametrize("impl", ["torch", "triton"])
-def test_state_goes_to_torch_and_back(impl):
+def test_state_goes_to_torch_and_back(impl, name, steps):
+    """Of RAdam before and after its steps are rectified."""
+    our_class, their_class = PAIRS[name]
     ours, theirs = Net(), Net()
-    optimizer = AdamW(ours.parameters(), lr=1e-2, impl=impl)
-    reference = torch.optim.AdamW(theirs.parameters(), lr=1e-2, betas=(0.9, 0.99), weight_decay=0.0)
-    for step in range(3):
+    optimizer, reference = our_class(ours.parameters(), impl=impl), their_class(theirs.parameters())
+    for step in range(steps):
         give(ours, gradients(step))
         optimizer.update()
     theirs.load_state_dict(ours.state_dict())
     reference.load_state_dict(deepcopy(optimizer.state_dict()))
-    give(theirs, gradients(3))
+    give(theirs, gradients(steps))
     reference.step()
-    give(ours, gradients(3))
+    give(ours, gradients(steps))
     optimizer.update()
-    assert_equal([p.detach() for p in ours.weights], [p.detach() for p in theirs.weights])
+    same_weights(ours, theirs)
 
     again = Net()
     again.load_state_dict(theirs.state_dict())
-    resumed = AdamW(again.parameters(), lr=1e-2, impl=impl)
+    resumed = our_class(again.parameters(), impl=impl)
     resumed.load_state_dict(deepcopy(reference.state_dict()))
-    give(again, gradients(4))
+    give(again, gradients(steps + 1))
     resumed.update()
-    give(ours, gradients(4))
+    give(ours, gradients(steps + 1))
     optimizer.update()
-    assert_equal([p.detach() for p in again.weights], [p.detach() for p in ours.weights])
+    same_weights(again, ours)
 
 
-def test_a_state_loaded_between_steps_is_used():
+@pytest.mark.parametrize("name", PAIRS)
+def test_a_state_loaded_between_steps_is_used(name):
     """The tables point at the state's tensors, so loading must write into them."""
     net = Net()
-    optimizer = AdamW(net.parameters(), lr=1e-2, impl="triton")
+    optimizer = PAIRS[name][0](net.parameters(), impl="triton")
     give(net, gradients(0))
     optimizer.update()
     saved_state, saved = deepcopy((optimizer.state_dict(), net.state_dict()))
@@ -115,12 +94,13 @@ def test_a_state_loaded_between_steps_is_used():
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
+@pytest.mark.parametrize("name", PAIRS)
 @pytest.mark.parametrize("impl", ["torch", "triton"])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_a_gradient_that_is_not_finite_changes_nothing(impl, bad):
+def test_a_gradient_that_is_not_finite_changes_nothing(name, impl, bad):
     net = Net()
     ema, copy = EMA(net, 0.9), ComputeCopy(net)
-    optimizer = AdamW(net.parameters(), lr=1e-2, impl=impl)
+    optimizer = PAIRS[name][0](net.parameters(), impl=impl)
     give(net, gradients(0))
     optimizer.update(ema=ema, copy=copy)
     before = [t.clone() for t in (*net.parameters(), *ema.averages.values(), *copy.copies.values())]
@@ -139,17 +119,16 @@ def test_a_gradient_that_is_not_finite_changes_nothing(impl, bad):
 
 
 @pytest.mark.filterwarnings("error:.*lr_scheduler.step")
-def test_a_scheduler_sets_the_learning_rate():
+@pytest.mark.parametrize(("name", "impl"), [("adamw", "triton"), ("radam", "triton"), ("radam", "torch")])
+def test_a_scheduler_sets_the_learning_rate(name, impl):
     net, plain = Net(), Net()
-    pairs = [
-        (net, AdamW(net.parameters(), lr=1e-2, impl="triton")),
-        (plain, torch.optim.AdamW(plain.parameters(), lr=1e-2, betas=(0.9, 0.99), weight_decay=0.0)),
-    ]
+    our_class, their_class = PAIRS[name]
+    pairs = [(net, our_class(net.parameters(), impl=impl)), (plain, their_class(plain.parameters()))]
     schedulers = [torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5) for _, optimizer in pairs]
     for step in range(3):
         for (module, optimizer), scheduler in zip(pairs, schedulers, strict=True):
             give(module, gradients(step))
-            if isinstance(optimizer, AdamW):
+            if isinstance(optimizer, optim.OnePass):
                 optimizer.update()
             else:
                 optimizer.step()
@@ -157,7 +136,8 @@ def test_a_scheduler_sets_the_learning_rate():
     assert_equal([p.detach() for p in net.weights], [p.detach() for p in plain.weights])
 
 
-def test_parameter_groups():
+@pytest.mark.parametrize(("name", "impl"), [("adamw", "triton"), ("radam", "triton"), ("radam", "torch")])
+def test_parameter_groups(name, impl):
     net, plain = Net(), Net()
 
     def groups(module):
@@ -166,8 +146,8 @@ def test_parameter_groups():
             {"params": list(module.weights[2:]), "lr": 1e-1},
         ]
 
-    optimizer = AdamW(groups(net), lr=1e-2, impl="triton")
-    reference = torch.optim.AdamW(groups(plain), lr=1e-2, betas=(0.9, 0.99), weight_decay=0.0)
+    our_class, their_class = PAIRS[name]
+    optimizer, reference = our_class(groups(net), impl=impl), their_class(groups(plain))
     give(net, gradients(0))
     give(plain, gradients(0))
     norm, _ = optimizer.update()
@@ -177,11 +157,7 @@ def test_parameter_groups():
 
 
 def _adamw(net, **keywords):
-    return torch.optim.AdamW(net.parameters(), **{"lr": 1e-2, "betas": (0.9, 0.99), "weight_decay": 0.0, **keywords})
-
-
-def _same_weights(net, plain):
-    assert_equal([p.detach() for p in net.weights], [p.detach() for p in plain.weights])
+    return PAIRS["adamw"][1](net.parameters(), **keywords)
 
 
 def test_averages_and_copies_may_come_and_change():
@@ -210,7 +186,7 @@ def test_a_group_added_later_is_stepped():
             if step == 1:
                 optimizer.add_param_group({"params": list(module.weights[1:]), "lr": 1e-1})
             optimizer.step()
-    _same_weights(net, plain)
+    same_weights(net, plain)
 
 
 def test_hyper_parameters_that_are_loaded_are_used():
@@ -226,7 +202,7 @@ def test_hyper_parameters_that_are_loaded_are_used():
     for module, optimizer in ((net, ours), (plain, theirs)):
         give(module, gradients(1))
         optimizer.step()
-    _same_weights(net, plain)
+    same_weights(net, plain)
     assert ours.state_dict()["state"][0]["step"] == 2
 
 
@@ -238,7 +214,7 @@ def test_a_beta_of_zero():
         for module, optimizer in pairs:
             give(module, gradients(step))
             optimizer.step()
-    _same_weights(net, plain)
+    same_weights(net, plain)
 
 
 def test_a_state_of_torch_does_not_turn_off_that_steps_are_left_out():
@@ -287,7 +263,7 @@ def test_gradients_that_start_anywhere():
     for p, g in zip(net.weights, bucket[1:].split([p.numel() for p in net.weights]), strict=True):
         p.grad = g.view_as(p)
     ours.step()
-    _same_weights(net, plain)
+    same_weights(net, plain)
     table = ours._passes[0].table.view(-1, 6)
     assert not (table % 16).any()
 

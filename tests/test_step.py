@@ -94,8 +94,9 @@ def test_clipping_limits_the_norm():
     [
         lambda parameters: torch.optim.AdamW(parameters, lr=LR, fused=True),
         lambda parameters: optim.AdamW(parameters, lr=LR, impl="torch"),
+        lambda parameters: optim.RAdam(parameters, lr=LR, impl="torch"),
     ],
-    ids=["torch", "ours"],
+    ids=["torch", "ours", "RAdam"],
 )
 def test_a_step_that_is_not_finite_changes_nothing_but_the_step(make):
     x, labels = _batch(dtype=torch.float32)
@@ -115,6 +116,27 @@ def test_a_step_that_is_not_finite_changes_nothing_but_the_step(make):
     assert {float(state["step"]) for state in optimizer.state.values()} == {1.0}
     assert step(x, labels).finite
     assert not torch.equal(_weights(model), before[0])
+
+
+@pytest.mark.parametrize("optimizer_class", [optim.AdamW, optim.RAdam])
+def test_our_optimizers_are_prepared_and_do_the_whole_update(monkeypatch, optimizer_class):
+    """A captured step has no other way to what the host decides, and only so is it one pass."""
+    model, calls = _model(dtype=torch.float32), []
+
+    def spied(name):
+        original = getattr(optimizer_class, name)
+
+        def call(self, **keywords):
+            calls.append((name, keywords))
+            return original(self, **keywords)
+
+        monkeypatch.setattr(optimizer_class, name, call)
+
+    spied("prepare")
+    spied("update")
+    ema, optimizer = EMA(model), optimizer_class([p for p in model.parameters() if p.requires_grad], impl="torch")
+    TrainStep(model, optimizer=optimizer, ema=ema, total_steps=10, grad_clip=0.5)(*_batch(dtype=torch.float32))
+    assert calls[:2] == [("prepare", {}), ("update", {"ema": ema, "copy": None, "grad_clip": 0.5})]
 
 
 def test_settings_that_cannot_be():
