@@ -12,12 +12,13 @@ ROOT = Path(__file__).parents[1]
 FLOORS = [
     ["kernels"],
     [
-        "config", "config_io", "config_optimizer", "derivation", "difference_nonlinear", "difference_rules",
-        "differencing", "interop", "paths",
+        "config", "config_io", "config_model", "config_optimizer", "derivation", "difference_nonlinear",
+        "difference_rules", "differencing", "interop", "paths",
     ],
     [
-        "attention", "build", "capture", "checkpoint", "data", "dit", "ema", "encode", "evaluate", "fidelity",
-        "images", "layers", "memory", "objectives", "optim", "pair", "posthoc", "precision", "sample", "weights",
+        "attention", "augment", "build", "capture", "checkpoint", "data", "dit", "ema", "encode", "evaluate",
+        "fidelity", "images", "layers", "memory", "objectives", "optim", "pair", "posthoc", "precision", "sample",
+        "unet", "weights",
     ],
     ["cli", "demo", "distributed", "doctor", "dry_run", "logs", "step", "trainer"],
 ]  # fmt: skip
