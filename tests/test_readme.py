@@ -1,10 +1,12 @@
 """The README's Python runs as it stands, on a smaller network."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 import yaml
+from test_interop import CIFAR10
 
 from soflow_fast import DiT, TrainConfig
 
@@ -70,3 +72,17 @@ def test_the_python_of_the_readme_runs(tmp_path, monkeypatch):
     exec(blocks[3], names)
     assert torch.equal(trained.final_layer.linear.bias, before + 1)
     assert sorted(path.name for path in Path("runs").iterdir()) == ["digits", "given"]
+
+
+def test_the_configurations_of_the_readme_are_read():
+    flowers, cifar10 = (
+        TrainConfig.from_dict(yaml.safe_load(block))
+        for block in re.findall(r"```yaml\n(.*?)```", README.read_text(), re.DOTALL)
+    )
+    assert (flowers.data.kind, flowers.ema.posthoc) == ("folder", (0.05, 0.1))
+    published = TrainConfig.from_dict(yaml.safe_load(CIFAR10))
+    without_effect = {name: getattr(cifar10.soflow, name) for name in ("guidance_mix", "guidance_decay_time")}
+    published.soflow = replace(published.soflow, **without_effect)  # at a guidance scale of 1
+    same = ("model", "soflow", "optimizer", "batch_size", "total_steps")
+    assert [getattr(cifar10, name) for name in same] == [getattr(published, name) for name in same]
+    assert cifar10.data.augment == published.data.augment
