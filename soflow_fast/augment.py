@@ -44,11 +44,12 @@ class Augment:
     def __call__(
         self, x: Tensor, labels: Tensor | None, rows: Tensor, seed: int | Tensor, step: int | Tensor
     ) -> tuple[Tensor, Tensor]:
-        """The augmented images (B, C, S, S), and :meth:`conditions` of them.
+        """The augmented images (B, C, S, S), in float32 or wider, and :meth:`conditions` of them.
 
         Args:
             x: (B, C, S, S) floating point. labels: (B,) int64 or None. rows: (B,) int64 global rows.
         """
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
         u = self.ops.uniform(rows, 10, seed=seed, step=step, stream=Stream.AUGMENT)
         z = self.ops.normal(rows, 4, seed=seed, step=step, stream=Stream.AUGMENT_SIZE)
         u, z = u.to(x).unbind(1), z.to(x)
@@ -82,7 +83,7 @@ class Augment:
         return _where(scaled | rotated | stretched | shifted, moved, x), self.conditions(x, labels, told)
 
     def conditions(self, x: Tensor, labels: Tensor | None, told: Tensor | None = None) -> Tensor:
-        """(B, 1 + AUGMENT_DIM) in the dtype of x: the label, or "no label", and what tells of the augmentation."""
+        """(B, 1 + AUGMENT_DIM) in the dtype of x, which is float32 or wider: the label, or "no label", and what tells of the augmentation."""
         label = x.new_full((len(x), 1), self.num_classes) if labels is None else labels[:, None].to(x)
         return torch.cat([label, x.new_zeros(len(x), AUGMENT_DIM) if told is None else told], 1)
 

@@ -100,6 +100,9 @@ def test_a_rows_augmentation_is_its_own():
     assert all(torch.equal(a[3:], b) for a, b in zip(whole, part, strict=True))
     assert torch.equal(whole[1][:, 0], labels.float())
     assert not torch.equal(augment(x, labels, rows, 5, 7)[1], whole[1])
+    low = augment(x.bfloat16(), labels + 992, rows, 5, 6)
+    assert low[0].dtype == torch.float32
+    assert torch.equal(low[1][:, 0], labels + 992.0)  # which bfloat16 would round
 
 
 def test_no_augmentation_is_told_as_zeros():
