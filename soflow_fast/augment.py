@@ -83,7 +83,11 @@ class Augment:
         return _where(scaled | rotated | stretched | shifted, moved, x), self.conditions(x, labels, told)
 
     def conditions(self, x: Tensor, labels: Tensor | None, told: Tensor | None = None) -> Tensor:
-        """(B, 1 + AUGMENT_DIM) in the dtype of x, which is float32 or wider: the label, or "no label", and what tells of the augmentation."""
+        """The label, or "no label", and what tells of the augmentation: (B, 1 + AUGMENT_DIM), dtype of x.
+
+        Args:
+            x: (B, C, S, S) float32 or wider. told: (B, AUGMENT_DIM), by default nothing.
+        """
         label = x.new_full((len(x), 1), self.num_classes) if labels is None else labels[:, None].to(x)
         return torch.cat([label, x.new_zeros(len(x), AUGMENT_DIM) if told is None else told], 1)
 
