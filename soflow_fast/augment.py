@@ -10,15 +10,15 @@ Shapes: B rows of square images (B, C, S, S).
 import math
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from soflow_fast import kernels
 from soflow_fast.kernels.reference import Stream
 
 #: How many numbers tell of a row's augmentation, all 0 where there was none: whether it is mirrored left to right and
-#: upside down; the factor's logarithm; cosine − 1 and sine of the rotation; the same of the stretching's direction,
-#: times its logarithm; the shifts. Logarithms and shifts in standard deviations.
+#: upside down; the factor's logarithm; cosine − 1 and sine of the rotation; cosine and sine of the stretching's
+#: direction, times its logarithm; the shifts. Logarithms and shifts in standard deviations.
 AUGMENT_DIM = 9
 
 _SCALE_STD, _STRETCH_STD, _SHIFT_STD = 0.2, 0.2, 0.125  # of log2, of log2, of the image's size
@@ -40,6 +40,18 @@ class Augment:
             raise ValueError(f"the probability of augmentation {probability} is outside [0, 1]")
         self.probability, self.num_classes = probability, num_classes
         self.ops = kernels.ops(kernels.resolve_impl(impl))
+
+    @staticmethod
+    def check(network: nn.Module, latent_scale: float | None = None) -> None:
+        """ValueError where samples cannot be augmented, or the network would not be told."""
+        if latent_scale is not None:
+            raise ValueError("augmentation is of images, and the data are latents; set data.augment=0")
+        if getattr(network, "augment_dim", 0) != AUGMENT_DIM:
+            raise ValueError(
+                f"augmentation needs a network with augment_dim={AUGMENT_DIM}, which is told of it in labels (B, "
+                f"{1 + AUGMENT_DIM}), and this {type(network).__name__} has none; choose model.preset=UNet, or set "
+                "data.augment=0"
+            )
 
     def __call__(
         self, x: Tensor, labels: Tensor | None, rows: Tensor, seed: int | Tensor, step: int | Tensor
@@ -73,12 +85,13 @@ class Augment:
         )
         x = _where(mirrored, x.flip(3), x)
         x = _where(upside_down, x.flip(2), x)
-        # From where in the image a pixel of the result comes.
+        # From where in the image a pixel of the result comes; the unit is half the image.
         factor, squeeze = torch.exp2(-_SCALE_STD * scale), torch.exp2(-_STRETCH_STD * stretch)
-        stretching = _rotation(-direction) @ torch.diag_embed(torch.stack([squeeze, 1 / squeeze], 1))
-        source = factor[:, None, None] * _rotation(angle) @ stretching @ _rotation(direction)
-        origin = source @ (-2 * _SHIFT_STD * shift)[:, :, None]  # affine_grid's unit is half the image
-        grid = F.affine_grid(torch.cat([source, origin], 2), list(x.shape), align_corners=False)
+        stretching = torch.stack([squeeze, 1 / squeeze], 1)[:, :, None] * _rotation(direction)
+        source = _product(_rotation(angle), _product(_rotation(-direction), stretching)) * factor[:, None, None]
+        at = (2 * torch.arange(x.shape[2], device=x.device).to(x) + 1) / x.shape[2] - 1
+        result = torch.stack(torch.meshgrid(at, at, indexing="xy")).flatten(1)[None]  # (1, 2, S²)
+        grid = _product(source, result - 2 * _SHIFT_STD * shift[:, :, None]).mT.unflatten(1, x.shape[2:])
         moved = F.grid_sample(x, grid, mode="bicubic", padding_mode="reflection", align_corners=False)
         return _where(scaled | rotated | stretched | shifted, moved, x), self.conditions(x, labels, told)
 
@@ -94,6 +107,11 @@ class Augment:
 
 def _where(chosen: Tensor, images: Tensor, others: Tensor) -> Tensor:
     return torch.where(chosen.view(-1, 1, 1, 1), images, others)
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """(B, 2, 2) times (B, 2, n), which no precision of matrix products rounds."""
+    return (a[:, :, :, None] * b[:, None]).sum(2)
 
 
 def _rotation(angle: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from soflow_fast.config import GIVEN, OBJECTIVE_SECTIONS, ModelConfig, TrainConf
 from soflow_fast.config_model import UNET_PRESET
 from soflow_fast.data import CIFAR10, ImageFolder, LatentMoments, MomentsFolder, digits, find_moments_folder
 from soflow_fast.data.checks import require_pair
-from soflow_fast.dit import DiT
+from soflow_fast.dit import PRESETS, DiT
 from soflow_fast.objectives.flow_matching import FlowMatching
 from soflow_fast.objectives.meanflow import MeanFlow
 from soflow_fast.objectives.soflow import SoFlow
@@ -41,12 +41,14 @@ def resolve_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def build_network(config: ModelConfig, label_drop: float, *, augmented: bool = False) -> DiT | UNet:
+def build_network(config: ModelConfig, label_drop: float) -> DiT | UNet:
     """The network of a configuration.
 
     Args:
         label_drop: of the objective: where it is positive, or there are no classes, a DiT has a row for "no label".
-        augmented: whether a UNet is told of the augmentation.
+
+    Raises:
+        ValueError: for a preset that is not known.
     """
     if config.preset == GIVEN:
         raise ValueError(
@@ -56,7 +58,11 @@ def build_network(config: ModelConfig, label_drop: float, *, augmented: bool = F
     sizes = {name: value for name, value in asdict(config).items() if value is not None and name != "preset"}
     if config.preset == UNET_PRESET:
         taken = {name: value for name, value in sizes.items() if name in signature(UNet).parameters}
-        return UNet(**taken, augment_dim=AUGMENT_DIM if augmented else 0)
+        return UNet(**taken, augment_dim=AUGMENT_DIM)  # its weights are of use with and without augmentation
+    if not config.preset.startswith("DiT"):
+        raise ValueError(
+            f"model.preset={config.preset!r} is not known; choose one of {', '.join((*PRESETS, UNET_PRESET))}"
+        )
     if config.recompute == "auto":
         sizes["recompute"] = "none"  # the trainer knows what fits
     has_null = label_drop > 0 or config.num_classes == 0
@@ -82,8 +88,7 @@ def build_model(config: TrainConfig, given: nn.Module | None = None) -> nn.Modul
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(config.seed)
         if given is None:
-            network = replace(config.model, impl=section["impl"])
-            given = build_network(network, section["label_drop"], augmented=config.data.augment > 0)
+            given = build_network(replace(config.model, impl=section["impl"]), section["label_drop"])
         return OBJECTIVES[config.objective](given, **section)
 
 

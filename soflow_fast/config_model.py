@@ -55,8 +55,9 @@ class ModelConfig(Section, section="model."):
         for factor in self.channel_mult or ():
             require_count("model.channel_mult", factor)
         require_count("model.num_classes", self.num_classes, least=0)
-        for name in _OF_DIT if self.preset == UNET_PRESET else _OF_UNET:
-            if self.preset != GIVEN and getattr(self, name) != getattr(type(self), name):
+        of_the_other = _OF_DIT if self.preset == UNET_PRESET else _OF_UNET if self.preset.startswith("DiT") else ()
+        for name in of_the_other:
+            if getattr(self, name) != getattr(type(self), name):
                 raise ValueError(
                     f"model.{name}={getattr(self, name)!r} does nothing with model.preset={self.preset!r}; leave it out"
                 )

@@ -26,29 +26,30 @@ _IMAGE_SUFFIXES = "png,jpg,jpeg,bmp,webp"
 _REFERENCES = "a folder of real images or a .npz file of their statistics"
 
 
-def digit_scores(samples: Tensor, labels: Tensor) -> dict[str, float]:
+def digit_scores(samples: Tensor, labels: Tensor | None) -> dict[str, float]:
     """How good samples of the handwritten digits are.
 
     Args:
-        samples: (n, 1, 8, 8) float32 in [-1, 1], on the CPU. labels: (n,) the classes they were asked for.
+        samples: (n, 1, 8, 8) float32 in [-1, 1], on the CPU. labels: (n,) the classes they were asked for, if any.
 
     Returns:
         ``frechet_all`` and ``frechet_held_out``: distance in pixel space to all real digits and to those not trained
-        on. ``recognised``: share of the samples that a logistic regression, fitted to all real digits, takes for their
-        class. ``memorisation``: median distance of a sample to its nearest training digit, over that of the held-out
-        digits; well below 1 means copies.
+        on. ``memorisation``: median distance of a sample to its nearest training digit, over that of the held-out
+        digits; well below 1 means copies. ``recognised``, where there are classes: share of the samples that a logistic
+        regression, fitted to all real digits, takes for theirs.
     """
     from sklearn.linear_model import LogisticRegression
 
     train, held_out, real = (digits(split).tensors for split in ("train", "held_out", "all"))
-    classifier = LogisticRegression(max_iter=1000).fit(real[0].flatten(1).numpy(), real[1].numpy())
-    recognised = classifier.predict(samples.flatten(1).numpy()) == labels.numpy()
-    return {
+    scores = {
         "frechet_all": _fidelity().frechet_distance(samples, real[0]),
         "frechet_held_out": _fidelity().frechet_distance(samples, held_out[0]),
-        "recognised": float(recognised.mean()),
         "memorisation": _median_nearest(samples, train[0]) / _median_nearest(held_out[0], train[0]),
     }
+    if labels is not None:
+        classifier = LogisticRegression(max_iter=1000).fit(real[0].flatten(1).numpy(), real[1].numpy())
+        scores["recognised"] = float((classifier.predict(samples.flatten(1).numpy()) == labels.numpy()).mean())
+    return scores
 
 
 def why_unscored(config: TrainConfig) -> str | None:

@@ -171,7 +171,7 @@ class RAdam(OnePass, torch.optim.RAdam):
             ValueError: for one whose weight decay is part of the gradient; nothing is changed.
         """
         for group in state_dict["param_groups"]:
-            if group["weight_decay"] and not group["decoupled_weight_decay"]:
+            if group["weight_decay"] and not group.get("decoupled_weight_decay"):
                 raise ValueError(
                     f"the state has weight_decay={group['weight_decay']} as part of the gradient, which RAdam here "
                     "does not; take one of torch.optim.RAdam(decoupled_weight_decay=True)"

@@ -5,6 +5,7 @@ Shapes: B rows of a call, n samples in all, C channels, H height and W width.
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -66,6 +67,18 @@ def sample(
     return x.to(noise.dtype)
 
 
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Inside it every module is in evaluation mode, without dropout; after it in the mode that it had."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
 class _Batch(nn.Module):
     """Noise and samples of B rows; a module, so that compute copies can take the parameters' place."""
 
@@ -80,7 +93,7 @@ class _Batch(nn.Module):
 
 
 class Sampler:
-    """Samples of one model in batches of one size; sample i depends on (seed, i) and its label alone.
+    """Samples of one model, without its dropout, in batches of one size; sample i depends on (seed, i) and its label.
 
     Args:
         model: an objective, on its device. shape: (C, H, W). steps: network calls each. seed: of the noise.
@@ -156,9 +169,11 @@ class Sampler:
         if labels is not None:
             labels = nn.functional.pad(labels, (0, self.batch - len(labels)))
         inputs = labels, self._first_row.fill_(first_row)  # a new one would be copied from the host, and waited for
-        if not self.cuda_graph:
-            return self._run_on_copies(*inputs)
-        if self._graph is None:
+        if self._graph is not None:
+            return self._graph(*inputs)
+        with evaluating(self._batch):
+            if not self.cuda_graph:
+                return self._run_on_copies(*inputs)
             on_side_stream(self._run_on_copies, *inputs)
             self._graph = Captured("sampling", self._run_on_copies, *inputs)
         return self._graph(*inputs)

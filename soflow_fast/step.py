@@ -14,7 +14,7 @@ from torch.func import functional_call
 from torch.nn.parallel import DistributedDataParallel
 
 from soflow_fast import optim
-from soflow_fast.augment import AUGMENT_DIM, Augment
+from soflow_fast.augment import Augment
 from soflow_fast.capture import Captured, compiled, on_side_stream
 from soflow_fast.ema import EMA
 from soflow_fast.objectives.base import LossOutput, Objective, TotalLoss, require_choice
@@ -58,7 +58,8 @@ class _Loss(nn.Module):
     def _compute(self, parameters, x0, labels, order, rows, n_velocity, progress, seed, step) -> TotalLoss:
         x0, labels = x0[order], None if labels is None else labels[order]
         if self.augment is not None:
-            x0, labels = self.augment(x0, labels, rows, seed, step)
+            with torch.autocast(x0.device.type, enabled=False):
+                x0, labels = self.augment(x0, labels, rows, seed, step)
         arguments = (x0, labels, rows, n_velocity, progress)
         keywords = {**self.settings, "seed": seed, "step": step}
         with torch.autocast(x0.device.type, torch.bfloat16, enabled=self.autocast):
@@ -131,7 +132,7 @@ class TrainStep:
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         device = self._parameters[0].device
         if augment is not None:
-            _require_told(model.network, latent_scale)
+            augment.check(model.network, latent_scale)
         on_gpu = device.type == "cuda"
         follows_parameters = hasattr(model.network, "compute_dtype") and hasattr(model.network, "forward_difference")
         only_float32 = model.needs_float32 and follows_parameters
@@ -279,18 +280,6 @@ def _joined(parts: list[dict[str, LossOutput]]) -> dict[str, LossOutput]:
         mean = torch.stack([loss.detach() for loss in losses]).mean()
         joined[name] = LossOutput(mean, *(torch.cat(values) for values in rows))
     return joined
-
-
-def _require_told(network: nn.Module, latent_scale: float | None) -> None:
-    """ValueError where samples cannot be augmented, or the network would not be told."""
-    if latent_scale is not None:
-        raise ValueError("augmentation is of images, and the data are latents; set data.augment=0")
-    if getattr(network, "augment_dim", 0) != AUGMENT_DIM:
-        raise ValueError(
-            f"augmentation needs a network with augment_dim={AUGMENT_DIM}, which is told of it in labels (B, "
-            f"{1 + AUGMENT_DIM}), and this {type(network).__name__} has none; choose model.preset=UNet, or set "
-            "data.augment=0"
-        )
 
 
 def _period(share: float) -> int:

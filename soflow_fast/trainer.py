@@ -48,7 +48,7 @@ class Trainer:
     Args:
         config: see :class:`~soflow_fast.TrainConfig`.
         model: a network ``net(x, t, s, labels)`` with ``net.num_classes`` to train instead of the configuration's
-            DiT, or an objective such as :class:`~soflow_fast.SoFlow` over one; its values replace the configuration's.
+            own, or an objective such as :class:`~soflow_fast.SoFlow` over one; its values replace the configuration's.
         dataset: map-style, of (sample, label), to train on instead of the configuration's data; samples (C, H, W)
             floating point, or (2C, H, W) latent moments.
 
@@ -61,7 +61,11 @@ class Trainer:
         device = build.resolve_device(config.device)
         if model is None:
             with torch.device("meta"):  # a value that cannot be is found before large weights are drawn
-                build.build_model(config)
+                network = build.build_model(config).network
+        else:
+            network = model.network if build.is_objective(model) else model
+        if config.data.augment:
+            Augment.check(network)
         self.dataset = build.build_dataset(config) if dataset is None else dataset
         latent_scale = build.check_dataset(config, self.dataset)
         if config.evaluation.every:

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 _EPS, _MAX_GROUPS, _GROUP_CHANNELS = 1e-6, 32, 4
 _EMBEDDING_MULT = 4
+_ATTENTION = (16,)
 _LOWEST_FREQUENCY = 1e-4
 
 # Both summands of a residual sum have about unit variance, and so has the sum.
@@ -32,7 +33,8 @@ class UNet(nn.Module):
         num_classes: the index of "no label", which embeds as nothing; 0 for unconditional models.
         model_channels: the width of level i is ``channel_mult[i]`` times as much; each has half the size of the last.
         num_blocks: residual blocks of a level on the way down; on the way up there is one more.
-        attention_resolutions: sizes at which the blocks attend, one head as wide as the level. dropout: in each block.
+        attention_resolutions: sizes at which the blocks attend, one head as wide as the level; by default 16, where
+            there is such a level. dropout: in each block.
         augment_dim: how many numbers say how a row was augmented, see :mod:`soflow_fast.augment`; 0 for none.
 
     Raises:
@@ -48,17 +50,26 @@ class UNet(nn.Module):
         model_channels: int = 128,
         channel_mult: tuple[int, ...] = (2, 2, 2),
         num_blocks: int = 4,
-        attention_resolutions: tuple[int, ...] = (16,),
+        attention_resolutions: tuple[int, ...] | None = None,
         dropout: float = 0.13,
         augment_dim: int = 0,
     ):
         super().__init__()
         sizes = [input_size >> level for level in range(len(channel_mult))]
-        if not sizes or input_size % 2 ** (len(sizes) - 1):
+        if not sizes:
+            raise ValueError("channel_mult=() has no level; give a factor for each, such as (2, 2, 2)")
+        if input_size % 2 ** (len(sizes) - 1):
             raise ValueError(
                 f"input_size={input_size} cannot be halved for each of channel_mult={tuple(channel_mult)} after the "
-                f"first; choose a multiple of {2 ** max(len(sizes) - 1, 0)}, or another number of levels"
+                f"first; choose a multiple of {2 ** (len(sizes) - 1)}, or another number of levels"
             )
+        for size in attention_resolutions or ():
+            if size not in sizes:
+                raise ValueError(
+                    f"attention_resolutions={tuple(attention_resolutions)} has {size}, and the levels of this UNet "
+                    f"are {', '.join(map(str, sizes))}; choose among them"
+                )
+        attention_resolutions = _ATTENTION if attention_resolutions is None else attention_resolutions
         widths = [model_channels * mult for mult in channel_mult]
         if model_channels < 4 or model_channels % 2:
             raise ValueError(f"model_channels={model_channels} must be even and at least 4, for sines and cosines")
@@ -128,6 +139,9 @@ class UNet(nn.Module):
 
         Returns:
             (B, C, S, S), dtype of x.
+
+        Raises:
+            ValueError: for labels of another width.
         """
         e = self._embedding(t, s, labels)
         h, kept = x, []
@@ -143,16 +157,20 @@ class UNet(nn.Module):
 
     def _embedding(self, t: Tensor, s: Tensor, labels: Tensor | None) -> Tensor:
         """(B, E)."""
-        e = self._sinusoids(t)
-        augmentation = None
+        e, told = self._sinusoids(t), t.new_zeros(len(t), self.augment_dim)
         if labels is not None and labels.dim() == 2:
-            labels, augmentation = labels[:, 0].long(), labels[:, 1:].to(e.dtype)
+            if labels.shape[1] != 1 + self.augment_dim:
+                raise ValueError(
+                    f"labels of shape {tuple(labels.shape)} do not fit a UNet with augment_dim={self.augment_dim}; "
+                    f"give (B,) or (B, {1 + self.augment_dim})"
+                )
+            labels, told = labels[:, 0].long(), labels[:, 1:].to(t)
         if self.map_label is not None:
             labels = torch.full_like(t, self.num_classes, dtype=torch.int64) if labels is None else labels
             is_class = torch.arange(self.num_classes, device=t.device) == labels[:, None]
             e = e + self.map_label(is_class.to(e.dtype) * math.sqrt(self.num_classes))
-        if self.map_augment is not None and augmentation is not None:
-            e = e + self.map_augment(augmentation)
+        if self.map_augment is not None:
+            e = e + self.map_augment(told)
         e = F.silu(self.map_layer0(e) + self.map_layer0_s(self._sinusoids(t - s)))
         return F.silu(self.map_layer1(e))
 

@@ -11,8 +11,10 @@ from torch import nn
 from soflow_fast import SoFlow, Trainer
 from soflow_fast.augment import AUGMENT_DIM, Augment
 from soflow_fast.config import DataConfig
+from soflow_fast.objectives.base import LossOutput, TotalLoss
 from soflow_fast.objectives.flow_matching import FlowMatching
 from soflow_fast.objectives.meanflow import MeanFlow
+from soflow_fast.step import TrainStep
 
 SIZE = 32
 
@@ -103,6 +105,45 @@ def test_a_rows_augmentation_is_its_own():
     low = augment(x.bfloat16(), labels + 992, rows, 5, 6)
     assert low[0].dtype == torch.float32
     assert torch.equal(low[1][:, 0], labels + 992.0)  # which bfloat16 would round
+
+
+@pytest.mark.parametrize("objective", [SoFlow, MeanFlow])
+def test_rows_without_label_have_no_guidance(objective):
+    """As without labels at all: a network with classes is then told of the augmentation alone."""
+    torch.manual_seed(0)
+    model = objective(_Told().double(), guidance_scale=2.0, guidance_mix=0.5, label_drop=0.5, p=0)
+    x0, rows = torch.randn(8, 1, 8, 8, dtype=torch.float64), torch.arange(8)
+    null = torch.full((8,), 10)
+    beside = Augment(0.0, 10).conditions(x0, None)
+    plain = objective(_Told().double(), guidance_scale=1.0, guidance_mix=0.0, label_drop=0.5, p=0)
+    plain.load_state_dict(model.state_dict())
+    wanted = plain.loss_of_rows(x0, null, rows, 4, 0.5, 0, 0).loss
+    for labels in (null, beside):
+        torch.testing.assert_close(model.loss_of_rows(x0, labels, rows, 4, 0.5, 0, 0).loss, wanted, rtol=1e-12, atol=0)
+
+
+def test_autocast_does_not_round_it():
+    x, rows = torch.rand(8, 1, 8, 8), torch.arange(8)
+
+    class Seen(nn.Module):
+        needs_float32, velocity_share = False, 0.5
+
+        def __init__(self):
+            super().__init__()
+            self.network = _Told()
+
+        def forward(self, x0, *_, **__):
+            self.x0 = x0
+            return TotalLoss(x0.mean() * self.network.label.weight.sum(), {"all": LossOutput(*x0.new_zeros(4, 1))})
+
+    model = Seen()
+    step = TrainStep(
+        model, optimizer=torch.optim.SGD(model.network.parameters()), total_steps=1, augment=Augment(0.9, 10)
+    )
+    with torch.autocast("cpu", torch.bfloat16):
+        step(x, rows)
+    order = step._row_orders(8)[0][0]
+    assert torch.equal(model.x0, Augment(0.9, 10)(x[order], None, rows[order], 0, 0)[0])
 
 
 def test_no_augmentation_is_told_as_zeros():

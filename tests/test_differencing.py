@@ -386,9 +386,27 @@ def test_two_forwards_are_no_way_out_where_each_draws_another_dropout():
     net.num_classes = 0
     model = SoFlow(net, guidance_scale=1.0, label_drop=0.0)
     before = torch.get_rng_state()
-    with pytest.raises(ValueError, match=r"draws random numbers.*aten.cummax.default, which has no rule.*two_forwards"):
+    with pytest.raises(
+        ValueError, match=r"draws random numbers.*aten.cummax.default, which has no rule.*turn its dropout off"
+    ):
         model.prepare(x, None)
     assert torch.equal(torch.get_rng_state(), before)
     net.eval()
     model.prepare(x, None)
     assert model.needs_float32
+
+
+@pytest.mark.parametrize(
+    ("objective", "setting"), [(SoFlow, {"quotient": "two_forwards"}), (MeanFlow, {"derivative": "finite_difference"})]
+)
+def test_dropout_and_what_subtracts_two_forwards(objective, setting):
+    """Refused in every mode that draws, and only there."""
+    model = objective(_net(UNet, dropout=0.2), **setting)
+    x, labels = torch.rand(8, 3, 8, 8), torch.arange(8)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"subtracts two outputs of the network, which draws.*model\.dropout=0"):
+            model.loss(x, labels, 0.5)
+        assert model.eval().loss(x, labels, 0.5).loss.isfinite()
+        model.train()
+    model = objective(_net(UNet), **setting)
+    assert model.loss(x, labels, 0.5).loss.isfinite()

@@ -9,12 +9,17 @@ from torch.nn import functional as F
 
 from soflow_fast import SoFlow, Trainer, UNet
 from soflow_fast.augment import AUGMENT_DIM, Augment
-from soflow_fast.config import DataConfig, ModelConfig, SoFlowConfig
+from soflow_fast.build import build_network
+from soflow_fast.config import DataConfig, ModelConfig, OutputConfig, SoFlowConfig
 from soflow_fast.config_io import lists
 from soflow_fast.differencing import ForwardDifference
 from soflow_fast.dry_run import plan
+from soflow_fast.evaluate import evaluate
+from soflow_fast.images import save_samples
 from soflow_fast.optim import AdamW
+from soflow_fast.sample import Sampler
 from soflow_fast.step import TrainStep
+from soflow_fast.trainer import load_run
 from soflow_fast.unet import _Block
 
 SIZES = {"model_channels": 16, "channel_mult": (1, 2), "num_blocks": 1, "attention_resolutions": (4,)}
@@ -101,6 +106,8 @@ def test_what_it_is_told():
     assert torch.equal(net(x, t, s)[3], out[3])
     for others in ((x, t + 0.1, s + 0.1, labels), (x, t, s + 0.1, labels), (x, t, s, labels.flip(0))):
         assert not torch.isclose(net(*others), out).flatten(1).all(1).any()
+    with pytest.raises(ValueError, match=r"labels of shape \(4, 9\) do not fit.*give \(B,\) or \(B, 10\)"):
+        net(x, t, s, beside[:, 1:])
     beside[:, 5] = 1
     assert not torch.isclose(net(x, t, s, beside), out).flatten(1).all(1).any()
 
@@ -142,6 +149,40 @@ def _config(run_dir, **changes):
     return tiny_config(run_dir, **{"model": model, "soflow": recipe, "data": data, "total_steps": 4, **changes})
 
 
+def test_every_weight_has_a_gradient_without_augmentation():
+    """Else neither the one-pass optimizer nor several processes could train it."""
+    net = _network()
+    for labels in (torch.arange(4), None):
+        net.zero_grad(set_to_none=True)
+        net(torch.rand(4, 2, 8, 8), torch.rand(4), torch.zeros(4), labels).sum().backward()
+        assert [name for name, p in net.named_parameters() if p.grad is None] == []
+
+
+def test_samples_are_drawn_without_dropout(tmp_path):
+    """During the training, from a loaded run and by the objective itself; the training's mode stays."""
+    run = Trainer(_config(tmp_path, output=OutputConfig(sample_every=4, sample_shape=(2, 4), log_every=4)))
+    run.fit()
+    assert all(module.training for module in run.model.modules())
+    _, model, _ = load_run(tmp_path, "cpu")
+    sizes = {"shape": (1, 8, 8), "seed": run.config.seed, "batch": 8}
+    wanted = next(Sampler(model, **sizes).draw(None, 8))
+    save_samples(wanted, tmp_path / "wanted", 4)
+    assert (tmp_path / "wanted.png").read_bytes() == (tmp_path / "samples" / "step-00000004.png").read_bytes()
+    noise = torch.randn(8, 1, 8, 8)
+    expected = model.sample(noise)
+    model.train()
+    assert torch.equal(model.sample(noise), expected)
+    assert model.training
+    assert not torch.equal(model.solution(noise, torch.ones(8), torch.zeros(8)), expected)
+
+
+def test_unconditional_digits_are_scored(tmp_path):
+    config = _config(tmp_path)
+    Trainer(config).fit()
+    scores = evaluate(load_run(tmp_path, "cpu")[1], config, tmp_path / "scored")
+    assert scores.keys() == {"frechet_all", "frechet_held_out", "memorisation"}
+
+
 def test_runs_go_on_exactly(tmp_path, monkeypatch):
     """As published for CIFAR-10: without classes, all rows for the consistency, dropout and augmentation."""
     straight = Trainer(_config(tmp_path / "straight"))
@@ -175,7 +216,8 @@ def test_dry_run_counts_four_forwards(tmp_path):
         ({"model_channels": 36}, "144 channels wide, which 32 groups do not divide; choose model_channels=32"),
         ({"model_channels": 3}, "model_channels=3 must be even"),
         ({"dropout": 1.0}, r"dropout=1\.0 is outside \[0, 1\)"),
-        ({"channel_mult": ()}, "cannot be halved"),
+        ({"channel_mult": ()}, r"channel_mult=\(\) has no level"),
+        ({"attention_resolutions": (16, 5)}, r"attention_resolutions=\(16, 5\) has 5, .* are 32, 16, 8; choose"),
     ],
 )
 def test_sizes_that_cannot_be(options, words):
@@ -195,3 +237,8 @@ def test_sizes_that_cannot_be(options, words):
 def test_settings_of_the_other_network(options, words):
     with pytest.raises(ValueError, match=words):
         ModelConfig(**options)
+
+
+def test_a_preset_that_is_not_known_is_what_is_wrong():
+    with pytest.raises(ValueError, match=r"model\.preset='Unet' is not known; choose one of DiT-S/4.*, UNet$"):
+        build_network(ModelConfig(preset="Unet", model_channels=16), 0.1)

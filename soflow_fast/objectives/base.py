@@ -4,10 +4,12 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from soflow_fast import kernels, paths
-from soflow_fast.differencing import ForwardDifference
-from soflow_fast.sample import sample
+from soflow_fast.differencing import ForwardDifference, draws
+from soflow_fast.kernels.reference import Stream
+from soflow_fast.sample import evaluating, sample
 
 
 class LossOutput(NamedTuple):
@@ -59,6 +61,7 @@ class Objective(nn.Module):
         require_range("velocity_share", velocity_share, 0, 1)
         self.network, self.velocity_share = net, velocity_share
         self._derived: ForwardDifference | None = None
+        self._drawless: set[bool] = set()
         self.needs_float32 = False
         self.impl = kernels.resolve_impl(impl or getattr(net, "impl", "auto"))
 
@@ -91,6 +94,22 @@ class Objective(nn.Module):
         Args:
             x: (n, C, H, W) samples that do not only train the velocity; their values do not matter. labels: of a batch.
         """
+
+    def require_no_draws(self, x: Tensor, labels: Tensor | None, setting: str) -> None:
+        """ValueError where the network draws, as dropout does, for a setting that subtracts two of its outputs.
+
+        Looked at once in each mode, and not where the network has a difference forward written for it.
+        """
+        mode, known = self.network.training, hasattr(self.network, "forward_difference")
+        if known or mode in self._drawless or x.is_meta or isinstance(x, FakeTensor):
+            return
+        if draws(self.network, x, labels):
+            raise ValueError(
+                f"{setting} subtracts two outputs of the network, which draws random numbers: of its dropout they have "
+                "different masks, by which they differ at any step; turn its dropout off (model.dropout=0), or carry "
+                "the difference through it"
+            )
+        self._drawless.add(mode)
 
     def forward(self, *args, **kwargs) -> TotalLoss:
         """:meth:`loss_of_rows`, so that wrappers of modules apply to the loss."""
@@ -164,8 +183,16 @@ class Objective(nn.Module):
         seed: int | None = None,
         first_row: int | Tensor = 0,
     ) -> Tensor:
-        """Samples from noise in ``steps`` jumps, see :func:`soflow_fast.sample.sample`."""
-        return sample(self, noise, labels, steps, generator=generator, seed=seed, first_row=first_row)
+        """Samples from noise in ``steps`` jumps, without dropout, see :func:`soflow_fast.sample.sample`."""
+        with evaluating(self):
+            return sample(self, noise, labels, steps, generator=generator, seed=seed, first_row=first_row)
+
+    def draw_drop(self, rows: Tensor, labels: Tensor | None, seed: int | Tensor, step: int | Tensor) -> Tensor:
+        """(B,) bool, the rows trained without label: those drawn, and those that have none."""
+        drop = self.ops.uniform(rows, 1, seed=seed, step=step, stream=Stream.DROP)[:, 0] <= self.label_drop
+        if labels is None:
+            return drop
+        return drop | ((labels if labels.dim() == 1 else labels[:, 0]) == self.network.num_classes)
 
     def input_labels(self, labels: Tensor | None, drop: Tensor | None) -> Tensor | None:
         """The labels the network sees: "no label" on the dropped rows."""

@@ -75,7 +75,9 @@ class MeanFlow(Objective):
         self.guided = (guidance_scale, guidance_mix) != (1, 0)
         require_null_label(net, f"guidance_scale={guidance_scale}" if self.guided else None, label_drop)
         if derivative == "jvp" and not hasattr(net, "jvp"):
-            raise ValueError(f"derivative='jvp' needs a network with jvp; {type(net).__name__} has none")
+            raise ValueError(
+                f"derivative='jvp' needs a network with jvp; {type(net).__name__} has none: use derivative='tangent'"
+            )
         self.path, self.guidance_scale, self.guidance_mix = path, guidance_scale, guidance_mix
         self.guidance_interval = tuple(guidance_interval)
         self.label_drop, self.p, self.eps = label_drop, p, eps
@@ -89,8 +91,11 @@ class MeanFlow(Objective):
         """Derives the tangent forward of a network that has none; see the base class.
 
         Raises:
-            ValueError: where it cannot be derived.
+            ValueError: where it cannot be derived, and for a finite difference of two forwards of which each draws
+                another dropout.
         """
+        if self.derivative == "finite_difference":
+            self.require_no_draws(x, labels, "derivative='finite_difference'")
         if self.derivative != "tangent":
             return
         try:
@@ -131,7 +136,7 @@ class MeanFlow(Objective):
         t, r = self.draw_times(rows, n, seed, step)
         if x0.dtype == torch.float64:
             t, r = t.double(), r.double()
-        drop = self.ops.uniform(rows, 1, seed=seed, step=step, stream=Stream.DROP)[:, 0] <= self.label_drop
+        drop = self.draw_drop(rows, labels, seed, step)
         z, v = self.ops.noisy_sample(x0, t, rows, seed=seed, step=step, path=self.path, latent_scale=latent_scale)
         guided = self.guided and labels is not None and self.network.num_classes > 0
         v_average = v[n:]
@@ -175,6 +180,8 @@ class MeanFlow(Objective):
                 self.prepare(z[rows], labels)
             return self.forward_difference(z, t, r, labels, v, one, rows=rows, mode="tangent")
         if self.derivative == "finite_difference":
+            if not torch.compiler.is_compiling():
+                self.prepare(z[rows], labels)
             return self._with_finite_difference(z, t, r, labels, v, rows)
         u = self.network(z, t, r, labels)
         with torch.no_grad():

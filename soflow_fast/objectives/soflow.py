@@ -131,10 +131,11 @@ class SoFlow(Objective):
         """Derives the difference forward of a network that has none; see the base class.
 
         Raises:
-            ValueError: where it cannot be derived and two forwards are no way out: at a gap of 0, or where each of them
-                draws another dropout.
+            ValueError: for two forwards of which each draws another dropout; and where the difference forward cannot be
+                derived and two forwards are no way out.
         """
         if self._subtracts:
+            self.require_no_draws(x, labels, "quotient='two_forwards'")
             return
         try:
             self.derive(x, labels, self.quotient)
@@ -148,7 +149,7 @@ class SoFlow(Objective):
             if draws(self.network, x, labels):
                 raise ValueError(
                     f"the network draws random numbers, with which two forwards differ at any gap, and {error}; turn "
-                    "its dropout off, or use quotient='two_forwards' to train on what they differ by"
+                    "its dropout off"
                 ) from error
             _log.warning("the consistency quotient takes two forwards in float32: %s", error)
             self._subtracts = self.needs_float32 = True
@@ -211,7 +212,7 @@ class SoFlow(Objective):
         times = self.draw_times(rows, n_velocity, progress, seed, step)
         if x0.dtype == torch.float64:
             times = Times(*(z.double() for z in times))
-        drop = self.ops.uniform(rows, 1, seed=seed, step=step, stream=Stream.DROP)[:, 0] <= self.label_drop
+        drop = self.draw_drop(rows, labels, seed, step)
         x_t, v_t = self.ops.noisy_sample(
             x0, times.t, rows, seed=seed, step=step, path=self.path, latent_scale=latent_scale
         )
