@@ -9,8 +9,9 @@ INSTALLED := $(VENV)/installed
 demo: $(INSTALLED)
 	$(BIN)/soflow demo
 
+# By two processes of one thread each.
 test: $(INSTALLED)
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 
 # Saved under .benchmarks; two runs are compared by .venv/bin/pytest-benchmark compare.
 bench: $(INSTALLED)

@@ -75,9 +75,10 @@ class TrainStep:
     """``stats = step(x0, labels)``: one optimizer step of an objective.
 
     Every draw of step k depends on (seed, k, global row) alone, so a run can stop and go on, or be split over
-    processes and micro-batches, without changing its numbers. Progress and the step live on the device; nothing is
-    read on the host. Where the gradient is not finite, an optimizer that can leave a step out and the EMA stay as they
-    were: that too is decided on the device.
+    processes and micro-batches, without changing its numbers; but for what the network draws by itself, such as
+    dropout, from torch's generator. Progress and the step live on the device; nothing is read on the host. Where the
+    gradient is not finite, an optimizer that can leave a step out and the EMA stay as they were: that too is decided
+    on the device.
 
     Args:
         model: an objective such as :class:`~soflow_fast.SoFlow`, already on its device.

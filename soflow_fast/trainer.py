@@ -43,7 +43,8 @@ class Trainer:
     than ``max_skipped_steps`` of them stop the run, before anything is saved.
 
     Started by torchrun, every process takes its rows of each batch and the first alone writes; a run may go on with
-    another number of processes. The folder must be in a file system that all of them see.
+    another number of processes, which only changes what the network draws by itself, such as dropout. The folder must
+    be in a file system that all of them see.
 
     Args:
         config: see :class:`~soflow_fast.TrainConfig`.

@@ -156,7 +156,7 @@ def test_no_augmentation_is_told_as_zeros():
 class _Told(nn.Module):
     """Its output depends on each label and each number beside it."""
 
-    num_classes = 10
+    num_classes, augment_dim = 10, AUGMENT_DIM
 
     def __init__(self):
         super().__init__()
