@@ -105,7 +105,7 @@ class ForwardDifference:
 def draws(net: nn.Module, x: Tensor, labels: Tensor | None) -> bool:
     """Whether a forward takes numbers from torch's generator, as dropout does; inputs as of :meth:`prepare`."""
     state = partial(torch.cuda.get_rng_state, x.device) if x.is_cuda else torch.get_rng_state
-    with torch.no_grad(), _left_as_it_was(net, x.device):
+    with torch.no_grad(), torch.autocast(x.device.type, enabled=False), _left_as_it_was(net, x.device):
         before = state()
         net(*_inputs(x, labels))
         return not torch.equal(before, state())
