@@ -77,6 +77,17 @@ def demo(report: dict) -> str:
     return markdown(["", "Fréchet distance, all", "held out", "recognised", "memorisation"], rows)
 
 
+def cifar_recipe(report: dict) -> str:
+    rows = []
+    for run in report["runs"]:
+        for steps in ("one_step", "two_steps"):
+            values = [f"{run[steps][name]:.2f}" for name in ("frechet_all", "frechet_held_out", "memorisation")]
+            rows.append([f"{run['variant']}, seed {run['seed']}, {steps.replace('_', ' ')}", *values])
+    setting = f"{report['steps']} steps of 256; {report['samples']} samples without classes; a UNet of "
+    setting += f"{report['runs'][0]['parameters'] / 1e6:.1f} M parameters.\n\n"
+    return setting + markdown(["", "Fréchet distance, all", "held out", "memorisation"], rows)
+
+
 def kernel_errors(report: dict) -> str:
     ours, outside = report["rows"], sum(not row["within_rule"] for row in report["rows"])
     rows = []
@@ -200,6 +211,7 @@ class Section(NamedTuple):
 
 SECTIONS = (
     Section("demo*.json", "The digits demo", "demo.py", demo, True),
+    Section("cifar_recipe*.json", "The CIFAR-10 recipe, on the digits", "cifar_recipe.py", cifar_recipe, True),
     Section("precision*.json", "Error of the consistency quotient", "precision.py", precision, True),
     Section("digits_quality*.json", "Quality by precision, on the digits", "digits_quality.py", digits_quality, True),
     Section("throughput*.json", "Training throughput", "throughput.py", throughput, True),
