@@ -5,6 +5,7 @@ import json
 import math
 
 import _rows
+import cifar_recipe
 import digits_quality
 import loader
 import photographs
@@ -12,10 +13,12 @@ import precision
 import pytest
 import sampling
 import torch
+import yaml
 from _curves import seconds_to_reference
 from _rows import ROWS, build
+from test_interop import CIFAR10
 
-from soflow_fast import DiT
+from soflow_fast import DiT, TrainConfig
 from soflow_fast.ema import EMA
 
 TINY = {"patch_size": 8, "hidden_size": 16, "depth": 1, "num_heads": 1}
@@ -382,3 +385,21 @@ def test_quality_is_compared_on_equal_seeds():
     assert rows[other]["above_fp32_standard_error"] == pytest.approx(0.1)  # of 0.5 and 0.7
     assert rows[exact]["above_fp32_standard_error"] == 0
     assert digits_quality.summary(runs[:1])[exact]["standard_error"] is None
+
+
+# ----------------------------------------------------------------------------------------------- the CIFAR-10 recipe
+
+
+def test_the_cifar10_recipe_in_the_small(tmp_path):
+    cifar_recipe.main(["--steps", "2", "--samples", "40", "--eager", "--json", str(tmp_path / "out.json")])
+    runs = _written(tmp_path / "out.json")["runs"]
+    assert [run["variant"] for run in runs] == list(cifar_recipe.VARIANTS)
+    scores = [[run[steps][name] for steps in ("one_step", "two_steps") for name in run["one_step"]] for run in runs]
+    assert all(math.isfinite(score) for score in itertools.chain(*scores))
+    assert scores[0] != scores[1]
+    recipe = cifar_recipe.config(str(tmp_path), 0.12, 0.13, steps=2, seed=0, compile=True)
+    published = TrainConfig.from_dict(yaml.safe_load(CIFAR10))
+    assert recipe.optimizer.name == published.optimizer.name
+    assert (recipe.data.augment, recipe.model.preset) == (published.data.augment, published.model.preset)
+    for name in ("velocity_share", "guidance_scale", "p", "eps", "time_mean", "time_std", "gap_init", "gap_end"):
+        assert getattr(recipe.soflow, name) == getattr(published.soflow, name)
