@@ -12,14 +12,10 @@ from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import torch
 from _measure import environment
 
 from soflow_fast import TrainConfig, Trainer
-from soflow_fast.build import sample_shape
-from soflow_fast.demo import demo_config
-from soflow_fast.evaluate import digit_scores
-from soflow_fast.images import generate
+from soflow_fast.demo import demo_config, score
 from soflow_fast.trainer import load_run
 
 RECIPE = {
@@ -71,11 +67,7 @@ def run(wanted: TrainConfig) -> dict:
     """Trains, and scores samples of one and of two steps."""
     Trainer(wanted).fit()
     _, model, _ = load_run(wanted.run_dir, wanted.device)
-    n, batch = wanted.evaluation.samples, wanted.evaluation.batch_size
-    scores = {}
-    for steps, name in ((1, "one_step"), (2, "two_steps")):
-        parts = generate(model, None, n, sample_shape(wanted), steps=steps, seed=wanted.seed, batch=batch)
-        scores[name] = digit_scores(torch.cat(list(parts)), None)
+    scores, *_ = score(model, wanted)
     return {"seed": wanted.seed, "parameters": sum(p.numel() for p in model.parameters()), **scores}
 
 

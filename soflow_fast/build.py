@@ -59,7 +59,7 @@ def build_network(config: ModelConfig, label_drop: float) -> DiT | UNet:
     if config.preset == UNET_PRESET:
         taken = {name: value for name, value in sizes.items() if name in signature(UNet).parameters}
         return UNet(**taken, augment_dim=AUGMENT_DIM)  # its weights are of use with and without augmentation
-    if not config.preset.startswith("DiT"):
+    if not config.is_dit:
         raise ValueError(
             f"model.preset={config.preset!r} is not known; choose one of {', '.join((*PRESETS, UNET_PRESET))}"
         )
@@ -90,6 +90,11 @@ def build_model(config: TrainConfig, given: nn.Module | None = None) -> nn.Modul
         if given is None:
             given = build_network(replace(config.model, impl=section["impl"]), section["label_drop"])
         return OBJECTIVES[config.objective](given, **section)
+
+
+def network_of(given: nn.Module) -> nn.Module:
+    """The network given to the Trainer, alone or under an objective."""
+    return given.network if is_objective(given) else given
 
 
 def is_objective(module: nn.Module | None) -> bool:
@@ -159,7 +164,7 @@ def with_given(config: TrainConfig, model: nn.Module | None, dataset: Dataset | 
         config = replace(config, data=replace(config.data, kind=GIVEN))
     if model is None:
         return config
-    network = model.network if is_objective(model) else model
+    network = network_of(model)
     num_classes = getattr(network, "num_classes", None)
     if not isinstance(num_classes, int) or num_classes < 0:
         raise ValueError(

@@ -55,10 +55,15 @@ class ModelConfig(Section, section="model."):
         for factor in self.channel_mult or ():
             require_count("model.channel_mult", factor)
         require_count("model.num_classes", self.num_classes, least=0)
-        of_the_other = _OF_DIT if self.preset == UNET_PRESET else _OF_UNET if self.preset.startswith("DiT") else ()
+        of_the_other = _OF_DIT if self.preset == UNET_PRESET else _OF_UNET if self.is_dit else ()
         for name in of_the_other:
             if getattr(self, name) != getattr(type(self), name):
                 raise ValueError(
                     f"model.{name}={getattr(self, name)!r} does nothing with model.preset={self.preset!r}; leave it out"
                 )
         require(self.mlp_ratio > 0, f"model.mlp_ratio={self.mlp_ratio} must be greater than 0")
+
+    @property
+    def is_dit(self) -> bool:
+        """Whether the preset is a DiT's, and neither the UNet nor a network that was given."""
+        return self.preset.startswith("DiT")

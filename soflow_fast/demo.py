@@ -6,7 +6,7 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from soflow_fast.build import sample_shape
 from soflow_fast.config import (
@@ -71,16 +71,8 @@ def run_demo(run_dir: str, seed: int = 0, device: str = "auto") -> dict:
     last = Trainer(config).fit()
     trained = time.perf_counter()
     config, model, step = load_run(run_dir, device)
-    labels = balanced_labels(SAMPLES, config.model.num_classes)
-    results = {}
-    for steps, name in ((1, "one_step"), (2, "two_steps")):
-        parts = generate(
-            model, labels, SAMPLES, sample_shape(config), steps=steps, seed=seed, batch=config.evaluation.batch_size
-        )
-        samples = torch.cat(list(parts))
-        results[name] = digit_scores(samples, labels)
-        if steps == 1:
-            _draw_samples(samples, labels, Path(run_dir))
+    results, samples, labels = score(model, config)
+    _draw_samples(samples, labels, Path(run_dir))
     _draw_losses(Path(run_dir))
     results |= {
         "steps": step,
@@ -92,6 +84,19 @@ def run_demo(run_dir: str, seed: int = 0, device: str = "auto") -> dict:
     }
     (Path(run_dir) / "metrics.json").write_text(json.dumps(results, indent=2) + "\n")
     return results
+
+
+def score(model: nn.Module, config: TrainConfig) -> tuple[dict[str, dict[str, float]], Tensor, Tensor | None]:
+    """The scores of samples of one and of two steps by name, those of one step, and their labels, if any."""
+    n = config.evaluation.samples
+    labels, scores, drawn = balanced_labels(n, config.model.num_classes), {}, []
+    for steps, name in ((1, "one_step"), (2, "two_steps")):
+        parts = generate(
+            model, labels, n, sample_shape(config), steps=steps, seed=config.seed, batch=config.evaluation.batch_size
+        )
+        drawn.append(torch.cat(list(parts)))
+        scores[name] = digit_scores(drawn[-1], labels)
+    return scores, drawn[0], labels
 
 
 def _draw_samples(samples: Tensor, labels: Tensor, folder: Path) -> None:

@@ -9,7 +9,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from soflow_fast import build, checkpoint, memory
 from soflow_fast.config import TrainConfig
-from soflow_fast.config_model import UNET_PRESET
 from soflow_fast.paths import row_order
 from soflow_fast.trainer import Trainer
 from soflow_fast.weights import read_weights
@@ -38,7 +37,7 @@ def plan(config: TrainConfig) -> Plan:
             data.
     """
     # The run's own trainer is asked, of a network of one block: only memory depends on how many there are.
-    is_dit = config.model.preset != UNET_PRESET
+    is_dit = config.model.is_dit
     one_block = {"depth": 1} if is_dit else {"num_blocks": 1}
     trainer = Trainer(replace(config, model=replace(config.model, **one_block)))
     precision, device = trainer.step.precision, trainer.processes.device
@@ -67,7 +66,7 @@ def describe(config: TrainConfig) -> str:
     """The resolved configuration as YAML and the plan, for people."""
     found = plan(config)
     per_image = found.flops / config.batch_size
-    kept = "; not what is kept for the backward" if config.model.preset == UNET_PRESET else ", kept for the backward"
+    kept = ", kept for the backward" if config.model.is_dit else "; not what is kept for the backward"
     lines = {
         **found.choices,
         "parameters": f"{found.parameters / 1e6:,.1f} M",

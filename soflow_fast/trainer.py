@@ -16,8 +16,7 @@ from torch.utils.data import Dataset
 from soflow_fast import build, checkpoint, distributed, memory, posthoc, weights
 from soflow_fast.augment import Augment
 from soflow_fast.checkpoint import CHECKPOINTS
-from soflow_fast.config import GIVEN, TrainConfig
-from soflow_fast.config_model import UNET_PRESET
+from soflow_fast.config import TrainConfig
 from soflow_fast.data import batches, load_resident
 from soflow_fast.dit import DiT
 from soflow_fast.ema import EMA, PowerEMA
@@ -62,11 +61,9 @@ class Trainer:
         device = build.resolve_device(config.device)
         if model is None:
             with torch.device("meta"):  # a value that cannot be is found before large weights are drawn
-                network = build.build_model(config).network
-        else:
-            network = model.network if build.is_objective(model) else model
+                planned = build.build_model(config)
         if config.data.augment:
-            Augment.check(network)
+            Augment.check(build.network_of(planned if model is None else model))
         self.dataset = build.build_dataset(config) if dataset is None else dataset
         latent_scale = build.check_dataset(config, self.dataset)
         if config.evaluation.every:
@@ -119,8 +116,7 @@ class Trainer:
         config, device = self.config, self.processes.device
         micro_batch = (self.rows.stop - self.rows.start) // config.optimizer.accumulation
         sizes = {"rows": micro_batch, "precision": self.step.precision, "averages": len(self.averages)}
-        is_ours = config.model.preset not in (GIVEN, UNET_PRESET)
-        if is_ours and config.model.recompute == "auto":
+        if config.model.is_dit and config.model.recompute == "auto":
             self.model.network.recompute = memory.choose_recompute(self.model, device=device, **sizes)
         recompute = getattr(self.model.network, "recompute", "none")
         needed = memory.step_bytes(self.model, recompute=recompute, **sizes)

@@ -96,20 +96,26 @@ class Objective(nn.Module):
         """
 
     def require_no_draws(self, x: Tensor, labels: Tensor | None, setting: str) -> None:
-        """ValueError where the network draws, as dropout does, for a setting that subtracts two of its outputs.
-
-        Looked at once in each mode, and not where the network has a difference forward written for it.
-        """
-        mode, known = self.network.training, hasattr(self.network, "forward_difference")
-        if known or mode in self._drawless or x.is_meta or isinstance(x, FakeTensor):
-            return
-        if draws(self.network, x, labels):
+        """ValueError where :meth:`network_draws`, for a setting that subtracts two outputs of the network."""
+        if self.network_draws(x, labels):
             raise ValueError(
                 f"{setting} subtracts two outputs of the network, which draws random numbers: of its dropout they have "
                 "different masks, by which they differ at any step; turn its dropout off (model.dropout=0), or carry "
                 "the difference through it"
             )
+
+    def network_draws(self, x: Tensor, labels: Tensor | None) -> bool:
+        """Whether the network draws random numbers, as dropout does.
+
+        Looked at until it does not, in each mode, and not where the network has a difference forward written for it.
+        """
+        mode, known = self.network.training, hasattr(self.network, "forward_difference")
+        if known or mode in self._drawless or x.is_meta or isinstance(x, FakeTensor):
+            return False
+        if draws(self.network, x, labels):
+            return True
         self._drawless.add(mode)
+        return False
 
     def forward(self, *args, **kwargs) -> TotalLoss:
         """:meth:`loss_of_rows`, so that wrappers of modules apply to the loss."""

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from soflow_fast import paths
-from soflow_fast.differencing import draws
 from soflow_fast.kernels.reference import Stream
 from soflow_fast.objectives.base import (
     LossOutput,
@@ -146,7 +145,7 @@ class SoFlow(Objective):
                     f"{needs} needs a difference forward, and {error}; write the network's forward_difference, or "
                     "use quotient='two_forwards' with min_gap=1e-4"
                 ) from error
-            if draws(self.network, x, labels):
+            if self.network_draws(x, labels):
                 raise ValueError(
                     f"the network draws random numbers, with which two forwards differ at any gap, and {error}; turn "
                     "its dropout off"
