@@ -13,13 +13,14 @@ from soflow_fast.config_model import UNET_PRESET
 from soflow_fast.data import CIFAR10, ImageFolder, LatentMoments, MomentsFolder, digits, find_moments_folder
 from soflow_fast.data.checks import require_pair
 from soflow_fast.dit import PRESETS, DiT
+from soflow_fast.objectives.alphaflow import AlphaFlow
 from soflow_fast.objectives.flow_matching import FlowMatching
 from soflow_fast.objectives.meanflow import MeanFlow
 from soflow_fast.objectives.soflow import SoFlow
 from soflow_fast.unet import UNet
 
 #: The class of each objective; its section of the configuration holds its arguments.
-OBJECTIVES = {"soflow": SoFlow, "meanflow": MeanFlow, "flow_matching": FlowMatching}
+OBJECTIVES = {"soflow": SoFlow, "meanflow": MeanFlow, "alphaflow": AlphaFlow, "flow_matching": FlowMatching}
 
 
 def resolve_device(name: str) -> torch.device:

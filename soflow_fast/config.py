@@ -21,6 +21,13 @@ from soflow_fast.config_io import (
     require_known_overrides,
 )
 from soflow_fast.config_model import GIVEN, ModelConfig
+from soflow_fast.config_objective import (
+    OBJECTIVE_SECTIONS,
+    AlphaFlowConfig,
+    FlowMatchingConfig,
+    MeanFlowConfig,
+    SoFlowConfig,
+)
 from soflow_fast.config_optimizer import OptimizerConfig
 
 DATA_KINDS = ("digits", "latents", "folder", "cifar10", GIVEN)
@@ -105,80 +112,6 @@ class EMAConfig(Section, section="ema."):
             f"ema.posthoc={list(stds)} must be two or more different values in (0, 0.2886), such as [0.05, 0.1], or []",
         )
         require_count("ema.snapshot_every", self.snapshot_every)
-
-
-@dataclass
-class _ObjectiveConfig(Section):
-    """What all objectives refuse alike; the rest is checked by each of them."""
-
-    def __post_init__(self):
-        super().__post_init__()
-        require(self.p >= 0, f"{self.section}p={self.p} must not be negative; 0 weighs all rows alike")
-
-
-@dataclass
-class SoFlowConfig(_ObjectiveConfig, section="soflow."):
-    """The objective ``soflow``; every attribute is an argument of :class:`~soflow_fast.SoFlow`, which checks it."""
-
-    path: str = "linear"
-    parameterization: str = "euler"
-    guidance_scale: float = 3.0
-    guidance_mix: float = 0.25
-    guidance_decay_time: float = 0.8
-    label_drop: float = 0.1
-    p: float = 1.0
-    eps: float = 0.01
-    velocity_share: float = 0.75
-    time_mean: tuple[float, float, float] = (-0.2, -1.0, 0.2)
-    time_std: tuple[float, float, float] = (1.0, 0.8, 0.8)
-    gap_schedule: str = "exponential"
-    gap_init: float = 0.1
-    gap_end: float = 0.002
-    min_gap: float = 1e-4
-    quotient: str = "difference"
-
-
-@dataclass
-class MeanFlowConfig(_ObjectiveConfig, section="meanflow."):
-    """The objective ``meanflow``, with the published guidance, times and weight of B/4; every attribute is an argument
-    of :class:`~soflow_fast.objectives.meanflow.MeanFlow`, which checks it.
-
-    Published runs also have ``optimizer.betas`` of (0.9, 0.95), where the default is SoFlow's (0.9, 0.99).
-    """
-
-    path: str = "linear"
-    guidance_scale: float = 3.0
-    guidance_mix: float = 0.0
-    guidance_interval: tuple[float, float] = (0.0, 1.0)
-    label_drop: float = 0.1
-    p: float = 1.0
-    eps: float = 0.01
-    velocity_share: float = 0.75
-    time_mean: float = -0.4
-    time_std: float = 1.0
-    derivative: str = "tangent"
-    difference_step: float = 1e-3
-
-
-@dataclass
-class FlowMatchingConfig(_ObjectiveConfig, section="flow_matching."):
-    """The objective ``flow_matching``; every attribute is an argument of
-    :class:`~soflow_fast.objectives.flow_matching.FlowMatching`, which checks it."""
-
-    path: str = "linear"
-    guidance_scale: float = 1.0
-    guidance_mix: float = 1.0
-    guidance_decay_time: float = 1.0
-    label_drop: float = 0.1
-    p: float = 0.0
-    eps: float = 0.01
-    time_mean: float = 0.0
-    time_std: float = 1.0
-    ode_steps: int = 32
-
-
-#: The section of each objective; the section's name in the file is the objective's.
-OBJECTIVE_SECTIONS = {"soflow": SoFlowConfig, "meanflow": MeanFlowConfig, "flow_matching": FlowMatchingConfig}
 
 
 @dataclass
@@ -281,6 +214,7 @@ class TrainConfig(Section):
     ema: EMAConfig = field(default_factory=EMAConfig)
     soflow: SoFlowConfig = field(default_factory=SoFlowConfig)
     meanflow: MeanFlowConfig = field(default_factory=MeanFlowConfig)
+    alphaflow: AlphaFlowConfig = field(default_factory=AlphaFlowConfig)
     flow_matching: FlowMatchingConfig = field(default_factory=FlowMatchingConfig)
     output: OutputConfig = field(default_factory=OutputConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)

@@ -11,6 +11,7 @@ from torch import nn
 from soflow_fast import SoFlow, Trainer
 from soflow_fast.augment import AUGMENT_DIM, Augment
 from soflow_fast.config import DataConfig
+from soflow_fast.objectives.alphaflow import AlphaFlow
 from soflow_fast.objectives.base import LossOutput, TotalLoss
 from soflow_fast.objectives.flow_matching import FlowMatching
 from soflow_fast.objectives.meanflow import MeanFlow
@@ -107,7 +108,7 @@ def test_a_rows_augmentation_is_its_own():
     assert torch.equal(low[1][:, 0], labels + 992.0)  # which bfloat16 would round
 
 
-@pytest.mark.parametrize("objective", [SoFlow, MeanFlow])
+@pytest.mark.parametrize("objective", [SoFlow, MeanFlow, AlphaFlow])
 def test_rows_without_label_have_no_guidance(objective):
     """As without labels at all: a network with classes is then told of the augmentation alone."""
     torch.manual_seed(0)
@@ -171,7 +172,7 @@ class _Told(nn.Module):
 
 @pytest.mark.parametrize("merged", [False, True])
 @pytest.mark.parametrize(
-    "objective", [SoFlow, MeanFlow, FlowMatching], ids=lambda objective: objective.__name__.lower()
+    "objective", [SoFlow, MeanFlow, AlphaFlow, FlowMatching], ids=lambda objective: objective.__name__.lower()
 )
 def test_objectives_pass_on_what_the_network_is_told(objective, merged):
     """Zeros beside the label change nothing; anything else reaches every call, guidance and dropped labels included."""

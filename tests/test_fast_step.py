@@ -12,6 +12,7 @@ from fast_step_runs import STEPS, distances, make_model, make_step, train, train
 from soflow_fast import DiT, SoFlow, UNet
 from soflow_fast.augment import AUGMENT_DIM, Augment
 from soflow_fast.ema import EMA, PowerEMA
+from soflow_fast.objectives.alphaflow import AlphaFlow
 from soflow_fast.objectives.flow_matching import FlowMatching
 from soflow_fast.objectives.meanflow import MeanFlow
 from soflow_fast.optim import AdamW, RAdam
@@ -60,7 +61,7 @@ def test_inductor_equals_plain_in_float32(plain32):
     assert max(distances(model, plain32[1]).values()) < 1e-5
 
 
-@pytest.mark.parametrize("objective", [MeanFlow, FlowMatching])
+@pytest.mark.parametrize("objective", [MeanFlow, AlphaFlow, FlowMatching])
 def test_other_objectives_compile(objective):
     plain, _ = train(torch.float64, steps=3, objective=objective)
     compiled, _ = train(torch.float64, steps=3, objective=objective, compile="aot_eager")

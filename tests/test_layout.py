@@ -12,8 +12,8 @@ ROOT = Path(__file__).parents[1]
 FLOORS = [
     ["kernels"],
     [
-        "config", "config_io", "config_model", "config_optimizer", "derivation", "difference_nonlinear",
-        "difference_rules", "differencing", "interop", "paths",
+        "config", "config_io", "config_model", "config_objective", "config_optimizer", "derivation",
+        "difference_nonlinear", "difference_rules", "differencing", "interop", "paths",
     ],
     [
         "attention", "augment", "build", "capture", "checkpoint", "data", "dit", "ema", "encode", "evaluate",

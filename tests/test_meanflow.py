@@ -26,7 +26,7 @@ def _draws():
     return noise, uniform(rows, 1, stream=Stream.DROP, **key)[:, 0] <= 0.1, normal(rows, 2, stream=Stream.TIMES, **key)
 
 
-def _meanflow_loss(net, x, labels, omega, kappa, interval, p=1.0, eps=0.01):
+def _meanflow_loss(net, x, labels, omega, kappa, interval, direction="target", p=1.0, eps=0.01):
     """The loss row by row: every row its own network calls, the derivative by torch.func.jvp."""
     noise, drop, z = _draws()
     times = torch.sigmoid(-0.4 + 1.0 * z)
@@ -46,14 +46,19 @@ def _meanflow_loss(net, x, labels, omega, kappa, interval, p=1.0, eps=0.01):
         def u(z, t, r=r, seen=seen):
             return net(z, t, r, seen)
 
-        _, derivative = torch.func.jvp(u, (z_t, t), (guided, torch.ones_like(t)))
+        with torch.no_grad():
+            along = guided if direction == "target" else u(z_t, t, t)
+        _, derivative = torch.func.jvp(u, (z_t, t), (along, torch.ones_like(t)))
         target = (guided - (t - r) * derivative).detach()
         error = (u(z_t, t) - target).square().sum()
         total = total + error / (error.detach() + eps) ** p
     return total / B
 
 
-@pytest.mark.parametrize("derivative", ["tangent", "jvp", "finite_difference"])
+@pytest.mark.parametrize(
+    ("derivative", "direction"),
+    [("tangent", "target"), ("tangent", "prediction"), ("jvp", "target"), ("finite_difference", "target")],
+)
 @pytest.mark.parametrize(
     ("omega", "kappa", "interval", "labelled"),
     [
@@ -64,14 +69,14 @@ def _meanflow_loss(net, x, labels, omega, kappa, interval, p=1.0, eps=0.01):
         (1.0, 0.5, (0.0, 1.0), False),
     ],
 )
-def test_loss_and_gradient(derivative, omega, kappa, interval, labelled):
-    options = {"guidance_scale": omega, "guidance_mix": kappa, "guidance_interval": interval}
+def test_loss_and_gradient(derivative, direction, omega, kappa, interval, labelled):
+    options = {"guidance_scale": omega, "guidance_mix": kappa, "guidance_interval": interval, "direction": direction}
     model = make_model(torch.float64, lambda net: MeanFlow(net, derivative=derivative, difference_step=1e-6, **options))
     x, labels = _batch()
     labels = labels if labelled else None
     parameters = [p for p in model.parameters() if p.requires_grad]
     ours = model.loss(x, labels, 0.0, seed=SEED, step=STEP).loss
-    theirs = _meanflow_loss(model.network, x, labels, omega, kappa, interval)
+    theirs = _meanflow_loss(model.network, x, labels, omega, kappa, interval, direction)
     tolerance = 1e-6 if derivative == "finite_difference" else 1e-10
     assert ours.item() == pytest.approx(theirs.item(), rel=tolerance)
     pairs = zip(
@@ -105,6 +110,7 @@ def test_bad_settings():
         ({"guidance_mix": 1.0}, r"guidance_mix=1.0 is outside \[0, 1\)"),
         ({"guidance_interval": (0.8, 0.2)}, "is not an interval of times"),
         ({"derivative": "symbolic"}, "derivative='symbolic' is not known"),
+        ({"direction": "down"}, "direction='down' is not known; choose one of target, prediction"),
         ({"label_drop": 0.0}, "label_drop=0 never trains"),
         ({"difference_step": 0.0}, r"difference_step=0.0 is outside"),
     ):

@@ -10,6 +10,7 @@ from runs import Blobs, StopError, assert_bitwise_equal, final, stop_at, tiny_co
 
 from soflow_fast import DiT, SoFlow, Trainer, trainer
 from soflow_fast.config import ComputeConfig, DataConfig, EMAConfig, ModelConfig, OptimizerConfig
+from soflow_fast.objectives.alphaflow import AlphaFlow
 from soflow_fast.objectives.flow_matching import FlowMatching
 from soflow_fast.objectives.meanflow import MeanFlow
 
@@ -83,7 +84,7 @@ def test_an_objective_that_took_two_forwards_is_still_the_same(tmp_path, caplog)
     Trainer(tiny_config(tmp_path, total_steps=1), model=model).fit()
 
 
-@pytest.mark.parametrize("make", [SoFlow, MeanFlow, FlowMatching])
+@pytest.mark.parametrize("make", [SoFlow, MeanFlow, AlphaFlow, FlowMatching])
 def test_a_given_objective_of_other_values_is_another_run(tmp_path, make):
     def run(scale, label_drop=0.1):
         model = make(_network(), guidance_scale=scale, label_drop=label_drop)

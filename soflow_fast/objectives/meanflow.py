@@ -19,7 +19,7 @@ from soflow_fast.objectives.base import (
     require_range,
 )
 
-DERIVATIVES = ("tangent", "jvp", "finite_difference")
+DIRECTIONS = ("target", "prediction")
 
 
 class MeanFlow(Objective):
@@ -38,10 +38,15 @@ class MeanFlow(Objective):
         time_mean, time_std: of the two logit-normal draws of which the larger is t and the smaller r.
         derivative: ``tangent``, by the difference forward; ``jvp``, by torch.func.jvp through math attention;
             ``finite_difference``, by a second forward ``difference_step`` earlier in t.
+        direction: of the derivative in z: ``target``, v_g; or ``prediction``, u(z,t,t) with the label that the network
+            sees, which does not depend on the noise that was drawn, as in improved MeanFlow (Geng et al. 2025, arXiv
+            2512.02012, without its second head; its guidance of scale w is ω = 1, κ = 1 − 1/w).
 
     Raises:
         ValueError: for a value outside its range, or for guidance without a "no label" row to guide with.
     """
+
+    derivatives: tuple[str, ...] = ("tangent", "jvp", "finite_difference")
 
     def __init__(
         self,
@@ -58,11 +63,13 @@ class MeanFlow(Objective):
         time_std: float = 1.0,
         derivative: str = "tangent",
         difference_step: float = 1e-3,
+        direction: str = "target",
         impl: str | None = None,
     ):
         super().__init__(net, velocity_share, impl)
         require_choice("path", path, paths.PATHS)
-        require_choice("derivative", derivative, DERIVATIVES)
+        require_choice("derivative", derivative, self.derivatives)
+        require_choice("direction", direction, DIRECTIONS)
         require_range("guidance_scale", guidance_scale, 0, float("inf"))
         if not 0 <= guidance_mix < 1:
             raise ValueError(f"guidance_mix={guidance_mix} is outside [0, 1): the effective scale is ω/(1−κ)")
@@ -82,13 +89,13 @@ class MeanFlow(Objective):
         self.guidance_interval = tuple(guidance_interval)
         self.label_drop, self.p, self.eps = label_drop, p, eps
         self.time_mean, self.time_std = time_mean, time_std
-        self.derivative, self.difference_step = derivative, difference_step
+        self.derivative, self.difference_step, self.direction = derivative, difference_step, direction
         self.needs_float32 = derivative == "finite_difference"
 
     renoises = False
 
     def prepare(self, x: Tensor, labels: Tensor | None) -> None:
-        """Derives the tangent forward of a network that has none; see the base class.
+        """Derives the difference forward of a network that has none; see the base class.
 
         Raises:
             ValueError: where it cannot be derived, and for a finite difference of two forwards of which each draws
@@ -96,13 +103,13 @@ class MeanFlow(Objective):
         """
         if self.derivative == "finite_difference":
             self.require_no_draws(x, labels, "derivative='finite_difference'")
-        if self.derivative != "tangent":
+        if self.derivative in ("jvp", "finite_difference"):
             return
         try:
-            self.derive(x, labels, "tangent")
+            self.derive(x, labels, self.derivative)
         except ValueError as error:
             raise ValueError(
-                f"derivative='tangent' needs a difference forward, and {error}; write the network's "
+                f"derivative={self.derivative!r} needs a difference forward, and {error}; write the network's "
                 "forward_difference, or use derivative='finite_difference'"
             ) from error
 
@@ -139,22 +146,27 @@ class MeanFlow(Objective):
         drop = self.draw_drop(rows, labels, seed, step)
         z, v = self.ops.noisy_sample(x0, t, rows, seed=seed, step=step, path=self.path, latent_scale=latent_scale)
         guided = self.guided and labels is not None and self.network.num_classes > 0
-        v_average = v[n:]
+        v_average, u_null, u_own = v[n:], None, None
         if guided:
             u_null, u_own = self._guidance(z, t, labels, n)
             v_average = self._guided_velocity(v_average, u_null[n:], u_own, t[n:], drop[n:])
         labels = self.input_labels(labels, drop)
-        u, derivative = self.with_derivative(z, t, r, labels, v_average, slice(n, None))
+        along = v_average
+        if self.direction == "prediction" and guided:
+            along = torch.where(drop[n:].view(-1, 1, 1, 1), u_null[n:], u_own)
+        elif self.direction == "prediction" and n < len(rows):
+            with torch.no_grad():
+                along = self.network(z[n:], t[n:], t[n:], None if labels is None else labels[n:])
+        u, change = self._with_change(z, t, r, labels, along, slice(n, None), progress)
         u_velocity, u_average = u.split([n, len(rows) - n])
         parts = {}
         if n:
             target = v[:n]
             if guided:
                 target = self._guided_velocity(target, u_null[:n], u_velocity.detach(), t[:n], drop[:n])
-            parts["velocity"] = self._reduce(u_velocity, target, t[:n])
+            parts["velocity"] = self._reduce(u_velocity.to(target.dtype) - target, t[:n])
         if n < len(rows):
-            target = v_average - (t - r)[n:].view(-1, 1, 1, 1) * derivative
-            parts["average"] = self._reduce(u_average, target, t[n:])
+            parts["average"] = self._average_loss(u_average, v_average, change, t[n:], progress)
         return combine(parts)
 
     @torch.no_grad()
@@ -172,6 +184,14 @@ class MeanFlow(Objective):
         plain = drop | (t < start) | (t > end)
         return torch.where(plain.view(-1, 1, 1, 1), v, guided)
 
+    def _with_change(self, z, t, r, labels, v, rows: slice, progress) -> tuple[Tensor, Tensor]:
+        """``u(z,t,r,y)`` of all rows, and ``(t−r) du/dt`` along ``(v, 1)`` of the given ones, without gradient."""
+        u, derivative = self.with_derivative(z, t, r, labels, v, rows)
+        return u, (t - r)[rows].view(-1, 1, 1, 1) * derivative
+
+    def _average_loss(self, u, v, change, t, progress) -> LossOutput:
+        return self._reduce(u.to(v.dtype) - (v - change), t)
+
     def with_derivative(self, z, t, r, labels, v, rows: slice) -> tuple[Tensor, Tensor]:
         """``u(z,t,r,y)`` of all rows, and ``du/dt`` along ``(v, 1)`` of the given ones, without gradient."""
         one = torch.ones_like(t[rows])
@@ -180,24 +200,27 @@ class MeanFlow(Objective):
                 self.prepare(z[rows], labels)
             return self.forward_difference(z, t, r, labels, v, one, rows=rows, mode="tangent")
         if self.derivative == "finite_difference":
-            if not torch.compiler.is_compiling():
-                self.prepare(z[rows], labels)
-            return self._with_finite_difference(z, t, r, labels, v, rows)
+            u, difference = self.two_forwards(z, t, r, labels, v, rows, self.difference_step * one)
+            return u, difference / -self.difference_step
         u = self.network(z, t, r, labels)
         with torch.no_grad():
             labels = None if labels is None else labels[rows]
             return u, self.network.jvp(z[rows], t[rows], r[rows], labels, v, one)[1]
 
-    def _with_finite_difference(self, z, t, r, labels, v, rows: slice) -> tuple[Tensor, Tensor]:
-        h = self.difference_step
+    def two_forwards(self, z, t, r, labels, v, rows: slice, step: Tensor) -> tuple[Tensor, Tensor]:
+        """``u(z,t,r,y)`` of all rows, and ``u(z − step·v, t − step, r, y) − u`` of the given ones, in the precision of
+        the parameters; step: (b,)."""
+        if not torch.compiler.is_compiling():
+            self.prepare(z[rows], labels)
         with torch.autocast(z.device.type, enabled=False):
             u = self.network(z, t, r, labels)
             with torch.no_grad():
                 labels = None if labels is None else labels[rows]
-                return u, (u[rows] - self.network(z[rows] - h * v, t[rows] - h, r[rows], labels)) / h
+                moved = z[rows] - step.view(-1, 1, 1, 1) * v
+                return u, self.network(moved, t[rows] - step, r[rows], labels) - u[rows]
 
-    def _reduce(self, u: Tensor, target: Tensor, t: Tensor) -> LossOutput:
-        squares = (u.to(target.dtype) - target).square().flatten(1)
+    def _reduce(self, error: Tensor, t: Tensor) -> LossOutput:
+        squares = error.square().flatten(1)
         total = squares.sum(1)
         weight = (total.detach() + self.eps).pow(-self.p)
         return LossOutput((weight * total).mean(), squares.detach().mean(1), weight, t)
