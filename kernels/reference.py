@@ -65,6 +65,7 @@ class Stream(IntEnum):
     INIT = 6
     AUGMENT = 7
     AUGMENT_SIZE = 8
+    GUIDANCE = 9
 
 
 _MASK = 0xFFFFFFFF

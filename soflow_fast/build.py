@@ -15,12 +15,19 @@ from soflow_fast.data.checks import require_pair
 from soflow_fast.dit import PRESETS, DiT
 from soflow_fast.objectives.alphaflow import AlphaFlow
 from soflow_fast.objectives.flow_matching import FlowMatching
+from soflow_fast.objectives.improved_meanflow import ImprovedMeanFlow
 from soflow_fast.objectives.meanflow import MeanFlow
 from soflow_fast.objectives.soflow import SoFlow
 from soflow_fast.unet import UNet
 
 #: The class of each objective; its section of the configuration holds its arguments.
-OBJECTIVES = {"soflow": SoFlow, "meanflow": MeanFlow, "alphaflow": AlphaFlow, "flow_matching": FlowMatching}
+OBJECTIVES = {
+    "soflow": SoFlow,
+    "meanflow": MeanFlow,
+    "improved_meanflow": ImprovedMeanFlow,
+    "alphaflow": AlphaFlow,
+    "flow_matching": FlowMatching,
+}
 
 
 def resolve_device(name: str) -> torch.device:
@@ -42,11 +49,12 @@ def resolve_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def build_network(config: ModelConfig, label_drop: float) -> DiT | UNet:
+def build_network(config: ModelConfig, label_drop: float, condition_dim: int = 0) -> DiT | UNet:
     """The network of a configuration.
 
     Args:
         label_drop: of the objective: where it is positive, or there are no classes, a DiT has a row for "no label".
+        condition_dim: of the objective, which a DiT then has.
 
     Raises:
         ValueError: for a preset that is not known.
@@ -67,7 +75,7 @@ def build_network(config: ModelConfig, label_drop: float) -> DiT | UNet:
     if config.recompute == "auto":
         sizes["recompute"] = "none"  # the trainer knows what fits
     has_null = label_drop > 0 or config.num_classes == 0
-    return DiT.from_preset(config.preset, class_dropout_prob=float(has_null), **sizes)
+    return DiT.from_preset(config.preset, class_dropout_prob=float(has_null), condition_dim=condition_dim, **sizes)
 
 
 def build_model(config: TrainConfig, given: nn.Module | None = None) -> nn.Module:
@@ -88,9 +96,11 @@ def build_model(config: TrainConfig, given: nn.Module | None = None) -> nn.Modul
         section["impl"] = "torch"  # the fused kernels are for GPUs, also where there is one that is not used
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(config.seed)
+        objective = OBJECTIVES[config.objective]
         if given is None:
-            given = build_network(replace(config.model, impl=section["impl"]), section["label_drop"])
-        return OBJECTIVES[config.objective](given, **section)
+            model = replace(config.model, impl=section["impl"])
+            given = build_network(model, section["label_drop"], objective.condition_dim)
+        return objective(given, **section)
 
 
 def network_of(given: nn.Module) -> nn.Module:

@@ -29,6 +29,9 @@ from soflow_fast.precision import PRECISIONS
 from soflow_fast.sample import SAMPLE_PRECISIONS, Decoder, Sampler
 from soflow_fast.trainer import Trainer, load_run
 
+# What a run's samples can be drawn with beside its own, and how files of them are called.
+_VARIANTS = {"ema_std": "ema", "guidance_scale": "guidance", "guidance_interval": "interval"}
+
 _OVERRIDES = "any value of the configuration by its name, such as --optimizer.learning_rate 3e-4"
 
 
@@ -109,6 +112,10 @@ def _parser() -> argparse.ArgumentParser:
             help="of a run with ema.posthoc: the average of this relative standard deviation, such as 0.08 "
             "(default: the average of ema.decay)",
         )
+        sub.add_argument("--guidance-scale", type=float, help="of a run of improved_meanflow (default: as configured)")
+        sub.add_argument(
+            "--guidance-interval", help="the times that are guided, such as 0.3,0.8; likewise (default: as configured)"
+        )
         sub.add_argument("--vae", help="autoencoder that decodes latents (default: data.vae of the run)")
         sub.add_argument("--precision", choices=SAMPLE_PRECISIONS, help="default bf16 on a GPU, else fp32")
         sub.add_argument(
@@ -145,6 +152,7 @@ def _sample(args: argparse.Namespace) -> None:
     _require_positive("--count", args.count)
     _require_positive("--steps", args.steps)
     config, model, _ = load_run(args.run, args.device, ema_std=args.ema_std)
+    _set_guidance(model, config.objective, args)
     labels = _labels(args.labels, args.count, config.model.num_classes)
     sampler = Sampler(
         model,
@@ -161,7 +169,7 @@ def _sample(args: argparse.Namespace) -> None:
         seconds, _ = _timed(lambda: list(sampler.draw(labels, 1)))
         untimed = f", {seconds:.3g} s of compiling not counted"
     seconds, parts = _timed(lambda: list(sampler.draw(labels, args.count, decode)))
-    stem = Path(args.out) if args.out else Path(args.run) / "samples" / f"{args.steps}-step{_averaged(args)}"
+    stem = Path(args.out) if args.out else Path(args.run) / "samples" / f"{args.steps}-step{_variant(args)}"
     path = save_samples(torch.cat(parts), stem, config.output.sample_shape[1])
     what = "latents (no autoencoder is set: --vae)" if path.suffix == ".npy" else "samples"
     rate = f"{args.count / seconds:.4g} images/s in {sampler.precision}{untimed}"
@@ -170,6 +178,7 @@ def _sample(args: argparse.Namespace) -> None:
 
 def _eval(args: argparse.Namespace) -> None:
     config, model, step = load_run(args.run, args.device, ema_std=args.ema_std)
+    _set_guidance(model, config.objective, args)
     given = {
         "samples": args.count,
         "steps": args.steps,
@@ -180,7 +189,7 @@ def _eval(args: argparse.Namespace) -> None:
     wanted = replace(config.evaluation, **{name: value for name, value in given.items() if value is not None})
     config = replace(_with_vae(config, args.vae), evaluation=wanted)
     check_evaluation(config)
-    folder = Path(args.run) / "evaluation" / f"step-{step:08d}-{wanted.steps}-step{_averaged(args)}"
+    folder = Path(args.run) / "evaluation" / f"step-{step:08d}-{wanted.steps}-step{_variant(args)}"
     scores = evaluate(
         model,
         config,
@@ -192,7 +201,8 @@ def _eval(args: argparse.Namespace) -> None:
     )
     folder.parent.mkdir(parents=True, exist_ok=True)
     path = folder.with_suffix(".json")
-    path.write_text(json.dumps({"step": step, "seed": args.seed, "ema_std": args.ema_std, **scores}, indent=2) + "\n")
+    about = {"step": step, "seed": args.seed, **{name: getattr(args, name) for name in _VARIANTS}}
+    path.write_text(json.dumps({**about, **scores}, indent=2) + "\n")
     for name, value in scores.items():
         print(f"{name:<20}{value if isinstance(value, str) else f'{value:.4f}'}")
     print(f"{'written to':<20}{path}")
@@ -232,9 +242,26 @@ def _timed(work: Callable) -> tuple[float, Any]:
     return time.perf_counter() - started, result
 
 
-def _averaged(args: argparse.Namespace) -> str:
-    """What tells files of other averages apart from those of the run's own; a dot would begin a suffix."""
-    return "" if args.ema_std is None else f"-ema-{args.ema_std}".replace(".", "_")
+def _variant(args: argparse.Namespace) -> str:
+    """What tells files of another average or guidance apart from those of the run's own; a dot would begin a suffix."""
+    parts = (f"-{short}-{getattr(args, name)}" for name, short in _VARIANTS.items() if getattr(args, name) is not None)
+    return "".join(parts).replace(".", "_").replace(",", "-")
+
+
+def _set_guidance(model: torch.nn.Module, objective: str, args: argparse.Namespace) -> None:
+    scale, interval = args.guidance_scale, args.guidance_interval
+    if scale is None and interval is None:
+        return
+    if not hasattr(model, "set_sample_guidance"):
+        name = "--guidance-interval" if scale is None else "--guidance-scale"
+        raise ValueError(
+            f"{name} is for runs of improved_meanflow; the guidance of this run, of {objective}, is in its weights"
+        )
+    try:
+        ends = None if interval is None else tuple(float(part) for part in interval.split(","))
+    except ValueError:
+        raise ValueError(f"--guidance-interval {interval!r} is not two times, such as 0.3,0.8") from None
+    model.set_sample_guidance(scale, ends)
 
 
 def _with_vae(config: TrainConfig, vae: str | None) -> TrainConfig:

@@ -25,6 +25,7 @@ from soflow_fast.config_objective import (
     OBJECTIVE_SECTIONS,
     AlphaFlowConfig,
     FlowMatchingConfig,
+    ImprovedMeanFlowConfig,
     MeanFlowConfig,
     SoFlowConfig,
 )
@@ -179,6 +180,8 @@ _FREE = {
     "data.vae",
     "data.workers",
     "ema.snapshot_every",
+    "improved_meanflow.sample_interval",
+    "improved_meanflow.sample_scale",
 }
 _FREE_SECTIONS = ("output.", "evaluation.")
 
@@ -214,6 +217,7 @@ class TrainConfig(Section):
     ema: EMAConfig = field(default_factory=EMAConfig)
     soflow: SoFlowConfig = field(default_factory=SoFlowConfig)
     meanflow: MeanFlowConfig = field(default_factory=MeanFlowConfig)
+    improved_meanflow: ImprovedMeanFlowConfig = field(default_factory=ImprovedMeanFlowConfig)
     alphaflow: AlphaFlowConfig = field(default_factory=AlphaFlowConfig)
     flow_matching: FlowMatchingConfig = field(default_factory=FlowMatchingConfig)
     output: OutputConfig = field(default_factory=OutputConfig)

@@ -60,6 +60,30 @@ class MeanFlowConfig(_ObjectiveConfig, section="meanflow."):
 
 
 @dataclass
+class ImprovedMeanFlowConfig(_ObjectiveConfig, section="improved_meanflow."):
+    """The objective ``improved_meanflow``; every attribute is an argument of
+    :class:`~soflow_fast.objectives.improved_meanflow.ImprovedMeanFlow`, which checks it.
+
+    sample_scale and sample_interval may change during a run, and be chosen anew for its samples. Published runs also
+    have ``optimizer.betas`` of (0.9, 0.95) and a warm-up of 10 epochs.
+    """
+
+    path: str = "linear"
+    guidance_max: float = 8.0
+    guidance_power: float = 1.0
+    sample_scale: float = 7.5
+    sample_interval: tuple[float, float] = (0.4, 0.65)
+    label_drop: float = 0.1
+    p: float = 1.0
+    eps: float = 0.01
+    velocity_share: float = 0.5
+    time_mean: float = -0.4
+    time_std: float = 1.0
+    derivative: str = "tangent"
+    difference_step: float = 1e-3
+
+
+@dataclass
 class AlphaFlowConfig(_ObjectiveConfig, section="alphaflow."):
     """The objective ``alphaflow``, as published for B/2; every attribute is an argument of
     :class:`~soflow_fast.objectives.alphaflow.AlphaFlow`, which checks it.
@@ -106,6 +130,7 @@ class FlowMatchingConfig(_ObjectiveConfig, section="flow_matching."):
 OBJECTIVE_SECTIONS = {
     "soflow": SoFlowConfig,
     "meanflow": MeanFlowConfig,
+    "improved_meanflow": ImprovedMeanFlowConfig,
     "alphaflow": AlphaFlowConfig,
     "flow_matching": FlowMatchingConfig,
 }

@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from soflow_fast import kernels
 from soflow_fast.attention import resolve_attention
+from soflow_fast.kernels import reference
 from soflow_fast.layers import (
     LN_EPS,
     SINUSOID_WIDTH,
@@ -51,7 +52,7 @@ def _sincos_position_embedding(hidden_size: int, grid: int) -> Tensor:
 class DiT(nn.Module):
     """Diffusion transformer ``F(x, t, s, label)`` over images or latents.
 
-    The conditioning is ``embed_t(t) + embed_s(t−s) + embed_y(label)``; times are not scaled.
+    The conditioning is ``embed_t(t) + embed_s(t−s) + embed_y(label)``; times are not scaled. It may have another term.
 
     Args:
         input_size: height and width of x. patch_size: divides it. in_channels: of x and of the output.
@@ -59,6 +60,8 @@ class DiT(nn.Module):
         class_dropout_prob: only whether it is positive counts: then the label table has a row for "no label". Which
             labels are dropped is decided by the objective, never here.
         num_classes: the index of "no label"; 0 for unconditional models.
+        condition_dim: how many numbers, of about [0, 1], a row is conditioned on beside its label, such as the guidance
+            of :class:`~soflow_fast.objectives.improved_meanflow.ImprovedMeanFlow`; 0 for none.
         impl: ``auto``, ``torch`` or ``triton``, see :func:`soflow_fast.kernels.resolve_impl`.
         attention: see :func:`soflow_fast.attention.resolve_attention`.
         compute_dtype: of matrix operands and activations; by default that of the parameters, which are cast to it.
@@ -82,6 +85,7 @@ class DiT(nn.Module):
         class_dropout_prob: float = 0.1,
         num_classes: int = 1000,
         *,
+        condition_dim: int = 0,
         impl: str = "auto",
         attention: str = "auto",
         compute_dtype: torch.dtype | None = None,
@@ -95,7 +99,7 @@ class DiT(nn.Module):
             raise ValueError(f"hidden_size={hidden_size} is not a multiple of 4, which the position embedding needs")
         self.input_size, self.patch_size, self.in_channels = input_size, patch_size, in_channels
         self.hidden_size, self.depth, self.num_heads = hidden_size, depth, num_heads
-        self.mlp_ratio, self.num_classes = mlp_ratio, num_classes
+        self.mlp_ratio, self.num_classes, self.condition_dim = mlp_ratio, num_classes, condition_dim
         self.impl = kernels.resolve_impl(impl)
         self.attention = resolve_attention(attention, hidden_size // num_heads)
         self.compute_dtype, self.residual_dtype = compute_dtype, residual_dtype
@@ -109,6 +113,7 @@ class DiT(nn.Module):
         self.t_embedder = TimestepEmbedder(hidden_size)
         self.s_embedder = TimestepEmbedder(hidden_size)
         self.y_embedder = LabelEmbedder(num_classes, hidden_size, class_dropout_prob)
+        self.condition_embedder = TimestepEmbedder(hidden_size, condition_dim) if condition_dim else None
         self.blocks = nn.ModuleList(DiTBlock(hidden_size, num_heads, mlp_ratio) for _ in range(depth))
         self.final_layer = FinalLayer(hidden_size, patch_size, in_channels)
         self._initialize()
@@ -128,8 +133,9 @@ class DiT(nn.Module):
                 nn.init.xavier_uniform_(module.weight.data.flatten(1))
                 nn.init.zeros_(module.bias)
         nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
-        for layer in (self.t_embedder.mlp[0], self.t_embedder.mlp[2]):
-            nn.init.normal_(layer.weight, std=0.02)
+        for embedder in filter(None, (self.t_embedder, self.condition_embedder)):
+            nn.init.normal_(embedder.mlp[0].weight, std=0.02)
+            nn.init.normal_(embedder.mlp[2].weight, std=0.02)
         for layer in (*self._modulation_layers(), self.final_layer.linear):
             nn.init.zeros_(layer.weight)
 
@@ -152,10 +158,15 @@ class DiT(nn.Module):
 
         Args:
             x: (B, C, input_size, input_size) floating point. t, s: (B,) in [0, 1], s <= t, float32 (float64 for a
-                float64 model). labels: (B,) int64 in [0, num_classes], or None for "no label".
+                float64 model).
+            labels: (B,) int64 in [0, num_classes]; or (B, 1 + condition_dim) floating point, the label and then the
+                numbers that the row is conditioned on, without which they are 0; or None for "no label".
 
         Returns:
             (B, C, input_size, input_size), dtype of x.
+
+        Raises:
+            ValueError: for labels of another width.
         """
         return self._run(x, t, s, labels, self._call())[0]
 
@@ -240,12 +251,14 @@ class DiT(nn.Module):
         In the order of use they are shift, scale, gate, shift, scale, gate of each block and shift, scale of the last
         layer: the first two, (B, 2, D), normalise the input of the blocks, and six, (B, 6, D), go to each block.
         """
-        if labels is None:
-            labels = torch.full(t.shape, self.null_label, device=t.device)
         ops, rows = call.ops, call.rows
+        labels, numbers = self._split(labels, t)
         features = ops.time_sinusoids(t, s, width=SINUSOID_WIDTH, dtype=dtype)
         t_embedding, u_t = self.t_embedder(features[0])
         s_embedding, u_s = self.s_embedder(features[1])
+        if self.condition_embedder is not None:
+            sinusoids = reference.time_sinusoids(numbers, numbers, width=SINUSOID_WIDTH, dtype=dtype)[0]
+            s_embedding = s_embedding + self.condition_embedder(sinusoids.flatten(1))[0]
         table = self.y_embedder.embedding_table.weight
         c, active = ops.condition(t_embedding, s_embedding, table, labels)
         layers = self._modulation_layers()
@@ -264,6 +277,20 @@ class DiT(nn.Module):
             d_active = ops.silu_difference(c[rows], dc, tangent=call.tangent)
             dmodulation = nn.functional.linear(d_active, weight).unflatten(1, (-1, self.hidden_size)).split(sizes, 1)
         return modulation, dmodulation
+
+    def _split(self, labels: Tensor | None, t: Tensor) -> tuple[Tensor, Tensor]:
+        """The classes (B,), and the numbers (B, condition_dim) that a row is conditioned on."""
+        numbers = t.new_zeros(len(t), self.condition_dim)
+        if labels is None:
+            return torch.full(t.shape, self.null_label, device=t.device), numbers
+        if labels.dim() == 1:
+            return labels, numbers
+        if labels.shape[1] != 1 + self.condition_dim:
+            raise ValueError(
+                f"labels of shape {tuple(labels.shape)} do not fit a DiT with condition_dim={self.condition_dim}; "
+                f"give (B,) or (B, {1 + self.condition_dim})"
+            )
+        return labels[:, 0].long(), labels[:, 1:].to(t)
 
     def _unpatchify(self, tokens: Tensor) -> Tensor:
         p, grid = self.patch_size, self.input_size // self.patch_size

@@ -59,11 +59,12 @@ class PatchEmbed(nn.Module):
 
 
 class TimestepEmbedder(nn.Module):
-    """Linear–SiLU–Linear on the sinusoids of a time."""
+    """Linear–SiLU–Linear on the sinusoids of a time, or of several numbers."""
 
-    def __init__(self, hidden_size: int):
+    def __init__(self, hidden_size: int, numbers: int = 1):
         super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(SINUSOID_WIDTH, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size))
+        first = nn.Linear(numbers * SINUSOID_WIDTH, hidden_size)
+        self.mlp = nn.Sequential(first, nn.SiLU(), nn.Linear(hidden_size, hidden_size))
 
     def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """The embedding and, for the difference, the SiLU's input."""

@@ -48,13 +48,15 @@ class Objective(nn.Module):
         impl: of the fused ops; by default the network's own, see :func:`soflow_fast.kernels.resolve_impl`.
 
     Attributes:
-        path: of its noise. renoises: whether sampling in several steps jumps to data and adds noise again, or goes from
+        path: of its noise. condition_dim: how many numbers it tells the network of a row beside its label.
+        renoises: whether sampling in several steps jumps to data and adds noise again, or goes from
             time to time. needs_float32: whether it subtracts two nearly equal outputs of the network, which float32
             alone carries.
     """
 
     path: str
     renoises = True
+    condition_dim = 0
 
     def __init__(self, net: nn.Module, velocity_share: float, impl: str | None):
         super().__init__()

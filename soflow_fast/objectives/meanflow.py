@@ -145,11 +145,12 @@ class MeanFlow(Objective):
             t, r = t.double(), r.double()
         drop = self.draw_drop(rows, labels, seed, step)
         z, v = self.ops.noisy_sample(x0, t, rows, seed=seed, step=step, path=self.path, latent_scale=latent_scale)
+        labels = self._conditioned(labels, rows, n, seed, step)
         guided = self.guided and labels is not None and self.network.num_classes > 0
         v_average, u_null, u_own = v[n:], None, None
         if guided:
             u_null, u_own = self._guidance(z, t, labels, n)
-            v_average = self._guided_velocity(v_average, u_null[n:], u_own, t[n:], drop[n:])
+            v_average = self._guided_velocity(v_average, u_null[n:], u_own, t[n:], drop[n:], labels[n:])
         labels = self.input_labels(labels, drop)
         along = v_average
         if self.direction == "prediction" and guided:
@@ -163,11 +164,15 @@ class MeanFlow(Objective):
         if n:
             target = v[:n]
             if guided:
-                target = self._guided_velocity(target, u_null[:n], u_velocity.detach(), t[:n], drop[:n])
+                target = self._guided_velocity(target, u_null[:n], u_velocity.detach(), t[:n], drop[:n], labels[:n])
             parts["velocity"] = self._reduce(u_velocity.to(target.dtype) - target, t[:n])
         if n < len(rows):
             parts["average"] = self._average_loss(u_average, v_average, change, t[n:], progress)
         return combine(parts)
+
+    def _conditioned(self, labels, rows, n: int, seed, step) -> Tensor | None:
+        """The labels with what else the network is told of each row; the first n rows train the velocity."""
+        return labels
 
     @torch.no_grad()
     def _guidance(self, z, t, labels, n: int) -> tuple[Tensor, Tensor]:
@@ -177,7 +182,7 @@ class MeanFlow(Objective):
         u = self.network(torch.cat([z, z[n:]]), t_all, t_all, torch.cat([null, labels[n:]]))
         return u[: len(t)], u[len(t) :]
 
-    def _guided_velocity(self, v, u_null, u_own, t, drop) -> Tensor:
+    def _guided_velocity(self, v, u_null, u_own, t, drop, labels) -> Tensor:
         omega, kappa = self.guidance_scale, self.guidance_mix
         guided = omega * v + kappa * u_own + (1 - omega - kappa) * u_null
         start, end = self.guidance_interval

@@ -1,0 +1,181 @@
+"""Improved MeanFlow (Geng et al. 2025, arXiv 2512.02012): its guidance is chosen after the training.
+
+Every row of a batch is trained for a guidance of its own, scale w and interval of times, which the network is told: in
+labels (B, 4), the label, ``1 − 1/w`` and the interval's ends. Shapes as in MeanFlow.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from soflow_fast.kernels.reference import Stream
+from soflow_fast.objectives.base import require_range
+from soflow_fast.objectives.meanflow import MeanFlow
+
+
+class ImprovedMeanFlow(MeanFlow):
+    """MeanFlow with the guidance as a condition, and derivatives along the network's own prediction.
+
+    The guided velocity is ``v + (1 − 1/w) (u(z,t,t | y,w) − u(z,t,t | ∅,1))`` for t in the interval and rows with a
+    label, else v. w is drawn with a density proportional to ``w^−guidance_power`` between 1 and guidance_max; the
+    interval from 0 to ½ and from ½ to 1, and [0, 1] on the rows with r = t, which train the prediction of the velocity.
+    Times, weight and loss are MeanFlow's. Left out of the paper are its second head for the velocity, in whose place
+    the network's own boundary u(z,t,t) predicts it, and its conditioning by tokens.
+
+    Args:
+        net: with ``condition_dim`` 3, such as ``DiT(condition_dim=3)``, and classes.
+        guidance_max, guidance_power: of the draw of w.
+        sample_scale, sample_interval: the guidance of samples where :meth:`conditioned` does not say another.
+        path, label_drop, p, eps, velocity_share, time_mean, time_std, derivative, difference_step, impl: as in
+            :class:`~soflow_fast.objectives.meanflow.MeanFlow`.
+
+    Raises:
+        ValueError: for a value outside its range, and a network that cannot be told the guidance.
+    """
+
+    condition_dim = 3
+
+    def __init__(
+        self,
+        net: nn.Module,
+        path: str = "linear",
+        guidance_max: float = 8.0,
+        guidance_power: float = 1.0,
+        sample_scale: float = 7.5,
+        sample_interval: tuple[float, float] = (0.4, 0.65),
+        label_drop: float = 0.1,
+        p: float = 1.0,
+        eps: float = 0.01,
+        velocity_share: float = 0.5,
+        time_mean: float = -0.4,
+        time_std: float = 1.0,
+        derivative: str = "tangent",
+        difference_step: float = 1e-3,
+        impl: str | None = None,
+    ):
+        if getattr(net, "condition_dim", 0) != self.condition_dim or not net.num_classes:
+            raise ValueError(
+                "improved MeanFlow needs a network with classes that is told the guidance, with condition_dim=3 and "
+                f"labels (B, 4), such as DiT(condition_dim=3); this {type(net).__name__} has num_classes="
+                f"{net.num_classes} and condition_dim={getattr(net, 'condition_dim', None)}"
+            )
+        if label_drop == 0:
+            raise ValueError("label_drop=0 never trains the 'no label' prediction that guides; set label_drop > 0")
+        if not 1 < guidance_max < math.inf:
+            raise ValueError(f"guidance_max={guidance_max} must be greater than 1, which is no guidance")
+        require_range("guidance_power", guidance_power, 0, 10)
+        super().__init__(
+            net,
+            path,
+            guidance_mix=1 - 1 / guidance_max,
+            label_drop=label_drop,
+            p=p,
+            eps=eps,
+            velocity_share=velocity_share,
+            time_mean=time_mean,
+            time_std=time_std,
+            derivative=derivative,
+            difference_step=difference_step,
+            direction="prediction",
+            impl=impl,
+        )
+        self.guidance_max, self.guidance_power = guidance_max, guidance_power
+        self.set_sample_guidance(sample_scale, sample_interval)
+
+    def set_sample_guidance(self, scale: float | None = None, interval: tuple[float, float] | None = None) -> None:
+        """Sets the guidance of samples; None leaves it as it is.
+
+        Args:
+            scale: w in [1, guidance_max]. interval: the times that are guided, (start, end) in [0, 1].
+
+        Raises:
+            ValueError: for a guidance that was not trained.
+        """
+        if scale is not None:
+            require_range("sample_scale", scale, 1, self.guidance_max)
+            self.sample_scale = scale
+        if interval is not None:
+            if len(interval) != 2 or not 0 <= interval[0] <= 0.5 <= interval[1] <= 1:
+                raise ValueError(
+                    f"sample_interval={tuple(interval)} was not trained; choose a start in [0, 0.5] and an end in "
+                    "[0.5, 1]"
+                )
+            self.sample_interval = tuple(interval)
+
+    def conditioned(
+        self, labels: Tensor, scale: float | Tensor | None = None, interval: tuple[float, float] | None = None
+    ) -> Tensor:
+        """Labels that ask for a guidance, to sample with.
+
+        Args:
+            labels: (B,) int64. scale: w, a number or (B,) floating point; by default that of samples. interval: the
+                times that are guided; by default that of samples.
+
+        Returns:
+            (B, 4) float32.
+        """
+        scale, interval = self.sample_scale if scale is None else scale, interval or self.sample_interval
+        numbers = (1 - 1 / scale, *interval)
+        columns = (x if torch.is_tensor(x) else torch.full_like(labels, x, dtype=torch.float32) for x in numbers)
+        return torch.stack([column.float() for column in (labels, *columns)], 1)
+
+    def prepare(self, x: Tensor, labels: Tensor | None) -> None:
+        """As MeanFlow's, for the labels that the network sees."""
+        super().prepare(x, self.conditioned(labels) if labels is not None and labels.dim() == 1 else labels)
+
+    def velocity(self, x: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
+        """The model's velocity ``u(x,t,t,y)`` with the guidance of samples."""
+        return super().velocity(x, t, self._sample_labels(x, labels))
+
+    def solution(self, x: Tensor, t: Tensor, s: Tensor, labels: Tensor | None = None) -> Tensor:
+        """As MeanFlow's; labels (B,) with the guidance of samples, or (B, 4) of :meth:`conditioned`."""
+        return super().solution(x, t, s, self._sample_labels(x, labels))
+
+    def _sample_labels(self, x: Tensor, labels: Tensor | None) -> Tensor:
+        if labels is None:
+            labels = torch.full((len(x),), self.network.num_classes, device=x.device)
+        return self.conditioned(labels) if labels.dim() == 1 else labels
+
+    def draw_guidance(self, rows: Tensor, n_velocity: int, seed: int | Tensor, step: int | Tensor) -> Tensor:
+        """(B, 3) float32: ``1 − 1/w`` and the interval of each row."""
+        draws = self.ops.uniform(rows, 3, seed=seed, step=step, stream=Stream.GUIDANCE)
+        power = 1 - self.guidance_power
+        if power == 0:
+            mix = 1 - torch.exp(-math.log(self.guidance_max) * draws[:, 0])
+        else:
+            mix = 1 - (1 + draws[:, 0] * (self.guidance_max**power - 1)) ** (-1 / power)
+        start, end = 0.5 * draws[:, 1], 0.5 + 0.5 * draws[:, 2]
+        start = torch.cat([torch.zeros_like(start[:n_velocity]), start[n_velocity:]])
+        end = torch.cat([torch.ones_like(end[:n_velocity]), end[n_velocity:]])
+        return torch.stack([mix, start, end], 1)
+
+    def _conditioned(self, labels, rows, n: int, seed, step) -> Tensor:
+        if labels is None or labels.dim() != 1:
+            form = "no labels" if labels is None else f"labels of shape {tuple(labels.shape)}"
+            raise ValueError(f"improved MeanFlow trains with labels (B,), and there are {form}")
+        return torch.cat([labels.float()[:, None], self.draw_guidance(rows, n, seed, step)], 1)
+
+    @torch.no_grad()
+    def _guidance(self, z, t, labels, n: int) -> tuple[Tensor, Tensor]:
+        null, own = self.no_label(labels), labels[n:]
+        mix = torch.where(_inside(t[n:], own), own[:, 1], 0.0)
+        null = torch.stack([null[:, 0], *_always(torch.zeros_like(null[:, 1]))], 1)
+        own = torch.stack([own[:, 0], *_always(mix)], 1)
+        t_all = torch.cat([t, t[n:]])
+        u = self.network(torch.cat([z, z[n:]]), t_all, t_all, torch.cat([null, own]))
+        return u[: len(t)], u[len(t) :]
+
+    def _guided_velocity(self, v, u_null, u_own, t, drop, labels) -> Tensor:
+        guided = v + labels[:, 1].to(v).view(-1, 1, 1, 1) * (u_own - u_null)
+        return torch.where((drop | ~_inside(t, labels)).view(-1, 1, 1, 1), v, guided)
+
+
+def _inside(t: Tensor, labels: Tensor) -> Tensor:
+    """(B,) bool, whether a time is in a row's interval."""
+    return (labels[:, 2] <= t) & (t <= labels[:, 3])
+
+
+def _always(mix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """A guidance at all times, which is what a prediction of the velocity is told."""
+    return mix, torch.zeros_like(mix), torch.ones_like(mix)
