@@ -88,6 +88,19 @@ def cifar_recipe(report: dict) -> str:
     return setting + markdown(["", "Fréchet distance, all", "held out", "memorisation"], rows)
 
 
+def objectives_quality(report: dict) -> str:
+    least, rows = min(row["flops_per_sample"] for row in report["summary"].values()), []
+    for told, row in report["summary"].items():
+        error = "" if row["standard_error"] is None else f"{row['standard_error']:.2f}"
+        one, two = row["one_step"], row["two_steps"]
+        distances = [f"{one['frechet_all']:.2f}", error, f"{two['frechet_all']:.2f}", f"{one['recognised']:.1%}"]
+        rows.append([told, *distances, f"{4 * row['flops_per_sample'] / least:.2f}", str(row["seeds"])])
+    setting = f"{report['steps']} steps of 256; {report['samples']} samples of one and of two steps. Cost in forwards of "
+    setting += "the batch a step, guidance included.\n\n"
+    heads = ["", "Fréchet distance, one step", "± standard error", "two steps", "recognised", "cost", "seeds"]
+    return setting + markdown(heads, rows)
+
+
 def kernel_errors(report: dict) -> str:
     ours, outside = report["rows"], sum(not row["within_rule"] for row in report["rows"])
     rows = []
@@ -211,6 +224,7 @@ class Section(NamedTuple):
 
 SECTIONS = (
     Section("demo*.json", "The digits demo", "demo.py", demo, True),
+    Section("objectives*.json", "The objectives, on the digits", "objectives_quality.py", objectives_quality, True),
     Section("cifar_recipe*.json", "The CIFAR-10 recipe, on the digits", "cifar_recipe.py", cifar_recipe, True),
     Section("precision*.json", "Error of the consistency quotient", "precision.py", precision, True),
     Section("digits_quality*.json", "Quality by precision, on the digits", "digits_quality.py", digits_quality, True),

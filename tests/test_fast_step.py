@@ -14,6 +14,7 @@ from soflow_fast.augment import AUGMENT_DIM, Augment
 from soflow_fast.ema import EMA, PowerEMA
 from soflow_fast.objectives.alphaflow import AlphaFlow
 from soflow_fast.objectives.flow_matching import FlowMatching
+from soflow_fast.objectives.improved_meanflow import ImprovedMeanFlow
 from soflow_fast.objectives.meanflow import MeanFlow
 from soflow_fast.optim import AdamW, RAdam
 from soflow_fast.precision import ComputeCopy
@@ -240,16 +241,19 @@ def test_a_graph_would_keep_a_learning_rate_that_is_a_number():
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="Inductor, fused kernels and the CUDA graph need a GPU")
-@pytest.mark.parametrize("optimizer_class", [AdamW, RAdam])
-def test_the_default_step_on_a_gpu_follows_the_eager_one_and_the_learning_rate(optimizer_class):
+@pytest.mark.parametrize(
+    ("objective", "optimizer_class"),
+    [(SoFlow, AdamW), (SoFlow, RAdam), (MeanFlow, AdamW), (ImprovedMeanFlow, AdamW), (AlphaFlow, AdamW)],
+)
+def test_the_default_step_on_a_gpu_follows_the_eager_one_and_the_learning_rate(objective, optimizer_class):
     results = []
     for options in ({"cuda_graph": False, "compile": False}, {}):
         torch.manual_seed(0)
-        net = DiT(8, 2, 1, 64, 2, 2, num_classes=10)
+        net = DiT(8, 2, 1, 64, 2, 2, num_classes=10, condition_dim=objective.condition_dim)
         for p in net.parameters():
             if p.requires_grad and (p == 0).all():
                 torch.nn.init.normal_(p, std=0.05)
-        model = SoFlow(net.cuda())
+        model = objective(net.cuda())
         ema = EMA(model, 0.99)
         optimizer = optimizer_class((p for p in model.parameters() if p.requires_grad), lr=1e-3)
         step, losses = TrainStep(model, optimizer=optimizer, ema=ema, total_steps=STEPS, **options), []
