@@ -30,7 +30,12 @@ from soflow_fast.sample import SAMPLE_PRECISIONS, Decoder, Sampler
 from soflow_fast.trainer import Trainer, load_run
 
 # What a run's samples can be drawn with beside its own, and how files of them are called.
-_VARIANTS = {"ema_std": "ema", "guidance_scale": "guidance", "guidance_interval": "interval"}
+_VARIANTS = {
+    "ema_std": "ema",
+    "guidance_scale": "guidance",
+    "guidance_interval": "interval",
+    "renoise": "renoise",
+}
 
 _OVERRIDES = "any value of the configuration by its name, such as --optimizer.learning_rate 3e-4"
 
@@ -116,6 +121,12 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument(
             "--guidance-interval", help="the times that are guided, such as 0.3,0.8; likewise (default: as configured)"
         )
+        sub.add_argument(
+            "--renoise",
+            action=argparse.BooleanOptionalAction,
+            help="in several steps, jump to data and add noise again, or go from time to time (default: as published "
+            "for the objective: soflow renoises)",
+        )
         sub.add_argument("--vae", help="autoencoder that decodes latents (default: data.vae of the run)")
         sub.add_argument("--precision", choices=SAMPLE_PRECISIONS, help="default bf16 on a GPU, else fp32")
         sub.add_argument(
@@ -152,7 +163,7 @@ def _sample(args: argparse.Namespace) -> None:
     _require_positive("--count", args.count)
     _require_positive("--steps", args.steps)
     config, model, _ = load_run(args.run, args.device, ema_std=args.ema_std)
-    _set_guidance(model, config.objective, args)
+    _set_sampling(model, config.objective, args)
     labels = _labels(args.labels, args.count, config.model.num_classes)
     sampler = Sampler(
         model,
@@ -178,7 +189,7 @@ def _sample(args: argparse.Namespace) -> None:
 
 def _eval(args: argparse.Namespace) -> None:
     config, model, step = load_run(args.run, args.device, ema_std=args.ema_std)
-    _set_guidance(model, config.objective, args)
+    _set_sampling(model, config.objective, args)
     given = {
         "samples": args.count,
         "steps": args.steps,
@@ -245,10 +256,12 @@ def _timed(work: Callable) -> tuple[float, Any]:
 def _variant(args: argparse.Namespace) -> str:
     """What tells files of another average or guidance apart from those of the run's own; a dot would begin a suffix."""
     parts = (f"-{short}-{getattr(args, name)}" for name, short in _VARIANTS.items() if getattr(args, name) is not None)
-    return "".join(parts).replace(".", "_").replace(",", "-")
+    return "".join(parts).lower().replace(".", "_").replace(",", "-")
 
 
-def _set_guidance(model: torch.nn.Module, objective: str, args: argparse.Namespace) -> None:
+def _set_sampling(model: torch.nn.Module, objective: str, args: argparse.Namespace) -> None:
+    if args.renoise is not None:
+        model.renoises = args.renoise
     scale, interval = args.guidance_scale, args.guidance_interval
     if scale is None and interval is None:
         return

@@ -224,6 +224,18 @@ def test_sample(run, tmp_path, capsys):
     assert len(set(pictures)) == 3
 
 
+def test_several_steps_add_noise_again_or_do_not(run, tmp_path):
+    """SoFlow does unless it is told not to; one step is the same."""
+    pictures = []
+    for steps in ("1", "2"):
+        for options in ([], ["--renoise"], ["--no-renoise"]):
+            out = tmp_path / f"{steps}{''.join(options)}"
+            assert main(["sample", str(run), "--count", "10", "--steps", steps, *options, "--out", str(out)]) == 0
+            pictures.append(out.with_suffix(".png").read_bytes())
+    assert pictures[0] == pictures[1] == pictures[2]
+    assert pictures[3] == pictures[4] != pictures[5]
+
+
 def test_compiled_samples_are_the_same(run, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(capture._OPTIONS, True, {"backend": "aot_eager"})  # without the minutes of generating C++
     for name in ("compile", "no-compile"):
