@@ -16,12 +16,16 @@ dq·(k+dk) is taken as two products: rounding k+dk would cost more accuracy, and
 than the sixth product. z sums the rounded p̃E, so that a part common to all v cancels. float32 is rounded inside the
 products instead: there k and dk are centred over the tokens first, and q·dk + dq·dk is the one product (q+dq)·dk.
 
+Where a step moves a query's attention so far that 1+Z leaves [½, 8], the mean of the first keys tells too little. Such
+queries come out as NaN, and a second kernel, whose programs end at once where there are none, goes over their keys
+twice: for the exact ``c = log Σ_j P exp(dS)``, with which Z vanishes and P E is the change of P, taken as a subtraction
+where it is large; and for D.
+
 Shapes: b rows, H heads, N tokens, h head dim. Bytes moved: the seven inputs and dO once (16·b·H·N·h in bf16); blocks of
 queries after the first find the keys' four tensors in the L2 cache. Nothing is saved; the op has no gradient.
 """
 
 import math
-from dataclasses import dataclass
 
 import torch
 import triton
@@ -29,9 +33,9 @@ import triton.language as tl
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from ._attention import Blocks, both_scores, dot, load, rounded, rounded_expm1, store
 from ._cases import Case, Inputs
-from ._launch import Launch, constants, launch, require_dtype, require_shape
-from ._math import expm1
+from ._launch import constants, launch, require_dtype, require_shape
 from ._op import raw_op
 
 # Half precision above 128 and float32 above 80, whose products hold whole operands in registers, spill at every size
@@ -39,27 +43,24 @@ from ._op import raw_op
 _MAX_HEAD_DIM = {torch.float32: 80, torch.bfloat16: 128, torch.float16: 128}
 
 
-@dataclass(frozen=True)
-class _Blocks(Launch):
-    """A launch and its block: how many queries a program has, how many keys it takes at a time."""
-
-    queries: int = 128
-    keys: int = 32
-
-
 # On sm_90, 32 keys at a time keep a thread within 128 registers (150 at head dim 72 with 4 warps): 12 to 16 warps are
 # resident on an SM, and the exponentials of some hide behind the products of others. 64 keys need 175 and leave 8.
 # Two stages: the next keys arrive while these are used. With 128 queries a block, half as many read the keys from L2.
-_HALF = _Blocks(num_warps=8, num_stages=2)
+_HALF = Blocks(num_warps=8, num_stages=2)
 # More queries than tokens would idle.
-_HALF_SHORT = _Blocks(num_warps=4, num_stages=2, queries=64)
+_HALF_SHORT = Blocks(num_warps=4, num_stages=2, queries=64)
 # Head dims above 80: with more keys at a time sm_80, which holds the operands in registers, spills.
-_HALF_WIDE = _Blocks(num_warps=8, num_stages=2, keys=16)
+_HALF_WIDE = Blocks(num_warps=8, num_stages=2, keys=16)
 # float32 runs on the FMA units, exact and slow; larger blocks spill.
-_FLOAT32 = _Blocks(num_warps=4, num_stages=1, max_registers=168, queries=32, keys=16)
+_FLOAT32 = Blocks(num_warps=4, num_stages=1, max_registers=168, queries=32, keys=16)
+
+# Of the second kernel: what spills on no architecture.
+_RARE = Blocks(num_warps=4, queries=32, keys=16, idle=True)
+_RARE_FLOAT32 = Blocks(num_warps=4, num_stages=2, queries=32, keys=16, idle=True)
+_RARE_FLOAT32_NARROW = Blocks(num_warps=4, queries=16, keys=16, idle=True)
 
 
-def _blocks(dtype: torch.dtype, h: int, n: int) -> _Blocks:
+def _blocks(dtype: torch.dtype, h: int, n: int) -> Blocks:
     if dtype == torch.float32:
         return _FLOAT32
     if h > 80:
@@ -67,62 +68,10 @@ def _blocks(dtype: torch.dtype, h: int, n: int) -> _Blocks:
     return _HALF_SHORT if n <= 64 else _HALF
 
 
-@triton.jit
-def _rounded(x, dtype: tl.constexpr):
-    """float32 values rounded to those of dtype by their bits: converting back would occupy the units of the exps."""
-    if dtype == tl.float32:
-        return x
-    dropped: tl.constexpr = 16 if dtype == tl.bfloat16 else 13  # bits of the mantissa
-    bits = x.to(tl.int32, bitcast=True) + (1 << (dropped - 1))
-    return ((bits >> dropped) << dropped).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def _expm1(x, dtype: tl.constexpr):
-    """``exp(x) − 1``; where the result is rounded to half precision anyway, to 1e-5 of it, with fewer instructions."""
-    if dtype == tl.float32:
-        return expm1(x)
-    return tl.where(tl.abs(x) < 0.0625, x * (1 + x * (1 / 2 + x * (1 / 6))), tl.exp2(1.4426950408889634 * x) - 1)
-
-
-@triton.jit
-def _load_columns(ptr, stride, rows, columns, n, HEAD: tl.constexpr, FULL: tl.constexpr, EVEN: tl.constexpr):
-    pointers = ptr + rows[:, None] * stride + columns[None, :]
-    if EVEN and FULL:
-        return tl.load(pointers)
-    if EVEN:
-        return tl.load(pointers, mask=columns[None, :] < HEAD, other=0.0)
-    return tl.load(pointers, mask=(rows[:, None] < n) & (columns[None, :] < HEAD), other=0.0)
-
-
-@triton.jit
-def _load(ptr, stride, rows, n, HEAD: tl.constexpr, MAIN: tl.constexpr, EVEN: tl.constexpr):
-    """Rows of a (n, h) matrix: their first MAIN columns and, where h is larger, a tail of 16; zeros outside."""
-    main = _load_columns(ptr, stride, rows, tl.arange(0, MAIN), n, HEAD, HEAD >= MAIN, EVEN)
-    tail = main
-    if HEAD > MAIN:
-        tail = _load_columns(ptr, stride, rows, MAIN + tl.arange(0, 16), n, HEAD, HEAD == MAIN + 16, EVEN)
-    return main, tail
-
-
-@triton.jit
-def _dot(a, b, acc):
-    return tl.dot(a, b, acc, input_precision="ieee")
-
-
-@triton.jit
-def _scores(a, a_tail, b, b_tail, acc, TAIL: tl.constexpr):
-    """``acc + a bᵀ`` over the columns of main and tail."""
-    acc = _dot(a, b.T, acc)
-    if TAIL:
-        acc = _dot(a_tail, b_tail.T, acc)
-    return acc
-
-
-@triton.jit
-def _store(ptr, do, queries, columns, n, stride, HEAD: tl.constexpr):
-    pointers = ptr + queries[:, None] * stride + columns[None, :]
-    tl.store(pointers, do.to(ptr.dtype.element_ty), mask=(queries[:, None] < n) & (columns[None, :] < HEAD))
+def _rare_blocks(dtype: torch.dtype, h: int) -> Blocks:
+    if dtype == torch.float32:
+        return _RARE_FLOAT32 if h > 32 else _RARE_FLOAT32_NARROW
+    return _RARE
 
 
 _STRIDES = [f"{of}stride_{axis}" for of in ("", "d", "o") for axis in "bhn"]
@@ -171,8 +120,8 @@ def _attention_difference_kernel(
     stride, dstride = stride_n * VECTOR, dstride_n * VECTOR
     scale_log2 = scale * 1.4426950408889634
 
-    q, q_tail = _load(q_ptr + offset + first * stride, stride, queries, left, HEAD, MAIN, EVEN)
-    dq, dq_tail = _load(dq_ptr + doffset + first * dstride, dstride, queries, left, HEAD, MAIN, EVEN)
+    q, q_tail = load(q_ptr + offset + first * stride, stride, queries, left, HEAD, MAIN, EVEN)
+    dq, dq_tail = load(dq_ptr + doffset + first * dstride, dstride, queries, left, HEAD, MAIN, EVEN)
     q_moved, q_moved_tail = q, q_tail
     if q.dtype == tl.float32:
         # A copy even in the tangent: of an operand that two products share, every value would stay in a register.
@@ -187,16 +136,10 @@ def _attention_difference_kernel(
 
     for start in range(0, n, KEYS):
         keys = start + tl.arange(0, KEYS)
-        k, k_tail = _load(k_ptr + offset, stride, keys, n, HEAD, MAIN, EVEN)
-        dk, dk_tail = _load(dk_ptr + doffset, dstride, keys, n, HEAD, MAIN, EVEN)
-        zero = tl.zeros((QUERIES, KEYS), tl.float32)
-        s = _scores(q, q_tail, k, k_tail, zero, TAIL)
-        ds = _scores(dq, dq_tail, k, k_tail, zero, TAIL)
-        ds = _scores(q_moved, q_moved_tail, dk, dk_tail, ds, TAIL)
-        if not TANGENT and q.dtype != tl.float32:
-            ds = _scores(dq, dq_tail, dk, dk_tail, ds, TAIL)
-        if not EVEN:
-            s = tl.where(keys[None, :] < n, s, float("-inf"))
+        s, ds = both_scores(
+            q, q_tail, dq, dq_tail, q_moved, q_moved_tail, k_ptr + offset, dk_ptr + doffset, stride, dstride, keys, n,
+            HEAD, MAIN, TANGENT, EVEN, QUERIES,
+        )  # fmt: skip
         higher = tl.maximum(peak, tl.max(s, 1))
         decay = tl.exp2((peak - higher) * scale_log2)
         p = tl.exp2(s * scale_log2 - (higher * scale_log2)[:, None])
@@ -205,30 +148,124 @@ def _attention_difference_kernel(
             common = tl.sum(p * ds, 1) / block_p * scale
         e = ds * scale - common[:, None]
         if not TANGENT:
-            e = _expm1(e, q.dtype)
-        pe = _rounded(p * e, q.dtype)
+            e = rounded_expm1(e, q.dtype)
+        pe = rounded(p * e, q.dtype)
         peak = higher
         sum_p = sum_p * decay + block_p
         sum_pe = sum_pe * decay + tl.sum(pe, 1)
         p_moved = (p if TANGENT else p + pe).to(q.dtype)
         pe = pe.to(q.dtype)
-        v, v_tail = _load(v_ptr + offset, stride, keys, n, HEAD, MAIN, EVEN)
-        dv, dv_tail = _load(dv_ptr + doffset, dstride, keys, n, HEAD, MAIN, EVEN)
+        v, v_tail = load(v_ptr + offset, stride, keys, n, HEAD, MAIN, EVEN)
+        dv, dv_tail = load(dv_ptr + doffset, dstride, keys, n, HEAD, MAIN, EVEN)
         if TAIL:
-            acc_tail = _dot(pe, v_tail, _dot(p_moved, dv_tail, acc_tail * decay[:, None]))
-        acc = _dot(pe, v, _dot(p_moved, dv, acc * decay[:, None]))
+            acc_tail = dot(pe, v_tail, dot(p_moved, dv_tail, acc_tail * decay[:, None]))
+        acc = dot(pe, v, dot(p_moved, dv, acc * decay[:, None]))
 
     z = sum_pe / sum_p
     gain = 1 / sum_p if TANGENT else 1 / (sum_p + sum_pe)  # 1/(ℓ(1+Z))
     o_gain = z if TANGENT else z / (1 + z)
+    if not TANGENT:
+        gain = tl.where((z > -0.5) & (z < 7), gain, float("nan"))  # what overflowed fails a comparison
     ooffset = (row * ostride_b + head * ostride_h + first * ostride_n) * VECTOR
-    o, o_tail = _load(o_ptr + ooffset, ostride_n * VECTOR, queries, left, HEAD, MAIN, EVEN)
+    o, o_tail = load(o_ptr + ooffset, ostride_n * VECTOR, queries, left, HEAD, MAIN, EVEN)
     do_ptr += ((row * n + first) * heads + head) * HEAD
     do = acc * gain[:, None] - o.to(tl.float32) * o_gain[:, None]
-    _store(do_ptr, do, queries, tl.arange(0, MAIN), left, heads * HEAD, HEAD)
+    store(do_ptr, do, queries, tl.arange(0, MAIN), left, heads * HEAD, HEAD)
     if TAIL:
         do = acc_tail * gain[:, None] - o_tail.to(tl.float32) * o_gain[:, None]
-        _store(do_ptr, do, queries, MAIN + tl.arange(0, 16), left, heads * HEAD, HEAD)
+        store(do_ptr, do, queries, MAIN + tl.arange(0, 16), left, heads * HEAD, HEAD)
+
+
+@triton.jit(do_not_specialize=["n", "heads", *_STRIDES[:6]])
+def _large_change_kernel(
+    q_ptr,  # (b, H, N, h), strides stride_*
+    k_ptr,
+    v_ptr,
+    dq_ptr,  # (b, H, N, h), strides dstride_*
+    dk_ptr,
+    dv_ptr,
+    do_ptr,  # (b, N, H, h), contiguous, NaN where it is wanted
+    n,
+    heads,
+    scale,
+    stride_b: tl.int64,
+    stride_h,
+    stride_n,
+    dstride_b: tl.int64,
+    dstride_h,
+    dstride_n,
+    HEAD: tl.constexpr,
+    MAIN: tl.constexpr,
+    EVEN: tl.constexpr,
+    VECTOR: tl.constexpr,
+    QUERIES: tl.constexpr,
+    KEYS: tl.constexpr,
+):
+    """dO of the queries whose change is large; names as above."""
+    TAIL: tl.constexpr = HEAD > MAIN
+    blocks = tl.cdiv(n, QUERIES)
+    pid = tl.program_id(0)
+    row = (pid // (blocks * heads)).to(tl.int64)
+    head = (pid // blocks % heads).to(tl.int64)
+    first = (pid % blocks).to(tl.int64) * QUERIES
+    queries, left = tl.arange(0, QUERIES), (n - first).to(tl.int32)
+    do_ptr += ((row * n + first) * heads + head) * HEAD
+    marks = tl.load(do_ptr + queries * heads * HEAD, mask=queries < left, other=0.0)
+    wanted = (marks != marks).to(tl.int32)
+    if tl.max(wanted, 0) == 0:
+        return
+
+    offset = (row * stride_b + head * stride_h) * VECTOR
+    doffset = (row * dstride_b + head * dstride_h) * VECTOR
+    stride, dstride = stride_n * VECTOR, dstride_n * VECTOR
+    scale_log2 = scale * 1.4426950408889634
+    q, q_tail = load(q_ptr + offset + first * stride, stride, queries, left, HEAD, MAIN, EVEN)
+    dq, dq_tail = load(dq_ptr + doffset + first * dstride, dstride, queries, left, HEAD, MAIN, EVEN)
+    q_moved, q_moved_tail = q, q_tail
+    if q.dtype == tl.float32:
+        q_moved, q_moved_tail = q + dq, q_tail + dq_tail
+
+    peak = tl.full((QUERIES,), float("-inf"), tl.float32)  # of S in units of ln 2, then log2 Σ exp2
+    moved_peak = peak  # likewise of S + dS
+    sum_p = tl.zeros((QUERIES,), tl.float32)
+    sum_moved = tl.zeros((QUERIES,), tl.float32)
+    for start in range(0, n, KEYS):
+        keys = start + tl.arange(0, KEYS)
+        s, ds = both_scores(
+            q, q_tail, dq, dq_tail, q_moved, q_moved_tail, k_ptr + offset, dk_ptr + doffset, stride, dstride, keys, n,
+            HEAD, MAIN, False, EVEN, QUERIES,
+        )  # fmt: skip
+        s, moved = s * scale_log2, (s + ds) * scale_log2
+        higher, moved_higher = tl.maximum(peak, tl.max(s, 1)), tl.maximum(moved_peak, tl.max(moved, 1))
+        sum_p = sum_p * tl.exp2(peak - higher) + tl.sum(tl.exp2(s - higher[:, None]), 1)
+        sum_moved = sum_moved * tl.exp2(moved_peak - moved_higher) + tl.sum(tl.exp2(moved - moved_higher[:, None]), 1)
+        peak, moved_peak = higher, moved_higher
+    peak += tl.log2(sum_p)
+    moved_peak += tl.log2(sum_moved)
+
+    acc = tl.zeros((QUERIES, MAIN), tl.float32)
+    acc_tail = tl.zeros((QUERIES, 16), tl.float32)
+    for start in range(0, n, KEYS):
+        keys = start + tl.arange(0, KEYS)
+        s, ds = both_scores(
+            q, q_tail, dq, dq_tail, q_moved, q_moved_tail, k_ptr + offset, dk_ptr + doffset, stride, dstride, keys, n,
+            HEAD, MAIN, False, EVEN, QUERIES,
+        )  # fmt: skip
+        p = tl.exp2(s * scale_log2 - peak[:, None])
+        p_moved = tl.exp2((s + ds) * scale_log2 - moved_peak[:, None])
+        e = ds * scale - ((moved_peak - peak) * 0.6931471805599453)[:, None]
+        dp = tl.where(tl.abs(e) > 1, p_moved - p, p * rounded_expm1(tl.minimum(e, 1.0), tl.float32))
+        dp, p_moved = dp.to(q.dtype), p_moved.to(q.dtype)
+        v, v_tail = load(v_ptr + offset, stride, keys, n, HEAD, MAIN, EVEN)
+        dv, dv_tail = load(dv_ptr + doffset, dstride, keys, n, HEAD, MAIN, EVEN)
+        if TAIL:
+            acc_tail = dot(dp, v_tail, dot(p_moved, dv_tail, acc_tail))
+        acc = dot(dp, v, dot(p_moved, dv, acc))
+
+    left = (left * wanted)[:, None]
+    store(do_ptr, acc, queries, tl.arange(0, MAIN), left, heads * HEAD, HEAD)
+    if TAIL:
+        store(do_ptr, acc_tail, queries, MAIN + tl.arange(0, 16), left, heads * HEAD, HEAD)
 
 
 def _aligned(tensors: list[Tensor], vector: int) -> list[Tensor]:
@@ -251,24 +288,29 @@ def _attention_difference(
     dq, dk, dv = _aligned([dq, dk, dv], vector)
     (o,) = _aligned([o], vector)
     do = torch.empty(b, n, heads, h, dtype=dv.dtype, device=dv.device)  # as the projection that follows reads it
-    config = _blocks(q.dtype, h, n)
-    launch(
-        _attention_difference_kernel,
-        lambda: (triton.cdiv(n, config.queries) * heads * b,),
-        *(q, k, v, dq, dk, dv, o, do),
-        n,
-        heads,
-        h**-0.5,
-        *(stride // vector for x in (q, dq, o) for stride in x.stride()[:3]),
-        HEAD=h,
-        MAIN=64 if 64 < h <= 80 else max(16, triton.next_power_of_2(h)),
-        TANGENT=tangent,
-        EVEN=n % max(config.queries, config.keys) == 0,
-        VECTOR=vector,
-        QUERIES=config.queries,
-        KEYS=config.keys,
-        config=config,
-    )
+    columns = {"HEAD": h, "MAIN": 64 if 64 < h <= 80 else max(16, triton.next_power_of_2(h)), "VECTOR": vector}
+
+    def run(kernel, tensors, strided, config: Blocks, **constants) -> None:
+        launch(
+            kernel,
+            lambda: (triton.cdiv(n, config.queries) * heads * b,),
+            *tensors,
+            n,
+            heads,
+            h**-0.5,
+            *(stride // vector for x in strided for stride in x.stride()[:3]),
+            **columns,
+            **constants,
+            EVEN=n % max(config.queries, config.keys) == 0,
+            QUERIES=config.queries,
+            KEYS=config.keys,
+            config=config,
+        )
+
+    tensors, config = (q, k, v, dq, dk, dv), _blocks(q.dtype, h, n)
+    run(_attention_difference_kernel, (*tensors, o, do), (q, dq, o), config, TANGENT=tangent)
+    if not tangent:
+        run(_large_change_kernel, (*tensors, do), (q, dq), _rare_blocks(q.dtype, h))
     return do.transpose(1, 2)
 
 
@@ -288,8 +330,7 @@ def attention_difference(
     """Fused :func:`soflow_fast.kernels.reference.attention_difference`: dtype of dv, no gradient.
 
     The differences keep their relative accuracy at any size that their dtype resolves: down to 1e-38 in bfloat16 and
-    float32; float16 is coarse below 6e-5, so differences of that size need a scale or another dtype. dS may spread up
-    to 80 around its mean (11 in float16, where p̃E would overflow).
+    float32; float16 is coarse below 6e-5, so differences of that size need a scale or another dtype.
 
     Args:
         q, k, v, dq, dk, dv: (b, H, N, h) of one dtype, any strides; views of a (b, N, 3, H, h) tensor are read as they

@@ -14,6 +14,9 @@ import math
 import torch
 from torch import Tensor
 
+#: A change of an exponent after which the plain subtraction keeps its digits, and the other forms may overflow.
+LARGE_CHANGE = 20.0
+
 
 def wide(*tensors: Tensor) -> tuple[Tensor, ...]:
     """The tensors in float32, or in float64 if the first one is."""
@@ -181,14 +184,32 @@ def expm1(x: Tensor) -> Tensor:
     return torch.tanh(x / 2) * (torch.exp(x) + 1)
 
 
+def softmax_difference(p: Tensor, x: Tensor, d: Tensor, *, dim: int = -1, tangent: bool = False) -> Tensor:
+    """``softmax(x+d) − softmax(x)``: ``P(E−Z)/(1+Z)``, ``E = expm1(d−c)``, ``Z = Σ P E``; of large changes, subtracted.
+
+    Softmax does not see a change c that is common to all; without it, ``Σ P d``, no 1+Z is below 1.
+
+    Args:
+        p: ``softmax(x)``, 0 where x is −inf. x, d: of its shape; d of what is masked does not matter.
+    """
+    centred = torch.where(p == 0, 0, d)
+    centred = centred - (p * centred).sum(dim, keepdim=True)
+    if tangent:
+        return p * centred
+    e = expm1(centred.clamp(-LARGE_CHANGE, LARGE_CHANGE))
+    z = (p * e).sum(dim, keepdim=True)
+    large = (d - d.amin(dim, keepdim=True)).amax(dim, keepdim=True) > LARGE_CHANGE
+    return torch.where(large, torch.ops.aten._safe_softmax(x + d, dim) - p, p * (e - z) / (1 + z))
+
+
 def attention_difference(
     q: Tensor, k: Tensor, v: Tensor, dq: Tensor, dk: Tensor, dv: Tensor, o: Tensor, *, tangent: bool = False
 ) -> Tensor:
     """``softmax(q'k'ᵀ/√h) v' − softmax(qkᵀ/√h) v`` from the differences of q, k and v.
 
-    ``dS = (dq·(k+dk) + q·dk)/√h``, ``P = softmax(S)``, ``E = expm1(dS)``, ``Z = Σ_j P E``, ``dP = P(E−Z)/(1+Z)``,
-    ``dO = dP(v+dv) + P dv``. Softmax does not see a shift common to all keys, so k and dk are centred over the keys
-    first; otherwise the parts of E and Z due to it would cancel only approximately.
+    ``dS = (dq·(k+dk) + q·dk)/√h``, ``P = softmax(S)``, dP by :func:`softmax_difference`, ``dO = dP(v+dv) + P dv``.
+    Softmax does not see a shift common to all keys, so k and dk are centred over the keys first; otherwise its products
+    with q and dq would cancel only approximately.
 
     Args:
         q, k, v, dq, dk, dv: (b, H, N, h), any strides. o: (b, H, N, h), the primal output (the fused kernel needs it
@@ -201,12 +222,8 @@ def attention_difference(
     q, k, v, dq, dk, dv_wide = wide(q, k, v, dq, dk, dv)
     k = k - k.mean(-2, keepdim=True)
     dk = dk - dk.mean(-2, keepdim=True)
-    p = torch.softmax(q @ k.mT * scale, dim=-1)
-    if tangent:
-        ds = (dq @ k.mT + q @ dk.mT) * scale
-        dp = p * (ds - (p * ds).sum(-1, keepdim=True))
-        return (dp @ v + p @ dv_wide).to(dv.dtype)
-    e = expm1((dq @ (k + dk).mT + q @ dk.mT) * scale)
-    z = (p * e).sum(-1, keepdim=True)
-    dp = p * (e - z) / (1 + z)
-    return (dp @ (v + dv_wide) + p @ dv_wide).to(dv.dtype)
+    scores = q @ k.mT * scale
+    p = torch.softmax(scores, dim=-1)
+    moved_k, moved_v = (k, v) if tangent else (k + dk, v + dv_wide)
+    dp = softmax_difference(p, scores, (dq @ moved_k.mT + q @ dk.mT) * scale, tangent=tangent)
+    return (dp @ moved_v + p @ dv_wide).to(dv.dtype)

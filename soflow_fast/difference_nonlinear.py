@@ -8,13 +8,10 @@ from torch import Tensor
 
 from soflow_fast.difference_rules import RULES, Rule, aten, bilinear, like, refuse, rule_for, wide
 from soflow_fast.kernels import reference_difference as reference
+from soflow_fast.kernels.reference_difference import LARGE_CHANGE, softmax_difference
 
 # The largest head dim that the fused kernel of attention's difference takes in every dtype.
 _FUSED_HEAD_DIM = 80
-
-# A change of an exponent after which the plain subtraction keeps its digits, and the other forms may overflow.
-_LARGE = 20.0
-
 
 # ----------------------------------------------------------------------------- functions of every number alone
 
@@ -48,8 +45,8 @@ def _sigmoid_difference(x: Tensor, d: Tensor, tangent: bool) -> Tensor:
     if tangent:
         return d * torch.sigmoid(x) * torch.sigmoid(-x)
     moved = torch.sigmoid(x + d)
-    change = -reference.expm1(-d.clamp(min=-_LARGE)) * moved * torch.sigmoid(-x)
-    return torch.where(d < -_LARGE, moved - torch.sigmoid(x), change)
+    change = -reference.expm1(-d.clamp(min=-LARGE_CHANGE)) * moved * torch.sigmoid(-x)
+    return torch.where(d < -LARGE_CHANGE, moved - torch.sigmoid(x), change)
 
 
 def _silu_difference(x: Tensor, d: Tensor, tangent: bool) -> Tensor:
@@ -246,37 +243,26 @@ def _norm(operator, out, arguments, differences, tangent, **keywords):
     return like(_quotient(change.sum(dims, keep), norm + moved), out)
 
 
-def _softmax_difference(p: Tensor, x: Tensor, d: Tensor, dim: int, tangent: bool) -> Tensor:
-    """``P(E−Z)/(1+Z)`` with ``E = expm1(d)``, ``Z = Σ P E``; of large changes, the subtraction.
-
-    What is masked, with P = 0, may change as it likes. A change of all alike is taken out first: softmax does not see
-    it, and it would cancel only approximately.
-    """
-    centred = torch.where(p == 0, 0, d)
-    centred = centred - (p * centred).sum(dim, keepdim=True)
-    if tangent:
-        return p * centred
-    e = reference.expm1(centred.clamp(-_LARGE, _LARGE))
-    z = (p * e).sum(dim, keepdim=True)
-    large = (d - d.amin(dim, keepdim=True)).amax(dim, keepdim=True) > _LARGE
-    return torch.where(large, aten._safe_softmax(x + d, dim) - p, p * (e - z) / (1 + z))
-
-
 @rule_for(aten.softmax, aten._safe_softmax)
 def _softmax(operator, out, arguments, differences, tangent, **keywords):
     x, d = wide(arguments[0], differences[0])
     dim = arguments[1]
-    return like(_softmax_difference(aten._safe_softmax(x, dim), x, d, dim, tangent), out)
+    return like(softmax_difference(aten._safe_softmax(x, dim), x, d, dim=dim, tangent=tangent), out)
 
 
 @rule_for(aten.log_softmax)
 def _log_softmax(operator, out, arguments, differences, tangent, **keywords):
-    """``d − log(1+Z)``."""
+    """``d − c − log(1+Z)``, c and Z as in :func:`softmax_difference`; of large changes, the subtraction."""
     x, d = wide(arguments[0], differences[0])
     dim = arguments[1]
     p = torch.softmax(x, dim)
-    d = d - (p * d).sum(dim, keepdim=True)
-    return like(d if tangent else d - torch.log1p((p * reference.expm1(d)).sum(dim, keepdim=True)), out)
+    centred = d - (p * d).sum(dim, keepdim=True)
+    if tangent:
+        return like(centred, out)
+    z = (p * reference.expm1(centred.clamp(max=LARGE_CHANGE))).sum(dim, keepdim=True)
+    large = centred.amax(dim, keepdim=True) > LARGE_CHANGE
+    subtracted = torch.log_softmax(x + d, dim) - torch.log_softmax(x, dim)
+    return like(torch.where(large, subtracted, centred - torch.log1p(z)), out)
 
 
 @rule_for(aten.scaled_dot_product_attention)
@@ -320,7 +306,7 @@ def _masked_attention(q, k, v, dq, dk, dv, mask: Tensor | None, causal: bool, ta
     scores = _scores(q, k, mask, causal, scale)
     p = aten._safe_softmax(scores, -1)  # 0 where all is masked
     change = bilinear(torch.matmul, q, k.mT, dq, dk.mT, tangent) * scale
-    dp = _softmax_difference(p, scores, change, -1, tangent)
+    dp = softmax_difference(p, scores, change, tangent=tangent)
     return bilinear(torch.matmul, p, v, dp, dv, tangent)
 
 

@@ -115,6 +115,43 @@ def test_peaked_attention_stays_finite(dtype):
     check_accuracy(NAME, arguments, {})
 
 
+FULL_STEP_LIMITS = ((torch.float32, 2e-5), (torch.float16, 3e-3), pytest.param(torch.bfloat16, 2e-2, marks=needs_gpu))
+
+
+@pytest.mark.parametrize(("dtype", "limit"), FULL_STEP_LIMITS)
+@pytest.mark.parametrize("peak", [1.0, 3.0, 6.0, 20.0])
+@pytest.mark.parametrize("shape", [(1, 2, 100, 64), (1, 1, 256, 72)])
+def test_steps_from_one_peaked_attention_to_another(shape, peak, dtype, limit):
+    """Scores change by up to hundreds: E overflows, and 1+Z is nearly 0 for queries that leave the first keys."""
+    arguments = _inputs(shape, dtype, step=1.0)
+    for name in ("q", "k", "dq", "dk"):
+        arguments[name] = peak**0.5 * arguments[name]
+    arguments["o"] = _attention(*(arguments[x].double() for x in "qkv")).to(dtype)
+    assert _relative_error(arguments) < limit
+    reference_error = reference.attention_difference(**arguments) - _truth(arguments, tangent=False)
+    assert reference_error.norm() < limit * _truth(arguments, tangent=False).norm()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_queries_with_small_changes_are_as_without_the_others(dtype):
+    arguments = _inputs((1, 1, 256, 64), dtype, step=1e-3)
+    alone = fused.attention_difference(**arguments)
+    far = torch.zeros(256, dtype=torch.bool, device=DEVICE)
+    far[3::16] = True
+    arguments["dq"] = torch.where(far[:, None], 1e4 * arguments["dq"], arguments["dq"])
+    both = fused.attention_difference(**arguments)
+    assert torch.equal(both[:, :, ~far], alone[:, :, ~far])
+    truth = _truth(arguments, tangent=False)[:, :, far]
+    assert (both[:, :, far] - truth).norm() < 0.02 * truth.norm()
+
+
+@pytest.mark.parametrize("name", ["q", "dk", "dv"])
+def test_what_is_not_a_number_stays_so(name):
+    arguments = _inputs((1, 1, 40, 64))
+    arguments[name] = torch.where(torch.arange(64, device=DEVICE) == 5, float("nan"), arguments[name])
+    assert fused.attention_difference(**arguments).isnan().any()
+
+
 def test_any_strides():
     """Views of a projection are read in place, others are packed first: the same result."""
     arguments = _inputs((2, 2, 20, 24), torch.float16)

@@ -319,7 +319,13 @@ def test_rms_norm_of_small_numbers_in_bfloat16():
 
 
 @pytest.mark.parametrize(
-    "function", [lambda x, t: torch.softmax(300 * x, -1), lambda x, t: torch.sigmoid(900 * x - 900)]
+    "function",
+    [
+        lambda x, t: torch.softmax(300 * x, -1),
+        lambda x, t: torch.log_softmax(300 * x, -1),
+        lambda x, t: torch.sigmoid(900 * x - 900),
+        lambda x, t: nnf.scaled_dot_product_attention(*(40 * _heads(x),) * 2, _heads(x)),
+    ],
 )
 def test_large_changes_do_not_overflow(function):
     x, t, dx, dt = _inputs(0.3)
