@@ -1,6 +1,8 @@
-"""What a benchmark must say about where it ran."""
+"""What a benchmark must say about where it ran, and the file it says it in."""
 
 import importlib.metadata
+import json
+import os
 import platform
 import subprocess
 from pathlib import Path
@@ -27,6 +29,22 @@ def environment() -> dict:
     }
 
 
+def write_report(path: Path, report: dict, *, partial: bool = False) -> None:
+    """Writes a report as JSON, whole or not at all.
+
+    Args:
+        partial: whether more is to come; the file then says so, and counts as unfinished if the run is stopped here.
+    """
+    write_whole(path, json.dumps({**report, "partial": True} if partial else report, indent=1) + "\n")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a file so that a kill leaves the one before or the new one."""
+    unfinished = path.with_name(path.name + ".unfinished")
+    unfinished.write_text(text)
+    os.replace(unfinished, path)
+
+
 def _version(package: str) -> str | None:
     try:
         return importlib.metadata.version(package)
@@ -44,8 +62,6 @@ def _cpu_model() -> str:
 
 
 def _usable_cores() -> set[int]:
-    import os
-
     return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
 
 

@@ -58,6 +58,29 @@ def test_a_table_is_done_when_it_has_every_row(run, tmp_path):
     assert "begun" in run("plan", "--only", "ladder_b4")[1]
 
 
+def test_a_partial_report_is_not_done(run, tmp_path):
+    path = tmp_path / "results" / "rates.json"
+    assert run("run", "--only", "rates")[0] == 0
+    path.write_text(json.dumps({**json.loads(path.read_text()), "partial": True}))
+    assert "begun" in run("plan", "--only", "rates")[1]
+    assert run("run", "--only", "rates")[1].count("rates.py") == 1
+    assert "partial" not in json.loads(path.read_text())
+
+
+def test_tests_that_are_interrupted_leave_what_they_found(run, campaign, monkeypatch, tmp_path):
+    slow = tmp_path / "test_of_two.py"
+    slow.write_text("import time\ndef test_first(): pass\ndef test_second(): time.sleep(100)\n")
+    command = campaign.Campaign._command
+    monkeypatch.setattr(campaign.Campaign, "_command", lambda *given: [*command(*given)[:-1], str(slow)])
+    monkeypatch.setattr(campaign, "STAGES", (campaign.Stage("correctness", "pytest", seconds=1),))
+    monkeypatch.setattr(campaign, "_GRACE", 5.0)
+    code, _ = run("run", "--minutes", "0.25")
+    assert code == 1
+    report = json.loads((tmp_path / "results" / "correctness.json").read_text())
+    assert (report["tests"], report["partial"], report["failure"]) == (1, True, [])
+    assert "begun" in run("plan")[1]
+
+
 def test_too_little_time_leaves_a_stage_for_the_next_call(run, tmp_path):
     code, out = run("run", "--only", "kernels", "--minutes", "0.1")
     assert code == 0
