@@ -10,6 +10,7 @@ import itertools
 import math
 import random
 import statistics
+import sys
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
@@ -309,7 +310,12 @@ def _peak_on_cpu(step: TrainStep, data: tuple[Tensor, Tensor]) -> int:
 
 
 def release() -> None:
-    """Returns the memory of steps that are no longer referred to."""
+    """Returns the memory of steps that are no longer referred to; if it cannot, it says so, and rows go on without."""
     gc.collect()
     if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+        try:
+            torch.cuda.empty_cache()
+        except torch.AcceleratorError:  # the GPU does nothing more in this process
+            raise
+        except RuntimeError as error:  # what a broken row has left must not cost the others
+            print(f"memory is kept: {error}", file=sys.stderr, flush=True)

@@ -11,7 +11,7 @@ import pytest
 import throughput
 import torch
 from _check import Truth
-from _race import ROUNDS, Contestant, NotRun, Track, flops_per_sample
+from _race import ROUNDS, Contestant, NotRun, Track, flops_per_sample, release
 from _rows import ROWS, Workload
 from _table import Results
 
@@ -292,6 +292,22 @@ def test_a_row_that_breaks_while_it_is_timed_drops_out():
     assert bad.report == {"skipped": "RuntimeError: planted", "failed": True}
     assert len(runs) == 1
     assert good.report["steps"] == ROUNDS
+
+
+def test_memory_that_cannot_be_returned_ends_no_table(monkeypatch, capsys):
+    def fails(error):
+        def empty_cache():
+            raise error
+
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "empty_cache", empty_cache)
+
+    fails(RuntimeError("captures_underway.empty() INTERNAL ASSERT FAILED"))
+    release()
+    assert "memory is kept: captures_underway" in capsys.readouterr().err
+    fails(torch.AcceleratorError("an illegal memory access was encountered"))
+    with pytest.raises(torch.AcceleratorError):
+        release()
 
 
 def test_not_run_says_why():
