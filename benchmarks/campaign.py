@@ -5,12 +5,12 @@
 ``run`` takes the stages in order: correctness of every kernel first, then DiT-XL/2, DiT-B/4 and the rest. Each is a
 command of this folder that writes one JSON; a stage whose JSON is complete, of this commit and this card, is not run
 again, so the same call repeated comes to the end. Figures are compared only inside one JSON. Compiled code is kept in
-``--cache`` from call to call: where a machine keeps nothing in between, carry folder and cache over. A stage that leaves
-no JSON, or a partial one, is tried again by the next call; every stage leaves its log.
-``report`` writes the folder's REPORT.md. The package must be installed in place (``pip install --editable .``), as its
-tests run from the checkout. Where the files are without their git history, ``git rev-parse HEAD > COMMIT``
-before they are copied tells the results their commit. ``--smoke`` runs the smallest form of every stage, on a CPU too:
-it tries the campaign, and its figures mean nothing.
+``--cache`` from call to call: where a machine keeps nothing in between, carry folder and cache over. A stage that
+leaves no JSON, or a partial one, is tried again by the next call; every stage leaves its log. ``report`` writes the
+folder's REPORT.md. The package must be installed in place (``pip install --editable .``), as its tests run from the
+checkout. Where the files are without their git history, ``git rev-parse HEAD > COMMIT`` before they are copied tells
+the results their commit. ``--smoke`` runs the smallest form of every stage, on a CPU too: it tries the campaign, and
+its figures mean nothing.
 """
 
 import argparse
