@@ -181,10 +181,11 @@ class Track:
         before = self.monitor.energy_j() if self.monitor else None
         contestant.times += self._times(lambda: contestant.step(*contestant.data), steps, contestant.samples)
         contestant.steps_run += steps + self.on_gpu
-        if before is None:
+        after = self.monitor.energy_j() if self.monitor else None
+        if before is None or after is None:
             contestant.joules = None
         elif contestant.joules is not None:
-            contestant.joules += self.monitor.energy_j() - before
+            contestant.joules += after - before
 
     def _times(self, run, steps: int, samples: list[dict] | None = None) -> list[float]:
         """Milliseconds of each step; on a GPU by events, after one step that is not timed and fills the queue."""
