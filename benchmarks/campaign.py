@@ -75,6 +75,7 @@ class Stage:
         name: of the stage, its JSON and its log. script: of this folder, or ``pytest``. arguments, smoke: of the script
             on a GPU and in a smoke run. seconds: expected on an H200, compiling included. rows: ids or sets of
             ``throughput.py`` that make it complete; such a script takes ``--limit`` and goes on where it stopped.
+        least: seconds without which it is not begun, for one that goes on; the others need all of theirs.
         gib: of GPU memory that it needs.
     """
 
@@ -84,13 +85,15 @@ class Stage:
     smoke: tuple[str, ...] = ("--smoke",)
     seconds: int = 60
     rows: tuple[str, ...] = ()
+    least: int = 120
     gib: int = 0
 
 
 def _throughput(name: str, model: str, rows: tuple[str, ...], seconds: int, batch: int = 256, gib: int = 0) -> Stage:
     smoke = ("--model", "small", "--batch", "4", "--seconds", "0.2")
     arguments = ("--model", model, "--batch", str(batch), "--seconds", "5")
-    return Stage(name, "throughput.py", arguments, smoke, seconds, rows, gib)
+    least = 240 if model in ("DiT-XL/2", "DiT-L/2") else 150  # one row
+    return Stage(name, "throughput.py", arguments, smoke, seconds, rows, least, gib)
 
 
 STAGES = (
@@ -165,7 +168,7 @@ class Campaign:
             if state in ("done", "too large"):
                 continue
             left = end - time.monotonic()
-            if left < (min(stage.seconds, 120) if stage.rows else stage.seconds):
+            if left < (min(stage.seconds, stage.least) if stage.rows else stage.seconds):
                 print(f"{stage.name}: {left:.0f} s are too few, left for the next call", flush=True)
                 continue
             if not self._run(stage, left):

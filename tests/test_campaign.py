@@ -88,6 +88,17 @@ def test_too_little_time_leaves_a_stage_for_the_next_call(run, tmp_path):
     assert not (tmp_path / "results" / "kernels.json").exists()
 
 
+def test_a_table_is_begun_with_time_for_one_row(campaign, monkeypatch, tmp_path):
+    here, begun = campaign.Campaign(tmp_path, tmp_path, smoke=False), []
+    here.gib = 139.0
+    monkeypatch.setattr(here, "_run", lambda stage, left: begun.append(stage.name) or True)
+    tables = [stage for stage in campaign.STAGES if stage.script == "throughput.py"]
+    here.run(tables, 200.0)
+    assert begun == [stage.name for stage in tables if "_xl2_" not in stage.name and "_l2_" not in stage.name]
+    here.run(tables, 245.0)
+    assert set(begun) == {stage.name for stage in tables}
+
+
 def test_a_stage_that_fails_is_named_with_the_end_of_its_log(run, campaign, monkeypatch):
     broken = campaign.Stage("broken", "rates.py", smoke=("--batch", "3"))
     monkeypatch.setattr(campaign, "STAGES", (broken,))

@@ -250,6 +250,14 @@ def test_a_second_attempt_is_made_only_in_time(monkeypatch):
     assert (rows["c"], rows["d"]) == ("left", "left")
 
 
+@pytest.mark.parametrize(("model", "begun"), [("DiT-B/4", True), ("DiT-XL/2", False)])
+def test_a_row_of_a_deep_model_needs_more_time(monkeypatch, model, begun):
+    track = _Fake()
+    track.workload = replace(track.workload, model=model)
+    monkeypatch.setattr(throughput.time, "monotonic", lambda: 0.0)
+    assert (_fake_run("a", track, limit=120.0)["a"] != "left") == begun
+
+
 def test_a_row_too_large_for_the_memory_alone_is_skipped():
     track = _Fake(too_large="b")
     rows = _fake_run("abc", track)
