@@ -9,14 +9,13 @@ time is the floor: a step on this card that does nothing else. Embeddings, modul
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from _measure import environment
+from _measure import environment, write_report
 from _timing import Timer, copy_bandwidth, launch_floor_ms
 from torch import Tensor
 
@@ -158,7 +157,7 @@ def main(arguments: list[str] | None = None) -> int:
     for name, sizes in models.items():
         report["models"].append(measure(name, sizes, 4 if tiny else options.batch, timer))
         if options.json:
-            options.json.write_text(json.dumps(report, indent=1) + "\n")
+            write_report(options.json, report, partial=len(report["models"]) < len(models))
     for model in report["models"]:
         print(f"\n{model['model']}, batch {model['batch']}{': times mean nothing' if tiny else ''}")
         print(f"{'':36}{'ms':>9}{'count':>7}{'TFLOP/s':>9}{'ms/step':>9}")
