@@ -35,6 +35,10 @@ def test_a_stage_runs_once_and_again_for_another_commit(run, tmp_path):
     report = json.loads(path.read_text())
     assert report["smoke"] is True
     assert report["models"][0]["floor_ms"] > 0
+    attention = {row["part"]: row for row in report["models"][0]["rows"] if "attention by" in row["part"]}
+    assert attention["attention by flash, both ways"]["ms"] > 0
+    if report["environment"]["gpu"] is None:
+        assert "No viable backend" in attention["attention by cuDNN, guidance"]["refused"]
 
     assert run("run", "--only", "rates")[1].count("rates.py") == 0
 
