@@ -183,12 +183,15 @@ class Campaign:
         print(f"{stage.name}: {shlex.join(command[1:])}", flush=True)
         start = time.monotonic()
         caches = {"TORCHINDUCTOR_CACHE_DIR": self.cache / "inductor", "TRITON_CACHE_DIR": self.cache / "triton"}
+        variables = {name: str(folder.resolve()) for name, folder in caches.items()}
+        if stage.script == "pytest":
+            variables["OMP_NUM_THREADS"] = "2"  # of each of the processes
         signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a shell's background, and by its children
         with log.open("w") as output:
             process = subprocess.Popen(
                 command,
                 cwd=ROOT,
-                env={**os.environ, **{name: str(folder.resolve()) for name, folder in caches.items()}},
+                env={**os.environ, **variables},
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
