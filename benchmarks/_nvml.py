@@ -1,6 +1,7 @@
 """What NVIDIA's management library says of the GPU while rows are timed: power, energy, clocks, temperature."""
 
 import statistics
+from collections.abc import Callable
 
 import pynvml
 import torch
@@ -16,37 +17,56 @@ _THROTTLING = {
 }
 
 
+def told(ask: Callable, *arguments) -> object:
+    """What NVML answers; None where it cannot, as in some containers."""
+    try:
+        return ask(*arguments)
+    except pynvml.NVMLError:
+        return None
+
+
+def current_device() -> object:
+    """NVML's handle of the current CUDA device, found by its UUID as CUDA's numbering need not be NVML's."""
+    told(pynvml.nvmlInit)
+    return told(pynvml.nvmlDeviceGetHandleByUUID, f"GPU-{torch.cuda.get_device_properties().uuid}".encode())
+
+
 class GpuMonitor:
-    """Samples of the current CUDA device, to be taken while it works, and the energy it has drawn."""
+    """Samples of the current CUDA device, to be taken while it works, and the energy it has drawn.
+
+    What NVML does not tell is None.
+    """
 
     def __init__(self):
-        pynvml.nvmlInit()
-        # CUDA's numbering need not be NVML's: find the device by its UUID.
-        self._device = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties().uuid}".encode())
+        self._device = current_device()
 
     def sample(self) -> dict:
         """Power in W, SM clock in MHz, temperature in °C, and the names of what holds the clocks down."""
-        reasons = pynvml.nvmlDeviceGetCurrentClocksEventReasons(self._device)
+        reasons = told(pynvml.nvmlDeviceGetCurrentClocksEventReasons, self._device)
+        power = told(pynvml.nvmlDeviceGetPowerUsage, self._device)
         return {
-            "power_w": pynvml.nvmlDeviceGetPowerUsage(self._device) / 1000,
-            "sm_clock_mhz": pynvml.nvmlDeviceGetClockInfo(self._device, pynvml.NVML_CLOCK_SM),
-            "temperature_c": pynvml.nvmlDeviceGetTemperature(self._device, pynvml.NVML_TEMPERATURE_GPU),
-            "throttled_by": [name for name, flag in _THROTTLING.items() if reasons & flag],
+            "power_w": power and power / 1000,
+            "sm_clock_mhz": told(pynvml.nvmlDeviceGetClockInfo, self._device, pynvml.NVML_CLOCK_SM),
+            "temperature_c": told(pynvml.nvmlDeviceGetTemperature, self._device, pynvml.NVML_TEMPERATURE_GPU),
+            "throttled_by": None if reasons is None else [name for name, flag in _THROTTLING.items() if reasons & flag],
         }
 
     def energy_j(self) -> float | None:
-        """Joules since the driver was loaded; None where the GPU does not count them."""
-        try:
-            return pynvml.nvmlDeviceGetTotalEnergyConsumption(self._device) * _ENERGY_UNIT_J
-        except pynvml.NVMLError_NotSupported:
-            return None
+        """Joules since the driver was loaded."""
+        energy = told(pynvml.nvmlDeviceGetTotalEnergyConsumption, self._device)
+        return None if energy is None else energy * _ENERGY_UNIT_J
 
 
 def summary(samples: list[dict]) -> dict:
     """Of the samples of a row: median power and clock, highest temperature, everything that held the clocks down."""
+
+    def of(name: str, reduce: Callable) -> object:
+        values = [sample[name] for sample in samples if sample[name] is not None]
+        return reduce(values) if values else None
+
     return {
-        "power_w": statistics.median(sample["power_w"] for sample in samples),
-        "sm_clock_mhz": statistics.median(sample["sm_clock_mhz"] for sample in samples),
-        "temperature_c": max(sample["temperature_c"] for sample in samples),
-        "throttled_by": sorted({name for sample in samples for name in sample["throttled_by"]}),
+        "power_w": of("power_w", statistics.median),
+        "sm_clock_mhz": of("sm_clock_mhz", statistics.median),
+        "temperature_c": of("temperature_c", max),
+        "throttled_by": of("throttled_by", lambda lists: sorted(set().union(*lists))),
     }

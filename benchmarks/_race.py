@@ -10,6 +10,7 @@ import itertools
 import math
 import random
 import statistics
+import sys
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
@@ -180,10 +181,11 @@ class Track:
         before = self.monitor.energy_j() if self.monitor else None
         contestant.times += self._times(lambda: contestant.step(*contestant.data), steps, contestant.samples)
         contestant.steps_run += steps + self.on_gpu
-        if before is None:
+        after = self.monitor.energy_j() if self.monitor else None
+        if before is None or after is None:
             contestant.joules = None
         elif contestant.joules is not None:
-            contestant.joules += self.monitor.energy_j() - before
+            contestant.joules += after - before
 
     def _times(self, run, steps: int, samples: list[dict] | None = None) -> list[float]:
         """Milliseconds of each step; on a GPU by events, after one step that is not timed and fills the queue."""
@@ -309,7 +311,12 @@ def _peak_on_cpu(step: TrainStep, data: tuple[Tensor, Tensor]) -> int:
 
 
 def release() -> None:
-    """Returns the memory of steps that are no longer referred to."""
+    """Returns the memory of steps that are no longer referred to; if it cannot, it says so, and rows go on without."""
     gc.collect()
     if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+        try:
+            torch.cuda.empty_cache()
+        except torch.AcceleratorError:  # the GPU does nothing more in this process
+            raise
+        except RuntimeError as error:  # what a broken row has left must not cost the others
+            print(f"memory is kept: {error}", file=sys.stderr, flush=True)

@@ -5,14 +5,16 @@
 ``run`` takes the stages in order: correctness of every kernel first, then DiT-XL/2, DiT-B/4 and the rest. Each is a
 command of this folder that writes one JSON; a stage whose JSON is complete, of this commit and this card, is not run
 again, so the same call repeated comes to the end. Figures are compared only inside one JSON. Compiled code is kept in
-``--cache`` from call to call. A stage that leaves no JSON is tried again by the next call; every stage leaves its log.
-``report`` writes the folder's REPORT.md. The package must be installed in place (``pip install --editable .``), as its
-tests run from the checkout. Where the files are without their git history, ``git rev-parse HEAD > COMMIT``
-before they are copied tells the results their commit. ``--smoke`` runs the smallest form of every stage, on a CPU too:
-it tries the campaign, and its figures mean nothing.
+``--cache`` from call to call: where a machine keeps nothing in between, carry folder and cache over. A stage that
+leaves no JSON, or a partial one, is tried again by the next call; every stage leaves its log. ``report`` writes the
+folder's REPORT.md. The package must be installed in place (``pip install --editable .``), as its tests run from the
+checkout. Where the files are without their git history, ``git rev-parse HEAD > COMMIT`` before they are copied tells
+the results their commit. ``--smoke`` runs the smallest form of every stage, on a CPU too: it tries the campaign, and
+its figures mean nothing.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import shlex
@@ -24,7 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from _measure import environment
+from _measure import environment, write_report
 from _rows import selected
 from readme_results import sections
 
@@ -61,6 +63,9 @@ _FIRST = [
 
 _SMOKE_ROWS = ("soflow/public",)  # eager: nothing to compile
 
+# A stage that takes all the time is interrupted this long before the end, so that it can write what it has.
+_GRACE = 15.0
+
 
 @dataclass(frozen=True)
 class Stage:
@@ -70,6 +75,7 @@ class Stage:
         name: of the stage, its JSON and its log. script: of this folder, or ``pytest``. arguments, smoke: of the script
             on a GPU and in a smoke run. seconds: expected on an H200, compiling included. rows: ids or sets of
             ``throughput.py`` that make it complete; such a script takes ``--limit`` and goes on where it stopped.
+        least: seconds without which it is not begun, for one that goes on; the others need all of theirs.
         gib: of GPU memory that it needs.
     """
 
@@ -79,17 +85,19 @@ class Stage:
     smoke: tuple[str, ...] = ("--smoke",)
     seconds: int = 60
     rows: tuple[str, ...] = ()
+    least: int = 120
     gib: int = 0
 
 
 def _throughput(name: str, model: str, rows: tuple[str, ...], seconds: int, batch: int = 256, gib: int = 0) -> Stage:
     smoke = ("--model", "small", "--batch", "4", "--seconds", "0.2")
     arguments = ("--model", model, "--batch", str(batch), "--seconds", "5")
-    return Stage(name, "throughput.py", arguments, smoke, seconds, rows, gib)
+    least = 240 if model in ("DiT-XL/2", "DiT-L/2") else 150  # one row
+    return Stage(name, "throughput.py", arguments, smoke, seconds, rows, least, gib)
 
 
 STAGES = (
-    Stage("correctness", "pytest", seconds=240),
+    Stage("correctness", "pytest", seconds=300),
     Stage("errors", "errors.py", (), ("--only", "silu_difference"), 60),
     Stage("rates", "rates.py", ("--models", "DiT-XL/2", "DiT-B/4", "DiT-L/2", "DiT-B/2"), seconds=60),
     _throughput("throughput_xl2_256", "DiT-XL/2", tuple(_FIRST), 540, gib=100),
@@ -136,7 +144,9 @@ class Campaign:
         report = json.loads(path.read_text())
         if self._of(report["environment"]) != self._of(self.here):
             return "to do"
-        finished = not stage.rows or set(selected(self._rows(stage))) <= set(report["rows"])
+        finished = not report.get("partial")
+        if stage.rows:
+            finished = set(selected(self._rows(stage))) <= set(report["rows"])
         return "done" if finished else "begun"
 
     def _rows(self, stage: Stage) -> tuple[str, ...]:
@@ -158,7 +168,7 @@ class Campaign:
             if state in ("done", "too large"):
                 continue
             left = end - time.monotonic()
-            if left < (min(stage.seconds, 120) if stage.rows else stage.seconds):
+            if left < (min(stage.seconds, stage.least) if stage.rows else stage.seconds):
                 print(f"{stage.name}: {left:.0f} s are too few, left for the next call", flush=True)
                 continue
             if not self._run(stage, left):
@@ -173,21 +183,20 @@ class Campaign:
         print(f"{stage.name}: {shlex.join(command[1:])}", flush=True)
         start = time.monotonic()
         caches = {"TORCHINDUCTOR_CACHE_DIR": self.cache / "inductor", "TRITON_CACHE_DIR": self.cache / "triton"}
+        variables = {name: str(folder.resolve()) for name, folder in caches.items()}
+        if stage.script == "pytest":
+            variables["OMP_NUM_THREADS"] = "2"  # of each of the processes
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a shell's background, and by its children
         with log.open("w") as output:
             process = subprocess.Popen(
                 command,
                 cwd=ROOT,
-                env={**os.environ, **{name: str(folder.resolve()) for name, folder in caches.items()}},
+                env={**os.environ, **variables},
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
-            try:
-                code = process.wait(timeout=left)
-            except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)  # with the workers that compile for it
-                process.wait()
-                code = "stopped, the time was over"
+            code = self._wait(process, left)
         if stage.script == "pytest":
             self._write_test_report(stage, code)
         state = self.state(stage)
@@ -196,6 +205,20 @@ class Campaign:
             print("  " + "\n  ".join(log.read_text().splitlines()[-12:]), flush=True)
             return False
         return code == 0
+
+    @staticmethod
+    def _wait(process: subprocess.Popen, left: float) -> int | str:
+        """The exit code of a process; when the time is over it is interrupted, and killed if that does not end it."""
+        try:
+            return process.wait(timeout=max(0.0, left - _GRACE))
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGINT)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=_GRACE)
+        with contextlib.suppress(ProcessLookupError):  # none of its group is left
+            os.killpg(process.pid, signal.SIGKILL)  # with the workers that compile for it
+        process.wait()
+        return "stopped, the time was over"
 
     @staticmethod
     def _set_aside(path: Path) -> None:
@@ -207,10 +230,12 @@ class Campaign:
         if stage.script == "pytest":
             names = ["activation_difference"] if self.smoke else _NATIVE_TESTS
             tests = [f"tests/test_{name}.py" for name in names]
-            return [sys.executable, "-m", "pytest", "-q", f"--junitxml={self._junit(stage)}", *tests]
+            # Left out is what concerns a CPU alone: Inductor's C++ and two processes over gloo.
+            chosen = ["-m", "not slow", "-k", "not two_processes", "-n", "1" if self.smoke else "8"]
+            return [sys.executable, "-m", "pytest", "-q", *chosen, f"--junitxml={self._junit(stage)}", *tests]
         arguments = [a.format(folder=self.folder) for a in (stage.smoke if self.smoke else stage.arguments)]
         if stage.rows:
-            arguments += ["--rows", *self._rows(stage), "--resume", "--limit", f"{left - 20:.0f}"]
+            arguments += ["--rows", *self._rows(stage), "--resume", "--limit", f"{left - 2 * _GRACE:.0f}"]
             arguments += ["--plot", str(self._json(stage).with_suffix(".png"))]
         return [sys.executable, str(Path("benchmarks") / stage.script), *arguments, "--json", str(self._json(stage))]
 
@@ -220,12 +245,13 @@ class Campaign:
 
         if not self._junit(stage).exists():
             return
-        cases = list(ElementTree.parse(self._junit(stage)).iter("testcase"))
+        # One that was interrupted has no name.
+        cases = [case for case in ElementTree.parse(self._junit(stage)).iter("testcase") if case.get("name")]
         outcome = {
             kind: [c.get("name") for c in cases if c.find(kind) is not None] for kind in ("failure", "error", "skipped")
         }
         report = {"environment": self.here, "smoke": self.smoke, "exit": code, "tests": len(cases), **outcome}
-        self._json(stage).write_text(json.dumps(report, indent=1) + "\n")
+        write_report(self._json(stage), report, partial=code not in (0, 1))
         self._junit(stage).unlink()
 
     def _json(self, stage: Stage) -> Path:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import _interpreter  # noqa: F401
 import torch
-from _measure import environment
+from _measure import environment, write_whole
 from torch import Tensor, nn
 
 from soflow_fast.kernels import _accuracy, coefficients, fused, reference
@@ -175,6 +175,13 @@ def _relative(x: Tensor, exact: Tensor) -> float:
     return ((x - exact).abs().max() / exact.abs().max()).item()
 
 
+def write(path: Path, head: dict, rows: list[dict], partial: bool) -> None:
+    """The JSON, with one row a line; marked while rows are to come."""
+    lines = ",\n".join(json.dumps(row) for row in rows)
+    start = json.dumps({**head, "partial": True} if partial else head, indent=1)[:-2]
+    write_whole(path, f'{start},\n "rows": [\n{lines}\n]\n}}\n')
+
+
 def table(rows: list[dict]) -> str:
     """Markdown."""
     lines = ["| op | case | inputs | result | fused | reference | plain |", "|---|---|---|---|---|---|---|"]
@@ -191,18 +198,16 @@ def main() -> int:
     parser.add_argument("--only", metavar="OP", help="only ops whose name contains this")
     parser.add_argument("--json", type=Path, metavar="OUT", help="write the rows here")
     arguments = parser.parse_args()
-    rows = []
-    for case in cases(arguments.only):
+    head = {"environment": environment(), "device": "GPU" if DEVICE == "cuda" else "CPU, Triton's interpreter"}
+    rows, chosen = [], cases(arguments.only)
+    for i, case in enumerate(chosen, 1):
         for dtype_name in DTYPES:
             if DEVICE == "cpu" and dtype_name == "bfloat16" and case.op == "attention_difference":
                 continue
             rows += measure(case, dtype_name)
         print(case.op, case.name, file=sys.stderr)
-    if arguments.json:
-        lines = ",\n".join(json.dumps(row) for row in rows)
-        device = "GPU" if DEVICE == "cuda" else "CPU, Triton's interpreter"
-        head = json.dumps({"environment": environment(), "device": device}, indent=1)[:-2]
-        arguments.json.write_text(f'{head},\n "rows": [\n{lines}\n]\n}}\n')
+        if arguments.json:
+            write(arguments.json, head, rows, partial=i < len(chosen))
     print(table(rows))
     return any(not row["within_rule"] for row in rows)
 

@@ -11,7 +11,6 @@ bfloat16 matrices are wrong): those times mean nothing.
 """
 
 import argparse
-import json
 import math
 import sys
 import time
@@ -22,7 +21,7 @@ from pathlib import Path
 import _interpreter  # noqa: F401
 import pytest
 import torch
-from _measure import environment
+from _measure import environment, write_report
 from _timing import Timer, copy_bandwidth, launch_floor_ms
 from torch import Tensor
 
@@ -104,8 +103,12 @@ def timings(case: Case, provider: str, timer: Timer, max_rows: int | None) -> li
     return rows
 
 
-def measure(cases: list[Case], max_rows: int | None, minutes: float = math.inf) -> dict:
-    """Environment, copy bandwidth, one row per case, mode and provider, and what was refused; ready for JSON."""
+def measure(cases: list[Case], max_rows: int | None, minutes: float = math.inf, json_path: Path | None = None) -> dict:
+    """Environment, copy bandwidth, one row per case, mode and provider, and what was refused.
+
+    Args:
+        json_path: is written after every case; a file of fewer cases than these is marked as partial.
+    """
     timer, deadline = Timer(DEVICE), time.monotonic() + 60 * minutes
     report = {"environment": environment(), "dtype": str(DTYPE), "max_rows": max_rows, "refused": [], "rows": []}
     report |= {"copy_gb_per_s": copy_bandwidth(timer), "launch_floor_ms": launch_floor_ms(timer)}
@@ -114,22 +117,26 @@ def measure(cases: list[Case], max_rows: int | None, minutes: float = math.inf) 
         report["refused"].append({"op": case.op, "case": case.name, "what": what, "why": why})
         print(f"{case.op} {case.name}, {what}: {why}", file=sys.stderr)
 
-    for case in cases:
+    def run(case: Case):
         if time.monotonic() > deadline:
-            refuse(case, "left out", f"the {minutes:g} minutes were over")
-            continue
+            return refuse(case, "left out", f"the {minutes:g} minutes were over")
         failures = failed_checks(case, max_rows)
         if failures:
-            refuse(case, "not exact", "; ".join(failures))
-            continue
+            return refuse(case, "not exact", "; ".join(failures))
         for provider in PROVIDERS:
             try:
-                report["rows"] += timings(case, provider, timer, max_rows)
+                rows = timings(case, provider, timer, max_rows)
             except Exception as error:  # what one provider cannot compile or capture must not cost the other rows
                 refuse(case, provider, f"{type(error).__name__}: {error}")
+            else:
+                percent = 100 / report["copy_gb_per_s"]
+                report["rows"] += [{**row, "percent_of_copy": percent * row["gb_per_s"]} for row in rows]
         print(f"{case.op} {case.name}", file=sys.stderr)
-    for row in report["rows"]:
-        row["percent_of_copy"] = 100 * row["gb_per_s"] / report["copy_gb_per_s"]
+
+    for i, case in enumerate(cases, 1):
+        run(case)
+        if json_path:
+            write_report(json_path, report, partial=i < len(cases))
     return report
 
 
@@ -172,9 +179,7 @@ def main() -> int:
     parser.add_argument("--smoke", action="store_true", help="the smallest case of each op, one row")
     arguments = parser.parse_args()
     smoke = arguments.smoke or DEVICE == "cpu"
-    report = measure(selected(smoke, arguments.only), 1 if smoke else None, arguments.minutes)
-    if arguments.json:
-        arguments.json.write_text(json.dumps(report, indent=1) + "\n")
+    report = measure(selected(smoke, arguments.only), 1 if smoke else None, arguments.minutes, arguments.json)
     print(table(report))
     return bool(report["refused"])
 

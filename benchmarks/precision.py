@@ -22,7 +22,7 @@ from tempfile import TemporaryDirectory
 
 import torch
 from _emulate import RoundedProducts, to_bf16, to_fp8, to_tf32
-from _measure import environment
+from _measure import environment, write_report
 from torch import Tensor, nn
 
 from soflow_fast import DiT
@@ -207,18 +207,18 @@ def main(arguments: list[str] | None = None) -> int:
     except ValueError as error:
         print(f"precision.py: {error}", file=sys.stderr)
         return 2
-    for weights in options.weights:
+    for i, weights in enumerate(options.weights, 1):
         random = weights == "random"
         net = random_network(device, options.smoke) if random else digits_network(device)
         tables[weights] = quotient_errors(net, options.rows if random else 256, wanted)
+        if options.json:
+            write_report(options.json, result, partial=i < len(options.weights))
         print(f"\nrelative error of the quotient, {weights} weights")
         print(f"{'r':52}" + "".join(f"{r:>10g}" for r in RATIOS))
         for name, row in tables[weights].items():
             print(f"{name:52}" + "".join(f"{error:>10.2g}" for error in row.values()))
     if options.smoke:
         print("a smoke run: these figures mean nothing")
-    if options.json:
-        options.json.write_text(json.dumps(result, indent=1) + "\n")
     return 0
 
 

@@ -9,29 +9,35 @@ time is the floor: a step on this card that does nothing else. Embeddings, modul
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from _measure import environment
+from _measure import environment, write_report
 from _timing import Timer, copy_bandwidth, launch_floor_ms
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from soflow_fast.dit import PRESETS
 from soflow_fast.kernels import mlp, reference
 
 INPUT_SIZE = 32
 _TINY = (8, 64, 2, 2)
+_BACKENDS = {
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "cuDNN": SDPBackend.CUDNN_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+}
 
 
 @dataclass(frozen=True)
 class Part:
     """One operation of a step: ``make`` its inputs' function, ``flops`` of one call, ``count`` per step.
 
-    A count of 0 is of an operation that is timed for comparison only.
+    A count of 0 is of an operation that is timed for comparison only, and may be refused here.
     """
 
     name: str
@@ -70,7 +76,7 @@ def parts(sizes: tuple[int, int, int, int], batch: int, device: str, dtype: torc
 
         return make
 
-    def attention(b: int, backward: bool):
+    def attention(b: int, backward: bool, backend: SDPBackend | None = None):
         def make():
             qkv = normal(b, N, 3, heads, D // heads).permute(2, 0, 3, 1, 4)
             # leaves: a node made outside a CUDA graph cannot receive a gradient inside
@@ -78,7 +84,8 @@ def parts(sizes: tuple[int, int, int, int], batch: int, device: str, dtype: torc
             g = normal(b, N, heads, D // heads).transpose(1, 2)
 
             def run():
-                o = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+                with nullcontext() if backend is None else sdpa_kernel(backend):
+                    o = torch.nn.functional.scaled_dot_product_attention(q, k, v)
                 return torch.autograd.grad(o, (q, k, v), g) if backward else o
 
             return run
@@ -110,11 +117,18 @@ def parts(sizes: tuple[int, int, int, int], batch: int, device: str, dtype: torc
     listed.append(Part("fc1 with GELU, guidance", flops, 0, hidden_units(m, one_call=True)))
     listed.append(Part("fc1, then GELU, guidance", flops, 0, hidden_units(m, one_call=False)))
     two_products = 4.0 * N * N * D
+    guidance, gradient = rows["guidance"] * two_products, 3.5 * batch * two_products
     listed += [
-        Part("attention, guidance", rows["guidance"] * two_products, depth, attention(rows["guidance"], False)),
-        Part("attention, gradient and backward", 3.5 * batch * two_products, depth, attention(batch, True)),
+        Part("attention, guidance", guidance, depth, attention(rows["guidance"], False)),
+        Part("attention, gradient and backward", gradient, depth, attention(batch, True)),
         Part("attention difference", 2.5 * quarter * two_products, depth, attention_difference),
     ]
+    # Not in the floor: which backend torch has chosen above, and whether another is faster.
+    for name, backend in _BACKENDS.items():
+        listed += [
+            Part(f"attention by {name}, guidance", guidance, 0, attention(rows["guidance"], False, backend)),
+            Part(f"attention by {name}, both ways", gradient, 0, attention(batch, True, backend)),
+        ]
     return listed
 
 
@@ -123,16 +137,15 @@ def measure(name: str, sizes: tuple[int, int, int, int], batch: int, timer: Time
     device = timer.device.type
     rows = []
     for part in parts(sizes, batch, device, torch.bfloat16 if device == "cuda" else torch.float32):
-        timing = timer(part.make())
-        rows.append(
-            {
-                "part": part.name,
-                "count": part.count,
-                "ms": timing.median,
-                "tflops": part.flops / timing.median / 1e9,
-                "ms_per_step": part.count * timing.median,
-            }
-        )
+        row = {"part": part.name, "count": part.count}
+        try:
+            ms = timer(part.make()).median
+        except RuntimeError as error:
+            if part.count or isinstance(error, torch.AcceleratorError):
+                raise
+            rows.append({**row, "ms": None, "tflops": None, "ms_per_step": 0.0, "refused": str(error)})
+        else:
+            rows.append({**row, "ms": ms, "tflops": part.flops / ms / 1e9, "ms_per_step": part.count * ms})
     flops = sum(part.flops * part.count for part in parts(sizes, batch, device, torch.float32))
     floor = sum(row["ms_per_step"] for row in rows)
     return {"model": name, "batch": batch, "floor_ms": floor, "tflops": flops / floor / 1e9, "rows": rows}
@@ -158,11 +171,14 @@ def main(arguments: list[str] | None = None) -> int:
     for name, sizes in models.items():
         report["models"].append(measure(name, sizes, 4 if tiny else options.batch, timer))
         if options.json:
-            options.json.write_text(json.dumps(report, indent=1) + "\n")
+            write_report(options.json, report, partial=len(report["models"]) < len(models))
     for model in report["models"]:
         print(f"\n{model['model']}, batch {model['batch']}{': times mean nothing' if tiny else ''}")
         print(f"{'':36}{'ms':>9}{'count':>7}{'TFLOP/s':>9}{'ms/step':>9}")
         for row in model["rows"]:
+            if row["ms"] is None:
+                print(f"{row['part']:36}  refused: {row['refused'].splitlines()[0]}")
+                continue
             print(f"{row['part']:36}{row['ms']:>9.3f}{row['count']:>7}{row['tflops']:>9.1f}{row['ms_per_step']:>9.2f}")
         print(f"{'floor':52}{model['tflops']:>9.1f}{model['floor_ms']:>9.2f}")
     print(f"copy bandwidth {report['copy_gb_per_s']:.0f} GB/s, empty graph {report['launch_floor_ms']:.4f} ms")

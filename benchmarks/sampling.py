@@ -12,7 +12,6 @@ those figures mean nothing.
 
 import argparse
 import itertools
-import json
 import statistics
 import sys
 import time
@@ -21,7 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from _measure import environment
+from _measure import environment, write_report
 from _race import release
 from _rows import Workload
 from torch import Tensor
@@ -144,28 +143,26 @@ def _relative_error(samples: Tensor, truth: Tensor) -> float:
     return ((samples - truth).norm() / truth.norm()).item()
 
 
-def run(wanted: list[Case], seconds: float, minutes: float) -> dict:
-    """The report, ready for JSON."""
-    deadline = time.monotonic() + 60 * minutes
-    report = {"environment": environment(), "device": DEVICE, "rows": [], "refused": []}
+def run(wanted: list[Case], options: argparse.Namespace) -> dict:
+    """The report; its JSON is written after every case, marked as partial until the last."""
+    deadline = time.monotonic() + 60 * options.minutes
+    report = {"environment": environment(), "device": DEVICE, "rows": [], "refused": [], "smoke": options.smoke}
     models: dict[str, SoFlow] = {}
 
     def refuse(case: Case, why: str) -> None:
         report["refused"].append({**asdict(case), "why": why})
         print(f"{case}: {why}", file=sys.stderr)
 
-    for case in wanted:
+    def time_one(case: Case) -> None:
         if time.monotonic() > deadline:
-            refuse(case, f"left out, the {minutes:g} minutes were over")
-            continue
+            return refuse(case, f"left out, the {options.minutes:g} minutes were over")
         if case.model not in models:
             models.clear()  # one network at a time in memory
             models[case.model] = objective(case.model)
         try:
-            rows = measure(models[case.model], case, seconds)
+            rows = measure(models[case.model], case, options.seconds)
         except Exception as error:  # what cannot be compiled or captured must not cost the other cases
-            refuse(case, f"{type(error).__name__}: {error}"[:2000])
-            continue
+            return refuse(case, f"{type(error).__name__}: {error}"[:2000])
         finally:
             torch.compiler.reset()
             release()
@@ -174,6 +171,11 @@ def run(wanted: list[Case], seconds: float, minutes: float) -> dict:
             if "refused" in row:
                 refuse(case, f"{row['form']}: {row['refused']}")
         print(case, file=sys.stderr, flush=True)
+
+    for i, case in enumerate(wanted, 1):
+        time_one(case)
+        if options.json:
+            write_report(options.json, report, partial=i < len(wanted))
     return report
 
 
@@ -225,9 +227,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Measures, writes the JSON, prints the table; 1 if a case failed or was wrong, 2 for bad input."""
     options = parsed(arguments)
     wanted = cases(options.models, options.batches, options.steps, options.precisions)
-    report = {**run(wanted, options.seconds, options.minutes), "smoke": options.smoke}
-    if options.json:
-        options.json.write_text(json.dumps(report, indent=1) + "\n")
+    report = run(wanted, options)
     print(table(report))
     if options.smoke:
         print("a smoke run: these figures mean nothing")

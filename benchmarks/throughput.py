@@ -24,7 +24,8 @@ from _table import Results, chart, table
 from soflow_fast.dit import PRESETS
 
 # A row that is begun is assumed to take this many seconds to prepare until one has taken longer.
-_PREPARATION = 60.0
+_PREPARATION = 90.0
+_PREPARATION_OF_DEEP = {"DiT-XL/2": 180.0, "DiT-L/2": 180.0}
 
 
 class Run:
@@ -40,7 +41,7 @@ class Run:
         self.left: list[str] = []
         self._together: dict[str, Contestant] = {}
         self._groups = len({row["group"] for row in results.rows.values() if "group" in row})
-        self._longest = _PREPARATION
+        self._longest = _PREPARATION_OF_DEEP.get(track.workload.model, _PREPARATION)
 
     def __call__(self) -> None:
         """Runs every row that is not in the results, or puts it into ``left`` where the time is too short."""

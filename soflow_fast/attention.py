@@ -12,9 +12,17 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 _log = logging.getLogger(__name__)
 
-BACKENDS = ("auto", "sdpa", "flash_attn", "cudnn", "math")
+BACKENDS = ("auto", "sdpa", "torch_flash", "torch_efficient", "cudnn", "flash_attn", "math")
+
+# What ``sdpa`` chooses from.
+_OF_TORCH = {
+    "torch_flash": SDPBackend.FLASH_ATTENTION,
+    "torch_efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+}
 
 _HALF_PRECISION = ("flash_attn", "cudnn")
+_HALF_PRECISION_ON_A_GPU = ("torch_flash",)
 
 # flash-attn's published kernels take half precision and head dims up to 256.
 _FLASH_MAX_HEAD_DIM = 256
@@ -25,8 +33,9 @@ def resolve_attention(name: str, head_dim: int) -> str:
 
     ``auto`` is ``sdpa``, torch's own choice among flash, memory-efficient, cuDNN and math attention: which is fastest
     for a shape has not been measured on a GPU yet. ``math`` is the plain formula, the only backend with forward-mode AD
-    and with float64 on a GPU. ``flash_attn`` and ``cudnn`` are unverified: called by their published signatures, but
-    never run for this project; ``auto`` does not choose them.
+    and with float64 on a GPU. ``torch_flash``, ``torch_efficient`` and ``cudnn`` hold torch to one of its own. All that
+    need a GPU are unverified when asked for by name: called by their published signatures, but never run for this
+    project.
 
     Raises:
         ValueError: for an unknown name, or for a backend that cannot run here; the message says what to install.
@@ -56,6 +65,8 @@ def _require_available(name: str, head_dim: int) -> None:
                 f"attention='flash_attn' takes head dims that are multiples of 8 up to {_FLASH_MAX_HEAD_DIM}, "
                 f"and this model has {head_dim}; choose attention='sdpa'"
             )
+    if name == "torch_efficient" and not torch.cuda.is_available():
+        raise ValueError("attention='torch_efficient' needs a CUDA GPU and none is visible; choose attention='sdpa'")
     if name == "cudnn" and not (torch.cuda.is_available() and torch.backends.cudnn.is_available()):
         raise ValueError("attention='cudnn' needs a CUDA GPU with cuDNN and none is visible; choose attention='sdpa'")
 
@@ -72,7 +83,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, backend: str) -> Tensor:
     Raises:
         ValueError: for a backend that takes half precision only, and others.
     """
-    if backend in _HALF_PRECISION and q.dtype not in (torch.bfloat16, torch.float16):
+    half_only = backend in _HALF_PRECISION or (q.is_cuda and backend in _HALF_PRECISION_ON_A_GPU)
+    if half_only and q.dtype not in (torch.bfloat16, torch.float16):
         raise ValueError(
             f"attention={backend!r} takes bfloat16 and float16 and got {q.dtype}; compute in bf16 or choose "
             "attention='sdpa'"
@@ -84,7 +96,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, backend: str) -> Tensor:
         from flash_attn import flash_attn_func  # of (B, N, H, h); its default scale is h^-½
 
         return flash_attn_func(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2)
-    if backend == "cudnn":
-        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+    if backend in _OF_TORCH:
+        with sdpa_kernel(_OF_TORCH[backend]):
             return nn.functional.scaled_dot_product_attention(q, k, v)
     return nn.functional.scaled_dot_product_attention(q, k, v)

@@ -23,10 +23,9 @@ def compiled(function: Callable, how: bool | str | Callable) -> Callable:
     return torch.compile(function, fullgraph=True, dynamic=False, **_OPTIONS.get(how, {"backend": how}))
 
 
-def on_side_stream(function: Callable, *inputs: Tensor | None) -> Any:
-    """Runs the function on a stream of its own, as a capture will, so that nothing is left bound to the current one."""
-    with torch.cuda.device(_device(inputs)):
-        stream = torch.cuda.Stream()
+def on_side_stream(stream: torch.cuda.Stream, function: Callable, *inputs: Tensor | None) -> Any:
+    """Runs the function on a stream, as a capture will, so that nothing is left bound to the current one."""
+    with torch.cuda.device(stream.device):
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             result = function(*inputs)
@@ -38,27 +37,27 @@ class Captured:
     """A function captured as one CUDA graph, with the inputs it reads and the outputs it writes.
 
     Args:
-        what: the name of the function in messages. function: of tensors or None; run before on a side stream, so that
-            its kernels are compiled and loaded. inputs: of the shapes it will always have.
+        what: the name of the function in messages. stream: not the default one, of the GPU of the inputs; the one of
+            :func:`on_side_stream`, as memory that was allocated on another is not used again.
+        function: of tensors or None; run before on that stream, so that its kernels are compiled and loaded.
+        inputs: of the shapes it will always have.
 
     Raises:
-        RuntimeError: if the capture fails, with its cause.
+        RuntimeError: if the capture fails, with its cause; another capture may follow.
     """
 
-    def __init__(self, what: str, function: Callable, *inputs: Tensor | None):
+    def __init__(self, what: str, stream: torch.cuda.Stream, function: Callable, *inputs: Tensor | None):
         self.what = what
         self.inputs = [None if x is None else x.clone() for x in inputs]
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.device(_device(inputs)):
-            before = torch.cuda.current_stream()
+        with torch.cuda.device(stream.device):
+            before, pool = torch.cuda.current_stream(), torch.cuda.graph_pool_handle()
             try:
-                # On a stream of this GPU, as torch's own is of the first that captured; threads that load data may
-                # allocate pinned memory meanwhile.
-                stream = torch.cuda.Stream()
-                with torch.cuda.graph(self.graph, stream=stream, capture_error_mode="thread_local"):
+                with _capturing(self.graph, stream, pool):
                     self.outputs = function(*self.inputs)
             except Exception as error:
                 torch.cuda.set_stream(before)  # which a capture that cannot be ended leaves
+                _forget(self.graph, stream, pool)
                 cause = error.__context__ or error  # the end of a broken capture fails as well
                 why = (str(cause).strip().splitlines() or [type(cause).__name__])[0]
                 raise RuntimeError(
@@ -80,5 +79,23 @@ class Captured:
         return self.outputs
 
 
-def _device(inputs: tuple[Tensor | None, ...]) -> torch.device:
-    return next(x.device for x in inputs if x is not None)
+#: Graphs whose capture could not be ended: torch's allocator of pinned memory goes on asking them.
+_BROKEN: list[torch.cuda.CUDAGraph] = []
+
+
+def _capturing(graph: torch.cuda.CUDAGraph, stream: torch.cuda.Stream, pool: tuple[int, int] | None = None):
+    # Threads that load data may allocate pinned memory meanwhile.
+    return torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local")
+
+
+def _forget(graph: torch.cuda.CUDAGraph, stream: torch.cuda.Stream, pool: tuple[int, int]) -> None:
+    """Ends for torch's allocator and generator a capture that CUDA could not end: to them it would go on for ever."""
+    device = torch.cuda.current_device()
+    try:
+        torch._C._cuda_endAllocateToPool(device, pool)
+    except RuntimeError:  # it has been ended, or never began; then the graph itself releases what it has
+        return
+    torch._C._cuda_releasePool(device, pool)
+    _BROKEN.append(graph)
+    with _capturing(torch.cuda.CUDAGraph(), stream):  # the end of a next one is what the generator notices
+        torch.zeros((), dtype=torch.int64, device=stream.device)

@@ -10,7 +10,6 @@ from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
 import yaml
-from jsonargparse import ArgumentError, ArgumentParser
 
 from soflow_fast.interop import PUBLIC_NAMES
 
@@ -55,6 +54,8 @@ def parse(cls: type, raw: dict, overrides: Sequence[str] = ()) -> dict[str, Any]
     Raises:
         ValueError: for an unknown key (with the nearest one) and a value of another type.
     """
+    from jsonargparse import ArgumentError, ArgumentParser  # slow to import, and only files and command lines need it
+
     known = leaves(cls)
     _require_known(flatten(raw), set(known))
     require_known_overrides(cls, overrides)

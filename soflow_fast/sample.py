@@ -174,8 +174,9 @@ class Sampler:
         with evaluating(self._batch):
             if not self.cuda_graph:
                 return self._run_on_copies(*inputs)
-            on_side_stream(self._run_on_copies, *inputs)
-            self._graph = Captured("sampling", self._run_on_copies, *inputs)
+            stream = torch.cuda.Stream(self.device)
+            on_side_stream(stream, self._run_on_copies, *inputs)
+            self._graph = Captured("sampling", stream, self._run_on_copies, *inputs)
         return self._graph(*inputs)
 
     @torch.no_grad()

@@ -187,6 +187,8 @@ class TrainStep:
         self._orders: dict[int, list[tuple[Tensor, Tensor, int]]] = {}
         self._latent_scale, self._augment = latent_scale, augment
         self._steps_run = 0
+        # One for all steps before the capture: the allocator keeps its blocks by stream.
+        self._stream = torch.cuda.Stream(device) if self.cuda_graph else None
         self._graph: Captured | None = None
 
     def check_batch(self, batch: int) -> None:
@@ -207,10 +209,10 @@ class TrainStep:
             return self._run(x0, labels)
         if self._graph is None and self._steps_run < _STEPS_BEFORE_CAPTURE:
             self._steps_run += 1
-            return on_side_stream(self._run, x0, labels)
+            return on_side_stream(self._stream, self._run, x0, labels)
         if self._graph is None:
             self.optimizer.zero_grad(set_to_none=True)  # the graph has a memory pool of its own for gradients
-            self._graph = Captured("the training step", self._run, x0, labels)
+            self._graph = Captured("the training step", self._stream, self._run, x0, labels)
             if isinstance(self.optimizer, optim.OnePass):
                 self.optimizer.prepare()
         stats = self._graph(x0, labels)

@@ -8,12 +8,15 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func
+from torch._dynamo.backends.common import aot_autograd
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from soflow_fast import DiT
 from soflow_fast.attention import BACKENDS, attention, resolve_attention
 
 # what runs on a CPU; a GPU has the others as well
-CPU_BACKENDS = ("sdpa", "math")
+CPU_BACKENDS = ("sdpa", "torch_flash", "math")
 HEAD_DIMS = (8, 36, 64, 72)
 
 
@@ -109,7 +112,7 @@ def test_half_precision_backends_refuse_others(backend):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="half-precision GPU backends need a GPU")
 @pytest.mark.parametrize("head_dim", [64, 72])
-@pytest.mark.parametrize("backend", ["sdpa", "cudnn", "flash_attn"])
+@pytest.mark.parametrize("backend", ["sdpa", "torch_flash", "torch_efficient", "cudnn", "flash_attn"])
 def test_gpu_backend_and_its_gradients(backend, head_dim):
     if backend == "flash_attn" and importlib.util.find_spec("flash_attn") is None:
         pytest.skip("flash-attn is not installed")
@@ -164,6 +167,32 @@ def test_flash_attn_refuses_head_dims_it_has_no_kernel_for(monkeypatch, head_dim
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     with pytest.raises(ValueError, match=f"multiples of 8 up to 256, and this model has {head_dim}"):
         resolve_attention("flash_attn", head_dim)
+
+
+def test_compiled_torch_is_held_to_its_flash_attention():
+    """Even where it would take the plain formula."""
+    torch.compiler.reset()
+    graphs = []
+
+    def keep(graph, inputs):
+        graphs.append(graph.print_readable(print_output=False))
+        return make_boxed_func(graph)
+
+    compiled = torch.compile(
+        lambda q, k, v: attention(q, k, v, "torch_flash"), fullgraph=True, backend=aot_autograd(fw_compiler=keep)
+    )
+    qkv = _qkv(64)
+    with sdpa_kernel(SDPBackend.MATH):
+        ours = _outputs_and_gradients(compiled, qkv)
+    assert "flash_attention" in graphs[0]
+    for truth, value in zip(_outputs_and_gradients(_plain, qkv), ours, strict=True):
+        torch.testing.assert_close(value, truth, rtol=0, atol=1e-12)
+
+
+def test_efficient_attention_without_a_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="attention='torch_efficient' needs a CUDA GPU and none is visible"):
+        resolve_attention("torch_efficient", 64)
 
 
 def test_cudnn_without_a_gpu(monkeypatch):

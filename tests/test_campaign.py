@@ -35,6 +35,10 @@ def test_a_stage_runs_once_and_again_for_another_commit(run, tmp_path):
     report = json.loads(path.read_text())
     assert report["smoke"] is True
     assert report["models"][0]["floor_ms"] > 0
+    attention = {row["part"]: row for row in report["models"][0]["rows"] if "attention by" in row["part"]}
+    assert attention["attention by flash, both ways"]["ms"] > 0
+    if report["environment"]["gpu"] is None:
+        assert "No viable backend" in attention["attention by cuDNN, guidance"]["refused"]
 
     assert run("run", "--only", "rates")[1].count("rates.py") == 0
 
@@ -58,11 +62,45 @@ def test_a_table_is_done_when_it_has_every_row(run, tmp_path):
     assert "begun" in run("plan", "--only", "ladder_b4")[1]
 
 
+def test_a_partial_report_is_not_done(run, tmp_path):
+    path = tmp_path / "results" / "rates.json"
+    assert run("run", "--only", "rates")[0] == 0
+    path.write_text(json.dumps({**json.loads(path.read_text()), "partial": True}))
+    assert "begun" in run("plan", "--only", "rates")[1]
+    assert run("run", "--only", "rates")[1].count("rates.py") == 1
+    assert "partial" not in json.loads(path.read_text())
+
+
+def test_tests_that_are_interrupted_leave_what_they_found(run, campaign, monkeypatch, tmp_path):
+    slow = tmp_path / "test_of_two.py"
+    slow.write_text("import time\ndef test_first(): pass\ndef test_second(): time.sleep(100)\n")
+    command = campaign.Campaign._command
+    monkeypatch.setattr(campaign.Campaign, "_command", lambda *given: [*command(*given)[:-1], str(slow)])
+    monkeypatch.setattr(campaign, "STAGES", (campaign.Stage("correctness", "pytest", seconds=1),))
+    monkeypatch.setattr(campaign, "_GRACE", 5.0)
+    code, _ = run("run", "--minutes", "0.25")
+    assert code == 1
+    report = json.loads((tmp_path / "results" / "correctness.json").read_text())
+    assert (report["tests"], report["partial"], report["failure"]) == (1, True, [])
+    assert "begun" in run("plan")[1]
+
+
 def test_too_little_time_leaves_a_stage_for_the_next_call(run, tmp_path):
     code, out = run("run", "--only", "kernels", "--minutes", "0.1")
     assert code == 0
     assert "left for the next call" in out
     assert not (tmp_path / "results" / "kernels.json").exists()
+
+
+def test_a_table_is_begun_with_time_for_one_row(campaign, monkeypatch, tmp_path):
+    here, begun = campaign.Campaign(tmp_path, tmp_path, smoke=False), []
+    here.gib = 139.0
+    monkeypatch.setattr(here, "_run", lambda stage, left: begun.append(stage.name) or True)
+    tables = [stage for stage in campaign.STAGES if stage.script == "throughput.py"]
+    here.run(tables, 200.0)
+    assert begun == [stage.name for stage in tables if "_xl2_" not in stage.name and "_l2_" not in stage.name]
+    here.run(tables, 245.0)
+    assert set(begun) == {stage.name for stage in tables}
 
 
 def test_a_stage_that_fails_is_named_with_the_end_of_its_log(run, campaign, monkeypatch):

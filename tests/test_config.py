@@ -1,6 +1,9 @@
 """Configuration: the published defaults, reading, overriding, and one clear sentence for every mistake."""
 
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from runs import tiny_config
@@ -28,6 +31,17 @@ def test_defaults_are_the_published_imagenet_recipe():
     assert (soflow.p, soflow.eps, soflow.velocity_share, config.ema.decay) == (1, 0.01, 0.75, 0.9999)
     assert (soflow.time_mean, soflow.time_std) == ((-0.2, -1.0, 0.2), (1.0, 0.8, 0.8))
     assert (soflow.gap_schedule, soflow.gap_init, soflow.gap_end, soflow.min_gap) == ("exponential", 0.1, 0.002, 1e-4)
+
+
+def test_only_files_and_command_lines_need_a_parser():
+    code = (
+        "import sys; sys.modules['jsonargparse'] = None  # as if it were not installed\n"
+        "import soflow_fast, soflow_fast.kernels, campaign, kernels, rates, throughput, precision, sampling, errors\n"
+        "print(soflow_fast.TrainConfig(batch_size=8).batch_size)"
+    )
+    scripts = Path(__file__).parents[1] / "benchmarks"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=scripts)
+    assert (done.returncode, done.stdout) == (0, "8\n"), done.stderr
 
 
 def test_yaml_and_overrides(tmp_path):

@@ -11,7 +11,7 @@ import pytest
 import throughput
 import torch
 from _check import Truth
-from _race import ROUNDS, Contestant, NotRun, Track, flops_per_sample
+from _race import ROUNDS, Contestant, NotRun, Track, flops_per_sample, release
 from _rows import ROWS, Workload
 from _table import Results
 
@@ -250,6 +250,14 @@ def test_a_second_attempt_is_made_only_in_time(monkeypatch):
     assert (rows["c"], rows["d"]) == ("left", "left")
 
 
+@pytest.mark.parametrize(("model", "begun"), [("DiT-B/4", True), ("DiT-XL/2", False)])
+def test_a_row_of_a_deep_model_needs_more_time(monkeypatch, model, begun):
+    track = _Fake()
+    track.workload = replace(track.workload, model=model)
+    monkeypatch.setattr(throughput.time, "monotonic", lambda: 0.0)
+    assert (_fake_run("a", track, limit=120.0)["a"] != "left") == begun
+
+
 def test_a_row_too_large_for_the_memory_alone_is_skipped():
     track = _Fake(too_large="b")
     rows = _fake_run("abc", track)
@@ -292,6 +300,22 @@ def test_a_row_that_breaks_while_it_is_timed_drops_out():
     assert bad.report == {"skipped": "RuntimeError: planted", "failed": True}
     assert len(runs) == 1
     assert good.report["steps"] == ROUNDS
+
+
+def test_memory_that_cannot_be_returned_ends_no_table(monkeypatch, capsys):
+    def fails(error):
+        def empty_cache():
+            raise error
+
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "empty_cache", empty_cache)
+
+    fails(RuntimeError("captures_underway.empty() INTERNAL ASSERT FAILED"))
+    release()
+    assert "memory is kept: captures_underway" in capsys.readouterr().err
+    fails(torch.AcceleratorError("an illegal memory access was encountered"))
+    with pytest.raises(torch.AcceleratorError):
+        release()
 
 
 def test_not_run_says_why():

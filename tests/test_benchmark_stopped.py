@@ -1,0 +1,78 @@
+"""A benchmark that is stopped leaves a whole file of the pieces that it has measured, marked as partial."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import precision
+import pytest
+import sampling
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+OP = "silu_difference"
+
+
+def _load(name: str):
+    """A script of benchmarks/ by its path: kernels.py shares its name with the folder of kernels."""
+    spec = importlib.util.spec_from_file_location(f"benchmark_{name}", BENCHMARKS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def reports(monkeypatch, tmp_path):
+    """Runs a script whole and again, stopped at the second call of one of its functions; the two reports."""
+
+    def reports(module, function: str, *arguments: str) -> tuple[dict, dict]:
+        calls, real, path = [], getattr(module, function), tmp_path / "out.json"
+
+        def stopping(*given, **options):
+            calls.append(given)
+            if len(calls) == 2:
+                raise KeyboardInterrupt
+            return real(*given, **options)
+
+        monkeypatch.setattr(sys, "argv", ["script", *arguments, "--json", str(path)])
+        assert module.main() == 0
+        whole = json.loads(path.read_text())
+        path.unlink()
+        monkeypatch.setattr(module, function, stopping)
+        with pytest.raises(KeyboardInterrupt):
+            module.main()
+        return whole, json.loads(path.read_text())
+
+    return reports
+
+
+def test_kernels(reports, monkeypatch):
+    module = _load("kernels")
+    monkeypatch.setattr(module, "selected", lambda smoke, only, own=module.selected: 2 * own(smoke, only))
+    whole, part = reports(module, "failed_checks", "--smoke", "--only", OP)
+    assert ("partial" in whole, part["partial"]) == (False, True)
+    assert [row["provider"] for row in whole["rows"]] == 2 * [row["provider"] for row in part["rows"]]
+
+
+def test_errors(reports, monkeypatch):
+    module = _load("errors")
+    monkeypatch.setattr(module, "DTYPES", {"float32": module.DTYPES["float32"]})
+    whole, part = reports(module, "measure", "--only", OP)
+    assert ("partial" in whole, part["partial"]) == (False, True)
+    assert (len(whole["rows"]), part["rows"]) == (2, whole["rows"][:1])
+
+
+def test_sampling(reports):
+    few = ("--smoke", "--batches", "1", "2", "--precisions", "fp32", "--seconds", "0.01")
+    whole, part = reports(sampling, "measure", *few)
+    assert ("partial" in whole, part["partial"]) == (False, True)
+    assert {row["batch"] for row in whole["rows"]} == {1, 2}
+    assert {row["batch"] for row in part["rows"]} == {1}
+
+
+def test_precision(reports, monkeypatch):
+    monkeypatch.setattr(precision, "quotient_errors", lambda net, rows, wanted: {m.name: {"0.1": 0.5} for m in wanted})
+    monkeypatch.setattr(precision, "digits_network", lambda device: None)
+    whole, part = reports(precision, "quotient_errors", "--smoke", "--device", "cpu", "--weights", "random", "digits")
+    assert ("partial" in whole, part["partial"]) == (False, True)
+    assert (set(whole["relative_error"]), set(part["relative_error"])) == ({"random", "digits"}, {"random"})
