@@ -6,8 +6,9 @@ from functools import partial
 
 import pytest
 import torch
-from fast_step_runs import make_model, train
+from fast_step_runs import make_model, make_step, train
 from runs import tiny_config
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from soflow_fast import DiT, cli
 from soflow_fast.kernels.reference import Stream, normal, uniform
@@ -186,6 +187,40 @@ def test_a_given_network_is_told_the_guidance(tmp_path):
     assert step == 2
     noise, labels = torch.randn(4, 1, 8, 8), torch.arange(4)
     assert not torch.equal(*(model.sample(noise, model.conditioned(labels, scale)) for scale in (1.0, 8.0)))
+
+
+def test_without_classes_nothing_is_begun(tmp_path):
+    config = tiny_config(tmp_path / "run", objective="improved_meanflow")
+    config.model.num_classes = 0
+    for model in (None, _Given(), ImprovedMeanFlow(_Given())):
+        with pytest.raises(ValueError, match=r"model.num_classes=0 .* set model.num_classes to the number of classes"):
+            Trainer(config, model=model)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_compiled_step_says_what_labels_it_needs():
+    step, _ = make_step(_model(torch.float32), compile="aot_eager")
+    for labels, form in ((None, "no labels"), (torch.zeros(B, 4), r"labels of shape \(16, 4\)")):
+        with pytest.raises(ValueError, match=rf"trains with labels \(B,\), and there are {form}"):
+            step(torch.zeros(B, 1, 8, 8), labels)
+
+
+class _Operators(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.called = []
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        self.called.append(operator)
+        return operator(*args, **(kwargs or {}))
+
+
+def test_preparing_launches_nothing():
+    """A CUDA graph would replay it with every step."""
+    model, (x, labels) = _model(), _batch()
+    with _Operators() as operators:
+        model.prepare(x, labels)
+    assert operators.called == [torch.ops.aten.new_empty.default]
 
 
 def test_bad_settings(tmp_path, capsys):

@@ -121,8 +121,15 @@ class ImprovedMeanFlow(MeanFlow):
         return torch.stack([column.float() for column in (labels, *columns)], 1)
 
     def prepare(self, x: Tensor, labels: Tensor | None) -> None:
-        """As MeanFlow's, for the labels that the network sees."""
-        super().prepare(x, self.conditioned(labels) if labels is not None and labels.dim() == 1 else labels)
+        """As MeanFlow's, for labels of the form that the network sees.
+
+        Raises:
+            ValueError: also for anything but labels (B,).
+        """
+        if labels is None or labels.dim() != 1:
+            form = "no labels" if labels is None else f"labels of shape {tuple(labels.shape)}"
+            raise ValueError(f"improved MeanFlow trains with labels (B,), and there are {form}; give each row a class")
+        super().prepare(x, labels.new_empty(len(labels), 1 + self.condition_dim, dtype=torch.float32))
 
     def velocity(self, x: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
         """The model's velocity ``u(x,t,t,y)`` with the guidance of samples."""
@@ -151,9 +158,6 @@ class ImprovedMeanFlow(MeanFlow):
         return torch.stack([mix, start, end], 1)
 
     def _conditioned(self, labels, rows, n: int, seed, step) -> Tensor:
-        if labels is None or labels.dim() != 1:
-            form = "no labels" if labels is None else f"labels of shape {tuple(labels.shape)}"
-            raise ValueError(f"improved MeanFlow trains with labels (B,), and there are {form}")
         return torch.cat([labels.float()[:, None], self.draw_guidance(rows, n, seed, step)], 1)
 
     @torch.no_grad()

@@ -121,12 +121,16 @@ class MeanFlow(Objective):
         """``x − (t−s) u(x,t,s,y)``; see the base class."""
         return x - (t - s).view(-1, 1, 1, 1) * self.network(x, t, s, labels)
 
+    def time_pairs(self, rows: Tensor, seed: int | Tensor, step: int | Tensor) -> Tensor:
+        """(B, 2) float32, the two logit-normal draws of each row."""
+        z = self.ops.normal(rows, 2, seed=seed, step=step, stream=Stream.TIMES)
+        return paths.logit_normal(z, self.time_mean, self.time_std)
+
     def draw_times(
         self, rows: Tensor, n_velocity: int, seed: int | Tensor, step: int | Tensor
     ) -> tuple[Tensor, Tensor]:
         """``(t, r)``, each (B,) float32; r = t on the first ``n_velocity`` rows."""
-        z = self.ops.normal(rows, 2, seed=seed, step=step, stream=Stream.TIMES)
-        pair = paths.logit_normal(z, self.time_mean, self.time_std)
+        pair = self.time_pairs(rows, seed, step)
         t, r = pair.amax(1), pair.amin(1)
         return t, torch.cat([t[:n_velocity], r[n_velocity:]])
 
@@ -145,6 +149,8 @@ class MeanFlow(Objective):
             t, r = t.double(), r.double()
         drop = self.draw_drop(rows, labels, seed, step)
         z, v = self.ops.noisy_sample(x0, t, rows, seed=seed, step=step, path=self.path, latent_scale=latent_scale)
+        if not torch.compiler.is_compiling():
+            self.prepare(z[n:], labels)
         labels = self._conditioned(labels, rows, n, seed, step)
         guided = self.guided and labels is not None and self.network.num_classes > 0
         v_average, u_null, u_own = v[n:], None, None
@@ -201,8 +207,6 @@ class MeanFlow(Objective):
         """``u(z,t,r,y)`` of all rows, and ``du/dt`` along ``(v, 1)`` of the given ones, without gradient."""
         one = torch.ones_like(t[rows])
         if self.derivative == "tangent":
-            if not torch.compiler.is_compiling():
-                self.prepare(z[rows], labels)
             return self.forward_difference(z, t, r, labels, v, one, rows=rows, mode="tangent")
         if self.derivative == "finite_difference":
             u, difference = self.two_forwards(z, t, r, labels, v, rows, self.difference_step * one)
@@ -215,8 +219,6 @@ class MeanFlow(Objective):
     def two_forwards(self, z, t, r, labels, v, rows: slice, step: Tensor) -> tuple[Tensor, Tensor]:
         """``u(z,t,r,y)`` of all rows, and ``u(z − step·v, t − step, r, y) − u`` of the given ones, in the precision of
         the parameters; step: (b,)."""
-        if not torch.compiler.is_compiling():
-            self.prepare(z[rows], labels)
         with torch.autocast(z.device.type, enabled=False):
             u = self.network(z, t, r, labels)
             with torch.no_grad():
