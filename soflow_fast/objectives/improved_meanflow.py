@@ -10,21 +10,22 @@ import torch
 from torch import Tensor, nn
 
 from soflow_fast.kernels.reference import Stream
-from soflow_fast.objectives.base import require_range
-from soflow_fast.objectives.meanflow import MeanFlow
+from soflow_fast.objectives.average_velocity import AverageVelocity
+from soflow_fast.objectives.base import require_null_label, require_range
 
 # Of w: at larger ones 1 − 1/w, which the network is told, would hardly change.
 _LARGEST_GUIDANCE = 1e4
 
 
-class ImprovedMeanFlow(MeanFlow):
+class ImprovedMeanFlow(AverageVelocity):
     """MeanFlow with the guidance as a condition, and derivatives along the network's own prediction.
 
     The guided velocity is ``v + (1 − 1/w) (u(z,t,t | y,w) − u(z,t,t | ∅,1))`` for t in the interval and rows with a
-    label, else v. w is drawn with a density proportional to ``w^−guidance_power`` between 1 and guidance_max; the
-    interval from 0 to ½ and from ½ to 1, and [0, 1] on the rows with r = t, which train the prediction of the velocity.
-    Times, weight and loss are MeanFlow's. Left out of the paper are its second head for the velocity, in whose place
-    the network's own boundary u(z,t,t) predicts it, and its conditioning by tokens.
+    label, else v. Derivatives are taken along u(z,t,t | y,w), on rows that drop their label along u(z,t,t | ∅,1), where
+    published code keeps the label. w is drawn with a density proportional to ``w^−guidance_power`` between 1 and
+    guidance_max; the interval from 0 to ½ and from ½ to 1, and [0, 1] on the rows with r = t, which train the
+    prediction of the velocity. Times, weight and loss are MeanFlow's. Left out of the paper are its second head for the
+    velocity, in whose place the network's own boundary u(z,t,t) predicts it, and its conditioning by tokens.
 
     Args:
         net: with ``condition_dim`` 3, such as ``DiT(condition_dim=3)``, and classes.
@@ -39,6 +40,7 @@ class ImprovedMeanFlow(MeanFlow):
     """
 
     condition_dim = 3
+    guided = True
 
     def __init__(
         self,
@@ -78,10 +80,10 @@ class ImprovedMeanFlow(MeanFlow):
                 "guidance, such as 8"
             )
         require_range("guidance_power", guidance_power, 0, 10)
+        require_null_label(net, None, label_drop)
         super().__init__(
             net,
-            path,
-            guidance_mix=1 - 1 / guidance_max,
+            path=path,
             label_drop=label_drop,
             p=p,
             eps=eps,
