@@ -88,9 +88,17 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--samples", type=int, default=5000, help="to score (default %(default)s)")
     parser.add_argument("--json", type=Path, metavar="OUT", help="write the scores here, and skip the runs in it")
     options = parser.parse_args(arguments)
+    if options.seeds < 1:
+        parser.error(f"--seeds {options.seeds} makes no run; give at least 1")
     saved = options.json is not None and options.json.exists()
-    report = json.loads(options.json.read_text()) if saved else {"environment": environment(), "runs": []}
-    report |= {"steps": options.steps, "samples": options.samples}
+    settings = {"steps": options.steps, "samples": options.samples}
+    report = json.loads(options.json.read_text()) if saved else {"environment": environment(), "runs": [], **settings}
+    for name, value in settings.items():
+        if (theirs := report.get(name)) != value:
+            parser.error(
+                f"--{name} {value} is not that of the runs in {options.json}, {theirs}; give --{name} {theirs}, or "
+                "another --json"
+            )
     done = {(run["method"], run["seed"]) for run in report["runs"]}
     for seed in range(options.seeds):
         for name in options.only:

@@ -83,24 +83,38 @@ def build_model(config: TrainConfig, given: nn.Module | None = None) -> nn.Modul
 
     A given objective is returned as it is. Otherwise it is built on the CPU (or the meta device, if that is the
     default), so that every device starts from the same weights, and the caller's random state stays as it was.
+
+    Raises:
+        ValueError: for a value that is impossible, and for an objective that needs classes where there are none.
     """
     if is_objective(given):
+        _require_classes(config, given)
         return given
     if config.objective == GIVEN:
         raise ValueError(
             "this configuration's objective was given to the Trainer as an object; give it again, to the Trainer or to "
             "soflow_fast.trainer.load_run(run_dir, model=...)"
         )
+    objective = OBJECTIVES[config.objective]
+    _require_classes(config, objective)
     section = {**asdict(config.objective_section), "impl": config.model.impl}
     if config.model.impl == "auto" and resolve_device(config.device).type == "cpu":
         section["impl"] = "torch"  # the fused kernels are for GPUs, also where there is one that is not used
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(config.seed)
-        objective = OBJECTIVES[config.objective]
         if given is None:
             model = replace(config.model, impl=section["impl"])
             given = build_network(model, section["label_drop"], objective.condition_dim)
         return objective(given, **section)
+
+
+def _require_classes(config: TrainConfig, objective: nn.Module | type[nn.Module]) -> None:
+    if config.model.num_classes == 0 and getattr(objective, "condition_dim", 0):
+        name = getattr(objective, "__name__", type(objective).__name__)
+        raise ValueError(
+            f"model.num_classes=0 trains without labels, and {name} needs them to guide with; set model.num_classes to "
+            "the number of classes"
+        )
 
 
 def network_of(given: nn.Module) -> nn.Module:

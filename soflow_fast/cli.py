@@ -119,7 +119,9 @@ def _parser() -> argparse.ArgumentParser:
         )
         sub.add_argument("--guidance-scale", type=float, help="of a run of improved_meanflow (default: as configured)")
         sub.add_argument(
-            "--guidance-interval", help="the times that are guided, such as 0.3,0.8; likewise (default: as configured)"
+            "--guidance-interval",
+            type=_two_times,
+            help="the times that are guided, such as 0.3,0.8; likewise (default: as configured)",
         )
         sub.add_argument(
             "--renoise",
@@ -212,7 +214,9 @@ def _eval(args: argparse.Namespace) -> None:
     )
     folder.parent.mkdir(parents=True, exist_ok=True)
     path = folder.with_suffix(".json")
-    about = {"step": step, "seed": args.seed, **{name: getattr(args, name) for name in _VARIANTS}}
+    about = {"step": step, "seed": args.seed, "ema_std": args.ema_std, "renoise": args.renoise}
+    if hasattr(model, "set_sample_guidance"):
+        about |= {"guidance_scale": model.sample_scale, "guidance_interval": model.sample_interval}
     path.write_text(json.dumps({**about, **scores}, indent=2) + "\n")
     for name, value in scores.items():
         print(f"{name:<20}{value if isinstance(value, str) else f'{value:.4f}'}")
@@ -255,8 +259,9 @@ def _timed(work: Callable) -> tuple[float, Any]:
 
 def _variant(args: argparse.Namespace) -> str:
     """What tells files of another average or guidance apart from those of the run's own; a dot would begin a suffix."""
-    parts = (f"-{short}-{getattr(args, name)}" for name, short in _VARIANTS.items() if getattr(args, name) is not None)
-    return "".join(parts).lower().replace(".", "_").replace(",", "-")
+    given = {short: getattr(args, name) for name, short in _VARIANTS.items() if getattr(args, name) is not None}
+    values = {short: "-".join(map(str, x)) if isinstance(x, tuple) else x for short, x in given.items()}
+    return "".join(f"-{short}-{value}" for short, value in values.items()).lower().replace(".", "_")
 
 
 def _set_sampling(model: torch.nn.Module, objective: str, args: argparse.Namespace) -> None:
@@ -270,11 +275,16 @@ def _set_sampling(model: torch.nn.Module, objective: str, args: argparse.Namespa
         raise ValueError(
             f"{name} is for runs of improved_meanflow; the guidance of this run, of {objective}, is in its weights"
         )
+    model.require_trained(scale, interval, ("--guidance-scale ", "--guidance-interval "))
+    model.set_sample_guidance(scale, interval)
+
+
+def _two_times(text: str) -> tuple[float, float]:
     try:
-        ends = None if interval is None else tuple(float(part) for part in interval.split(","))
+        start, end = (float(part) for part in text.split(","))
     except ValueError:
-        raise ValueError(f"--guidance-interval {interval!r} is not two times, such as 0.3,0.8") from None
-    model.set_sample_guidance(scale, ends)
+        raise argparse.ArgumentTypeError(f"{text!r} is not two times, such as 0.3,0.8") from None
+    return start, end
 
 
 def _with_vae(config: TrainConfig, vae: str | None) -> TrainConfig:

@@ -257,8 +257,7 @@ class DiT(nn.Module):
         t_embedding, u_t = self.t_embedder(features[0])
         s_embedding, u_s = self.s_embedder(features[1])
         if self.condition_embedder is not None:
-            sinusoids = reference.time_sinusoids(numbers, numbers, width=SINUSOID_WIDTH, dtype=dtype)[0]
-            s_embedding = s_embedding + self.condition_embedder(sinusoids.flatten(1))[0]
+            s_embedding = s_embedding + self.condition_embedder(_sinusoids(numbers).flatten(1).to(dtype))[0]
         table = self.y_embedder.embedding_table.weight
         c, active = ops.condition(t_embedding, s_embedding, table, labels)
         layers = self._modulation_layers()
@@ -296,6 +295,12 @@ class DiT(nn.Module):
         p, grid = self.patch_size, self.input_size // self.patch_size
         pixels = tokens.unflatten(2, (p, p, -1)).unflatten(1, (grid, grid))
         return pixels.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)
+
+
+def _sinusoids(numbers: Tensor) -> Tensor:
+    """The features of times, ``[cos, sin]``, for numbers of any shape, and as wide in a last dimension."""
+    phase = numbers[..., None] * reference.frequencies(SINUSOID_WIDTH, numbers)
+    return torch.cat([phase.cos(), phase.sin()], -1)
 
 
 def _require_divides(name: str, divisor: int, of: str, value: int) -> None:

@@ -38,7 +38,8 @@ def sample(
     (seed, i, global row), so samples do not depend on how rows are split into batches. Others jump to the next time.
 
     Args:
-        model: an objective. noise: (B, C, H, W) standard normal. labels: (B,) int64 or None.
+        model: an objective. noise: (B, C, H, W) standard normal. labels: (B,) int64, (B, 1+k) floating point
+            or None.
         steps: jumps, at least 1, each of one network call (of flow matching ``ode_steps``).
         generator: draws the seed if none is given; None is torch's own. seed: of the noise that is added.
         first_row: global row of noise[0]; a 0-d int64 tensor is not read on the host.
@@ -142,7 +143,8 @@ class Sampler:
         """Samples 0 to n-1, in batches.
 
         Args:
-            labels: (n,) int64, or None for "no label". decode: from latents to images, see
+            labels: (n,) int64; (n, 1+k) floating point, the label and what else the network is told of a sample; or
+                None for "no label". decode: from latents to images, see
                 :func:`soflow_fast.images.vae_decoder`.
 
         Yields:
@@ -159,7 +161,7 @@ class Sampler:
         """The batch whose first sample has the given number; the first call compiles and captures.
 
         Args:
-            labels: (at most B,) int64; the rows beyond are drawn with label 0. None for "no label".
+            labels: as in :meth:`draw`, at most B; the rows beyond are drawn with zeros.
 
         Returns:
             (B, C, H, W) float32 on the device; with a CUDA graph, the next call overwrites it.
@@ -167,7 +169,7 @@ class Sampler:
         if self._copy is not None:
             self._copy.refresh()
         if labels is not None:
-            labels = nn.functional.pad(labels, (0, self.batch - len(labels)))
+            labels = nn.functional.pad(labels, (*(0, 0) * (labels.dim() - 1), 0, self.batch - len(labels)))
         inputs = labels, self._first_row.fill_(first_row)  # a new one would be copied from the host, and waited for
         if self._graph is not None:
             return self._graph(*inputs)

@@ -31,8 +31,9 @@ def _published(net, x, labels, alpha, guidance=(1.0, 0.5, (0.0, 1.0)), clip=None
     times = torch.sigmoid(-0.4 + normal(rows, 2, stream=Stream.TIMES, **key))
     total = 0.0
     for i in range(B):
-        t = times[i].max().double().view(1)
-        r = t if i % 4 == 0 else times[i].min().double().view(1)  # a quarter of the rows, evenly spread
+        t = r = times[i, 0].double().view(1)
+        if i % 4:  # but a quarter of the rows, evenly spread
+            t, r = (end.double().view(1) for end in (times[i].max(), times[i].min()))
         z, v = (1 - t) * x[i : i + 1] + t * noise[i : i + 1], noise[i : i + 1] - x[i : i + 1]
         null = torch.tensor([10])
         seen = None if labels is None else null if drop[i] else labels[i : i + 1]
@@ -97,8 +98,25 @@ def test_the_curriculum():
     late = AlphaFlow(net, alpha_interval=(0.5, 0.8), alpha_clamp=0.0)
     assert [late.alpha(k).item() for k in (0.0, 0.49, 0.81, 1.0)] == [1.0, 1.0, 0.0, 0.0]
     assert late.alpha(0.65).item() == pytest.approx(0.5, abs=1e-6)
+    for steepness, clamp, expected in ((10.0, 0.005, 0.9241), (10.0, 0.1, 1.0), (25.0, 0.0, 0.9981)):
+        shaped = AlphaFlow(net, alpha_steepness=steepness, alpha_clamp=clamp)
+        assert shaped.alpha(0.25).item() == pytest.approx(expected, abs=1e-4)
+        assert shaped.alpha(0.75).item() == pytest.approx(1 - expected, abs=1e-4)
     progress = torch.tensor(0.65, dtype=torch.float64)
     assert late.alpha(progress).dtype == torch.float64
+
+
+class _Overflowing(AlphaFlow):
+    def _with_change(self, *arguments):
+        u, change = super()._with_change(*arguments)
+        return u, change / 0
+
+
+def test_flow_matching_needs_no_finite_change():
+    model = make_model(torch.float64, _Overflowing)
+    parts = model.loss(*_batch(), 0.0, seed=SEED, step=STEP).parts
+    assert all(part.loss.isfinite() for part in parts.values())
+    assert not model.loss(*_batch(), 0.5, seed=SEED, step=STEP).parts["average"].loss.isfinite()
 
 
 @pytest.mark.parametrize(("progress", "lost"), [(0.7, 0.05), (1.0, 0.2)])

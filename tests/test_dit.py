@@ -5,9 +5,11 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from soflow_fast import DiT, SoFlow
+from soflow_fast import DiT, SoFlow, dit
 from soflow_fast.dit import PRESETS
+from soflow_fast.kernels import reference
 
 SMALL = {"input_size": 8, "patch_size": 2, "in_channels": 3, "hidden_size": 24, "depth": 2, "num_heads": 3}
 
@@ -283,3 +285,23 @@ def test_forward_compiles_in_one_graph():
         outputs.append([out.detach(), *(p.grad.clone() for p in net.parameters() if p.requires_grad)])
     for eager, compiled in zip(*outputs, strict=True):
         torch.testing.assert_close(compiled, eager, rtol=1e-5, atol=1e-6)
+
+
+class _Cosines(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.numbers = 0
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        out = operator(*args, **(kwargs or {}))
+        self.numbers += out.numel() if operator is torch.ops.aten.cos.default else 0
+        return out
+
+
+def test_numbers_beside_the_label_have_the_features_of_times():
+    numbers = torch.rand(5, 3)
+    assert torch.equal(dit._sinusoids(numbers), reference.time_sinusoids(numbers, numbers, width=256)[0])
+    net = DiT(8, 2, 1, 32, 1, 2, num_classes=10, condition_dim=3, impl="torch")
+    with _Cosines() as cosines:
+        net(torch.zeros(5, 1, 8, 8), torch.ones(5), torch.zeros(5), torch.cat([torch.zeros(5, 1), numbers], 1))
+    assert cosines.numbers == 128 * 5 * (2 + 3)

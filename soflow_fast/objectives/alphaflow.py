@@ -14,7 +14,8 @@ from soflow_fast.objectives.meanflow import MeanFlow
 class AlphaFlow(MeanFlow):
     """The α-Flow objective over any network ``F = net(x, t, s, labels)``.
 
-    The rows with r = t train the velocity, as in MeanFlow. On the others the error is ``e = u − target`` with
+    The rows with r = t train the velocity, as in MeanFlow, at a time of one draw instead of the larger of two. On the
+    others the error is ``e = u − target`` with
 
         α > 0:  e = α (u − v_g − (1−α) Q),  Q = (u(z_h, t−h, r) − u) / α
         α = 0:  e = u − v_g − Q,            Q by a step of ``difference_step (t−r)``, instead of −(t−r) du/dt
@@ -68,18 +69,18 @@ class AlphaFlow(MeanFlow):
     ):
         super().__init__(
             net,
-            path,
-            guidance_scale,
-            guidance_mix,
-            guidance_interval,
-            label_drop,
-            p,
-            eps,
-            velocity_share,
-            time_mean,
-            time_std,
-            derivative,
-            difference_step,
+            path=path,
+            guidance_scale=guidance_scale,
+            guidance_mix=guidance_mix,
+            guidance_interval=guidance_interval,
+            label_drop=label_drop,
+            p=p,
+            eps=eps,
+            velocity_share=velocity_share,
+            time_mean=time_mean,
+            time_std=time_std,
+            derivative=derivative,
+            difference_step=difference_step,
             impl=impl,
         )
         if len(alpha_interval) != 2 or not 0 <= alpha_interval[0] < alpha_interval[1] <= 1:
@@ -103,14 +104,20 @@ class AlphaFlow(MeanFlow):
         alpha = torch.where((x < 0) | (alpha > 1 - self.alpha_clamp), 1.0, alpha)
         return torch.where((x > 1) | (alpha < self.alpha_clamp), 0.0, alpha)
 
+    def draw_times(
+        self, rows: Tensor, n_velocity: int, seed: int | Tensor, step: int | Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """As MeanFlow's, but on the first ``n_velocity`` rows the first of the two draws, not the larger."""
+        pair = self.time_pairs(rows, seed, step)
+        first, others = pair[:n_velocity, 0], pair[n_velocity:]
+        return torch.cat([first, others.amax(1)]), torch.cat([first, others.amin(1)])
+
     def _with_change(self, z, t, r, labels, v, rows: slice, progress) -> tuple[Tensor, Tensor]:
         share = self.alpha(progress).to(t).clamp(min=self.difference_step)
         step = share * (t - r)[rows]
         if self.derivative == "finite_difference":
             u, difference = self.two_forwards(z, t, r, labels, v, rows, step)
         else:
-            if not torch.compiler.is_compiling():
-                self.prepare(z[rows], labels)
             dz = -step.view(-1, 1, 1, 1) * v
             u, difference = self.forward_difference(z, t, r, labels, dz, -step, rows=rows, mode="difference")
         return u, difference / -share
@@ -120,7 +127,8 @@ class AlphaFlow(MeanFlow):
         weight = torch.where(alpha > 0, alpha, 1.0)
         u = u.to(v.dtype)
         fixed = u.detach()
-        error = weight * (fixed - v + (1 - alpha) * change)
+        rest = torch.where(alpha < 1, (1 - alpha) * change, 0.0)  # also of one that overflowed
+        error = weight * (fixed - v + rest)
         if self.target_clip is not None:
             target = fixed - error
             excess = target - target.clamp(-self.target_clip, self.target_clip)

@@ -10,23 +10,28 @@ import torch
 from torch import Tensor, nn
 
 from soflow_fast.kernels.reference import Stream
-from soflow_fast.objectives.base import require_range
-from soflow_fast.objectives.meanflow import MeanFlow
+from soflow_fast.objectives.average_velocity import AverageVelocity
+from soflow_fast.objectives.base import require_null_label, require_range
+
+# Of w: at larger ones 1 − 1/w, which the network is told, would hardly change.
+_LARGEST_GUIDANCE = 1e4
 
 
-class ImprovedMeanFlow(MeanFlow):
+class ImprovedMeanFlow(AverageVelocity):
     """MeanFlow with the guidance as a condition, and derivatives along the network's own prediction.
 
     The guided velocity is ``v + (1 − 1/w) (u(z,t,t | y,w) − u(z,t,t | ∅,1))`` for t in the interval and rows with a
-    label, else v. w is drawn with a density proportional to ``w^−guidance_power`` between 1 and guidance_max; the
-    interval from 0 to ½ and from ½ to 1, and [0, 1] on the rows with r = t, which train the prediction of the velocity.
-    Times, weight and loss are MeanFlow's. Left out of the paper are its second head for the velocity, in whose place
-    the network's own boundary u(z,t,t) predicts it, and its conditioning by tokens.
+    label, else v. Derivatives are taken along u(z,t,t | y,w), on rows that drop their label along u(z,t,t | ∅,1), where
+    published code keeps the label. w is drawn with a density proportional to ``w^−guidance_power`` between 1 and
+    guidance_max; the interval from 0 to ½ and from ½ to 1, and [0, 1] on the rows with r = t, which train the
+    prediction of the velocity. Times, weight and loss are MeanFlow's. Left out of the paper are its second head for the
+    velocity, in whose place the network's own boundary u(z,t,t) predicts it, and its conditioning by tokens.
 
     Args:
         net: with ``condition_dim`` 3, such as ``DiT(condition_dim=3)``, and classes.
-        guidance_max, guidance_power: of the draw of w.
-        sample_scale, sample_interval: the guidance of samples where :meth:`conditioned` does not say another.
+        guidance_max, guidance_power: of the draw of w, in (1, 10⁴] and [0, 10].
+        sample_scale, sample_interval: the guidance of samples where :meth:`conditioned` does not say another; see
+            :meth:`set_sample_guidance`.
         path, label_drop, p, eps, velocity_share, time_mean, time_std, derivative, difference_step, impl: as in
             :class:`~soflow_fast.objectives.meanflow.MeanFlow`.
 
@@ -35,6 +40,7 @@ class ImprovedMeanFlow(MeanFlow):
     """
 
     condition_dim = 3
+    guided = True
 
     def __init__(
         self,
@@ -54,21 +60,30 @@ class ImprovedMeanFlow(MeanFlow):
         difference_step: float = 1e-3,
         impl: str | None = None,
     ):
-        if getattr(net, "condition_dim", 0) != self.condition_dim or not net.num_classes:
+        told, classes = (getattr(net, name, None) for name in ("condition_dim", "num_classes"))
+        if told != self.condition_dim:
             raise ValueError(
-                "improved MeanFlow needs a network with classes that is told the guidance, with condition_dim=3 and "
-                f"labels (B, 4), such as DiT(condition_dim=3); this {type(net).__name__} has num_classes="
-                f"{net.num_classes} and condition_dim={getattr(net, 'condition_dim', None)}"
+                f"improved MeanFlow tells its network the guidance, and this {type(net).__name__} has condition_dim="
+                f"{told}; choose a DiT preset, or give a network with condition_dim = 3 that takes labels (B, 4), such "
+                "as DiT(condition_dim=3)"
+            )
+        if not classes:
+            raise ValueError(
+                f"improved MeanFlow guides by classes, and this {type(net).__name__} has num_classes={classes}; set "
+                "model.num_classes to the number of classes"
             )
         if label_drop == 0:
             raise ValueError("label_drop=0 never trains the 'no label' prediction that guides; set label_drop > 0")
-        if not 1 < guidance_max < math.inf:
-            raise ValueError(f"guidance_max={guidance_max} must be greater than 1, which is no guidance")
+        if not 1 < guidance_max <= _LARGEST_GUIDANCE:
+            raise ValueError(
+                f"guidance_max={guidance_max} is outside (1, {_LARGEST_GUIDANCE:g}]; choose one above 1, which is no "
+                "guidance, such as 8"
+            )
         require_range("guidance_power", guidance_power, 0, 10)
+        require_null_label(net, None, label_drop)
         super().__init__(
             net,
-            path,
-            guidance_mix=1 - 1 / guidance_max,
+            path=path,
             label_drop=label_drop,
             p=p,
             eps=eps,
@@ -81,48 +96,98 @@ class ImprovedMeanFlow(MeanFlow):
             impl=impl,
         )
         self.guidance_max, self.guidance_power = guidance_max, guidance_power
+        # What samples are told. A number would be a constant of compiled code, and of a CUDA graph.
+        told = torch.zeros(self.condition_dim, device=next(net.parameters()).device)
+        self.register_buffer("_told", told, persistent=False)
+        self._sample_guidance = sample_scale, tuple(sample_interval)
         self.set_sample_guidance(sample_scale, sample_interval)
 
+    @property
+    def sample_scale(self) -> float:
+        """w of samples, see :meth:`set_sample_guidance`."""
+        return self._sample_guidance[0]
+
+    @property
+    def sample_interval(self) -> tuple[float, float]:
+        """The times at which samples are guided, see :meth:`set_sample_guidance`."""
+        return self._sample_guidance[1]
+
     def set_sample_guidance(self, scale: float | None = None, interval: tuple[float, float] | None = None) -> None:
-        """Sets the guidance of samples; None leaves it as it is.
+        """Sets the guidance of samples, also of a sampler that is compiled already; None leaves it as it is.
 
         Args:
-            scale: w in [1, guidance_max]. interval: the times that are guided, (start, end) in [0, 1].
+            scale: w in [1, guidance_max]. interval: the times that are guided, from [0, 0.5] to [0.5, 1].
 
         Raises:
             ValueError: for a guidance that was not trained.
         """
-        if scale is not None:
-            require_range("sample_scale", scale, 1, self.guidance_max)
-            self.sample_scale = scale
-        if interval is not None:
-            if len(interval) != 2 or not 0 <= interval[0] <= 0.5 <= interval[1] <= 1:
-                raise ValueError(
-                    f"sample_interval={tuple(interval)} was not trained; choose a start in [0, 0.5] and an end in "
-                    "[0.5, 1]"
-                )
-            self.sample_interval = tuple(interval)
+        self.require_trained(scale, interval, ("sample_scale=", "sample_interval="))
+        scale = self.sample_scale if scale is None else scale
+        interval = self.sample_interval if interval is None else tuple(interval)
+        self._sample_guidance = scale, interval
+        self._told.copy_(torch.tensor([1 - 1 / scale, *interval]))
+
+    def require_trained(
+        self,
+        scale: float | Tensor | None,
+        interval: tuple[float | Tensor, float | Tensor] | None,
+        names: tuple[str, str] = ("scale=", "interval="),
+    ) -> None:
+        """ValueError for a guidance that was not trained; tensors are not read.
+
+        Args:
+            scale, interval: as in :meth:`conditioned`. names: what a message has before the value.
+        """
+        largest = self.guidance_max
+        if not (scale is None or torch.is_tensor(scale) or 1 <= scale <= largest):
+            raise ValueError(
+                f"{names[0]}{scale} is outside [1, {largest}], the scales that guidance_max={largest} trains; choose "
+                "one of them, or train with a larger guidance_max"
+            )
+        if interval is None:
+            return
+        ranges = ((0, 0.5), (0.5, 1))
+        if len(interval) != 2 or not all(
+            torch.is_tensor(x) or low <= x <= high for x, (low, high) in zip(interval, ranges, strict=True)
+        ):
+            raise ValueError(
+                f"{names[1]}{tuple(interval)} was not trained; choose a start in [0, 0.5] and an end in [0.5, 1]"
+            )
 
     def conditioned(
-        self, labels: Tensor, scale: float | Tensor | None = None, interval: tuple[float, float] | None = None
+        self,
+        labels: Tensor,
+        scale: float | Tensor | None = None,
+        interval: tuple[float | Tensor, float | Tensor] | None = None,
     ) -> Tensor:
         """Labels that ask for a guidance, to sample with.
 
         Args:
-            labels: (B,) int64. scale: w, a number or (B,) floating point; by default that of samples. interval: the
-                times that are guided; by default that of samples.
+            labels: (B,) int64. scale: w; by default that of samples. interval: the times that are guided; by default
+                that of samples. Each a number, or a tensor of one or of (B,) numbers, which is not checked.
 
         Returns:
             (B, 4) float32.
+
+        Raises:
+            ValueError: for a guidance that was not trained.
         """
-        scale, interval = self.sample_scale if scale is None else scale, interval or self.sample_interval
-        numbers = (1 - 1 / scale, *interval)
-        columns = (x if torch.is_tensor(x) else torch.full_like(labels, x, dtype=torch.float32) for x in numbers)
-        return torch.stack([column.float() for column in (labels, *columns)], 1)
+        self.require_trained(scale, interval)
+        mix, *ends = self._told.unbind()
+        mix = mix if scale is None else 1 - 1 / scale
+        columns = (labels, mix, *(ends if interval is None else interval))
+        return torch.stack([_column(x, labels) for x in columns], 1)
 
     def prepare(self, x: Tensor, labels: Tensor | None) -> None:
-        """As MeanFlow's, for the labels that the network sees."""
-        super().prepare(x, self.conditioned(labels) if labels is not None and labels.dim() == 1 else labels)
+        """As MeanFlow's, for labels of the form that the network sees.
+
+        Raises:
+            ValueError: also for anything but labels (B,).
+        """
+        if labels is None or labels.dim() != 1:
+            form = "no labels" if labels is None else f"labels of shape {tuple(labels.shape)}"
+            raise ValueError(f"improved MeanFlow trains with labels (B,), and there are {form}; give each row a class")
+        super().prepare(x, labels.new_empty(len(labels), 1 + self.condition_dim, dtype=torch.float32))
 
     def velocity(self, x: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
         """The model's velocity ``u(x,t,t,y)`` with the guidance of samples."""
@@ -140,20 +205,17 @@ class ImprovedMeanFlow(MeanFlow):
     def draw_guidance(self, rows: Tensor, n_velocity: int, seed: int | Tensor, step: int | Tensor) -> Tensor:
         """(B, 3) float32: ``1 − 1/w`` and the interval of each row."""
         draws = self.ops.uniform(rows, 3, seed=seed, step=step, stream=Stream.GUIDANCE)
-        power = 1 - self.guidance_power
-        if power == 0:
-            mix = 1 - torch.exp(-math.log(self.guidance_max) * draws[:, 0])
-        else:
-            mix = 1 - (1 + draws[:, 0] * (self.guidance_max**power - 1)) ** (-1 / power)
+        power, log_max = 1 - self.guidance_power, math.log(self.guidance_max)
+        log_w = draws[:, 0] * log_max
+        if power != 0:
+            log_w = torch.log1p(draws[:, 0] * math.expm1(power * log_max)) / power
+        mix = -torch.expm1(-log_w.clamp(max=log_max))
         start, end = 0.5 * draws[:, 1], 0.5 + 0.5 * draws[:, 2]
         start = torch.cat([torch.zeros_like(start[:n_velocity]), start[n_velocity:]])
         end = torch.cat([torch.ones_like(end[:n_velocity]), end[n_velocity:]])
         return torch.stack([mix, start, end], 1)
 
     def _conditioned(self, labels, rows, n: int, seed, step) -> Tensor:
-        if labels is None or labels.dim() != 1:
-            form = "no labels" if labels is None else f"labels of shape {tuple(labels.shape)}"
-            raise ValueError(f"improved MeanFlow trains with labels (B,), and there are {form}")
         return torch.cat([labels.float()[:, None], self.draw_guidance(rows, n, seed, step)], 1)
 
     @torch.no_grad()
@@ -169,6 +231,13 @@ class ImprovedMeanFlow(MeanFlow):
     def _guided_velocity(self, v, u_null, u_own, t, drop, labels) -> Tensor:
         guided = v + labels[:, 1].to(v).view(-1, 1, 1, 1) * (u_own - u_null)
         return torch.where((drop | ~_inside(t, labels)).view(-1, 1, 1, 1), v, guided)
+
+
+def _column(x: float | Tensor, labels: Tensor) -> Tensor:
+    """A number or a tensor as (B,) float32."""
+    if torch.is_tensor(x):
+        return x.to(labels.device, torch.float32).expand(len(labels))
+    return torch.full_like(labels, x, dtype=torch.float32)
 
 
 def _inside(t: Tensor, labels: Tensor) -> Tensor:

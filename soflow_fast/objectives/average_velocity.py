@@ -1,0 +1,191 @@
+"""What MeanFlow and its descendants share: the average velocity, and a derivative of it in the target.
+
+The network is ``u(z,t,r) = 1/(t−r) ∫_r^t v``, trained on the identity ``u = v − (t−r) du/dt``. Here ``u(z,t,r) =
+F(z,t,s=r)``. Shapes: B rows, n of one loss, samples (B, C, H, W), times (B,), ``0 <= r <= t <= 1``.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from soflow_fast import paths
+from soflow_fast.kernels.reference import Stream
+from soflow_fast.objectives.base import LossOutput, Objective, TotalLoss, combine, require_choice, require_range
+
+DIRECTIONS = ("target", "prediction")
+
+
+class AverageVelocity(Objective):
+    """An objective of an average velocity, with a part of its rows for the velocity, u at r = t.
+
+    A subclass says in ``guided`` whether its velocity is guided where there are labels, and if so implements
+    :meth:`_guidance` and :meth:`_guided_velocity`. Arguments are those of
+    :class:`~soflow_fast.objectives.meanflow.MeanFlow`.
+    """
+
+    derivatives: tuple[str, ...] = ("tangent", "jvp", "finite_difference")
+    renoises = False
+    guided: bool
+
+    def __init__(
+        self,
+        net: nn.Module,
+        *,
+        path: str,
+        label_drop: float,
+        p: float,
+        eps: float,
+        velocity_share: float,
+        time_mean: float,
+        time_std: float,
+        derivative: str,
+        difference_step: float,
+        direction: str,
+        impl: str | None,
+    ):
+        super().__init__(net, velocity_share, impl)
+        require_choice("path", path, paths.PATHS)
+        require_choice("derivative", derivative, self.derivatives)
+        require_choice("direction", direction, DIRECTIONS)
+        require_range("label_drop", label_drop, 0, 1)
+        require_range("eps", eps, 0, float("inf"))
+        require_range("time_std", time_std, 0, float("inf"))
+        require_range("difference_step", difference_step, 1e-8, 0.1)
+        if derivative == "jvp" and not hasattr(net, "jvp"):
+            raise ValueError(
+                f"derivative='jvp' needs a network with jvp; {type(net).__name__} has none: use derivative='tangent'"
+            )
+        self.path, self.label_drop, self.p, self.eps = path, label_drop, p, eps
+        self.time_mean, self.time_std = time_mean, time_std
+        self.derivative, self.difference_step, self.direction = derivative, difference_step, direction
+        self.needs_float32 = derivative == "finite_difference"
+
+    def prepare(self, x: Tensor, labels: Tensor | None) -> None:
+        """Derives the difference forward of a network that has none; see the base class.
+
+        Raises:
+            ValueError: where it cannot be derived, and for a finite difference of two forwards of which each draws
+                another dropout.
+        """
+        if self.derivative == "finite_difference":
+            self.require_no_draws(x, labels, "derivative='finite_difference'")
+        if self.derivative in ("jvp", "finite_difference"):
+            return
+        try:
+            self.derive(x, labels, self.derivative)
+        except ValueError as error:
+            raise ValueError(
+                f"derivative={self.derivative!r} needs a difference forward, and {error}; write the network's "
+                "forward_difference, or use derivative='finite_difference'"
+            ) from error
+
+    def velocity(self, x: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
+        """The model's velocity ``u(x,t,t,y)``."""
+        return self.network(x, t, t, labels)
+
+    def solution(self, x: Tensor, t: Tensor, s: Tensor, labels: Tensor | None = None) -> Tensor:
+        """``x − (t−s) u(x,t,s,y)``; see the base class."""
+        return x - (t - s).view(-1, 1, 1, 1) * self.network(x, t, s, labels)
+
+    def time_pairs(self, rows: Tensor, seed: int | Tensor, step: int | Tensor) -> Tensor:
+        """(B, 2) float32, the two logit-normal draws of each row."""
+        z = self.ops.normal(rows, 2, seed=seed, step=step, stream=Stream.TIMES)
+        return paths.logit_normal(z, self.time_mean, self.time_std)
+
+    def draw_times(
+        self, rows: Tensor, n_velocity: int, seed: int | Tensor, step: int | Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """``(t, r)``, each (B,) float32; r = t on the first ``n_velocity`` rows."""
+        pair = self.time_pairs(rows, seed, step)
+        t, r = pair.amax(1), pair.amin(1)
+        return t, torch.cat([t[:n_velocity], r[n_velocity:]])
+
+    def loss_of_rows(
+        self, x0, labels, rows, n_velocity, progress, seed, step, latent_scale=None, *, merged=False
+    ) -> TotalLoss:
+        """The loss of the rows with r = t ("velocity") and of the others ("average"); see the base class.
+
+        There is one form, the merged one: a call without gradient for the guidance, in which the rows with r = t need
+        no prediction with their own label, as the call with gradient makes it; and that call, for both kinds of rows.
+        ``jvp`` and ``finite_difference`` add one on the rows with r < t.
+        """
+        n = n_velocity
+        t, r = self.draw_times(rows, n, seed, step)
+        if x0.dtype == torch.float64:
+            t, r = t.double(), r.double()
+        drop = self.draw_drop(rows, labels, seed, step)
+        z, v = self.ops.noisy_sample(x0, t, rows, seed=seed, step=step, path=self.path, latent_scale=latent_scale)
+        if not torch.compiler.is_compiling():
+            self.prepare(z[n:], labels)
+        labels = self._conditioned(labels, rows, n, seed, step)
+        guided = self.guided and labels is not None and self.network.num_classes > 0
+        v_average, u_null, u_own = v[n:], None, None
+        if guided:
+            u_null, u_own = self._guidance(z, t, labels, n)
+            v_average = self._guided_velocity(v_average, u_null[n:], u_own, t[n:], drop[n:], labels[n:])
+        labels = self.input_labels(labels, drop)
+        along = v_average
+        if self.direction == "prediction" and guided:
+            along = torch.where(drop[n:].view(-1, 1, 1, 1), u_null[n:], u_own)
+        elif self.direction == "prediction" and n < len(rows):
+            with torch.no_grad():
+                along = self.network(z[n:], t[n:], t[n:], None if labels is None else labels[n:])
+        u, change = self._with_change(z, t, r, labels, along, slice(n, None), progress)
+        u_velocity, u_average = u.split([n, len(rows) - n])
+        parts = {}
+        if n:
+            target = v[:n]
+            if guided:
+                target = self._guided_velocity(target, u_null[:n], u_velocity.detach(), t[:n], drop[:n], labels[:n])
+            parts["velocity"] = self._reduce(u_velocity.to(target.dtype) - target, t[:n])
+        if n < len(rows):
+            parts["average"] = self._average_loss(u_average, v_average, change, t[n:], progress)
+        return combine(parts)
+
+    def _conditioned(self, labels, rows, n: int, seed, step) -> Tensor | None:
+        """The labels with what else the network is told of each row; the first n rows train the velocity."""
+        return labels
+
+    def _guidance(self, z, t, labels, n: int) -> tuple[Tensor, Tensor]:
+        """``u(z,t,t,∅)`` of all rows and ``u(z,t,t,y)`` of those from n on, without gradient."""
+        raise NotImplementedError
+
+    def _guided_velocity(self, v, u_null, u_own, t, drop, labels) -> Tensor:
+        """The velocity that rows train, of v and of both predictions."""
+        raise NotImplementedError
+
+    def _with_change(self, z, t, r, labels, v, rows: slice, progress) -> tuple[Tensor, Tensor]:
+        """``u(z,t,r,y)`` of all rows, and ``(t−r) du/dt`` along ``(v, 1)`` of the given ones, without gradient."""
+        u, derivative = self.with_derivative(z, t, r, labels, v, rows)
+        return u, (t - r)[rows].view(-1, 1, 1, 1) * derivative
+
+    def _average_loss(self, u, v, change, t, progress) -> LossOutput:
+        return self._reduce(u.to(v.dtype) - (v - change), t)
+
+    def with_derivative(self, z, t, r, labels, v, rows: slice) -> tuple[Tensor, Tensor]:
+        """``u(z,t,r,y)`` of all rows, and ``du/dt`` along ``(v, 1)`` of the given ones, without gradient."""
+        one = torch.ones_like(t[rows])
+        if self.derivative == "tangent":
+            return self.forward_difference(z, t, r, labels, v, one, rows=rows, mode="tangent")
+        if self.derivative == "finite_difference":
+            u, difference = self.two_forwards(z, t, r, labels, v, rows, self.difference_step * one)
+            return u, difference / -self.difference_step
+        u = self.network(z, t, r, labels)
+        with torch.no_grad():
+            labels = None if labels is None else labels[rows]
+            return u, self.network.jvp(z[rows], t[rows], r[rows], labels, v, one)[1]
+
+    def two_forwards(self, z, t, r, labels, v, rows: slice, step: Tensor) -> tuple[Tensor, Tensor]:
+        """``u(z,t,r,y)`` of all rows, and ``u(z − step·v, t − step, r, y) − u`` of the given ones, in the precision of
+        the parameters; step: (b,)."""
+        with torch.autocast(z.device.type, enabled=False):
+            u = self.network(z, t, r, labels)
+            with torch.no_grad():
+                labels = None if labels is None else labels[rows]
+                moved = z[rows] - step.view(-1, 1, 1, 1) * v
+                return u, self.network(moved, t[rows] - step, r[rows], labels) - u[rows]
+
+    def _reduce(self, error: Tensor, t: Tensor) -> LossOutput:
+        squares = error.square().flatten(1)
+        total = squares.sum(1)
+        weight = (total.detach() + self.eps).pow(-self.p)
+        return LossOutput((weight * total).mean(), squares.detach().mean(1), weight, t)
