@@ -135,6 +135,25 @@ def test_bfloat16_keeps_the_error_where_two_forwards_lose_it(progress, lost):
     assert errors["difference"] < 0.02 < lost < errors["finite_difference"]
 
 
+def _sharpened(dtype, derivative):
+    """A network of which each query attends to one key, and to another where the step is a large part of the time."""
+    model = make_model(torch.float32, partial(AlphaFlow, velocity_share=0, derivative=derivative))
+    for block in model.network.blocks:
+        torch.nn.init.normal_(block.attn.qkv.weight[:64], std=1.0, generator=torch.Generator().manual_seed(0))
+        block.adaLN_modulation[1].weight.data.mul_(20)
+    return model.to(dtype)
+
+
+@pytest.mark.parametrize("progress", [0.3, 0.45, 0.55])
+def test_full_steps_of_peaked_attention(progress):
+    """The error of each row is that of two forwards in float64."""
+    x, labels = _batch()
+    model, exact = _sharpened(torch.float32, "difference"), _sharpened(torch.float64, "finite_difference")
+    ours = model.loss(x.float(), labels, progress, seed=SEED, step=STEP).parts["average"].mse
+    theirs = exact.loss(x, labels, progress, seed=SEED, step=STEP).parts["average"].mse
+    assert ours.double() == pytest.approx(theirs, rel=1e-3)
+
+
 def test_one_graph_serves_the_whole_curriculum():
     plain, _ = train(torch.float64, objective=AlphaFlow)
     torch.compiler.reset()
