@@ -27,9 +27,9 @@ class MeanFlow(AverageVelocity):
         derivative: ``tangent``, by the difference forward; ``jvp``, by torch.func.jvp through math attention;
             ``finite_difference``, by a second forward ``difference_step`` earlier in t.
         direction: of the derivative in z: ``target``, v_g; or ``prediction``, u(z,t,t) with the label that the network
-            sees, u(z,t,t,∅) where it was dropped, which does not depend on the noise that was drawn, as in improved
-            MeanFlow (Geng et al. 2025, arXiv 2512.02012, without its second head, and with the label also where it was
-            dropped; its guidance of scale w is ω = 1, κ = 1 − 1/w).
+            sees, u(z,t,t,∅) where it was dropped, which does not depend on the noise that was drawn. That is improved
+            MeanFlow's (Geng et al. 2025, arXiv 2512.02012), but that it has a second head for this and takes the label
+            also where it was dropped; its guidance of scale w is ω = 1, κ = 1 − 1/w.
 
     Raises:
         ValueError: for a value outside its range, or for guidance without a "no label" row to guide with.
