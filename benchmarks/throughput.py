@@ -5,15 +5,18 @@
 Every row trains the same DiT on the same draws. A row is timed only if its loss and gradient agree with the plain
 objective in float64; rows are timed in turns, as many together as fit into the memory. ``--resume`` leaves out the rows
 that are in the JSON, so that a long table can be made in several calls. Without a GPU it trains a small DiT on the CPU,
-in float32 and without the rows that need one, within about four minutes beside the compiling.
+in float32 and without the rows that need one, within about four minutes beside the compiling, which ``--jobs`` does
+ahead in several processes (on a GPU by itself).
 """
 
 import argparse
+import os
 import sys
 import time
 from pathlib import Path
 
 import torch
+from _ahead import compile_ahead
 from _measure import environment
 from _public_source import ID as PUBLIC_SOURCE
 from _public_source import public_source_row
@@ -24,7 +27,7 @@ from _table import Results, chart, table
 from soflow_fast.dit import PRESETS
 
 # A row that is begun is assumed to take this many seconds to prepare until one has taken longer.
-_PREPARATION = 90.0
+_PREPARATION, _PREPARATION_COMPILED = 90.0, 45.0
 _PREPARATION_OF_DEEP = {"DiT-XL/2": 180.0, "DiT-L/2": 180.0}
 
 
@@ -33,15 +36,27 @@ class Run:
 
     Args:
         rows: by id. track: where they run. results: where they go. limit: seconds from ``start`` after which none may
-            still be running.
+            still be running. ahead: seconds in which rows were compiled ahead.
     """
 
-    def __init__(self, rows: dict[str, Row], track: Track, results: Results, *, start: float, limit: float | None):
+    def __init__(
+        self,
+        rows: dict[str, Row],
+        track: Track,
+        results: Results,
+        *,
+        start: float,
+        limit: float | None,
+        ahead: dict[str, float],
+    ):
         self.rows, self.track, self.results, self.start, self.limit = rows, track, results, start, limit
+        self.ahead = ahead
         self.left: list[str] = []
         self._together: dict[str, Contestant] = {}
         self._groups = len({row["group"] for row in results.rows.values() if "group" in row})
         self._longest = _PREPARATION_OF_DEEP.get(track.workload.model, _PREPARATION)
+        if all(name in ahead for name, row in rows.items() if row.compile and name not in results.rows):
+            self._longest = _PREPARATION_COMPILED
 
     def __call__(self) -> None:
         """Runs every row that is not in the results, or puts it into ``left`` where the time is too short."""
@@ -70,6 +85,8 @@ class Run:
         print(f"{name}: {self.rows[name].what}", file=sys.stderr, flush=True)
         try:
             self._together[name] = self.track.prepare(self.rows[name])
+            if name in self.ahead:
+                self._together[name].report["compiled_ahead_seconds"] = self.ahead[name]
             return True
         except NotRun as error:
             report = error.report
@@ -147,6 +164,8 @@ def parsed(arguments: list[str]) -> argparse.Namespace:
     add("--plot", type=Path, metavar="OUT.png", help="draw the results here")
     add("--resume", action="store_true", help="do not run again the rows that are in the JSON")
     add("--limit", type=float, metavar="SECONDS", help="begin no row that may not be done by then")
+    add("--jobs", type=int, metavar="N", default=min(8, (os.cpu_count() or 1) // 2) if on_gpu else 0,
+        help="compile rows ahead in N processes (default %(default)s here; 0: each in its turn)")  # fmt: skip
     add("--public-source", type=Path, metavar="DIR", help=f"a checkout of the published code, for {PUBLIC_SOURCE}")
     add("--attention", default="sdpa", help="backend of the rows that are not bound to one (default %(default)s)")
     add("--max-autotune", action="store_true", help="compile with more candidates for the matrix products")
@@ -193,7 +212,12 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     # All rows share one code object, and each is a compilation of its own.
     torch._dynamo.config.recompile_limit = 8 * len(rows)
-    run = Run(rows, Track(workload, options.seconds), results, start=start, limit=options.limit)
+    ahead = {}
+    if options.jobs > 0:
+        pending = {name: row for name, row in rows.items() if name not in results.rows and name != PUBLIC_SOURCE}
+        seconds = 3600.0 if options.limit is None else 0.6 * (options.limit - (time.monotonic() - start))
+        ahead = compile_ahead(pending, workload, options.jobs, seconds)
+    run = Run(rows, Track(workload, options.seconds), results, start=start, limit=options.limit, ahead=ahead)
     run()
     if options.largest_batch and not run.left:
         run.largest_batches()

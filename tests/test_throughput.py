@@ -223,7 +223,7 @@ class _Fake:
 def _fake_run(names, track, limit=None) -> dict:
     rows = {name: replace(ROWS["flow-matching"], what=name) for name in names}
     results = Results({"same": {"batch": 4}}, None, resume=False, order=list(names))
-    run = throughput.Run(rows, track, results, start=0.0, limit=limit)
+    run = throughput.Run(rows, track, results, start=0.0, limit=limit, ahead={})
     run()
     return {**results.rows, **dict.fromkeys(run.left, "left")}
 
