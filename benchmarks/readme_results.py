@@ -94,9 +94,9 @@ def objectives_quality(report: dict) -> str:
         error = "" if row["standard_error"] is None else f"{row['standard_error']:.2f}"
         one, two = row["one_step"], row["two_steps"]
         distances = [f"{one['frechet_all']:.2f}", error, f"{two['frechet_all']:.2f}", f"{one['recognised']:.1%}"]
-        rows.append([told, *distances, f"{4 * row['flops_per_sample'] / least:.2f}", str(row["seeds"])])
-    setting = f"{report['steps']} steps of 256; {report['samples']} samples of one and of two steps. Cost: of a step, "
-    setting += "in forwards of the batch, guidance included.\n\n"
+        rows.append([told, *distances, f"{row['flops_per_sample'] / least:.2f}", str(row["seeds"])])
+    setting = f"{report['steps']} steps of 256; {report['samples']} samples of one and of two steps. Cost: FLOPs of a "
+    setting += "training step, guidance included, by those of the cheapest.\n\n"
     heads = ["", "Fréchet distance, one step", "± standard error", "two steps", "recognised", "cost", "seeds"]
     return setting + markdown(heads, rows)
 
