@@ -83,7 +83,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, backend: str) -> Tensor:
     Raises:
         ValueError: for a backend that takes half precision only, and others.
     """
-    half_only = backend in _HALF_PRECISION or (q.is_cuda and backend in _HALF_PRECISION_ON_A_GPU)
+    half_only = backend in _HALF_PRECISION or (backend in _HALF_PRECISION_ON_A_GPU and q.is_cuda)
     if half_only and q.dtype not in (torch.bfloat16, torch.float16):
         raise ValueError(
             f"attention={backend!r} takes bfloat16 and float16 and got {q.dtype}; compute in bf16 or choose "
