@@ -1,6 +1,6 @@
 """The objectives side by side on the handwritten digits: scores of their samples after as many steps each.
 
-    python benchmarks/objectives_quality.py [--only NAME ...] [--steps 600] [--seeds 3] [--json OUT.json]
+    python benchmarks/objectives_quality.py [--only NAME ...] [--steps 1000] [--seeds 3] [--json OUT.json]
 
 Everything but the objective is that of ``soflow demo``: network, draws, optimizer, averages. Settings that have nothing
 to do with the data are as published; guidance has an effective scale of 2 where it is fixed in the training, and

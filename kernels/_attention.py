@@ -21,6 +21,16 @@ class Blocks(Launch):
 
 
 @triton.jit
+def own_queries(n, heads, QUERIES: tl.constexpr):
+    """Row, head and first query of a program; a block of queries after the other, then the next head."""
+    blocks = tl.cdiv(n, QUERIES)
+    pid = tl.program_id(0)
+    row = (pid // (blocks * heads)).to(tl.int64)
+    head = (pid // blocks % heads).to(tl.int64)
+    return row, head, (pid % blocks).to(tl.int64) * QUERIES
+
+
+@triton.jit
 def rounded(x, dtype: tl.constexpr):
     """float32 values rounded to those of dtype by their bits: converting back would occupy the units of the exps."""
     if dtype == tl.float32:

@@ -33,9 +33,10 @@ import triton.language as tl
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from ._attention import Blocks, both_scores, dot, load, rounded, rounded_expm1, store
+from ._attention import Blocks, both_scores, dot, load, own_queries, rounded, rounded_expm1, store
 from ._cases import Case, Inputs
 from ._launch import constants, launch, require_dtype, require_shape
+from ._math import expm1
 from ._op import raw_op
 
 # Half precision above 128 and float32 above 80, whose products hold whole operands in registers, spill at every size
@@ -108,11 +109,7 @@ def _attention_difference_kernel(
     KEYS: tl.constexpr,
 ):
     TAIL: tl.constexpr = HEAD > MAIN
-    blocks = tl.cdiv(n, QUERIES)
-    pid = tl.program_id(0)
-    row = (pid // (blocks * heads)).to(tl.int64)
-    head = (pid // blocks % heads).to(tl.int64)
-    first = (pid % blocks).to(tl.int64) * QUERIES
+    row, head, first = own_queries(n, heads, QUERIES)
     queries, left = tl.arange(0, QUERIES), (n - first).to(tl.int32)
 
     offset = (row * stride_b + head * stride_h) * VECTOR
@@ -203,11 +200,7 @@ def _large_change_kernel(
 ):
     """dO of the queries whose change is large; names as above."""
     TAIL: tl.constexpr = HEAD > MAIN
-    blocks = tl.cdiv(n, QUERIES)
-    pid = tl.program_id(0)
-    row = (pid // (blocks * heads)).to(tl.int64)
-    head = (pid // blocks % heads).to(tl.int64)
-    first = (pid % blocks).to(tl.int64) * QUERIES
+    row, head, first = own_queries(n, heads, QUERIES)
     queries, left = tl.arange(0, QUERIES), (n - first).to(tl.int32)
     do_ptr += ((row * n + first) * heads + head) * HEAD
     marks = tl.load(do_ptr + queries * heads * HEAD, mask=queries < left, other=0.0)
@@ -254,7 +247,7 @@ def _large_change_kernel(
         p = tl.exp2(s * scale_log2 - peak[:, None])
         p_moved = tl.exp2((s + ds) * scale_log2 - moved_peak[:, None])
         e = ds * scale - ((moved_peak - peak) * 0.6931471805599453)[:, None]
-        dp = tl.where(tl.abs(e) > 1, p_moved - p, p * rounded_expm1(tl.minimum(e, 1.0), tl.float32))
+        dp = tl.where(tl.abs(e) > 1, p_moved - p, p * expm1(tl.minimum(e, 1.0)))
         dp, p_moved = dp.to(q.dtype), p_moved.to(q.dtype)
         v, v_tail = load(v_ptr + offset, stride, keys, n, HEAD, MAIN, EVEN)
         dv, dv_tail = load(dv_ptr + doffset, dstride, keys, n, HEAD, MAIN, EVEN)
