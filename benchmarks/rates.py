@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -72,7 +73,8 @@ def parts(sizes: tuple[int, int, int, int], batch: int, device: str, dtype: torc
             if one_call:
                 return lambda: mlp._linear_gelu(h, w1, b1)
             u = torch.empty(m, 4 * D, dtype=dtype, device=device)
-            return lambda: torch.nn.functional.gelu(torch.addmm(b1, h, w1.mT, out=u), approximate="tanh")
+            gelu = mlp._gelu if device == "cuda" else partial(torch.nn.functional.gelu, approximate="tanh")
+            return lambda: gelu(torch.addmm(b1, h, w1.mT, out=u))
 
         return make
 

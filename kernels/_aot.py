@@ -4,9 +4,9 @@
 
 Each case runs its op on meta tensors while launches are recorded, so what is compiled here is what is launched there:
 the same arguments, specialisation and constants. Prints kernel, case, architecture, registers, stack bytes (spills),
-shared memory and bytes moved: every tensor argument of the launch once, which of the optimizer is the tables of
-addresses alone. Exits with 1 if a kernel spills or needs more registers than its launch table allows. Must run without
-Triton's interpreter.
+shared memory, instructions, the bytes of the widest access to global memory, and bytes moved: every tensor argument of
+the launch once, which of the optimizer is the tables of addresses alone. Exits with 1 if a kernel spills, needs more
+registers than its launch table allows, or moves much in narrow accesses. Must run without Triton's interpreter.
 """
 
 import argparse
@@ -34,8 +34,15 @@ ARCHITECTURES = (80, 90, 100)
 _CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
 
+#: bytes of the narrowest access that a kernel may move much with, and what is much
+_WIDE, _MUCH = 8, 16 << 20
+
+
 class Binary(NamedTuple):
-    """What the compiler reports of one kernel: registers per thread, bytes of stack and of shared memory."""
+    """What the compiler reports of one kernel: registers per thread, bytes of stack and of shared memory.
+
+    And what it wrote: instructions, those of a loop or a branch once, and the bytes of a thread's widest access.
+    """
 
     kernel: str
     case: str
@@ -43,12 +50,16 @@ class Binary(NamedTuple):
     registers: int
     stack: int
     shared: int
+    instructions: int
+    widest_access: int
     bytes_moved: int
     max_registers: int
 
     @property
     def problem(self) -> str | None:
         """Why this binary is refused, or None."""
+        if self.widest_access < _WIDE and self.bytes_moved > _MUCH:
+            return f"moves {self.bytes_moved} bytes in accesses of {self.widest_access} bytes at most"
         if self.stack:
             return f"spills ({self.stack} bytes of stack)"
         if self.registers > self.max_registers:
@@ -92,15 +103,18 @@ def _target(arch: int) -> GPUTarget:
 
 
 def compile_record(record: Record, case: str, arch: int) -> Binary:
-    """Compiles one recorded launch and reads the compiler's resource report."""
+    """Compiles one recorded launch and reads the compiler's resource report and the instructions."""
     compiled = compile_launch(record, arch)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        report = subprocess.run(
-            [_CUOBJDUMP, "-res-usage", file.name], check=True, capture_output=True, text=True
-        ).stdout
+        report, code = (
+            subprocess.run([_CUOBJDUMP, option, file.name], check=True, capture_output=True, text=True).stdout
+            for option in ("-res-usage", "-sass")
+        )
     usage = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", report)}
+    instructions = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@\S+\s+)?([A-Z][\w.]*)", code, re.MULTILINE)
+    accesses = [i.split(".") for i in instructions if i.startswith(("LDG", "STG"))]
     return Binary(
         kernel=record.kernel.__name__.strip("_").removesuffix("_kernel"),
         case=case,
@@ -108,9 +122,16 @@ def compile_record(record: Record, case: str, arch: int) -> Binary:
         registers=usage["REG"],
         stack=usage["STACK"] + usage["LOCAL"],
         shared=compiled.metadata.shared,
+        instructions=sum(i != "NOP" for i in instructions),
+        widest_access=max((_access_bytes(a) for a in accesses), default=0),
         bytes_moved=record.bytes_moved,
         max_registers=record.config.max_registers,
     )
+
+
+def _access_bytes(parts: list[str]) -> int:
+    """Of an instruction such as LDG.E.U16: its bits where it says them, else 32."""
+    return max((int(bits) for part in parts[1:] if (bits := part.lstrip("US")).isdigit()), default=32) // 8
 
 
 def recorded() -> Iterator[tuple[str, list[Record]]]:
@@ -146,9 +167,15 @@ def main() -> int:
     parser.add_argument("--only", metavar="OP", help="compile only ops whose name contains this")
     arguments = parser.parse_args()
     binaries = compile_all(arguments.only)
-    print(f"{'kernel':34} {'case':52} {'arch':>5} {'regs':>5} {'spill':>5} {'shared':>7} {'bytes moved':>14}")
+    print(
+        f"{'kernel':34} {'case':52} {'arch':>5} {'regs':>5} {'spill':>5} {'shared':>7}"
+        f" {'instr':>6} {'widest':>6} {'bytes moved':>14}"
+    )
     for b in binaries:
-        print(f"{b.kernel:34} {b.case:52} {b.arch:>5} {b.registers:>5} {b.stack:>5} {b.shared:>7} {b.bytes_moved:>14,}")
+        print(
+            f"{b.kernel:34} {b.case:52} {b.arch:>5} {b.registers:>5} {b.stack:>5} {b.shared:>7}"
+            f" {b.instructions:>6} {b.widest_access:>6} {b.bytes_moved:>14,}"
+        )
     if arguments.write:
         rows = [b._asdict() for b in binaries]
         arguments.write.write_text("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n")

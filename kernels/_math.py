@@ -12,22 +12,6 @@ def expm1(x):
 
 
 @triton.jit
-def tanh(x):
-    """``tanh(x)``: its odd series up to |x| = 1/5 (next term 6e-8 of x), exponentials above; never overflows."""
-    square = x * x
-    series = x * (1 + square * (-1 / 3 + square * (2 / 15 + square * (-17 / 315))))
-    decay = tl.exp(-2 * tl.abs(x))
-    plain = (1 - decay) / (1 + decay)
-    return tl.where(tl.abs(x) < 0.2, series, tl.where(x < 0, -plain, plain))
-
-
-@triton.jit
-def tanh_difference(tanh_a, tanh_b, difference):
-    """``tanh a − tanh b`` from ``difference = a − b``: ``tanh(a−b)(1 − tanh a·tanh b)``."""
-    return tanh(difference) * (1 - tanh_a * tanh_b)
-
-
-@triton.jit
 def sin_cos(x):
     """``(sin x, cos x)`` for |x| up to 1e4, the sine accurate relative to its value near zero (the hardware's is not).
 

@@ -1,11 +1,7 @@
 """Differences of activations: ``g(u+du) − g(u)`` for the tanh GELU and for SiLU, without cancellation.
 
-    GELU:  z = c(u + κu³),  dz = c·du(1 + κ(3u² + 3u·du + du²)),  c = √(2/π), κ = 0.044715
-           dg = ½du(1 + tanh z') + ½u·tanh(dz)(1 − tanh z·tanh z')
-    SiLU:  dg = ½du(1 + tanh(u'/2)) + ½u·tanh(du/2)(1 − tanh(u/2)·tanh(u'/2))
-
-primed values at u+du; the tangent drops every product of two differences. One pass: reads u and du, writes dg (6 bytes
-per element in bf16). Nothing is saved; the ops have no gradient.
+The tangent is ``g'(u)·du``; both are in ``_activations.py``. One pass: reads u and du, writes dg (6 bytes per element
+in bf16). Nothing is saved; the ops have no gradient.
 """
 
 import torch
@@ -13,9 +9,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._activations import difference
 from ._cases import Case, Inputs
 from ._launch import Launch, constants, launch, require_dtype, require_shape
-from ._math import tanh, tanh_difference
 from ._op import raw_op
 
 # 8 elements a thread are one 16-byte access in bf16; at 64 registers half of an SM's threads are resident, enough loads
@@ -25,26 +21,11 @@ _LAUNCH = Launch(num_warps=4, max_registers=64)
 
 
 @triton.jit
-def _gelu_difference(u, du, TANGENT: tl.constexpr):
-    c: tl.constexpr = 0.7978845608028654
-    k: tl.constexpr = 0.044715
-    z = c * u * (1 + k * u * u)
-    tanh_z = tanh(z)
-    if TANGENT:
-        dz = c * du * (1 + 3 * k * u * u)
-        return 0.5 * du * (1 + tanh_z) + 0.5 * u * dz * (1 - tanh_z * tanh_z)
-    dz = c * du * (1 + k * (3 * u * (u + du) + du * du))
-    tanh_moved = tanh(z + dz)
-    return 0.5 * du * (1 + tanh_moved) + 0.5 * u * tanh_difference(tanh_moved, tanh_z, dz)
-
-
-@triton.jit
-def _silu_difference(u, du, TANGENT: tl.constexpr):
-    tanh_half = tanh(0.5 * u)
-    if TANGENT:
-        return 0.5 * du * (1 + tanh_half) + 0.25 * u * du * (1 - tanh_half * tanh_half)
-    tanh_moved = tanh(0.5 * (u + du))
-    return 0.5 * du * (1 + tanh_moved) + 0.5 * u * tanh_difference(tanh_moved, tanh_half, 0.5 * du)
+def _store_differences(u_ptr, du_ptr, dg_ptr, offsets, mask, GELU: tl.constexpr, TANGENT: tl.constexpr):
+    u = tl.load(u_ptr + offsets, mask=mask).to(tl.float32)
+    du = tl.load(du_ptr + offsets, mask=mask).to(tl.float32)
+    dg = difference(u, du, GELU, TANGENT, dg_ptr.dtype.element_ty == tl.float32)
+    tl.store(dg_ptr + offsets, dg.to(dg_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["n"])
@@ -57,12 +38,12 @@ def _activation_difference_kernel(
     TANGENT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    mask = offsets < n
-    u = tl.load(u_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-    du = tl.load(du_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-    dg = _gelu_difference(u, du, TANGENT) if GELU else _silu_difference(u, du, TANGENT)
-    tl.store(dg_ptr + offsets, dg.to(dg_ptr.dtype.element_ty), mask=mask)
+    first = tl.program_id(0).to(tl.int64) * BLOCK
+    offsets = first + tl.arange(0, BLOCK)
+    if first + BLOCK <= n:  # a mask of a size known only now would make every access one value wide
+        _store_differences(u_ptr, du_ptr, dg_ptr, offsets, None, GELU, TANGENT)
+    else:
+        _store_differences(u_ptr, du_ptr, dg_ptr, offsets, offsets < n, GELU, TANGENT)
 
 
 def _activation_difference(u: Tensor, du: Tensor, gelu: bool, tangent: bool) -> Tensor:

@@ -137,6 +137,23 @@ def too_many_registers_are_refused():
     assert "more than the 32 its launch table allows" in binary.problem
 
 
+@triton.jit(do_not_specialize=["n"])
+def _masked_kernel(x_ptr, n: tl.int64):
+    offsets = tl.program_id(0).to(tl.int64) * 1024 + tl.arange(0, 1024)
+    tl.store(x_ptr + offsets, 0.0, mask=offsets < n)
+
+
+def narrow_accesses_are_refused():
+    """A mask of a size of which the compiler knows nothing makes each of them one value wide."""
+    config = Launch(num_warps=1)
+    for elements, refused in ((1 << 23, True), (1 << 10, False)):
+        record = Record(_masked_kernel, (torch.empty(elements, device="meta"), elements), {}, config)
+        binary = _aot.compile_record(record, "planted", ARCH)
+        assert binary.widest_access == 4
+        assert (binary.problem is not None) == refused
+    assert _aot.compile_record(_record(_narrow_kernel, config), "planted", ARCH).widest_access == 16
+
+
 def bytes_are_those_of_the_tensors():
     """``bytes_moved`` counts every tensor argument once."""
     (case,) = (c for c in fused.cases() if (c.op, c.name) == ("gelu_difference", "B/4"))

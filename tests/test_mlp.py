@@ -145,12 +145,14 @@ def test_without_gradient(dtype):
 
 @pytest.mark.parametrize("gradients", [(), GRADIENTS])
 def test_autocast(gradients):
-    check_autocast(NAME, _inputs((3, 7), 13, 51), {}, gradients, tolerance=2**-5)
+    """To what Triton's interpreter leaves, which rounds to bfloat16 towards zero."""
+    check_autocast(NAME, _inputs((3, 7), 13, 51), {}, gradients, tolerance=2**-4)
 
 
 def test_op_contract():
     generator = torch.Generator().manual_seed(0)
     u, dg = torch.randn(2, 9, 24, generator=generator).to(DEVICE)
+    torch.library.opcheck(mlp._gelu_op, (u,))
     for with_g in (False, True):
         torch.library.opcheck(mlp._gelu_bwd_op, (u, dg, with_g))
     torch.library.opcheck(mlp._linear_gelu_op, (u, dg[:4], u[0, :4]))

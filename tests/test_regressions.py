@@ -51,7 +51,7 @@ def test_a_compilation_per_step():
     assert counters.worse("DiT-S/4", {"compilations": counters.compilations(_ChangesANumber)}) != []
 
 
-@pytest.mark.parametrize("column", ["stack", "registers", "shared", "bytes_moved"])
+@pytest.mark.parametrize("column", ["stack", "registers", "shared", "instructions", "bytes_moved"])
 def test_a_spill_and_what_else_a_kernel_may_not_grow(column):
     rows = json.loads(TABLE.read_text())
     committed = table(rows)
