@@ -219,6 +219,9 @@ ABLATIONS = {
     "soflow/fast-six-calls": replace(_FAST, what="six network calls", merged=False),
     "soflow/fast-torch-optimizer": replace(_FAST, what="torch's fused AdamW, foreach EMA", optimizer="torch"),
     "soflow/fast-fp32-residual": replace(_FAST, what="residual streams in float32", network=_FP32_STREAM),
+    "soflow/fast-own-attention": replace(
+        _FAST, what="projection and attention by the library's kernels", network={"attention": "triton"}
+    ),
     "soflow/fast-recompute-elementwise": replace(
         _FAST, what="the GELU computed again in the backward", network={"recompute": "elementwise"}
     ),

@@ -43,6 +43,7 @@ _NATIVE_TESTS = [
     "heads",
     "mlp",
     "noise",
+    "self_attention",
     "velocity",
     "optim",
     "impl",
@@ -55,6 +56,7 @@ _NATIVE_TESTS = [
 # whole tables, and the ratios to it, are at a batch that fits.
 _FIRST = [
     "soflow/fast",
+    "soflow/fast-own-attention",
     "soflow/merged-compile",
     "soflow/public-bf16-fp32pair-compile",
     "meanflow/strong",
@@ -100,7 +102,7 @@ STAGES = (
     Stage("correctness", "pytest", seconds=300),
     Stage("errors", "errors.py", (), ("--only", "silu_difference"), 60),
     Stage("rates", "rates.py", ("--models", "DiT-XL/2", "DiT-B/4", "DiT-L/2", "DiT-B/2"), seconds=60),
-    _throughput("throughput_xl2_256", "DiT-XL/2", tuple(_FIRST), 540, gib=100),
+    _throughput("throughput_xl2_256", "DiT-XL/2", tuple(_FIRST), 580, gib=100),
     _throughput("throughput_b4", "DiT-B/4", ("table",), 480),
     Stage("profile_xl2", "profile_step.py", ("--rates", "{folder}/rates.json"), ("--smoke",), 120, gib=100),
     Stage("kernels", "kernels.py", ("--minutes", "7"), ("--smoke", "--only", "silu_difference"), 450),

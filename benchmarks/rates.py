@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from soflow_fast.dit import PRESETS
-from soflow_fast.kernels import mlp, reference
+from soflow_fast.kernels import mlp, reference, self_attention
 
 INPUT_SIZE = 32
 _TINY = (8, 64, 2, 2)
@@ -94,6 +94,20 @@ def parts(sizes: tuple[int, int, int, int], batch: int, device: str, dtype: torc
 
         return make
 
+    def own_attention(b: int, backward: bool):
+        def make():
+            y, g = normal(b, N, 3, heads, D // heads), normal(b, N, heads, D // heads)
+
+            def run():
+                o, lse = self_attention._forward(y)
+                if not backward:
+                    return o
+                return self_attention._backward(y, g, lse, (g.float() * o).sum(-1).transpose(1, 2))
+
+            return run
+
+        return make
+
     def attention_difference():
         q, k, v, dq, dk, dv, o = normal(7, quarter, heads, N, D // heads).unbind(0)
         op = reference.attention_difference
@@ -125,7 +139,13 @@ def parts(sizes: tuple[int, int, int, int], batch: int, device: str, dtype: torc
         Part("attention, gradient and backward", gradient, depth, attention(batch, True)),
         Part("attention difference", 2.5 * quarter * two_products, depth, attention_difference),
     ]
-    # Not in the floor: which backend torch has chosen above, and whether another is faster.
+    # Not in the floor: which backend torch has chosen above, and whether another is faster. The library's own leaves
+    # the gradient packed and summed.
+    if device == "cuda":
+        listed += [
+            Part("attention by triton, guidance", guidance, 0, own_attention(rows["guidance"], False)),
+            Part("attention by triton, both ways", gradient, 0, own_attention(batch, True)),
+        ]
     for name, backend in _BACKENDS.items():
         listed += [
             Part(f"attention by {name}, guidance", guidance, 0, attention(rows["guidance"], False, backend)),

@@ -6,7 +6,7 @@ Each case runs its op on meta tensors while launches are recorded, so what is co
 the same arguments, specialisation and constants. Prints kernel, case, architecture, registers, stack bytes (spills),
 shared memory, instructions, the bytes of the widest access to global memory, and bytes moved: every tensor argument of
 the launch once, which of the optimizer is the tables of addresses alone. Exits with 1 if a kernel spills, needs more
-registers than its launch table allows, or moves much in narrow accesses. Must run without Triton's interpreter.
+registers than its launch table allows, or moves much and has no wide access. Must run without Triton's interpreter.
 """
 
 import argparse
@@ -34,7 +34,7 @@ ARCHITECTURES = (80, 90, 100)
 _CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
 
-#: bytes of the narrowest access that a kernel may move much with, and what is much
+#: bytes that the widest access of a kernel has at least if it moves much, and what is much
 _WIDE, _MUCH = 8, 16 << 20
 
 
@@ -58,7 +58,7 @@ class Binary(NamedTuple):
     @property
     def problem(self) -> str | None:
         """Why this binary is refused, or None."""
-        if self.widest_access < _WIDE and self.bytes_moved > _MUCH:
+        if 0 < self.widest_access < _WIDE and self.bytes_moved > _MUCH:
             return f"moves {self.bytes_moved} bytes in accesses of {self.widest_access} bytes at most"
         if self.stack:
             return f"spills ({self.stack} bytes of stack)"
@@ -114,7 +114,7 @@ def compile_record(record: Record, case: str, arch: int) -> Binary:
         )
     usage = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", report)}
     instructions = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@\S+\s+)?([A-Z][\w.]*)", code, re.MULTILINE)
-    accesses = [i.split(".") for i in instructions if i.startswith(("LDG", "STG"))]
+    accesses = [parts for parts in (i.split(".") for i in instructions) if parts[0] in ("LDG", "STG", "LDGSTS")]
     return Binary(
         kernel=record.kernel.__name__.strip("_").removesuffix("_kernel"),
         case=case,

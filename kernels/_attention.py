@@ -1,4 +1,4 @@
-"""What the kernels of attention's difference share: blocks, loads of heads of any width, and products.
+"""What the kernels of attention and of its difference share: blocks, loads of heads of any width, and products.
 
 Shapes: N tokens, h head dim.
 """
@@ -18,6 +18,11 @@ class Blocks(Launch):
 
     queries: int = 128
     keys: int = 32
+
+
+def main_columns(h: int) -> int:
+    """How many columns of a head come before a tail of 16: a power of two, so that 72 are not taken for 128."""
+    return 64 if 64 < h <= 80 else max(16, triton.next_power_of_2(h))
 
 
 @triton.jit
@@ -74,7 +79,7 @@ def dot(a, b, acc):
 
 
 @triton.jit
-def _scores(a, a_tail, b, b_tail, acc, TAIL: tl.constexpr):
+def scores(a, a_tail, b, b_tail, acc, TAIL: tl.constexpr):
     """``acc + a bᵀ`` over the columns of main and tail."""
     acc = dot(a, b.T, acc)
     if TAIL:
@@ -92,11 +97,11 @@ def both_scores(
     k, k_tail = load(k_ptr, stride, keys, n, HEAD, MAIN, EVEN)
     dk, dk_tail = load(dk_ptr, dstride, keys, n, HEAD, MAIN, EVEN)
     zero = tl.zeros((QUERIES, keys.shape[0]), tl.float32)
-    s = _scores(q, q_tail, k, k_tail, zero, TAIL)
-    ds = _scores(dq, dq_tail, k, k_tail, zero, TAIL)
-    ds = _scores(q_moved, q_moved_tail, dk, dk_tail, ds, TAIL)
+    s = scores(q, q_tail, k, k_tail, zero, TAIL)
+    ds = scores(dq, dq_tail, k, k_tail, zero, TAIL)
+    ds = scores(q_moved, q_moved_tail, dk, dk_tail, ds, TAIL)
     if not TANGENT and q.dtype != tl.float32:
-        ds = _scores(dq, dq_tail, dk, dk_tail, ds, TAIL)
+        ds = scores(dq, dq_tail, dk, dk_tail, ds, TAIL)
     if not EVEN:
         s = tl.where(keys[None, :] < n, s, float("-inf"))
     return s, ds

@@ -33,7 +33,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from ._attention import Blocks, both_scores, dot, load, own_queries, rounded, rounded_expm1, store
+from ._attention import Blocks, both_scores, dot, load, main_columns, own_queries, rounded, rounded_expm1, store
 from ._cases import Case, Inputs
 from ._launch import constants, launch, require_dtype, require_shape
 from ._math import expm1
@@ -281,7 +281,7 @@ def _attention_difference(
     dq, dk, dv = _aligned([dq, dk, dv], vector)
     (o,) = _aligned([o], vector)
     do = torch.empty(b, n, heads, h, dtype=dv.dtype, device=dv.device)  # as the projection that follows reads it
-    columns = {"HEAD": h, "MAIN": 64 if 64 < h <= 80 else max(16, triton.next_power_of_2(h)), "VECTOR": vector}
+    columns = {"HEAD": h, "MAIN": main_columns(h), "VECTOR": vector}
 
     def run(kernel, tensors, strided, config: Blocks, **constants) -> None:
         launch(

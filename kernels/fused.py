@@ -3,6 +3,7 @@
 from . import activation_difference, adaln, adaln_difference, conditioning, consistency, heads, noise, velocity
 from . import attention_difference as attention_family
 from . import mlp as mlp_family
+from . import self_attention as self_attention_family
 from ._cases import Case
 from .activation_difference import gelu_difference, silu_difference
 from .adaln import gated_residual_layernorm, modulated_layernorm
@@ -13,6 +14,7 @@ from .consistency import consistency_loss
 from .heads import project_heads
 from .mlp import mlp
 from .noise import interpolate, noisy_sample, normal, uniform
+from .self_attention import self_attention
 from .velocity import guided_velocity, velocity_loss
 
 __all__ = [
@@ -30,6 +32,7 @@ __all__ = [
     "noisy_sample",
     "normal",
     "project_heads",
+    "self_attention",
     "silu_difference",
     "time_sinusoids",
     "time_sinusoids_difference",
@@ -47,6 +50,7 @@ _FAMILIES = (
     heads,
     mlp_family,
     noise,
+    self_attention_family,
     velocity,
 )
 

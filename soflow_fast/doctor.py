@@ -39,7 +39,7 @@ def report() -> str:
     lines += [f"  impl=auto       {impl}: {_why_impl(impl)}"]
     why = "torch's own choice among its kernels; none has been measured to be better here"
     lines += [f"  attention=auto  {attention}: {why}"]
-    for backend in ("flash_attn", "cudnn"):
+    for backend in ("triton", "flash_attn", "cudnn"):
         lines.append(f"  attention={backend:<11}{_availability(backend)}")
     return "\n".join(lines)
 

@@ -95,8 +95,11 @@ class Attention(nn.Module):
 
     def forward(self, h: Tensor, dh: Tensor | None, call: Call) -> tuple[Tensor, Tensor | None]:
         weight, bias = self.qkv.weight.to(h.dtype), self.qkv.bias.to(h.dtype)
-        q, k, v = call.ops.project_heads(h, weight, bias, heads=self.num_heads)
-        o = attention(q, k, v, call.attention)
+        if call.attention == "triton":
+            o, q, k, v = call.ops.self_attention(h, weight, bias, heads=self.num_heads)
+        else:
+            q, k, v = call.ops.project_heads(h, weight, bias, heads=self.num_heads)
+            o = attention(q, k, v, call.attention)
         out = product(self.proj, o.transpose(1, 2).flatten(2))
         if call.rows is None:
             return out, None

@@ -64,6 +64,16 @@ def one_binary_for_every_number_of_tokens():
             fused.attention_difference(q, k, v, q, k, v, torch.empty_like(q))
         return _hashes(records)
 
+    def own_attention_hashes(tokens: int) -> list[tuple]:
+        x = torch.empty(2, tokens, 1152, device="meta", dtype=torch.bfloat16, requires_grad=True)
+        with recording() as records:
+            o, *_ = fused.self_attention(x, x.new_empty(3456, 1152), x.new_empty(3456), heads=16)
+            o.sum().backward()
+        return _hashes(records)
+
+    assert all(own_attention_hashes(tokens) == own_attention_hashes(256) for tokens in (64, 1024, 4096))
+    assert all(own_attention_hashes(tokens) == own_attention_hashes(260) for tokens in (1, 7, 16, 65, 4097))
+
     # with and without a part of a block left over
     assert all(attention_hashes(tokens) == attention_hashes(256) for tokens in (64, 1024, 4096))
     assert all(attention_hashes(tokens) == attention_hashes(260) for tokens in (1, 7, 16, 65, 4097))

@@ -31,12 +31,16 @@ def table(rows: list[dict]) -> dict[tuple, dict]:
 
 
 def regressions(now: dict[tuple, dict], committed: dict[tuple, dict]) -> list[str]:
-    """Spills, and what a kernel needs more of than committed, in words."""
+    """Spills, what a kernel needs more of than committed, and narrower accesses, in words."""
     return [
         f"{key}: {column} is {row[column]}, allowed {allowed}"
         for key, row in now.items()
         for column in ("stack", "registers", "shared", "instructions", "bytes_moved")
         if row[column] > (allowed := 0 if column == "stack" else committed[key][column])
+    ] + [
+        f"{key}: widest_access is {row['widest_access']}, committed {committed[key]['widest_access']}"
+        for key, row in now.items()
+        if row["widest_access"] < committed[key]["widest_access"]
     ]
 
 

@@ -11,6 +11,7 @@ import torch
 from functorch.compile import make_boxed_func
 from torch._dynamo.backends.common import aot_autograd
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from triton import knobs
 
 from soflow_fast import DiT
 from soflow_fast.attention import BACKENDS, attention, resolve_attention
@@ -199,3 +200,20 @@ def test_cudnn_without_a_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ValueError, match="attention='cudnn' needs a CUDA GPU with cuDNN"):
         resolve_attention("cudnn", 64)
+
+
+def test_fused_attention_where_it_cannot_run(monkeypatch):
+    monkeypatch.setattr(knobs.runtime, "interpret", False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match=r"attention='triton' needs a CUDA GPU .* choose attention='sdpa'"):
+        resolve_attention("triton", 64)
+
+
+def test_fused_attention_of_wide_heads():
+    with pytest.raises(ValueError, match="attention='triton' takes head dims up to 128, and this model has 136"):
+        resolve_attention("triton", 136)
+
+
+def test_fused_attention_needs_the_fused_ops():
+    with pytest.raises(ValueError, match="choose impl='triton', or attention='sdpa'"):
+        DiT(8, 4, 1, 16, 2, 2, num_classes=3, impl="torch", attention="triton")

@@ -13,11 +13,13 @@ from soflow_fast.kernels._cases import Inputs
 # Everything is float32: what differs is the order of sums.
 _RTOL = 2e-5
 
+_ATTENTION = pytest.mark.parametrize("attention", ["math", "triton"])
 
-def _dit(impl: str, **overrides: int) -> DiT:
+
+def _dit(impl: str, attention: str = "math", **overrides: int) -> DiT:
     """The width and heads of DiT-S, 16 tokens, two blocks; every parameter random, also those that start at zero."""
     sizes = {"input_size": 8, "depth": 2, "num_classes": 5, **overrides}
-    net = DiT.from_preset("DiT-S/2", impl=impl, attention="math", **sizes).to(DEVICE)
+    net = DiT.from_preset("DiT-S/2", impl=impl, attention=attention, **sizes).to(DEVICE)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for p in net.parameters():
@@ -74,9 +76,10 @@ def test_no_op_has_a_silent_forward_mode_derivative(name):
             )
 
 
-def test_dit_forward_and_every_parameter_gradient():
+@_ATTENTION
+def test_dit_forward_and_every_parameter_gradient(attention):
     x, t, s, labels, _, _, g = _batch()
-    nets = [_dit(impl) for impl in ("torch", "triton")]
+    nets = [_dit("torch"), _dit("triton", attention)]
     outputs = [net(x, t, s, labels) for net in nets]
     for out in outputs:
         out.backward(g)
@@ -86,21 +89,23 @@ def test_dit_forward_and_every_parameter_gradient():
         _assert_close(gradient, expected[name], name)
 
 
+@_ATTENTION
 @pytest.mark.parametrize("mode", ["difference", "tangent"])
-def test_dit_difference_forward(mode):
+def test_dit_difference_forward(mode, attention):
     x, t, s, labels, dx, dt, _ = _batch()
     rows = slice(1, None)
     results = [
-        _dit(impl).forward_difference(x, t, s, labels, dx[rows], dt[rows], rows=rows, mode=mode)
-        for impl in ("torch", "triton")
+        net.forward_difference(x, t, s, labels, dx[rows], dt[rows], rows=rows, mode=mode)
+        for net in (_dit("torch"), _dit("triton", attention))
     ]
     for what, expected, ours in zip(("F", "dF"), *results, strict=True):
         _assert_close(ours, expected, what)
 
 
-def test_dit_compiles_as_one_graph():
+@_ATTENTION
+def test_dit_compiles_as_one_graph(attention):
     x, t, s, labels, dx, dt, g = _batch(2)
-    eager, net = (_dit("triton", depth=1) for _ in range(2))
+    eager, net = (_dit("triton", attention, depth=1) for _ in range(2))
     compiled = torch.compile(net.forward_difference, fullgraph=True, backend="aot_eager")
     results = [forward(x, t, s, labels, dx, dt) for forward in (eager.forward_difference, compiled)]
     for what, expected, ours in zip(("F", "dF"), *results, strict=True):

@@ -145,8 +145,8 @@ def test_without_gradient(dtype):
 
 @pytest.mark.parametrize("gradients", [(), GRADIENTS])
 def test_autocast(gradients):
-    """To what Triton's interpreter leaves, which rounds to bfloat16 towards zero."""
-    check_autocast(NAME, _inputs((3, 7), 13, 51), {}, gradients, tolerance=2**-4)
+    tolerance = 2**-5 if DEVICE == "cuda" else 2**-4  # Triton's interpreter rounds to bfloat16 towards zero
+    check_autocast(NAME, _inputs((3, 7), 13, 51), {}, gradients, tolerance=tolerance)
 
 
 def test_op_contract():

@@ -51,12 +51,12 @@ def test_a_compilation_per_step():
     assert counters.worse("DiT-S/4", {"compilations": counters.compilations(_ChangesANumber)}) != []
 
 
-@pytest.mark.parametrize("column", ["stack", "registers", "shared", "instructions", "bytes_moved"])
+@pytest.mark.parametrize("column", ["stack", "registers", "shared", "instructions", "widest_access", "bytes_moved"])
 def test_a_spill_and_what_else_a_kernel_may_not_grow(column):
     rows = json.loads(TABLE.read_text())
     committed = table(rows)
     assert regressions(committed, committed) == []
-    rows[7] = {**rows[7], column: rows[7][column] + 8}
+    rows[7] = {**rows[7], column: rows[7][column] + (-8 if column == "widest_access" else 8)}
     (found,) = regressions(table(rows), committed)
     assert rows[7]["kernel"] in found
     assert column in found
