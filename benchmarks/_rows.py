@@ -272,7 +272,9 @@ def build(row: Row, workload: Workload) -> TrainStep:
     if not workload.half:
         precision = "fp32"
         network = {name: value for name, value in network.items() if not isinstance(value, torch.dtype)}
-    impl = row.impl if workload.fused else "torch"
+    impl = row.impl
+    if not workload.fused:  # plain torch in place of every kernel
+        impl, network = "torch", {name: value for name, value in network.items() if value != "triton"}
     net = workload.network(row.dit, **{"impl": impl, "attention": workload.attention, **network})
     model = row.objective(net, **workload.recipe(row.objective), **row.settings)
     graph = row.cuda_graph and workload.device == "cuda"
