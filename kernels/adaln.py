@@ -325,9 +325,9 @@ class _GatedResidualLayerNorm(torch.autograd.Function):
     def backward(ctx, dx_new, dh, _mean, _rstd):
         if dh is None:
             dh = torch.zeros_like(dx_new, dtype=ctx.dtype)
-        bias = ctx.saved_tensors[2]
-        dx, dbranch, dmodulation, dbias = _gated_bwd_op(dh, dx_new, *ctx.saved_tensors)
-        dbias = dbias.sum(0).to(bias.dtype) if ctx.needs_input_grad[2] else None
+        saved = ctx.saved_tensors  # once: a checkpoint unpacks them only once
+        dx, dbranch, dmodulation, dbias = _gated_bwd_op(dh, dx_new, *saved)
+        dbias = dbias.sum(0).to(saved[2].dtype) if ctx.needs_input_grad[2] else None
         dshift, dscale, dgate = dmodulation.unbind(1)
         return dx, dbranch, dbias, dgate, dshift, dscale, None, None
 

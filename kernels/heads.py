@@ -178,6 +178,8 @@ class _ProjectHeads(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dq, dk, dv):
+        if dq is None and dk is None and dv is None:
+            return (None,) * 4
         h, weight = ctx.saved_tensors
         packed, partials = _op(dq, dk, dv)
         dy = packed.flatten(0, 1)

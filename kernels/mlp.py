@@ -157,6 +157,8 @@ class _Mlp(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dout, *_):
+        if dout is None:
+            return (None,) * 5
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             raise NotImplementedError("the fused MLP has no second derivative; use impl='torch'")
         h, w1, w2, u, g = ctx.saved_tensors

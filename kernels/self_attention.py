@@ -307,6 +307,8 @@ class _SelfAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, do, *_):
+        if do is None:
+            return (None,) * 4
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             raise NotImplementedError("the fused self-attention has no second derivative; use impl='torch'")
         h, weight, o, y, lse = ctx.saved_tensors

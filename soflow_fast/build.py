@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 
+from soflow_fast.attention import OF_A_GPU
 from soflow_fast.augment import AUGMENT_DIM
 from soflow_fast.config import GIVEN, OBJECTIVE_SECTIONS, ModelConfig, TrainConfig
 from soflow_fast.config_model import UNET_PRESET
@@ -106,6 +107,14 @@ def build_model(config: TrainConfig, given: nn.Module | None = None) -> nn.Modul
             model = replace(config.model, impl=section["impl"])
             given = build_network(model, section["label_drop"], objective.condition_dim)
         return objective(given, **section)
+
+
+def runnable(config: TrainConfig) -> TrainConfig:
+    """The configuration of a run, for its weights to be used: without a GPU nothing in it that needs one."""
+    if resolve_device(config.device).type != "cpu":
+        return config
+    attention = "auto" if config.model.attention in OF_A_GPU else config.model.attention
+    return replace(config, model=replace(config.model, impl="auto", attention=attention))
 
 
 def _require_classes(config: TrainConfig, objective: nn.Module | type[nn.Module]) -> None:

@@ -24,7 +24,8 @@ class ModelConfig(Section, section="model."):
         patch_size, hidden_size, depth, num_heads, mlp_ratio, attention: of a DiT. recompute: see there, or ``auto``:
             ``elementwise``, or ``block`` where that is estimated not to fit the GPU's memory; ``none`` on a CPU.
         model_channels, channel_mult, num_blocks, attention_resolutions, dropout: of a UNet.
-        impl: of the fused ops, see :func:`soflow_fast.kernels.resolve_impl`.
+        impl: of the fused ops, see :func:`soflow_fast.kernels.resolve_impl`; for attention see
+            :func:`soflow_fast.attention.resolve_attention`.
     """
 
     preset: str = "DiT-B/4"

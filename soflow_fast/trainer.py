@@ -350,7 +350,7 @@ def load_run(
     found = checkpoint.committed(run_dir / CHECKPOINTS)
     if not found:
         raise ValueError(f"the run {run_dir} has no checkpoint yet; let it train to its first one")
-    model = build.build_model(config, model).to(build.resolve_device(device)).eval()
+    model = build.build_model(build.runnable(config), model).to(build.resolve_device(device)).eval()
     taken, step = checkpoint.load_averages(found[-1]), checkpoint.step_of(found[-1])
     if ema_std is not None:
         average = posthoc.reconstruct(run_dir, ema_std)

@@ -16,7 +16,7 @@ _RTOL = 2e-5
 _ATTENTION = pytest.mark.parametrize("attention", ["math", "triton"])
 
 
-def _dit(impl: str, attention: str = "math", **overrides: int) -> DiT:
+def _dit(impl: str, attention: str = "math", **overrides) -> DiT:
     """The width and heads of DiT-S, 16 tokens, two blocks; every parameter random, also those that start at zero."""
     sizes = {"input_size": 8, "depth": 2, "num_classes": 5, **overrides}
     net = DiT.from_preset("DiT-S/2", impl=impl, attention=attention, **sizes).to(DEVICE)
@@ -90,6 +90,18 @@ def test_dit_forward_and_every_parameter_gradient(attention):
 
 
 @_ATTENTION
+@pytest.mark.parametrize("recompute", ["elementwise", "block"])
+def test_what_is_recomputed_changes_no_gradient(recompute, attention):
+    x, t, s, labels, _, _, g = _batch(2)
+    nets = [_dit("triton", attention, depth=1, recompute=how) for how in ("none", recompute)]
+    for net in nets:
+        net(x, t, s, labels).backward(g)
+    expected = _gradients(nets[0])
+    for name, gradient in _gradients(nets[1]).items():
+        _assert_close(gradient, expected[name], name)
+
+
+@_ATTENTION
 @pytest.mark.parametrize("mode", ["difference", "tangent"])
 def test_dit_difference_forward(mode, attention):
     x, t, s, labels, dx, dt, _ = _batch()
@@ -134,3 +146,24 @@ def test_soflow_loss_and_every_parameter_gradient(path, parameterization):
             _assert_close(getattr(ours.parts[part], field), getattr(expected.parts[part], field), f"{part} {field}")
     for name, gradient in gradients.items():
         _assert_close(gradient, expected_gradients[name], name)
+
+
+class _NoGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, g):
+        return None
+
+
+@pytest.mark.parametrize("name", ["mlp", "project_heads", "self_attention"])
+def test_a_gradient_that_does_not_arrive(name):
+    case = next(case for case in fused.cases() if case.op == name)
+    arguments = case.inputs(Inputs(DEVICE, torch.float32, max_rows=1))
+    for x in arguments.values():
+        x.requires_grad_()
+    outputs = getattr(fused, name)(**arguments, **case.options)
+    sum(_NoGradient.apply(out).sum() for out in outputs if out is not None).backward()
+    assert all(x.grad is None for x in arguments.values())

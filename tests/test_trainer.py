@@ -200,6 +200,18 @@ def test_load_run_gives_the_averages(tmp_path):
     assert all(torch.equal(value, run.ema.state_dict()[name]) for name, value in model.state_dict().items())
 
 
+@pytest.mark.parametrize("attention", ["triton", "cudnn"])
+def test_a_run_trained_on_a_gpu_is_loaded_without_one(tmp_path, attention):
+    Trainer(tiny_config(tmp_path)).fit()
+    file = tmp_path / "config.yaml"
+    text = file.read_text()
+    assert "attention: auto" in text
+    file.write_text(text.replace("attention: auto", f"attention: {attention}"))
+    loaded, model, _ = trainer.load_run(tmp_path, "cpu")
+    assert loaded.model.attention == attention
+    assert model.network.attention == "sdpa"
+
+
 # -------------------------------------------------------------------------------------------- other objectives
 
 
