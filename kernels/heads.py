@@ -163,6 +163,16 @@ def _pack_heads_bwd(dq: Tensor | None, dk: Tensor | None, dv: Tensor | None) -> 
 _op = raw_op("pack_heads_bwd", _pack_heads_bwd)
 
 
+def projection_gradients(
+    dy: Tensor, partials: Tensor, h: Tensor, weight: Tensor, needed: tuple[bool, ...]
+) -> tuple[Tensor | None, ...]:
+    """``(dh, dweight, dbias)``, those needed, of dy (B, N, 3·D) and partial sums of its columns (chunks, 3·D)."""
+    dy = dy.flatten(0, 1)
+    dh = (dy @ weight).view(h.shape) if needed[0] else None
+    dweight = dy.mT @ h.flatten(0, 1) if needed[1] else None
+    return dh, dweight, partials.sum(0).to(weight.dtype) if needed[2] else None
+
+
 @torch.compiler.allow_in_graph  # else a checkpoint that is compiled keeps what it should recompute
 class _ProjectHeads(torch.autograd.Function):
     @staticmethod
@@ -182,15 +192,7 @@ class _ProjectHeads(torch.autograd.Function):
             return (None,) * 4
         h, weight = ctx.saved_tensors
         packed, partials = _op(dq, dk, dv)
-        dy = packed.flatten(0, 1)
-        dh = dweight = dbias = None
-        if ctx.needs_input_grad[0]:
-            dh = (dy @ weight).view(h.shape)
-        if ctx.needs_input_grad[1]:
-            dweight = dy.mT @ h.flatten(0, 1)
-        if ctx.needs_input_grad[2]:
-            dbias = partials.sum(0).to(weight.dtype)
-        return dh, dweight, dbias, None
+        return *projection_gradients(packed, partials, h, weight, ctx.needs_input_grad), None
 
 
 def check_projection(h: Tensor, weight: Tensor, bias: Tensor, heads: int) -> Tensor:

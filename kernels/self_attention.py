@@ -27,7 +27,7 @@ from ._attention import Blocks, dot, load, main_columns, own_queries, scores, st
 from ._cases import Case, Inputs
 from ._launch import autocast, launch
 from ._op import raw_op
-from .heads import check_projection
+from .heads import check_projection, projection_gradients
 from .reference import split_heads
 
 # float32 above 80 spills at every size of block.
@@ -314,15 +314,7 @@ class _SelfAttention(torch.autograd.Function):
         h, weight, o, y, lse = ctx.saved_tensors
         delta = (do.to(torch.float32) * o).sum(-1).transpose(1, 2)
         dy, sums = _backward_op(y, do, lse, delta)
-        dy = dy.flatten(2).flatten(0, 1)
-        dh = dweight = dbias = None
-        if ctx.needs_input_grad[0]:
-            dh = (dy @ weight).view(h.shape)
-        if ctx.needs_input_grad[1]:
-            dweight = dy.mT @ h.flatten(0, 1)
-        if ctx.needs_input_grad[2]:
-            dbias = sums.flatten(0, 1).sum(0).to(weight.dtype)
-        return dh, dweight, dbias, None
+        return *projection_gradients(dy.flatten(2), sums.flatten(0, 1), h, weight, ctx.needs_input_grad), None
 
 
 def self_attention(h: Tensor, weight: Tensor, bias: Tensor, *, heads: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:

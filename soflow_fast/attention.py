@@ -43,8 +43,8 @@ def resolve_attention(name: str, head_dim: int) -> str:
     for a shape has not been measured on a GPU yet. ``math`` is the plain formula, the only backend with forward-mode AD
     and with float64 on a GPU. ``triton`` is the library's own, of a layer from its projection on, see
     :func:`soflow_fast.kernels.fused.self_attention`; a DiT takes it with ``impl="triton"``, for head dims up to 128
-    and up to 80 where it computes in float32. ``torch_flash``, ``torch_efficient`` and ``cudnn`` hold torch to one of its
-    own. All that need a GPU are unverified when asked for by name, never run natively for this project.
+    and up to 80 where it computes in float32. ``torch_flash``, ``torch_efficient`` and ``cudnn`` hold torch to one of
+    its own. All that need a GPU are unverified when asked for by name, never run natively for this project.
 
     Raises:
         ValueError: for an unknown name, or for a backend that cannot run here; the message says what to install.
