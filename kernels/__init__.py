@@ -11,6 +11,9 @@ import torch
 
 IMPLEMENTATIONS = ("auto", "torch", "triton")
 
+#: head dim up to which the fused attentions take operands of a dtype; above it they spill at every size of block
+MAX_HEAD_DIM = {torch.float32: 80, torch.bfloat16: 128, torch.float16: 128}
+
 
 def resolve_impl(name: str) -> str:
     """``"torch"`` or ``"triton"``: the implementation that ``name`` stands for on this machine.

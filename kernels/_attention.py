@@ -26,13 +26,13 @@ def main_columns(h: int) -> int:
 
 
 @triton.jit
-def own_queries(n, heads, QUERIES: tl.constexpr):
-    """Row, head and first query of a program; a block of queries after the other, then the next head."""
-    blocks = tl.cdiv(n, QUERIES)
+def own_block(n, heads, BLOCK: tl.constexpr):
+    """Row, head and first token of a program's block of queries or keys; block after block, then the next head."""
+    blocks = tl.cdiv(n, BLOCK)
     pid = tl.program_id(0)
     row = (pid // (blocks * heads)).to(tl.int64)
     head = (pid // blocks % heads).to(tl.int64)
-    return row, head, (pid % blocks).to(tl.int64) * QUERIES
+    return row, head, (pid % blocks).to(tl.int64) * BLOCK
 
 
 @triton.jit
@@ -108,6 +108,7 @@ def both_scores(
 
 
 @triton.jit
-def store(ptr, do, queries, columns, n, stride, HEAD: tl.constexpr):
-    pointers = ptr + queries[:, None] * stride + columns[None, :]
-    tl.store(pointers, do.to(ptr.dtype.element_ty), mask=(queries[:, None] < n) & (columns[None, :] < HEAD))
+def store(ptr, tile, rows, columns, n, stride, HEAD: tl.constexpr):
+    """Of a tile, the rows below n and the columns of the head."""
+    pointers = ptr + rows[:, None] * stride + columns[None, :]
+    tl.store(pointers, tile.to(ptr.dtype.element_ty), mask=(rows[:, None] < n) & (columns[None, :] < HEAD))

@@ -33,7 +33,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from ._attention import Blocks, both_scores, dot, load, main_columns, own_queries, rounded, rounded_expm1, store
+from ._attention import Blocks, both_scores, dot, load, main_columns, own_block, rounded, rounded_expm1, store
 from ._cases import Case, Inputs
 from ._launch import constants, launch, require_dtype, require_shape
 from ._math import expm1
@@ -109,7 +109,7 @@ def _attention_difference_kernel(
     KEYS: tl.constexpr,
 ):
     TAIL: tl.constexpr = HEAD > MAIN
-    row, head, first = own_queries(n, heads, QUERIES)
+    row, head, first = own_block(n, heads, QUERIES)
     queries, left = tl.arange(0, QUERIES), (n - first).to(tl.int32)
 
     offset = (row * stride_b + head * stride_h) * VECTOR
@@ -200,7 +200,7 @@ def _large_change_kernel(
 ):
     """dO of the queries whose change is large; names as above."""
     TAIL: tl.constexpr = HEAD > MAIN
-    row, head, first = own_queries(n, heads, QUERIES)
+    row, head, first = own_block(n, heads, QUERIES)
     queries, left = tl.arange(0, QUERIES), (n - first).to(tl.int32)
     do_ptr += ((row * n + first) * heads + head) * HEAD
     marks = tl.load(do_ptr + queries * heads * HEAD, mask=queries < left, other=0.0)

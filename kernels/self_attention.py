@@ -23,46 +23,20 @@ import triton.language as tl
 from torch import Tensor, nn
 from torch.utils.flop_counter import register_flop_formula
 
-from ._attention import Blocks, dot, load, main_columns, own_queries, scores, store
+from . import MAX_HEAD_DIM
+from ._attention import dot, load, own_block, scores, store
 from ._cases import Case, Inputs
-from ._launch import autocast, launch
+from ._launch import autocast
 from ._op import raw_op
+from ._self_attention_backward import backward, blocks, run
 from .heads import check_projection, projection_gradients
 from .reference import split_heads
-
-# float32 above 80 spills at every size of block.
-_MAX_HEAD_DIM = {torch.float32: 80, torch.bfloat16: 128, torch.float16: 128}
-
-# 64 × 64 scores by 4 warps: on sm_90 three programs fit on an SM, two of the backward's for keys (242 registers), and
-# the products of some hide behind the exponentials of others. Larger blocks with 8 warps leave fewer, or spill.
-_HALF = Blocks(num_warps=4, num_stages=2, queries=64, keys=64)
-# Of the backward's for keys; with two stages Triton 3.6 does not compile it for sm_100.
-_HALF_KEYS = Blocks(num_warps=4, queries=64, keys=64)
-# Where a part of a block is left over, which costs registers.
-_HALF_KEYS_UNEVEN = Blocks(num_warps=4, queries=32, keys=64)
-# Head dims above 80.
-_HALF_WIDE = Blocks(num_warps=8, queries=64, keys=64)
-# On the FMA units, exact and slow.
-_FLOAT32 = Blocks(num_warps=2, queries=16, keys=16)
-_FLOAT32_KEYS = Blocks(num_warps=2, num_stages=2, queries=16, keys=16)
-
-
-def _blocks(y: Tensor, of_keys: bool = False) -> Blocks:
-    """Of the backward's kernel for keys, which has as many as the others have queries, or of the others."""
-    if y.dtype == torch.float32:
-        return _FLOAT32_KEYS if of_keys else _FLOAT32
-    if y.shape[-1] > 80:
-        return _HALF_WIDE
-    if of_keys:
-        return _HALF_KEYS_UNEVEN if y.shape[1] % _HALF_KEYS.keys else _HALF_KEYS
-    return _HALF
-
 
 @triton.jit(do_not_specialize=["n", "heads"])
 def _forward_kernel(
     y_ptr,  # (B, N, 3, H, h)
     o_ptr,  # (B, N, H, h)
-    lse_ptr,  # (B, H, N)
+    lse_ptr,  # (B, H, blocks · QUERIES)
     n,
     heads,
     scale,
@@ -73,7 +47,7 @@ def _forward_kernel(
     KEYS: tl.constexpr,
 ):
     TAIL: tl.constexpr = HEAD > MAIN
-    row, head, first = own_queries(n, heads, QUERIES)
+    row, head, first = own_block(n, heads, QUERIES)
     queries, left = tl.arange(0, QUERIES), (n - first).to(tl.int32)
     width = heads * HEAD
     stride = 3 * width
@@ -103,177 +77,26 @@ def _forward_kernel(
         if TAIL:
             acc_tail = dot(p, v_tail, acc_tail * decay[:, None])
 
-    tl.store(lse_ptr + (row * heads + head) * n + first + queries, peak + tl.log2(total), mask=queries < left)
+    lse = tl.where(queries < left, peak + tl.log2(total), float("inf"))
+    tl.store(lse_ptr + tl.program_id(0).to(tl.int64) * QUERIES + queries, lse)
     o_ptr += ((row * n + first) * heads + head) * HEAD
     store(o_ptr, acc / total[:, None], queries, tl.arange(0, MAIN), left, width, HEAD)
     if TAIL:
         store(o_ptr, acc_tail / total[:, None], queries, MAIN + tl.arange(0, 16), left, width, HEAD)
 
 
-@triton.jit
-def _store_with_sums(dy_ptr, sum_ptr, dy, rows, columns, left, stride, HEAD: tl.constexpr):
-    """A block of dy, and the sums of its columns as they were rounded."""
-    dy = tl.where(rows[:, None] < left, dy, 0.0).to(dy_ptr.dtype.element_ty)
-    store(dy_ptr, dy, rows, columns, left, stride, HEAD)
-    tl.store(sum_ptr + columns, tl.sum(dy.to(tl.float32), 0), mask=columns < HEAD)
-
-
-@triton.jit(do_not_specialize=["n", "heads"])
-def _keys_backward_kernel(
-    y_ptr,  # (B, N, 3, H, h)
-    do_ptr,  # (B, N, H, h)
-    lse_ptr,  # (B, H, N)
-    delta_ptr,  # (B, H, N)
-    dy_ptr,  # (B, N, 3, H, h), of which dk and dv are written
-    sums_ptr,  # (B, blocks, 3, H, h), of which those of dk and dv are written
-    n,
-    heads,
-    scale,
-    HEAD: tl.constexpr,
-    MAIN: tl.constexpr,
-    EVEN: tl.constexpr,
-    QUERIES: tl.constexpr,
-    KEYS: tl.constexpr,
-):
-    TAIL: tl.constexpr = HEAD > MAIN
-    row, head, first = own_queries(n, heads, KEYS)
-    keys, left = tl.arange(0, KEYS), (n - first).to(tl.int32)
-    width = heads * HEAD
-    stride = 3 * width
-    sample = row * n * stride + head * HEAD
-    own = sample + first * stride + width
-    do_ptr += (row * n * heads + head) * HEAD
-    statistics = (row * heads + head) * n
-    scale_log2 = scale * 1.4426950408889634
-
-    k, k_tail = load(y_ptr + own, stride, keys, left, HEAD, MAIN, EVEN)
-    v, v_tail = load(y_ptr + own + width, stride, keys, left, HEAD, MAIN, EVEN)
-    dk = tl.zeros((KEYS, MAIN), tl.float32)
-    dv = tl.zeros((KEYS, MAIN), tl.float32)
-    dk_tail = tl.zeros((KEYS, 16), tl.float32)
-    dv_tail = tl.zeros((KEYS, 16), tl.float32)
-    for start in range(0, n, QUERIES):
-        queries = start + tl.arange(0, QUERIES)
-        q, q_tail = load(y_ptr + sample, stride, queries, n, HEAD, MAIN, EVEN)
-        lse = tl.load(lse_ptr + statistics + queries, mask=queries < n, other=float("inf"))
-        s = scores(q, q_tail, k, k_tail, tl.zeros((QUERIES, KEYS), tl.float32), TAIL)
-        p = tl.exp2(s * scale_log2 - lse[:, None])
-        do, do_tail = load(do_ptr, width, queries, n, HEAD, MAIN, EVEN)
-        dp = scores(do, do_tail, v, v_tail, tl.zeros((QUERIES, KEYS), tl.float32), TAIL)
-        delta = tl.load(delta_ptr + statistics + queries, mask=queries < n, other=0.0)
-        ds = (p * (dp - delta[:, None])).to(k.dtype).T
-        p = p.to(k.dtype).T
-        dv = dot(p, do, dv)
-        dk = dot(ds, q, dk)
-        if TAIL:
-            dv_tail = dot(p, do_tail, dv_tail)
-            dk_tail = dot(ds, q_tail, dk_tail)
-
-    sums_ptr += (row * tl.cdiv(n, KEYS) + first // KEYS) * stride + head * HEAD + width
-    columns = tl.arange(0, MAIN)
-    _store_with_sums(dy_ptr + own, sums_ptr, dk * scale, keys, columns, left, stride, HEAD)
-    _store_with_sums(dy_ptr + own + width, sums_ptr + width, dv, keys, columns, left, stride, HEAD)
-    if TAIL:
-        columns = MAIN + tl.arange(0, 16)
-        _store_with_sums(dy_ptr + own, sums_ptr, dk_tail * scale, keys, columns, left, stride, HEAD)
-        _store_with_sums(dy_ptr + own + width, sums_ptr + width, dv_tail, keys, columns, left, stride, HEAD)
-
-
-@triton.jit(do_not_specialize=["n", "heads"])
-def _queries_backward_kernel(
-    y_ptr,  # (B, N, 3, H, h)
-    do_ptr,  # (B, N, H, h)
-    lse_ptr,  # (B, H, N)
-    delta_ptr,  # (B, H, N)
-    dy_ptr,  # (B, N, 3, H, h), of which dq is written
-    sums_ptr,  # (B, blocks, 3, H, h), of which those of dq are written
-    n,
-    heads,
-    scale,
-    HEAD: tl.constexpr,
-    MAIN: tl.constexpr,
-    EVEN: tl.constexpr,
-    QUERIES: tl.constexpr,
-    KEYS: tl.constexpr,
-):
-    TAIL: tl.constexpr = HEAD > MAIN
-    row, head, first = own_queries(n, heads, QUERIES)
-    queries, left = tl.arange(0, QUERIES), (n - first).to(tl.int32)
-    width = heads * HEAD
-    stride = 3 * width
-    sample = row * n * stride + head * HEAD
-    own = sample + first * stride
-    do_ptr += ((row * n + first) * heads + head) * HEAD
-    statistics = (row * heads + head) * n + first
-    scale_log2 = scale * 1.4426950408889634
-
-    q, q_tail = load(y_ptr + own, stride, queries, left, HEAD, MAIN, EVEN)
-    do, do_tail = load(do_ptr, width, queries, left, HEAD, MAIN, EVEN)
-    lse = tl.load(lse_ptr + statistics + queries, mask=queries < left, other=float("inf"))
-    delta = tl.load(delta_ptr + statistics + queries, mask=queries < left, other=0.0)
-    dq = tl.zeros((QUERIES, MAIN), tl.float32)
-    dq_tail = tl.zeros((QUERIES, 16), tl.float32)
-    for start in range(0, n, KEYS):
-        keys = start + tl.arange(0, KEYS)
-        k, k_tail = load(y_ptr + sample + width, stride, keys, n, HEAD, MAIN, EVEN)
-        s = scores(q, q_tail, k, k_tail, tl.zeros((QUERIES, KEYS), tl.float32), TAIL)
-        if not EVEN:
-            s = tl.where(keys[None, :] < n, s, float("-inf"))
-        p = tl.exp2(s * scale_log2 - lse[:, None])
-        v, v_tail = load(y_ptr + sample + 2 * width, stride, keys, n, HEAD, MAIN, EVEN)
-        dp = scores(do, do_tail, v, v_tail, tl.zeros((QUERIES, KEYS), tl.float32), TAIL)
-        ds = (p * (dp - delta[:, None])).to(q.dtype)
-        dq = dot(ds, k, dq)
-        if TAIL:
-            dq_tail = dot(ds, k_tail, dq_tail)
-
-    sums_ptr += (row * tl.cdiv(n, QUERIES) + first // QUERIES) * stride + head * HEAD
-    _store_with_sums(dy_ptr + own, sums_ptr, dq * scale, queries, tl.arange(0, MAIN), left, stride, HEAD)
-    if TAIL:
-        _store_with_sums(dy_ptr + own, sums_ptr, dq_tail * scale, queries, MAIN + tl.arange(0, 16), left, stride, HEAD)
-
-
-def _run(kernel, tensors, y: Tensor, config: Blocks, block: int) -> None:
-    """Launches with a program for each block, of queries or of keys, of every head."""
-    B, n, _, heads, h = y.shape
-    launch(
-        kernel,
-        lambda: (triton.cdiv(n, block) * heads * B,),
-        *tensors,
-        *(n, heads, h**-0.5),
-        HEAD=h,
-        MAIN=main_columns(h),
-        EVEN=n % max(config.queries, config.keys) == 0,
-        QUERIES=config.queries,
-        KEYS=config.keys,
-        config=config,
-    )
-
-
 def _forward(y: Tensor) -> tuple[Tensor, Tensor]:
-    """``(o, lse)``: (B, N, H, h), and (B, H, N) in units of ln 2."""
+    """``(o, lse)``: (B, N, H, h), and (B, H, N) in units of ln 2, with infinities up to whole blocks."""
     B, n, _, heads, h = y.shape
-    o, lse = y.new_empty(B, n, heads, h), y.new_empty((B, heads, n), dtype=torch.float32)
-    config = _blocks(y)
-    _run(_forward_kernel, (y, o, lse), y, config, config.queries)
+    config = blocks(y)
+    o = y.new_empty(B, n, heads, h)
+    lse = y.new_empty((B, heads, triton.cdiv(n, config.queries) * config.queries), dtype=torch.float32)
+    run(_forward_kernel, (y, o, lse), y, config, config.queries)
     return o, lse
 
 
-def _backward(y: Tensor, do: Tensor, lse: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
-    """``(dy, sums)``, (B, N, 3, H, h), and of its columns over each block of tokens (B, blocks, 3·H·h)."""
-    B, n, _, heads, h = y.shape
-    config, keys_config = _blocks(y), _blocks(y, of_keys=True)
-    block = config.queries  # and keys_config.keys
-    dy = torch.empty_like(y)
-    sums = y.new_empty((B, triton.cdiv(n, block), 3 * heads * h), dtype=torch.float32)
-    tensors = (y, do.contiguous(), lse, delta.contiguous(), dy, sums)
-    _run(_keys_backward_kernel, tensors, y, keys_config, block)
-    _run(_queries_backward_kernel, tensors, y, config, block)
-    return dy, sums
-
-
 _forward_op = raw_op("self_attention_fwd", _forward)
-_backward_op = raw_op("self_attention_bwd", _backward)
+_backward_op = raw_op("self_attention_bwd", backward)
 
 
 @register_flop_formula(torch.ops.soflow.self_attention_fwd)
@@ -312,8 +135,7 @@ class _SelfAttention(torch.autograd.Function):
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             raise NotImplementedError("the fused self-attention has no second derivative; use impl='torch'")
         h, weight, o, y, lse = ctx.saved_tensors
-        delta = (do.to(torch.float32) * o).sum(-1).transpose(1, 2)
-        dy, sums = _backward_op(y, do, lse, delta)
+        dy, sums = _backward_op(y, do, o, lse)
         return *projection_gradients(dy.flatten(2), sums.flatten(0, 1), h, weight, ctx.needs_input_grad), None
 
 
@@ -332,7 +154,7 @@ def self_attention(h: Tensor, weight: Tensor, bias: Tensor, *, heads: int) -> tu
     """
     h = check_projection(h, weight, bias, heads)
     h, weight, bias = autocast(h, weight, bias)
-    if (head_dim := h.shape[2] // heads) > (most := _MAX_HEAD_DIM[h.dtype]):
+    if (head_dim := h.shape[2] // heads) > (most := MAX_HEAD_DIM[h.dtype]):
         raise ValueError(
             f"head dim {head_dim} in {h.dtype} does not fit into a GPU's registers (at most {most}): use more heads or "
             "attention='sdpa'"

@@ -1,0 +1,258 @@
+"""The backward of self-attention, and how its kernels and the forward's are launched; see ``self_attention.py``.
+
+Shapes: B rows (samples), N tokens, H heads, h head dim.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._attention import Blocks, dot, load, main_columns, own_block, scores, store
+from ._launch import launch
+
+_HALF = Blocks(num_warps=4, num_stages=2, queries=64, keys=64)
+_HALF_KEYS = Blocks(num_warps=4, num_stages=2, queries=64, keys=64)
+_HALF_KEYS_UNEVEN = Blocks(num_warps=4, queries=32, keys=64)
+_HALF_WIDE = Blocks(num_warps=8, queries=64, keys=64)
+_FLOAT32 = Blocks(num_warps=2, queries=16, keys=16)
+_FLOAT32_KEYS = Blocks(num_warps=2, num_stages=2, queries=16, keys=16)
+
+
+def blocks(y: Tensor) -> Blocks:
+    """Of the forward, and of the backward for queries."""
+    if y.dtype == torch.float32:
+        return _FLOAT32
+    return _HALF_WIDE if y.shape[-1] > 80 else _HALF
+
+
+def _keys_blocks(y: Tensor) -> Blocks:
+    """Of the backward for keys; it takes as many keys as the others have queries."""
+    if y.dtype == torch.float32:
+        return _FLOAT32_KEYS
+    if y.shape[-1] > 80:
+        return _HALF_WIDE
+    return _HALF_KEYS
+
+
+def run(kernel, tensors, y: Tensor, config: Blocks, block: int) -> None:
+    """Launches with a program for each block, of queries or of keys, of every head."""
+    B, n, _, heads, h = y.shape
+    launch(
+        kernel,
+        lambda: (triton.cdiv(n, block) * heads * B,),
+        *tensors,
+        *(n, heads, h**-0.5),
+        HEAD=h,
+        MAIN=main_columns(h),
+        EVEN=n % max(config.queries, config.keys) == 0,
+        QUERIES=config.queries,
+        KEYS=config.keys,
+        config=config,
+    )
+
+
+@triton.jit
+def _dots(a, b, b_tail, acc, acc_tail, TAIL: tl.constexpr):
+    """``acc + a b`` over the columns of main and of tail."""
+    acc = dot(a, b, acc)
+    if TAIL:
+        acc_tail = dot(a, b_tail, acc_tail)
+    return acc, acc_tail
+
+
+@triton.jit
+def _delta(o_ptr, do, do_tail, stride, rows, n, HEAD: tl.constexpr, MAIN: tl.constexpr, EVEN: tl.constexpr):
+    o, o_tail = load(o_ptr, stride, rows, n, HEAD, MAIN, EVEN)
+    delta = tl.sum(do.to(tl.float32) * o.to(tl.float32), 1)
+    if HEAD > MAIN:
+        delta += tl.sum(do_tail.to(tl.float32) * o_tail.to(tl.float32), 1)
+    return delta
+
+
+@triton.jit
+def _store_columns(dy_ptr, sums_ptr, dy, rows, columns, left, stride, HEAD: tl.constexpr):
+    dy = tl.where(rows[:, None] < left, dy, 0.0).to(dy_ptr.dtype.element_ty)
+    store(dy_ptr, dy, rows, columns, left, stride, HEAD)
+    tl.store(sums_ptr + columns, tl.sum(dy.to(tl.float32), 0), mask=columns < HEAD)
+
+
+@triton.jit
+def _store_with_sums(
+    dy_ptr, sums_ptr, dy, dy_tail, rows, left, stride, HEAD: tl.constexpr, MAIN: tl.constexpr
+):  # fmt: skip
+    """A block of dy, and the sums of its columns as they were rounded."""
+    _store_columns(dy_ptr, sums_ptr, dy, rows, tl.arange(0, MAIN), left, stride, HEAD)
+    if HEAD > MAIN:
+        _store_columns(dy_ptr, sums_ptr, dy_tail, rows, MAIN + tl.arange(0, 16), left, stride, HEAD)
+
+
+@triton.jit(do_not_specialize=["n", "heads"])
+def _queries_backward_kernel(
+    y_ptr,  # (B, N, 3, H, h)
+    do_ptr,  # (B, N, H, h)
+    o_ptr,  # (B, N, H, h)
+    lse_ptr,  # (B, H, blocks · QUERIES)
+    delta_ptr,  # (B, H, blocks · QUERIES), written
+    dy_ptr,  # (B, N, 3, H, h), of which dq is written
+    sums_ptr,  # (B, blocks, 3, H, h), of which those of dq are written
+    n,
+    heads,
+    scale,
+    HEAD: tl.constexpr,
+    MAIN: tl.constexpr,
+    EVEN: tl.constexpr,
+    QUERIES: tl.constexpr,
+    KEYS: tl.constexpr,
+):
+    TAIL: tl.constexpr = HEAD > MAIN
+    row, head, first = own_block(n, heads, QUERIES)
+    queries, left = tl.arange(0, QUERIES), (n - first).to(tl.int32)
+    width = heads * HEAD
+    stride = 3 * width
+    sample = row * n * stride + head * HEAD
+    own = sample + first * stride
+    own_o = ((row * n + first) * heads + head) * HEAD
+    statistics = tl.program_id(0).to(tl.int64) * QUERIES + queries
+    scale_log2 = scale * 1.4426950408889634
+
+    q, q_tail = load(y_ptr + own, stride, queries, left, HEAD, MAIN, EVEN)
+    do, do_tail = load(do_ptr + own_o, width, queries, left, HEAD, MAIN, EVEN)
+    lse = tl.load(lse_ptr + statistics)
+    delta = _delta(o_ptr + own_o, do, do_tail, width, queries, left, HEAD, MAIN, EVEN)
+    tl.store(delta_ptr + statistics, delta)
+    dq = tl.zeros((QUERIES, MAIN), tl.float32)
+    dq_tail = tl.zeros((QUERIES, 16), tl.float32)
+    for start in range(0, n, KEYS):
+        keys = start + tl.arange(0, KEYS)
+        k, k_tail = load(y_ptr + sample + width, stride, keys, n, HEAD, MAIN, EVEN)
+        s = scores(q, q_tail, k, k_tail, tl.zeros((QUERIES, KEYS), tl.float32), TAIL)
+        if not EVEN:
+            s = tl.where(keys[None, :] < n, s, float("-inf"))
+        p = tl.exp2(s * scale_log2 - lse[:, None])
+        v, v_tail = load(y_ptr + sample + 2 * width, stride, keys, n, HEAD, MAIN, EVEN)
+        dp = scores(do, do_tail, v, v_tail, tl.zeros((QUERIES, KEYS), tl.float32), TAIL)
+        ds = (p * (dp - delta[:, None])).to(q.dtype)
+        dq, dq_tail = _dots(ds, k, k_tail, dq, dq_tail, TAIL)
+
+    sums_ptr += (row * tl.cdiv(n, QUERIES) + first // QUERIES) * stride + head * HEAD
+    _store_with_sums(dy_ptr + own, sums_ptr, dq * scale, dq_tail * scale, queries, left, stride, HEAD, MAIN)
+
+
+@triton.jit(do_not_specialize=["n", "heads"])
+def _keys_backward_kernel(
+    y_ptr,  # (B, N, 3, H, h)
+    do_ptr,  # (B, N, H, h)
+    lse_ptr,  # (B, H, blocks · KEYS)
+    delta_ptr,  # (B, H, blocks · KEYS)
+    dy_ptr,  # (B, N, 3, H, h), of which dk and dv are written
+    sums_ptr,  # (B, blocks, 3, H, h), of which those of dk and dv are written
+    n,
+    heads,
+    scale,
+    HEAD: tl.constexpr,
+    MAIN: tl.constexpr,
+    EVEN: tl.constexpr,
+    QUERIES: tl.constexpr,
+    KEYS: tl.constexpr,
+):
+    TAIL: tl.constexpr = HEAD > MAIN
+    row, head, first = own_block(n, heads, KEYS)
+    keys, left = tl.arange(0, KEYS), (n - first).to(tl.int32)
+    width = heads * HEAD
+    stride = 3 * width
+    sample = row * n * stride + head * HEAD
+    own = sample + first * stride + width
+    do_ptr += (row * n * heads + head) * HEAD
+    statistics = (row * heads + head) * tl.cdiv(n, KEYS) * KEYS
+    scale_log2 = scale * 1.4426950408889634
+
+    k, k_tail = load(y_ptr + own, stride, keys, left, HEAD, MAIN, EVEN)
+    v, v_tail = load(y_ptr + own + width, stride, keys, left, HEAD, MAIN, EVEN)
+    dk = tl.zeros((KEYS, MAIN), tl.float32)
+    dv = tl.zeros((KEYS, MAIN), tl.float32)
+    dk_tail = tl.zeros((KEYS, 16), tl.float32)
+    dv_tail = tl.zeros((KEYS, 16), tl.float32)
+    # The scores are transposed: as they come out of one product, p and ds go into the next.
+    for start in range(0, n, QUERIES):
+        queries = start + tl.arange(0, QUERIES)
+        q, q_tail = load(y_ptr + sample, stride, queries, n, HEAD, MAIN, EVEN)
+        lse = tl.load(lse_ptr + statistics + queries)
+        s = scores(k, k_tail, q, q_tail, tl.zeros((KEYS, QUERIES), tl.float32), TAIL)
+        p = tl.exp2(s * scale_log2 - lse[None, :])
+        do, do_tail = load(do_ptr, width, queries, n, HEAD, MAIN, EVEN)
+        dp = scores(v, v_tail, do, do_tail, tl.zeros((KEYS, QUERIES), tl.float32), TAIL)
+        delta = tl.load(delta_ptr + statistics + queries)
+        ds = (p * (dp - delta[None, :])).to(k.dtype)
+        dv, dv_tail = _dots(p.to(k.dtype), do, do_tail, dv, dv_tail, TAIL)
+        dk, dk_tail = _dots(ds, q, q_tail, dk, dk_tail, TAIL)
+
+    sums_ptr += (row * tl.cdiv(n, KEYS) + first // KEYS) * stride + head * HEAD + width
+    _store_with_sums(dy_ptr + own, sums_ptr, dk * scale, dk_tail * scale, keys, left, stride, HEAD, MAIN)
+    _store_with_sums(dy_ptr + own + width, sums_ptr + width, dv, dv_tail, keys, left, stride, HEAD, MAIN)
+
+
+@triton.jit(do_not_specialize=["n", "heads"])
+def _short_backward_kernel(
+    y_ptr,  # (B, N, 3, H, h)
+    do_ptr,  # (B, N, H, h)
+    o_ptr,  # (B, N, H, h)
+    lse_ptr,  # (B, H, QUERIES)
+    dy_ptr,  # (B, N, 3, H, h)
+    sums_ptr,  # (B, 3, H, h)
+    n,
+    heads,
+    scale,
+    HEAD: tl.constexpr,
+    MAIN: tl.constexpr,
+    EVEN: tl.constexpr,
+    QUERIES: tl.constexpr,
+    KEYS: tl.constexpr,
+):
+    """All of a head's queries and keys, which are one block."""
+    TAIL: tl.constexpr = HEAD > MAIN
+    row, head, _ = own_block(n, heads, KEYS)
+    tokens = tl.arange(0, KEYS)
+    width = heads * HEAD
+    stride = 3 * width
+    own = row * n * stride + head * HEAD
+    own_o = (row * n * heads + head) * HEAD
+    scale_log2 = scale * 1.4426950408889634
+
+    q, q_tail = load(y_ptr + own, stride, tokens, n, HEAD, MAIN, EVEN)
+    k, k_tail = load(y_ptr + own + width, stride, tokens, n, HEAD, MAIN, EVEN)
+    v, v_tail = load(y_ptr + own + 2 * width, stride, tokens, n, HEAD, MAIN, EVEN)
+    do, do_tail = load(do_ptr + own_o, width, tokens, n, HEAD, MAIN, EVEN)
+    lse = tl.load(lse_ptr + tl.program_id(0).to(tl.int64) * QUERIES + tokens)
+    delta = _delta(o_ptr + own_o, do, do_tail, width, tokens, n, HEAD, MAIN, EVEN)
+    s = scores(k, k_tail, q, q_tail, tl.zeros((KEYS, QUERIES), tl.float32), TAIL)
+    if not EVEN:
+        s = tl.where(tokens[:, None] < n, s, float("-inf"))
+    p = tl.exp2(s * scale_log2 - lse[None, :])
+    dp = scores(v, v_tail, do, do_tail, tl.zeros((KEYS, QUERIES), tl.float32), TAIL)
+    ds = (p * (dp - delta[None, :])).to(k.dtype)
+
+    sums_ptr += row * stride + head * HEAD
+    zero, zero_tail = tl.zeros((KEYS, MAIN), tl.float32), tl.zeros((KEYS, 16), tl.float32)
+    dv, dv_tail = _dots(p.to(k.dtype), do, do_tail, zero, zero_tail, TAIL)
+    _store_with_sums(dy_ptr + own + 2 * width, sums_ptr + 2 * width, dv, dv_tail, tokens, n, stride, HEAD, MAIN)
+    dk, dk_tail = _dots(ds, q, q_tail, zero, zero_tail, TAIL)
+    _store_with_sums(dy_ptr + own + width, sums_ptr + width, dk * scale, dk_tail * scale, tokens, n, stride, HEAD, MAIN)
+    dq, dq_tail = _dots(ds.T, k, k_tail, zero, zero_tail, TAIL)
+    _store_with_sums(dy_ptr + own, sums_ptr, dq * scale, dq_tail * scale, tokens, n, stride, HEAD, MAIN)
+
+
+def backward(y: Tensor, do: Tensor, o: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+    """``(dy, sums)``, (B, N, 3, H, h), and of its columns over each block of tokens (B, blocks, 3·H·h)."""
+    B, n, _, heads, h = y.shape
+    config, keys_config = blocks(y), _keys_blocks(y)
+    block = config.queries
+    dy, do = torch.empty_like(y), do.contiguous()
+    sums = y.new_empty((B, triton.cdiv(n, block), 3 * heads * h), dtype=torch.float32)
+    if n <= block:
+        run(_short_backward_kernel, (y, do, o, lse, dy, sums), y, config, block)
+    else:
+        delta = torch.empty_like(lse)
+        run(_queries_backward_kernel, (y, do, o, lse, delta, dy, sums), y, config, block)
+        run(_keys_backward_kernel, (y, do, lse, delta, dy, sums), y, keys_config, block)
+    return dy, sums
