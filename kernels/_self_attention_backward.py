@@ -42,7 +42,8 @@ def run(kernel, tensors, y: Tensor, config: Blocks, block: int) -> None:
         kernel,
         lambda: (triton.cdiv(n, block) * heads * B,),
         *tensors,
-        *(n, heads, h**-0.5),
+        n,
+        heads,
         HEAD=h,
         MAIN=main_columns(h),
         EVEN=n % max(config.queries, config.keys) == 0,
@@ -50,6 +51,15 @@ def run(kernel, tensors, y: Tensor, config: Blocks, block: int) -> None:
         KEYS=config.keys,
         config=config,
     )
+
+
+@triton.jit
+def load_rows(ptr, stride, rows, n, HEAD: tl.constexpr, MAIN: tl.constexpr):
+    """Rows of a (n, h) matrix, and the last one for those beyond: that takes fewer registers than masks do.
+
+    Whoever loads sees to it that they count nothing: where the last row is finite, so are its copies.
+    """
+    return load(ptr, stride, tl.minimum(rows, n - 1), n, HEAD, MAIN, True)
 
 
 @triton.jit
@@ -62,8 +72,8 @@ def _dots(a, b, b_tail, acc, acc_tail, TAIL: tl.constexpr):
 
 
 @triton.jit
-def _delta(o_ptr, do, do_tail, stride, rows, n, HEAD: tl.constexpr, MAIN: tl.constexpr, EVEN: tl.constexpr):
-    o, o_tail = load(o_ptr, stride, rows, n, HEAD, MAIN, EVEN)
+def _delta(o_ptr, do, do_tail, stride, rows, n, HEAD: tl.constexpr, MAIN: tl.constexpr):
+    o, o_tail = load_rows(o_ptr, stride, rows, n, HEAD, MAIN)
     delta = tl.sum(do.to(tl.float32) * o.to(tl.float32), 1)
     if HEAD > MAIN:
         delta += tl.sum(do_tail.to(tl.float32) * o_tail.to(tl.float32), 1)
@@ -98,7 +108,6 @@ def _queries_backward_kernel(
     sums_ptr,  # (B, blocks, 3, H, h), of which those of dq are written
     n,
     heads,
-    scale,
     HEAD: tl.constexpr,
     MAIN: tl.constexpr,
     EVEN: tl.constexpr,
@@ -114,23 +123,24 @@ def _queries_backward_kernel(
     own = sample + first * stride
     own_o = ((row * n + first) * heads + head) * HEAD
     statistics = tl.program_id(0).to(tl.int64) * QUERIES + queries
-    scale_log2 = scale * 1.4426950408889634
+    scale: tl.constexpr = HEAD**-0.5
+    scale_log2: tl.constexpr = scale * 1.4426950408889634
 
-    q, q_tail = load(y_ptr + own, stride, queries, left, HEAD, MAIN, EVEN)
-    do, do_tail = load(do_ptr + own_o, width, queries, left, HEAD, MAIN, EVEN)
+    q, q_tail = load_rows(y_ptr + own, stride, queries, left, HEAD, MAIN)
+    do, do_tail = load_rows(do_ptr + own_o, width, queries, left, HEAD, MAIN)
     lse = tl.load(lse_ptr + statistics)
-    delta = _delta(o_ptr + own_o, do, do_tail, width, queries, left, HEAD, MAIN, EVEN)
+    delta = _delta(o_ptr + own_o, do, do_tail, width, queries, left, HEAD, MAIN)
     tl.store(delta_ptr + statistics, delta)
     dq = tl.zeros((QUERIES, MAIN), tl.float32)
     dq_tail = tl.zeros((QUERIES, 16), tl.float32)
     for start in range(0, n, KEYS):
         keys = start + tl.arange(0, KEYS)
-        k, k_tail = load(y_ptr + sample + width, stride, keys, n, HEAD, MAIN, EVEN)
+        k, k_tail = load_rows(y_ptr + sample + width, stride, keys, n, HEAD, MAIN)
         s = scores(q, q_tail, k, k_tail, tl.zeros((QUERIES, KEYS), tl.float32), TAIL)
         if not EVEN:
             s = tl.where(keys[None, :] < n, s, float("-inf"))
         p = tl.exp2(s * scale_log2 - lse[:, None])
-        v, v_tail = load(y_ptr + sample + 2 * width, stride, keys, n, HEAD, MAIN, EVEN)
+        v, v_tail = load_rows(y_ptr + sample + 2 * width, stride, keys, n, HEAD, MAIN)
         dp = scores(do, do_tail, v, v_tail, tl.zeros((QUERIES, KEYS), tl.float32), TAIL)
         ds = (p * (dp - delta[:, None])).to(q.dtype)
         dq, dq_tail = _dots(ds, k, k_tail, dq, dq_tail, TAIL)
@@ -149,7 +159,6 @@ def _keys_backward_kernel(
     sums_ptr,  # (B, blocks, 3, H, h), of which those of dk and dv are written
     n,
     heads,
-    scale,
     HEAD: tl.constexpr,
     MAIN: tl.constexpr,
     EVEN: tl.constexpr,
@@ -165,10 +174,11 @@ def _keys_backward_kernel(
     own = sample + first * stride + width
     do_ptr += (row * n * heads + head) * HEAD
     statistics = (row * heads + head) * tl.cdiv(n, KEYS) * KEYS
-    scale_log2 = scale * 1.4426950408889634
+    scale: tl.constexpr = HEAD**-0.5
+    scale_log2: tl.constexpr = scale * 1.4426950408889634
 
-    k, k_tail = load(y_ptr + own, stride, keys, left, HEAD, MAIN, EVEN)
-    v, v_tail = load(y_ptr + own + width, stride, keys, left, HEAD, MAIN, EVEN)
+    k, k_tail = load_rows(y_ptr + own, stride, keys, left, HEAD, MAIN)
+    v, v_tail = load_rows(y_ptr + own + width, stride, keys, left, HEAD, MAIN)
     dk = tl.zeros((KEYS, MAIN), tl.float32)
     dv = tl.zeros((KEYS, MAIN), tl.float32)
     dk_tail = tl.zeros((KEYS, 16), tl.float32)
@@ -176,15 +186,15 @@ def _keys_backward_kernel(
     # The scores are transposed: as they come out of one product, p and ds go into the next.
     for start in range(0, n, QUERIES):
         queries = start + tl.arange(0, QUERIES)
-        q, q_tail = load(y_ptr + sample, stride, queries, n, HEAD, MAIN, EVEN)
+        q, q_tail = load_rows(y_ptr + sample, stride, queries, n, HEAD, MAIN)
         lse = tl.load(lse_ptr + statistics + queries)
         s = scores(k, k_tail, q, q_tail, tl.zeros((KEYS, QUERIES), tl.float32), TAIL)
         p = tl.exp2(s * scale_log2 - lse[None, :])
-        do, do_tail = load(do_ptr, width, queries, n, HEAD, MAIN, EVEN)
+        do, do_tail = load_rows(do_ptr, width, queries, n, HEAD, MAIN)
+        dv, dv_tail = _dots(p.to(k.dtype), do, do_tail, dv, dv_tail, TAIL)
         dp = scores(v, v_tail, do, do_tail, tl.zeros((KEYS, QUERIES), tl.float32), TAIL)
         delta = tl.load(delta_ptr + statistics + queries)
         ds = (p * (dp - delta[None, :])).to(k.dtype)
-        dv, dv_tail = _dots(p.to(k.dtype), do, do_tail, dv, dv_tail, TAIL)
         dk, dk_tail = _dots(ds, q, q_tail, dk, dk_tail, TAIL)
 
     sums_ptr += (row * tl.cdiv(n, KEYS) + first // KEYS) * stride + head * HEAD + width
@@ -202,7 +212,6 @@ def _short_backward_kernel(
     sums_ptr,  # (B, 3, H, h)
     n,
     heads,
-    scale,
     HEAD: tl.constexpr,
     MAIN: tl.constexpr,
     EVEN: tl.constexpr,
@@ -217,14 +226,15 @@ def _short_backward_kernel(
     stride = 3 * width
     own = row * n * stride + head * HEAD
     own_o = (row * n * heads + head) * HEAD
-    scale_log2 = scale * 1.4426950408889634
+    scale: tl.constexpr = HEAD**-0.5
+    scale_log2: tl.constexpr = scale * 1.4426950408889634
 
-    q, q_tail = load(y_ptr + own, stride, tokens, n, HEAD, MAIN, EVEN)
-    k, k_tail = load(y_ptr + own + width, stride, tokens, n, HEAD, MAIN, EVEN)
-    v, v_tail = load(y_ptr + own + 2 * width, stride, tokens, n, HEAD, MAIN, EVEN)
-    do, do_tail = load(do_ptr + own_o, width, tokens, n, HEAD, MAIN, EVEN)
+    q, q_tail = load_rows(y_ptr + own, stride, tokens, n, HEAD, MAIN)
+    k, k_tail = load_rows(y_ptr + own + width, stride, tokens, n, HEAD, MAIN)
+    v, v_tail = load_rows(y_ptr + own + 2 * width, stride, tokens, n, HEAD, MAIN)
+    do, do_tail = load_rows(do_ptr + own_o, width, tokens, n, HEAD, MAIN)
     lse = tl.load(lse_ptr + tl.program_id(0).to(tl.int64) * QUERIES + tokens)
-    delta = _delta(o_ptr + own_o, do, do_tail, width, tokens, n, HEAD, MAIN, EVEN)
+    delta = _delta(o_ptr + own_o, do, do_tail, width, tokens, n, HEAD, MAIN)
     s = scores(k, k_tail, q, q_tail, tl.zeros((KEYS, QUERIES), tl.float32), TAIL)
     if not EVEN:
         s = tl.where(tokens[:, None] < n, s, float("-inf"))

@@ -24,11 +24,11 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import register_flop_formula
 
 from . import MAX_HEAD_DIM
-from ._attention import dot, load, own_block, scores, store
+from ._attention import dot, own_block, scores, store
 from ._cases import Case, Inputs
 from ._launch import autocast
 from ._op import raw_op
-from ._self_attention_backward import backward, blocks, run
+from ._self_attention_backward import backward, blocks, load_rows, run
 from .heads import check_projection, projection_gradients
 from .reference import split_heads
 
@@ -39,7 +39,6 @@ def _forward_kernel(
     lse_ptr,  # (B, H, blocks · QUERIES)
     n,
     heads,
-    scale,
     HEAD: tl.constexpr,  # h
     MAIN: tl.constexpr,  # columns before the tail
     EVEN: tl.constexpr,  # the blocks divide N
@@ -53,16 +52,16 @@ def _forward_kernel(
     stride = 3 * width
     q_ptr = y_ptr + row * n * stride + head * HEAD
     k_ptr, v_ptr = q_ptr + width, q_ptr + 2 * width
-    scale_log2 = scale * 1.4426950408889634
+    scale_log2: tl.constexpr = HEAD**-0.5 * 1.4426950408889634
 
-    q, q_tail = load(q_ptr + first * stride, stride, queries, left, HEAD, MAIN, EVEN)
+    q, q_tail = load_rows(q_ptr + first * stride, stride, queries, left, HEAD, MAIN)
     acc = tl.zeros((QUERIES, MAIN), tl.float32)
     acc_tail = tl.zeros((QUERIES, 16), tl.float32)
     peak = tl.full((QUERIES,), float("-inf"), tl.float32)  # of the scores in units of ln 2
     total = tl.zeros((QUERIES,), tl.float32)
     for start in range(0, n, KEYS):
         keys = start + tl.arange(0, KEYS)
-        k, k_tail = load(k_ptr, stride, keys, n, HEAD, MAIN, EVEN)
+        k, k_tail = load_rows(k_ptr, stride, keys, n, HEAD, MAIN)
         s = scores(q, q_tail, k, k_tail, tl.zeros((QUERIES, KEYS), tl.float32), TAIL)
         if not EVEN:
             s = tl.where(keys[None, :] < n, s, float("-inf"))
@@ -72,7 +71,7 @@ def _forward_kernel(
         total = total * decay + tl.sum(p, 1)
         peak = higher
         p = p.to(q.dtype)
-        v, v_tail = load(v_ptr, stride, keys, n, HEAD, MAIN, EVEN)
+        v, v_tail = load_rows(v_ptr, stride, keys, n, HEAD, MAIN)
         acc = dot(p, v, acc * decay[:, None])
         if TAIL:
             acc_tail = dot(p, v_tail, acc_tail * decay[:, None])
