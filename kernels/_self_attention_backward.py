@@ -11,55 +11,46 @@ from torch import Tensor
 from ._attention import Blocks, dot, load, main_columns, own_block, scores, store
 from ._launch import launch
 
+# As many queries as keys: the kernel for keys has blocks of the size that the others pad lse and delta to.
+#
+# 64 × 64 scores by 4 warps: on sm_90 three programs fit on an SM, two of the backward's for keys (244 registers), and
+# the products of some hide behind the exponentials of others. Larger blocks with 8 warps leave fewer, or spill.
 _HALF = Blocks(num_warps=4, num_stages=2, queries=64, keys=64)
-_HALF_KEYS = Blocks(num_warps=4, num_stages=2, queries=64, keys=64)
-_HALF_KEYS_UNEVEN = Blocks(num_warps=4, queries=32, keys=64)
+# Head dims above 80.
 _HALF_WIDE = Blocks(num_warps=8, queries=64, keys=64)
-_FLOAT32 = Blocks(num_warps=2, queries=16, keys=16)
-_FLOAT32_KEYS = Blocks(num_warps=2, num_stages=2, queries=16, keys=16)
+# On the FMA units, exact and slow.
+_FLOAT32 = Blocks(num_warps=2, num_stages=2, queries=16, keys=16)
 
 
 def blocks(y: Tensor) -> Blocks:
-    """Of the forward, and of the backward for queries."""
+    """How a kernel is launched for y of this dtype and head dim."""
     if y.dtype == torch.float32:
         return _FLOAT32
     return _HALF_WIDE if y.shape[-1] > 80 else _HALF
 
 
-def _keys_blocks(y: Tensor) -> Blocks:
-    """Of the backward for keys; it takes as many keys as the others have queries."""
-    if y.dtype == torch.float32:
-        return _FLOAT32_KEYS
-    if y.shape[-1] > 80:
-        return _HALF_WIDE
-    return _HALF_KEYS
-
-
-def run(kernel, tensors, y: Tensor, config: Blocks, block: int) -> None:
-    """Launches with a program for each block, of queries or of keys, of every head."""
+def run(kernel, tensors, y: Tensor, config: Blocks, **constants) -> None:
+    """Launches with a program for each block of tokens of every head."""
     B, n, _, heads, h = y.shape
     launch(
         kernel,
-        lambda: (triton.cdiv(n, block) * heads * B,),
+        lambda: (triton.cdiv(n, config.keys) * heads * B,),
         *tensors,
         n,
         heads,
         HEAD=h,
         MAIN=main_columns(h),
-        EVEN=n % max(config.queries, config.keys) == 0,
         QUERIES=config.queries,
         KEYS=config.keys,
         config=config,
+        **constants,
     )
 
 
 @triton.jit
-def load_rows(ptr, stride, rows, n, HEAD: tl.constexpr, MAIN: tl.constexpr):
-    """Rows of a (n, h) matrix, and the last one for those beyond: that takes fewer registers than masks do.
-
-    Whoever loads sees to it that they count nothing: where the last row is finite, so are its copies.
-    """
-    return load(ptr, stride, tl.minimum(rows, n - 1), n, HEAD, MAIN, True)
+def _rows(rows, n, EVEN: tl.constexpr):
+    """Rows, those beyond the last one replaced by it: copies, whose p is 0, take fewer registers than masked loads."""
+    return rows if EVEN else tl.minimum(rows, n - 1)
 
 
 @triton.jit
@@ -72,8 +63,9 @@ def _dots(a, b, b_tail, acc, acc_tail, TAIL: tl.constexpr):
 
 
 @triton.jit
-def _delta(o_ptr, do, do_tail, stride, rows, n, HEAD: tl.constexpr, MAIN: tl.constexpr):
-    o, o_tail = load_rows(o_ptr, stride, rows, n, HEAD, MAIN)
+def _delta(o_ptr, do, do_tail, stride, rows, n, HEAD: tl.constexpr, MAIN: tl.constexpr, EVEN: tl.constexpr):
+    """δ, of which nothing else is needed of o."""
+    o, o_tail = load(o_ptr, stride, rows, n, HEAD, MAIN, EVEN)
     delta = tl.sum(do.to(tl.float32) * o.to(tl.float32), 1)
     if HEAD > MAIN:
         delta += tl.sum(do_tail.to(tl.float32) * o_tail.to(tl.float32), 1)
@@ -88,9 +80,7 @@ def _store_columns(dy_ptr, sums_ptr, dy, rows, columns, left, stride, HEAD: tl.c
 
 
 @triton.jit
-def _store_with_sums(
-    dy_ptr, sums_ptr, dy, dy_tail, rows, left, stride, HEAD: tl.constexpr, MAIN: tl.constexpr
-):  # fmt: skip
+def _store_with_sums(dy_ptr, sums_ptr, dy, dy_tail, rows, left, stride, HEAD: tl.constexpr, MAIN: tl.constexpr):
     """A block of dy, and the sums of its columns as they were rounded."""
     _store_columns(dy_ptr, sums_ptr, dy, rows, tl.arange(0, MAIN), left, stride, HEAD)
     if HEAD > MAIN:
@@ -126,21 +116,23 @@ def _queries_backward_kernel(
     scale: tl.constexpr = HEAD**-0.5
     scale_log2: tl.constexpr = scale * 1.4426950408889634
 
-    q, q_tail = load_rows(y_ptr + own, stride, queries, left, HEAD, MAIN)
-    do, do_tail = load_rows(do_ptr + own_o, width, queries, left, HEAD, MAIN)
+    rows = _rows(queries, left, EVEN)
+    q, q_tail = load(y_ptr + own, stride, rows, left, HEAD, MAIN, True)
+    do, do_tail = load(do_ptr + own_o, width, rows, left, HEAD, MAIN, True)
     lse = tl.load(lse_ptr + statistics)
-    delta = _delta(o_ptr + own_o, do, do_tail, width, queries, left, HEAD, MAIN)
+    delta = _delta(o_ptr + own_o, do, do_tail, width, rows, left, HEAD, MAIN, True)
     tl.store(delta_ptr + statistics, delta)
     dq = tl.zeros((QUERIES, MAIN), tl.float32)
     dq_tail = tl.zeros((QUERIES, 16), tl.float32)
     for start in range(0, n, KEYS):
         keys = start + tl.arange(0, KEYS)
-        k, k_tail = load_rows(y_ptr + sample + width, stride, keys, n, HEAD, MAIN)
+        rows = _rows(keys, n, EVEN)
+        k, k_tail = load(y_ptr + sample + width, stride, rows, n, HEAD, MAIN, True)
         s = scores(q, q_tail, k, k_tail, tl.zeros((QUERIES, KEYS), tl.float32), TAIL)
         if not EVEN:
             s = tl.where(keys[None, :] < n, s, float("-inf"))
         p = tl.exp2(s * scale_log2 - lse[:, None])
-        v, v_tail = load_rows(y_ptr + sample + 2 * width, stride, keys, n, HEAD, MAIN)
+        v, v_tail = load(y_ptr + sample + 2 * width, stride, rows, n, HEAD, MAIN, True)
         dp = scores(do, do_tail, v, v_tail, tl.zeros((QUERIES, KEYS), tl.float32), TAIL)
         ds = (p * (dp - delta[:, None])).to(q.dtype)
         dq, dq_tail = _dots(ds, k, k_tail, dq, dq_tail, TAIL)
@@ -161,7 +153,6 @@ def _keys_backward_kernel(
     heads,
     HEAD: tl.constexpr,
     MAIN: tl.constexpr,
-    EVEN: tl.constexpr,
     QUERIES: tl.constexpr,
     KEYS: tl.constexpr,
 ):
@@ -173,24 +164,26 @@ def _keys_backward_kernel(
     sample = row * n * stride + head * HEAD
     own = sample + first * stride + width
     do_ptr += (row * n * heads + head) * HEAD
-    statistics = (row * heads + head) * tl.cdiv(n, KEYS) * KEYS
+    statistics = tl.program_id(0).to(tl.int64) * KEYS - first
     scale: tl.constexpr = HEAD**-0.5
     scale_log2: tl.constexpr = scale * 1.4426950408889634
 
-    k, k_tail = load_rows(y_ptr + own, stride, keys, left, HEAD, MAIN)
-    v, v_tail = load_rows(y_ptr + own + width, stride, keys, left, HEAD, MAIN)
+    # Masked even if no key is missing: without masks sm_80 is a register short.
+    k, k_tail = load(y_ptr + own, stride, keys, left, HEAD, MAIN, False)
+    v, v_tail = load(y_ptr + own + width, stride, keys, left, HEAD, MAIN, False)
     dk = tl.zeros((KEYS, MAIN), tl.float32)
     dv = tl.zeros((KEYS, MAIN), tl.float32)
     dk_tail = tl.zeros((KEYS, 16), tl.float32)
     dv_tail = tl.zeros((KEYS, 16), tl.float32)
-    # The scores are transposed: as they come out of one product, p and ds go into the next.
     for start in range(0, n, QUERIES):
         queries = start + tl.arange(0, QUERIES)
-        q, q_tail = load_rows(y_ptr + sample, stride, queries, n, HEAD, MAIN)
+        rows = _rows(queries, n, False)
+        q, q_tail = load(y_ptr + sample, stride, rows, n, HEAD, MAIN, True)
         lse = tl.load(lse_ptr + statistics + queries)
+        # Transposed, p and ds are in the registers that the products after them read.
         s = scores(k, k_tail, q, q_tail, tl.zeros((KEYS, QUERIES), tl.float32), TAIL)
         p = tl.exp2(s * scale_log2 - lse[None, :])
-        do, do_tail = load_rows(do_ptr, width, queries, n, HEAD, MAIN)
+        do, do_tail = load(do_ptr, width, rows, n, HEAD, MAIN, True)
         dv, dv_tail = _dots(p.to(k.dtype), do, do_tail, dv, dv_tail, TAIL)
         dp = scores(v, v_tail, do, do_tail, tl.zeros((KEYS, QUERIES), tl.float32), TAIL)
         delta = tl.load(delta_ptr + statistics + queries)
@@ -229,13 +222,13 @@ def _short_backward_kernel(
     scale: tl.constexpr = HEAD**-0.5
     scale_log2: tl.constexpr = scale * 1.4426950408889634
 
-    q, q_tail = load_rows(y_ptr + own, stride, tokens, n, HEAD, MAIN)
-    k, k_tail = load_rows(y_ptr + own + width, stride, tokens, n, HEAD, MAIN)
-    v, v_tail = load_rows(y_ptr + own + 2 * width, stride, tokens, n, HEAD, MAIN)
-    do, do_tail = load_rows(do_ptr + own_o, width, tokens, n, HEAD, MAIN)
+    q, q_tail = load(y_ptr + own, stride, tokens, n, HEAD, MAIN, EVEN)
+    k, k_tail = load(y_ptr + own + width, stride, tokens, n, HEAD, MAIN, EVEN)
+    v, v_tail = load(y_ptr + own + 2 * width, stride, tokens, n, HEAD, MAIN, EVEN)
+    do, do_tail = load(do_ptr + own_o, width, tokens, n, HEAD, MAIN, EVEN)
     lse = tl.load(lse_ptr + tl.program_id(0).to(tl.int64) * QUERIES + tokens)
-    delta = _delta(o_ptr + own_o, do, do_tail, width, tokens, n, HEAD, MAIN)
-    s = scores(k, k_tail, q, q_tail, tl.zeros((KEYS, QUERIES), tl.float32), TAIL)
+    delta = _delta(o_ptr + own_o, do, do_tail, width, tokens, n, HEAD, MAIN, EVEN)
+    s = scores(k, k_tail, q, q_tail, tl.zeros((KEYS, QUERIES), tl.float32), TAIL)  # transposed
     if not EVEN:
         s = tl.where(tokens[:, None] < n, s, float("-inf"))
     p = tl.exp2(s * scale_log2 - lse[None, :])
@@ -255,14 +248,14 @@ def _short_backward_kernel(
 def backward(y: Tensor, do: Tensor, o: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
     """``(dy, sums)``, (B, N, 3, H, h), and of its columns over each block of tokens (B, blocks, 3·H·h)."""
     B, n, _, heads, h = y.shape
-    config, keys_config = blocks(y), _keys_blocks(y)
-    block = config.queries
+    config = blocks(y)
     dy, do = torch.empty_like(y), do.contiguous()
-    sums = y.new_empty((B, triton.cdiv(n, block), 3 * heads * h), dtype=torch.float32)
-    if n <= block:
-        run(_short_backward_kernel, (y, do, o, lse, dy, sums), y, config, block)
-    else:
-        delta = torch.empty_like(lse)
-        run(_queries_backward_kernel, (y, do, o, lse, delta, dy, sums), y, config, block)
-        run(_keys_backward_kernel, (y, do, lse, delta, dy, sums), y, keys_config, block)
+    sums = y.new_empty((B, triton.cdiv(n, config.keys), 3 * heads * h), dtype=torch.float32)
+    even = n % config.keys == 0
+    if n <= config.keys:
+        run(_short_backward_kernel, (y, do, o, lse, dy, sums), y, config, EVEN=even)
+        return dy, sums
+    delta = torch.empty_like(lse)
+    run(_queries_backward_kernel, (y, do, o, lse, delta, dy, sums), y, config, EVEN=even)
+    run(_keys_backward_kernel, (y, do, lse, delta, dy, sums), y, config)
     return dy, sums

@@ -33,16 +33,12 @@ import triton.language as tl
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from . import MAX_HEAD_DIM
 from ._attention import Blocks, both_scores, dot, load, main_columns, own_block, rounded, rounded_expm1, store
 from ._cases import Case, Inputs
 from ._launch import constants, launch, require_dtype, require_shape
 from ._math import expm1
 from ._op import raw_op
-
-# Half precision above 128 and float32 above 80, whose products hold whole operands in registers, spill at every size
-# of block.
-_MAX_HEAD_DIM = {torch.float32: 80, torch.bfloat16: 128, torch.float16: 128}
-
 
 # On sm_90, 32 keys at a time keep a thread within 128 registers (150 at head dim 72 with 4 warps): 12 to 16 warps are
 # resident on an SM, and the exponentials of some hide behind the products of others. 64 keys need 175 and leave 8.
@@ -343,10 +339,10 @@ def attention_difference(
         require_shape(name, x, q.shape)
         if x.dtype != q.dtype and name != "o":
             raise ValueError(f"{name} has dtype {x.dtype} and q has {q.dtype}; convert one of them to the other's")
-    if q.shape[-1] > _MAX_HEAD_DIM[q.dtype]:
+    if q.shape[-1] > MAX_HEAD_DIM[q.dtype]:
         raise ValueError(
             f"head dim {q.shape[-1]} in {q.dtype} does not fit into a GPU's registers "
-            f"(at most {_MAX_HEAD_DIM[q.dtype]}): use more heads or impl='torch'"
+            f"(at most {MAX_HEAD_DIM[q.dtype]}): use more heads or impl='torch'"
         )
     return _op(*constants(q, k, v, dq, dk, dv, o), tangent)
 

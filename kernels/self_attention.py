@@ -5,16 +5,17 @@
     backward:  δ = Σ_h do·o,  dS = P(do vᵀ − δ),  dq = dS k/√h,  dk = dSᵀ q/√h,  dv = Pᵀ do,  dy = [dq dk dv]
                dbias = Σ_tokens dy,  dh = dy W,  dW = dyᵀ h
 
-The forward is flash attention; beside o it writes ``log₂ Σ exp`` of each query's scores. The backward is two kernels
-that take the scores again from it: one has a block of keys and goes over the queries, for dk and dv, the other a block
-of queries and goes over the keys, for dq. So no gradient is added up in memory, nothing is atomic, and results repeat
-bitwise. That takes 7 products instead of 5, and what is written is dy itself, with float32 sums of its columns from
-each program. Flash attention adds dq up in float32 in memory, then rounds it, and dq, dk and dv are packed and summed
-after it (``heads.py``): about 24 bytes more per token and column of o.
+The forward is flash attention; beside o it writes ``log₂ Σ exp`` of each query's scores. The backward
+(``_self_attention_backward.py``) is two kernels that take the scores again from it: one has a block of queries and goes
+over the keys, for δ and dq, the other a block of keys and goes over the queries, for dk and dv. So no gradient is added
+up in memory, nothing is atomic, and results repeat bitwise. That takes 7 products instead of 5; where all tokens are
+one block, one kernel makes everything with 5. What is written is dy itself, with float32 sums of its columns from each
+program. Flash attention adds dq up in float32 in memory, then rounds it, and dq, dk and dv are packed and summed after
+it (``heads.py``): about 24 bytes more per token and column of o.
 
 Shapes: B rows (samples), N tokens, D = H·h width, H heads, h head dim. Bytes per token and column of o in bfloat16,
 where other programs of a head find what the first has read in the L2 cache: forward 8; backward reads q, k, v, do twice
-and writes dy: 22, and o and do once more for δ. Saved: h, W, y, o and the logarithms.
+and o once and writes dy: 24, of one block 16. Saved: h, W, y, o and the logarithms.
 """
 
 import torch
@@ -24,13 +25,14 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import register_flop_formula
 
 from . import MAX_HEAD_DIM
-from ._attention import dot, own_block, scores, store
+from ._attention import dot, load, own_block, scores, store
 from ._cases import Case, Inputs
 from ._launch import autocast
 from ._op import raw_op
-from ._self_attention_backward import backward, blocks, load_rows, run
+from ._self_attention_backward import backward, blocks, run
 from .heads import check_projection, projection_gradients
 from .reference import split_heads
+
 
 @triton.jit(do_not_specialize=["n", "heads"])
 def _forward_kernel(
@@ -54,14 +56,14 @@ def _forward_kernel(
     k_ptr, v_ptr = q_ptr + width, q_ptr + 2 * width
     scale_log2: tl.constexpr = HEAD**-0.5 * 1.4426950408889634
 
-    q, q_tail = load_rows(q_ptr + first * stride, stride, queries, left, HEAD, MAIN)
+    q, q_tail = load(q_ptr + first * stride, stride, queries, left, HEAD, MAIN, EVEN)
     acc = tl.zeros((QUERIES, MAIN), tl.float32)
     acc_tail = tl.zeros((QUERIES, 16), tl.float32)
     peak = tl.full((QUERIES,), float("-inf"), tl.float32)  # of the scores in units of ln 2
     total = tl.zeros((QUERIES,), tl.float32)
     for start in range(0, n, KEYS):
         keys = start + tl.arange(0, KEYS)
-        k, k_tail = load_rows(k_ptr, stride, keys, n, HEAD, MAIN)
+        k, k_tail = load(k_ptr, stride, keys, n, HEAD, MAIN, EVEN)
         s = scores(q, q_tail, k, k_tail, tl.zeros((QUERIES, KEYS), tl.float32), TAIL)
         if not EVEN:
             s = tl.where(keys[None, :] < n, s, float("-inf"))
@@ -71,7 +73,7 @@ def _forward_kernel(
         total = total * decay + tl.sum(p, 1)
         peak = higher
         p = p.to(q.dtype)
-        v, v_tail = load_rows(v_ptr, stride, keys, n, HEAD, MAIN)
+        v, v_tail = load(v_ptr, stride, keys, n, HEAD, MAIN, EVEN)
         acc = dot(p, v, acc * decay[:, None])
         if TAIL:
             acc_tail = dot(p, v_tail, acc_tail * decay[:, None])
@@ -89,8 +91,8 @@ def _forward(y: Tensor) -> tuple[Tensor, Tensor]:
     B, n, _, heads, h = y.shape
     config = blocks(y)
     o = y.new_empty(B, n, heads, h)
-    lse = y.new_empty((B, heads, triton.cdiv(n, config.queries) * config.queries), dtype=torch.float32)
-    run(_forward_kernel, (y, o, lse), y, config, config.queries)
+    lse = y.new_empty((B, heads, triton.cdiv(n, config.keys) * config.keys), dtype=torch.float32)
+    run(_forward_kernel, (y, o, lse), y, config, EVEN=n % config.keys == 0)
     return o, lse
 
 

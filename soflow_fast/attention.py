@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from soflow_fast.kernels import resolve_impl
+from soflow_fast.kernels import MAX_HEAD_DIM, resolve_impl
 
 _log = logging.getLogger(__name__)
 
@@ -32,40 +32,42 @@ _HALF_PRECISION_ON_A_GPU = ("torch_flash",)
 # flash-attn's published kernels take half precision and head dims up to 256.
 _FLASH_MAX_HEAD_DIM = 256
 
-# And the library's own up to this; in float32 80.
-_FUSED_MAX_HEAD_DIM = 128
 
-
-def resolve_attention(name: str, head_dim: int) -> str:
+def resolve_attention(name: str, head_dim: int, compute_dtype: torch.dtype | None = None) -> str:
     """The backend that ``name`` stands for on this machine; logged.
 
     ``auto`` is ``sdpa``, torch's own choice among flash, memory-efficient, cuDNN and math attention: which is fastest
     for a shape has not been measured on a GPU yet. ``math`` is the plain formula, the only backend with forward-mode AD
     and with float64 on a GPU. ``triton`` is the library's own, of a layer from its projection on, see
-    :func:`soflow_fast.kernels.fused.self_attention`; a DiT takes it with ``impl="triton"``, for head dims up to 128
-    and up to 80 where it computes in float32. ``torch_flash``, ``torch_efficient`` and ``cudnn`` hold torch to one of
-    its own. All that need a GPU are unverified when asked for by name, never run natively for this project.
+    :func:`soflow_fast.kernels.fused.self_attention`; a DiT takes it with ``impl="triton"``, up to the head dims of
+    :data:`soflow_fast.kernels.MAX_HEAD_DIM`. ``torch_flash``, ``torch_efficient`` and ``cudnn`` hold torch to one of its
+    own. All that need a GPU are unverified when asked for by name, never run natively for this project.
+
+    Args:
+        name: one of ``BACKENDS``. head_dim: h. compute_dtype: of q, k and v, where it is known.
 
     Raises:
         ValueError: for an unknown name, or for a backend that cannot run here; the message says what to install.
     """
     if name not in BACKENDS:
         raise ValueError(f"attention={name!r} is not known; choose one of {', '.join(BACKENDS)}")
-    _require_available(name, head_dim)
+    _require_available(name, head_dim, compute_dtype)
     chosen = "sdpa" if name == "auto" else name
     _log.info("attention=%s is %s", name, chosen)
     return chosen
 
 
-def _require_available(name: str, head_dim: int) -> None:
+def _require_available(name: str, head_dim: int, compute_dtype: torch.dtype | None) -> None:
     if name == "triton":
         try:
             resolve_impl(name)
         except ValueError as error:
             raise ValueError(str(error).replace("impl=", "attention=").replace("'torch'", "'sdpa'")) from None
-        if head_dim > _FUSED_MAX_HEAD_DIM:
+        most = MAX_HEAD_DIM.get(compute_dtype, max(MAX_HEAD_DIM.values()))
+        if head_dim > most:
+            where = f" in {compute_dtype}" if compute_dtype in MAX_HEAD_DIM else ""
             raise ValueError(
-                f"attention='triton' takes head dims up to {_FUSED_MAX_HEAD_DIM}, and this model has {head_dim}; "
+                f"attention='triton' takes head dims up to {most}{where}, and this model has {head_dim}; "
                 "choose attention='sdpa'"
             )
     if name == "flash_attn":

@@ -101,7 +101,7 @@ class DiT(nn.Module):
         self.hidden_size, self.depth, self.num_heads = hidden_size, depth, num_heads
         self.mlp_ratio, self.num_classes, self.condition_dim = mlp_ratio, num_classes, condition_dim
         self.impl = kernels.resolve_impl(impl)
-        self.attention = resolve_attention(attention, hidden_size // num_heads)
+        self.attention = resolve_attention(attention, hidden_size // num_heads, compute_dtype)
         if self.attention == "triton" and self.impl == "torch":
             raise ValueError("attention='triton' is one of the fused ops; choose impl='triton', or attention='sdpa'")
         self.compute_dtype, self.residual_dtype = compute_dtype, residual_dtype

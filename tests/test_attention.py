@@ -217,3 +217,13 @@ def test_fused_attention_of_wide_heads():
 def test_fused_attention_needs_the_fused_ops():
     with pytest.raises(ValueError, match="choose impl='triton', or attention='sdpa'"):
         DiT(8, 4, 1, 16, 2, 2, num_classes=3, impl="torch", attention="triton")
+
+
+def test_fused_attention_of_wide_heads_in_float32():
+    """Where the dtype is given, when the network is built; the parameters' can still change."""
+    options = {"impl": "triton", "attention": "triton", "num_classes": 3}
+    message = "takes head dims up to 80 in torch.float32, and this model has 96; choose attention='sdpa'"
+    with pytest.raises(ValueError, match=message):
+        DiT(8, 4, 1, 192, 1, 2, compute_dtype=torch.float32, **options)
+    for dtype in (torch.bfloat16, None):
+        assert DiT(8, 4, 1, 192, 1, 2, compute_dtype=dtype, **options).attention == "triton"
