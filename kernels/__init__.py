@@ -11,8 +11,8 @@ import torch
 
 IMPLEMENTATIONS = ("auto", "torch", "triton")
 
-#: head dims up to which the fused attention and its difference take a dtype: above, they spill at every size of block, in
-#: float32 because its products hold whole operands in registers
+#: head dims up to which the fused attention and its difference take a dtype: above, they spill at every size of block,
+#: in float32 because its products hold whole operands in registers
 MAX_HEAD_DIM = {torch.float32: 80, torch.bfloat16: 128, torch.float16: 128}
 
 

@@ -144,7 +144,7 @@ def self_attention(h: Tensor, weight: Tensor, bias: Tensor, *, heads: int) -> tu
     """Fused :func:`soflow_fast.kernels.reference.self_attention`.
 
     Args:
-        h: (B, N, D). weight: (3D, D). bias: (3D,), all of one dtype. heads: H, divides D; D/H is at most 128.
+        h: (B, N, D). weight: (3D, D). bias: (3D,), all of one dtype. heads: H, divides D; D/H fits ``MAX_HEAD_DIM``.
 
     Returns:
         ``(o, q, k, v)``, each (B, H, N, h); o is stored as (B, N, H, h), the others are views of one tensor, without

@@ -40,8 +40,8 @@ def resolve_attention(name: str, head_dim: int, compute_dtype: torch.dtype | Non
     for a shape has not been measured on a GPU yet. ``math`` is the plain formula, the only backend with forward-mode AD
     and with float64 on a GPU. ``triton`` is the library's own, of a layer from its projection on, see
     :func:`soflow_fast.kernels.fused.self_attention`; a DiT takes it with ``impl="triton"``, up to the head dims of
-    :data:`soflow_fast.kernels.MAX_HEAD_DIM`. ``torch_flash``, ``torch_efficient`` and ``cudnn`` hold torch to one of its
-    own. All that need a GPU are unverified when asked for by name, never run natively for this project.
+    :data:`soflow_fast.kernels.MAX_HEAD_DIM`. ``torch_flash``, ``torch_efficient`` and ``cudnn`` hold torch to one of
+    its own. All that need a GPU are unverified when asked for by name, never run natively for this project.
 
     Args:
         name: one of ``BACKENDS``. head_dim: h. compute_dtype: of q, k and v, where it is known.
