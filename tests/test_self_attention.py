@@ -7,6 +7,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from soflow_fast.kernels import fused, reference, self_attention
+from soflow_fast.kernels._launch import recording
 
 NAME, GRADIENTS = "self_attention", ("h", "weight", "bias")
 # rows, tokens, heads, head dim: heads of B, L and XL, blocks of tokens and a part of one, odd sizes, and one token
@@ -90,6 +91,14 @@ def test_flops_are_those_of_flash_attention():
     with FlopCounterMode(display=False) as counter:
         run(fused.self_attention, _inputs(2, 16, 2, 24), {"heads": 2}, GRADIENTS)
     assert counter.get_total_flops() == 3 * 2 * (2 * 16) * 48 * 144 + (2 + 5) * 2 * (2 * 2) * 16 * 16 * 24
+
+
+@pytest.mark.parametrize(("tokens", "launches"), [(64, 2), (65, 3)])
+def test_one_block_of_tokens_takes_one_kernel_backward(tokens, launches):
+    with recording() as records:
+        h, w, b = (torch.empty(*shape, device="meta", dtype=HALF) for shape in ((2, tokens, 48), (144, 48), (144,)))
+        fused.self_attention(h.requires_grad_(), w, b, heads=2)[0].sum().backward()
+    assert len(records) == launches
 
 
 def test_op_contract():
