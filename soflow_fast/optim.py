@@ -248,7 +248,7 @@ class _Pass:
         self.kernel, self.group, self.rectified = kernel, group, optimizer.rectified
         self.name = type(optimizer).__name__
         self.parameters = [p for p in group["params"] if p.requires_grad]
-        self.device = self.parameters[0].device
+        self.device = group["params"][0].device
         if any(p.data_ptr() % 16 for p in self.parameters):
             raise ValueError(
                 f"{self.name}(impl='triton') got a parameter that does not start at 16 bytes; use impl='torch'"
@@ -282,6 +282,8 @@ class _Pass:
             state["step"] = self.step_count
 
     def norm(self, ema: EMA | None, copy: ComputeCopy | None) -> Tensor:
+        if not self.parameters:  # a group of frozen ones
+            return torch.zeros((), device=self.device)
         gradients = [p.grad for p in self.parameters]
         if any(g is None for g in gradients):
             raise RuntimeError(f"{self.name}(impl='triton') needs a gradient for every parameter; one has none")
@@ -307,6 +309,8 @@ class _Pass:
             _fill(*self.unfilled.pop())
 
     def step(self, norm: Tensor, lr: Tensor, average_weight: Tensor | None, grad_clip: float) -> None:
+        if not self.parameters:
+            return
         # a beta of 0 as one that is 0 in float32: its logarithm is finite
         log_betas = tuple(math.log(max(beta, 1e-38)) for beta in self.group["betas"])
         self.kernel.adamw_(
