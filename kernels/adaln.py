@@ -59,8 +59,8 @@ _BACKWARD_TOKENS = (32, 16)
 _ENOUGH_PROGRAMS = 1024
 
 # Registers for at least 4 rows of up to 1536 channels in flight per SM, where a microsecond of latency at 4.3 TB/s
-# needs 32 KiB on the way: at 1152 channels the backward has 54 KiB with a float32 stream and 36 with a bfloat16 one, the
-# forward, with 6 rows or 7, 40 and 31.
+# needs 32 KiB on the way: at 1152 channels the backward has 54 KiB with a float32 stream and 36 with a bfloat16 one,
+# the forward, with 6 rows or 7, 40 and 31.
 # The row that is used last, the forward's shift and the backward's gate, is not kept: each token reads it from L1.
 _FORWARD_REGISTERS = 80
 _BACKWARD_REGISTERS = 128

@@ -131,7 +131,15 @@ class OnePass(torch.optim.Optimizer):
         return saved
 
     def load_state_dict(self, state_dict) -> None:
-        """As torch's; also takes the state of torch's optimizer of the same name."""
+        """As torch's; also takes the state of torch's optimizer of the same name.
+
+        Raises:
+            ValueError: for one with an option that this step does not have; nothing is changed.
+        """
+        for group in state_dict["param_groups"]:
+            for option in ("maximize", "amsgrad"):
+                if group.get(option):
+                    raise ValueError(f"the state has {option}=True, which {type(self).__name__} here does not")
         super().load_state_dict(state_dict)
         self._use_options()
         for p, state in self.state.items():
@@ -360,11 +368,15 @@ def update(
     finite = torch.isfinite(norm)
     if grad_clip is not None:
         nn.utils.clip_grads_with_norm_(parameters, grad_clip, norm)
-    if any(group.get("fused") for group in optimizer.param_groups):
-        # the protocol by which torch's GradScaler tells a fused optimizer to leave a step out
-        optimizer.grad_scale, optimizer.found_inf = None, 1 - finite.float()
     if isinstance(optimizer, RAdam) and optimizer.impl == "torch":
         optimizer._step_where(finite)
+    elif any(group.get("fused") for group in optimizer.param_groups):
+        # the protocol by which torch's GradScaler tells a fused optimizer to leave a step out
+        optimizer.grad_scale, optimizer.found_inf = None, 1 - finite.float()
+        try:
+            optimizer.step()
+        finally:
+            del optimizer.grad_scale, optimizer.found_inf
     else:
         optimizer.step()
     torch.autograd.graph.increment_version(parameters)  # fused ones do not count their writes

@@ -316,6 +316,15 @@ def test_other_optimizers_take_the_same_update():
     )
 
 
+@pytest.mark.parametrize("option", ["maximize", "amsgrad"])
+def test_a_state_with_options_that_are_not_ours_is_refused(option):
+    net = Net()
+    theirs = torch.optim.AdamW(net.parameters(), **{option: True})
+    for impl in ("torch", "triton"):
+        with pytest.raises(ValueError, match=f"the state has {option}=True, which AdamW here does not"):
+            AdamW(net.parameters(), impl=impl).load_state_dict(theirs.state_dict())
+
+
 def test_bad_inputs():
     net = Net().double()
     with pytest.raises(ValueError, match=r"takes float32 parameters and got torch.float64; use impl='torch'"):
