@@ -67,7 +67,7 @@ def _near(b):
 def difference(u, du, GELU: tl.constexpr, TANGENT: tl.constexpr, EXACT: tl.constexpr):
     """``g(u + du) − g(u)`` or ``g'(u)·du``, for float32 results if EXACT, else for those in half precision.
 
-    The error in float32 is at most 5e-7 of du.
+    The error in float32 is at most 7e-7 of du, exp2 and rsqrt being within 2^-22.5 and 2^-22.9 as on a GPU.
     """
     if TANGENT:
         return du * value_and_slope(u, GELU)[1]

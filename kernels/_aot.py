@@ -83,7 +83,7 @@ def record_case(case: Case, dtype: torch.dtype = torch.bfloat16, max_rows: int |
 def specialize(record: Record, arch: int):
     """``(source, options)`` for the compiler: what Triton's launcher would make of the recorded arguments."""
     backend = make_backend(_target(arch))
-    options = {"num_warps": record.config.num_warps, "num_stages": record.config.num_stages}
+    options = record.config.options
     bind = create_function_from_signature(record.kernel.signature, record.kernel.params, backend)
     bound, specialization, extra = bind(*record.args, **record.constants, **options)
     parsed, signature, constexprs, attrs = record.kernel._pack_args(

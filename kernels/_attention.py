@@ -37,12 +37,15 @@ def own_block(n, heads, BLOCK: tl.constexpr):
 
 @triton.jit
 def rounded(x, dtype: tl.constexpr):
-    """float32 values rounded to those of dtype by their bits: converting back would occupy the units of the exps."""
+    """float32 values rounded to the mantissa of dtype; NaN stays NaN, and what exceeds 2^111 becomes it.
+
+    Two full-rate instructions, where converting back would occupy the units of the exps. Rounding the bits as integers
+    would take two half-rate ones, and turn the NaN that a GPU makes, 0x7fffffff, into −0.
+    """
     if dtype == tl.float32:
         return x
-    dropped: tl.constexpr = 16 if dtype == tl.bfloat16 else 13  # bits of the mantissa
-    bits = x.to(tl.int32, bitcast=True) + (1 << (dropped - 1))
-    return ((bits >> dropped) << dropped).to(tl.float32, bitcast=True)
+    dropped: tl.constexpr = 65536.0 if dtype == tl.bfloat16 else 8192.0  # of the mantissa's 24 bits, 16 or 13
+    return tl.fma(x, -dropped, x * (dropped + 1))
 
 
 @triton.jit

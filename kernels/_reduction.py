@@ -97,9 +97,9 @@ def save_residual(ctx, output, factor: float) -> None:
     ctx.factor = factor / math.prod(residual.shape[1:])
 
 
-def loss_backward(ctx, dloss: Tensor) -> Tensor:
+def loss_backward(ctx, dloss: Tensor | None) -> Tensor | None:
     """dF for the gradients of the rows' losses, of any stride."""
-    return _loss_bwd_op(*ctx.saved_tensors, dloss, ctx.factor)
+    return None if dloss is None else _loss_bwd_op(*ctx.saved_tensors, dloss, ctx.factor)
 
 
 def require_samples(

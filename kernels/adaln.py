@@ -52,14 +52,15 @@ from ._rows import (
 )
 
 # Tokens per program. Forward: enough to reuse the modulation, few enough for several programs per SM at 64 tokens.
-# Backward: 32 keep the partial sums under 5 % of the bytes; where that leaves less than 8 programs for each of an
-# H100's 132 SMs, 16.
+# Backward: 32 keep the partial sums under 5 % of the bytes; where that leaves less than about 8 programs for each of
+# an H100's 132 SMs, 16.
 _FORWARD_TOKENS = 8
 _BACKWARD_TOKENS = (32, 16)
 _ENOUGH_PROGRAMS = 1024
 
-# Registers for at least 4 rows of up to 1536 channels in flight per SM: at 1152 channels the backward has 54 KiB on the
-# way, where a microsecond of latency at 4.3 TB/s needs 32; the forward has 6 rows, 40 KiB.
+# Registers for at least 4 rows of up to 1536 channels in flight per SM, where a microsecond of latency at 4.3 TB/s
+# needs 32 KiB on the way: at 1152 channels the backward has 54 KiB with a float32 stream and 36 with a bfloat16 one,
+# the forward, with 6 rows or 7, 40 and 31.
 # The row that is used last, the forward's shift and the backward's gate, is not kept: each token reads it from L1.
 _FORWARD_REGISTERS = 80
 _BACKWARD_REGISTERS = 128
@@ -323,6 +324,8 @@ class _GatedResidualLayerNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dx_new, dh, _mean, _rstd):
+        if dh is None and dx_new is None:
+            return (None,) * 8
         if dh is None:
             dh = torch.zeros_like(dx_new, dtype=ctx.dtype)
         saved = ctx.saved_tensors  # once: a checkpoint unpacks them only once

@@ -102,7 +102,7 @@ def _adaln_difference_kernel(
             sum_xx, sum_xd, sum_dd = sum_rows_3(x * x, x * d, d * d)
             rho = tl.rsqrt(sum_xx / D + EPS)
             e = rho * rho * ((2 * sum_xd + sum_dd) / D)
-            q = tl.sqrt_rn(1 + e)
+            q = tl.sqrt_rn(tl.maximum(1 + e, EPS * rho * rho))  # of a token made constant 1 + e may round to less
             drho = -rho * e / (q * (1 + q))
             dn = d * (rho + drho) + x * drho
         dshift = load_row(dshift_ptr + sample * stride_dshift, columns, D)

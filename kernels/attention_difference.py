@@ -51,7 +51,7 @@ _HALF_WIDE = Blocks(num_warps=8, num_stages=2, keys=16)
 # float32 runs on the FMA units, exact and slow; larger blocks spill.
 _FLOAT32 = Blocks(num_warps=4, num_stages=1, max_registers=168, queries=32, keys=16)
 
-# Of the second kernel: what spills on no architecture.
+# Of the second kernel, whose speed hardly matters: what spills nowhere in the cases below.
 _RARE = Blocks(num_warps=4, queries=32, keys=16, idle=True)
 _RARE_FLOAT32 = Blocks(num_warps=4, num_stages=2, queries=32, keys=16, idle=True)
 _RARE_FLOAT32_NARROW = Blocks(num_warps=4, queries=16, keys=16, idle=True)

@@ -221,8 +221,8 @@ def project_heads(h: Tensor, weight: Tensor, bias: Tensor, *, heads: int) -> tup
     Raises:
         ValueError: for a shape or dtype that does not fit, and for heads that do not divide D.
     """
-    h = check_projection(h, weight, bias, heads)
-    return _ProjectHeads.apply(*autocast(h, weight, bias), heads)
+    h, weight, bias = autocast(h, weight, bias)
+    return _ProjectHeads.apply(check_projection(h, weight, bias, heads), weight, bias, heads)
 
 
 def cases() -> list[Case]:

@@ -196,6 +196,7 @@ def mlp(
     Raises:
         ValueError: for a shape or dtype that does not fit.
     """
+    h, w1, b1, w2 = autocast(h, w1, b1, w2)
     require_dtype("h", h)
     require_shape("b1", b1, w1.shape[:1])
     require_shape("w1", w1, (*b1.shape, h.shape[-1]))
@@ -203,7 +204,6 @@ def mlp(
     for name, x in {"w1": w1, "b1": b1, "w2": w2}.items():
         if x.dtype != h.dtype:
             raise ValueError(f"{name} has dtype {x.dtype} where that of h, {h.dtype}, is needed")
-    h, w1, b1, w2 = autocast(h, w1, b1, w2)
     differentiable = torch.is_grad_enabled() and any(x.requires_grad for x in (h, w1, b1, w2))
     if not hidden and not differentiable and h.dtype != torch.float32:
         g = _linear_gelu_op(*constants(h.reshape(-1, h.shape[-1]), w1, b1))

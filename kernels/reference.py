@@ -63,7 +63,6 @@ class Stream(IntEnum):
     LATENT = 3
     RENOISE = 4
     ORDER = 5
-    INIT = 6
     AUGMENT = 7
     AUGMENT_SIZE = 8
     GUIDANCE = 9

@@ -57,7 +57,7 @@ def normalized_difference(x: Tensor, d: Tensor, *, eps: float, tangent: bool = F
     """``n = x ρ``, ``ρ = rsqrt(mean(x²)+ε)``, over the last axis, and the difference of n.
 
     With ``e = ρ²(2·mean(xd) + mean(d²))`` and ``q = √(1+e)``: ``δρ = −ρ e/(q(1+q))``, ``dn = d(ρ+δρ) + x δρ``. Of a
-    centred x and d this is LayerNorm, else RMSNorm.
+    centred x and d this is LayerNorm, else RMSNorm. ``1+e = ρ²(mean((x+d)²)+ε)`` is kept at least ``ρ²ε``.
     """
     rho = torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
     e = 2 * (x * d).mean(-1, keepdim=True)
@@ -65,7 +65,7 @@ def normalized_difference(x: Tensor, d: Tensor, *, eps: float, tangent: bool = F
         drho = -0.5 * rho**3 * e
         return x * rho, d * rho + x * drho
     e = rho.square() * (e + d.square().mean(-1, keepdim=True))
-    q = torch.sqrt(1 + e)
+    q = torch.sqrt(torch.maximum(1 + e, eps * rho.square()))
     drho = -rho * e / (q * (1 + q))
     return x * rho, d * (rho + drho) + x * drho
 

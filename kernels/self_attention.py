@@ -153,8 +153,8 @@ def self_attention(h: Tensor, weight: Tensor, bias: Tensor, *, heads: int) -> tu
     Raises:
         ValueError: for a shape or dtype that does not fit, for heads that do not divide D, and for too large heads.
     """
-    h = check_projection(h, weight, bias, heads)
     h, weight, bias = autocast(h, weight, bias)
+    h = check_projection(h, weight, bias, heads)
     if (head_dim := h.shape[2] // heads) > (most := MAX_HEAD_DIM[h.dtype]):
         raise ValueError(
             f"head dim {head_dim} in {h.dtype} does not fit into a GPU's registers (at most {most}): use more heads or "

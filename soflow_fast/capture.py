@@ -1,6 +1,7 @@
 """Functions of tensors as compiled code and as CUDA graphs."""
 
 from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
 import torch
@@ -20,7 +21,15 @@ def compiled(function: Callable, how: bool | str | Callable) -> Callable:
     """
     if not how:
         return function
-    return torch.compile(function, fullgraph=True, dynamic=False, **_OPTIONS.get(how, {"backend": how}))
+    run = torch.compile(function, fullgraph=True, dynamic=False, **_OPTIONS.get(how, {"backend": how}))
+
+    @wraps(function)
+    def call(*arguments):
+        # One graph also under data parallelism, which would cut it at its buckets; many settings in a process.
+        with torch._dynamo.config.patch(optimize_ddp=False, recompile_limit=64):
+            return run(*arguments)
+
+    return call
 
 
 def on_side_stream(stream: torch.cuda.Stream, function: Callable, *inputs: Tensor | None) -> Any:

@@ -22,6 +22,9 @@ _PACKAGES = {
     "flash-attn": "attention='flash_attn'",
 }
 
+# What the tests run on and the kernels are compiled with offline; the first numbers of constraints.txt.
+_TESTED = {"torch": "2.11", "triton": "3.6"}
+
 # A head dim that every backend supports: the reasons below are about the machine, not about a model.
 _HEAD_DIM = 64
 
@@ -31,7 +34,7 @@ def report() -> str:
     lines = [f"soflow-fast {_version('soflow-fast')}, Python {platform.python_version()}, {platform.platform()}", ""]
     lines += ["packages"]
     for name, use in _PACKAGES.items():
-        lines.append(f"  {name:<16}{_version(name) or f'not installed: needed for {use}'}")
+        lines.append(f"  {name:<16}{_described(name) or f'not installed: needed for {use}'}")
     lines += ["", "devices", f"  cpu             {torch.get_num_threads()} threads"]
     lines += [f"  {name:<16}{text}" for name, text in _gpus()]
     impl, attention = resolve_impl("auto"), resolve_attention("auto", _HEAD_DIM)
@@ -42,6 +45,13 @@ def report() -> str:
     for backend in ("triton", "flash_attn", "cudnn"):
         lines.append(f"  attention={backend:<11}{_availability(backend)}")
     return "\n".join(lines)
+
+
+def _described(package: str) -> str | None:
+    version, tested = _version(package), _TESTED.get(package)
+    if version is None or tested is None or version.startswith(f"{tested}."):
+        return version
+    return f"{version} (tested with {tested}; pip install -c constraints.txt installs that)"
 
 
 def _version(package: str) -> str | None:

@@ -36,14 +36,17 @@ class EMA:
         self.updates = torch.zeros((), dtype=torch.int64, device=device)
 
     def current_decay(self) -> Tensor:
-        """0-d float32 decay of the next update."""
-        k = self.updates.float()
+        """0-d float64 decay of the next update; in float32 its distance from 1 would be wrong by percents."""
+        k = self.updates.double()
         ramp = (1 + k) / (10 + k) if self.warmup else torch.full_like(k, self.decay)
         return ramp.clamp(max=self.decay)
 
     @torch.no_grad()
     def update(self, taken: Tensor | bool = True) -> None:
-        """One update, after an optimizer step; nothing changes where ``taken``, a 0-d bool, says there was none."""
+        """One update, after an optimizer step.
+
+        Nothing changes where ``taken``, a 0-d bool, says that there was none and the parameters stayed finite.
+        """
         weight = (1 - self.current_decay()).float() * taken
         averages, parameters = list(self.averages.values()), [p.float() for p in self._parameters.values()]
         torch._foreach_lerp_(averages, parameters, [weight] * len(averages))  # one tensor would be read on the host
@@ -102,7 +105,7 @@ class PowerEMA(EMA):
         self.std, self.exponent = std, power_exponent(std)
 
     def current_decay(self) -> Tensor:
-        """0-d float64 decay of the next update; in float32 its distance from 1 would be wrong by percents."""
+        """0-d float64 decay of the next update."""
         return (1 - 1 / (self.updates.double() + 1)) ** (self.exponent + 1)
 
 

@@ -24,11 +24,11 @@ TIME_BINS = 10
 class Meter:
     """Means over the steps since it was last read, kept on the device; only reading waits for the device.
 
-    Steps that were left out because a value was not finite do not enter the means; they are counted. With several
-    processes, what is read is of all of them, and all of them must read.
+    Steps whose gradient, for which they are left out, or loss is not finite do not enter the means; they are counted.
+    With several processes, what is read is of all of them, and all of them must read.
 
     Args:
-        processes: of the run. skipped: steps already left out.
+        processes: of the run. skipped: how many such steps there were before.
     """
 
     def __init__(self, processes: Processes, skipped: int = 0):
@@ -47,7 +47,7 @@ class Meter:
             self._add(name, self._sums_of(part), finite)
 
     def skipped(self) -> tuple[int, int]:
-        """Steps left out in the whole run, and the first of them since it was started, counted from 1, or 0."""
+        """How many such steps the whole run had, and the first of them since it was started, from 1, or 0."""
         return tuple(self._processes.maximum(self._skipped).tolist())
 
     def read(self) -> dict[str, float | list[float | None]]:

@@ -131,7 +131,15 @@ class OnePass(torch.optim.Optimizer):
         return saved
 
     def load_state_dict(self, state_dict) -> None:
-        """As torch's; also takes the state of torch's optimizer of the same name."""
+        """As torch's; also takes the state of torch's optimizer of the same name.
+
+        Raises:
+            ValueError: for one with an option that this step does not have; nothing is changed.
+        """
+        for group in state_dict["param_groups"]:
+            for option in ("maximize", "amsgrad"):
+                if group.get(option):
+                    raise ValueError(f"the state has {option}=True, which {type(self).__name__} here does not")
         super().load_state_dict(state_dict)
         self._use_options()
         for p, state in self.state.items():
@@ -248,7 +256,7 @@ class _Pass:
         self.kernel, self.group, self.rectified = kernel, group, optimizer.rectified
         self.name = type(optimizer).__name__
         self.parameters = [p for p in group["params"] if p.requires_grad]
-        self.device = self.parameters[0].device
+        self.device = group["params"][0].device
         if any(p.data_ptr() % 16 for p in self.parameters):
             raise ValueError(
                 f"{self.name}(impl='triton') got a parameter that does not start at 16 bytes; use impl='torch'"
@@ -282,6 +290,8 @@ class _Pass:
             state["step"] = self.step_count
 
     def norm(self, ema: EMA | None, copy: ComputeCopy | None) -> Tensor:
+        if not self.parameters:  # a group of frozen ones
+            return torch.zeros((), device=self.device)
         gradients = [p.grad for p in self.parameters]
         if any(g is None for g in gradients):
             raise RuntimeError(f"{self.name}(impl='triton') needs a gradient for every parameter; one has none")
@@ -307,6 +317,8 @@ class _Pass:
             _fill(*self.unfilled.pop())
 
     def step(self, norm: Tensor, lr: Tensor, average_weight: Tensor | None, grad_clip: float) -> None:
+        if not self.parameters:
+            return
         # a beta of 0 as one that is 0 in float32: its logarithm is finite
         log_betas = tuple(math.log(max(beta, 1e-38)) for beta in self.group["betas"])
         self.kernel.adamw_(
@@ -356,11 +368,15 @@ def update(
     finite = torch.isfinite(norm)
     if grad_clip is not None:
         nn.utils.clip_grads_with_norm_(parameters, grad_clip, norm)
-    if any(group.get("fused") for group in optimizer.param_groups):
-        # the protocol by which torch's GradScaler tells a fused optimizer to leave a step out
-        optimizer.grad_scale, optimizer.found_inf = None, 1 - finite.float()
     if isinstance(optimizer, RAdam) and optimizer.impl == "torch":
         optimizer._step_where(finite)
+    elif any(group.get("fused") for group in optimizer.param_groups):
+        # the protocol by which torch's GradScaler tells a fused optimizer to leave a step out
+        optimizer.grad_scale, optimizer.found_inf = None, 1 - finite.float()
+        try:
+            optimizer.step()
+        finally:
+            del optimizer.grad_scale, optimizer.found_inf
     else:
         optimizer.step()
     torch.autograd.graph.increment_version(parameters)  # fused ones do not count their writes

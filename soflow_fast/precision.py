@@ -31,7 +31,8 @@ class ComputeCopy:
     """Persistent low-precision copies of a module's parameters, the masters.
 
     The copies take the masters' place in a forward; gradients reach and accumulate on the masters in float32. A copy
-    whose master has since been written is refreshed before it is used.
+    whose master has since been written is refreshed before it is used; after writes by way of ``.data``, which torch
+    does not count, call :meth:`write`.
 
     Args:
         module: whose parameters are the masters. dtype: of the copies.

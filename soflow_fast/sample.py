@@ -14,7 +14,7 @@ from torch.func import functional_call
 from soflow_fast.capture import Captured, compiled, on_side_stream
 from soflow_fast.kernels.reference import Stream, normal
 from soflow_fast.paths import path_coefficients
-from soflow_fast.precision import ComputeCopy
+from soflow_fast.precision import ComputeCopy, tensor_cores
 
 SAMPLE_PRECISIONS = ("bf16", "fp32")
 
@@ -29,7 +29,7 @@ def sample(
     steps: int = 1,
     *,
     generator: torch.Generator | None = None,
-    seed: int | None = None,
+    seed: int | Tensor | None = None,
     first_row: int | Tensor = 0,
 ) -> Tensor:
     """Samples from noise in jumps from the times ``1 − i/steps``.
@@ -85,7 +85,9 @@ class _Batch(nn.Module):
 
     def __init__(self, model: nn.Module, shape: tuple[int, ...], steps: int, seed: int, batch: int):
         super().__init__()
-        self.model, self.shape, self.steps, self.seed, self.batch = model, shape, steps, seed, batch
+        self.model, self.shape, self.steps, self.batch = model, shape, steps, batch
+        seed = torch.tensor(seed, device=next(model.parameters()).device)
+        self.register_buffer("seed", seed, persistent=False)  # a number would be a constant of the compiled code
 
     def forward(self, labels: Tensor | None, first_row: Tensor) -> Tensor:
         rows = first_row + torch.arange(self.batch, device=first_row.device)
@@ -135,7 +137,7 @@ class Sampler:
         follows_parameters = hasattr(model.network, "compute_dtype")
         self._copy = ComputeCopy(self._batch) if low and follows_parameters else None
         self._autocast = low and not follows_parameters
-        self._run = compiled(self._draw, self.compile)
+        self._run = compiled(_draw, self.compile)  # a method of this object would keep it in a cycle
         self._graph: Captured | None = None
         self._first_row = torch.zeros((), dtype=torch.int64, device=self.device)
 
@@ -169,11 +171,13 @@ class Sampler:
         if self._copy is not None:
             self._copy.refresh()
         if labels is not None:
+            if len(labels) > self.batch:
+                raise ValueError(f"{len(labels)} labels are more than the {self.batch} samples of a batch; use draw()")
             labels = nn.functional.pad(labels, (*(0, 0) * (labels.dim() - 1), 0, self.batch - len(labels)))
         inputs = labels, self._first_row.fill_(first_row)  # a new one would be copied from the host, and waited for
         if self._graph is not None:
             return self._graph(*inputs)
-        with evaluating(self._batch):
+        with evaluating(self._batch), tensor_cores(self.precision):
             if not self.cuda_graph:
                 return self._run_on_copies(*inputs)
             stream = torch.cuda.Stream(self.device)
@@ -183,10 +187,14 @@ class Sampler:
 
     @torch.no_grad()
     def _run_on_copies(self, labels: Tensor | None, first_row: Tensor) -> Tensor:
-        return self._run(None if self._copy is None else self._copy.copies, labels, first_row)
+        copies = None if self._copy is None else self._copy.copies
+        return self._run(self._batch, copies, self._autocast, labels, first_row)
 
-    def _draw(self, parameters: dict[str, Tensor] | None, labels: Tensor | None, first_row: Tensor) -> Tensor:
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self._autocast):
-            if parameters is None:
-                return self._batch(labels, first_row)
-            return functional_call(self._batch, parameters, (labels, first_row))
+
+def _draw(
+    batch: _Batch, parameters: dict[str, Tensor] | None, autocast: bool, labels: Tensor | None, first_row: Tensor
+) -> Tensor:
+    with torch.autocast(first_row.device.type, torch.bfloat16, enabled=autocast):
+        if parameters is None:
+            return batch(labels, first_row)
+        return functional_call(batch, parameters, (labels, first_row))

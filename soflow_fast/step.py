@@ -53,7 +53,7 @@ class _Loss(nn.Module):
         self.model, self.augment, self.copy = model, augment, copy
         self.settings = {"latent_scale": latent_scale, "merged": merged}
         self.autocast = autocast
-        self.compute = compiled(self._compute, compile)
+        self.compute = compiled(_Loss._compute, compile)  # of the class: bound, it would keep this module in a cycle
 
     def _compute(self, parameters, x0, labels, order, rows, n_velocity, progress, seed, step) -> TotalLoss:
         x0, labels = x0[order], None if labels is None else labels[order]
@@ -68,7 +68,7 @@ class _Loss(nn.Module):
             return functional_call(self.model, parameters, arguments, keywords)
 
     def forward(self, *arguments) -> TotalLoss:
-        return self.compute(None if self.copy is None else self.copy.parameters(), *arguments)
+        return self.compute(self, None if self.copy is None else self.copy.parameters(), *arguments)
 
 
 class TrainStep:
@@ -162,7 +162,8 @@ class TrainStep:
                 "cuda_graph=True would keep a learning rate that is a number as it is at the capture: build the "
                 "optimizer with lr=torch.tensor(...) on the GPU, use one of soflow_fast.optim or set cuda_graph=False"
             )
-        if self.precision == "bf16" and follows_parameters and getattr(model, "quotient", "") == "two_forwards":
+        subtracts = model.velocity_share < 1 and getattr(model, "quotient", "") == "two_forwards"
+        if self.precision == "bf16" and follows_parameters and subtracts:
             _log.warning("quotient='two_forwards' is lost to rounding in bf16; use quotient='difference' or fp32")
         self.model, self.optimizer, self.ema, self.averages = model, optimizer, ema, averages
         self.total_steps, self.accumulation, self.grad_clip = total_steps, accumulation, grad_clip
@@ -190,6 +191,31 @@ class TrainStep:
         # One for all steps before the capture: the allocator keeps its blocks by stream.
         self._stream = torch.cuda.Stream(device) if self.cuda_graph else None
         self._graph: Captured | None = None
+
+    def state_dict(self) -> dict:
+        """What a run needs beside the model's weights to go on: its step, the optimizer's state and the averages."""
+        averages = [{"weights": one.averages, "updates": int(one.updates)} for one in self._all_averages()]
+        return {"step": int(self.step), "optimizer": self.optimizer.state_dict(), "averages": averages}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Restores :meth:`state_dict`; the weights are the model's own.
+
+        Raises:
+            ValueError: for the state of a step with more or fewer averages; nothing is changed.
+        """
+        own = self._all_averages()
+        if len(own) != len(state["averages"]):
+            raise ValueError(
+                f"the state has {len(state['averages'])} averages and this step {len(own)}; give it the same ema and "
+                "averages"
+            )
+        self.optimizer.load_state_dict(state["optimizer"])
+        for one, saved in zip(own, state["averages"], strict=True):
+            one.load_state_dict(saved["weights"], saved["updates"])
+        self.step.fill_(state["step"])
+
+    def _all_averages(self) -> list[EMA]:
+        return [*([] if self.ema is None else [self.ema]), *self.averages]
 
     def check_batch(self, batch: int) -> None:
         """ValueError unless this process's rows of a batch can be cut into equal micro-batches."""
@@ -228,7 +254,7 @@ class TrainStep:
         outputs = []
         orders = self._row_orders(x0.shape[0])
         self._prepare(x0, labels, len(orders[0][1]) - orders[0][2])
-        with tensor_cores("fp32" if self.model.needs_float32 else self.precision), _compiler_settings():
+        with tensor_cores("fp32" if self.model.needs_float32 else self.precision):
             for i, (order, rows, n_velocity) in enumerate(orders):
                 last = i == len(orders) - 1
                 with contextlib.nullcontext() if last or self.world_size == 1 else self._loss.no_sync():
@@ -288,8 +314,3 @@ def _joined(parts: list[dict[str, LossOutput]]) -> dict[str, LossOutput]:
 def _period(share: float) -> int:
     """After how many rows the pattern of velocity and consistency rows repeats."""
     return Fraction(share).limit_denominator(10**6).denominator
-
-
-def _compiler_settings():
-    """One graph also under data parallelism, which would cut it at its buckets; steps of many settings in a process."""
-    return torch._dynamo.config.patch(optimize_ddp=False, recompile_limit=64)

@@ -37,9 +37,9 @@ class Trainer:
     The trained weights are a pure function of the configuration, the data, the network and the initial weights:
     stopping, even by a kill, and going on changes nothing (bitwise on a CPU).
 
-    Where the loss or the gradient norm is not finite, the step is left out: weights, optimizer and averages stay as
-    they were. Such steps are counted on the device and looked at whenever metrics or a checkpoint are written; more
-    than ``max_skipped_steps`` of them stop the run, before anything is saved.
+    Where the gradient norm is not finite, the step is left out: weights, optimizer and averages stay as they were.
+    Such steps, and any whose loss is not finite, are counted on the device and looked at whenever metrics or a
+    checkpoint are written; more than ``max_skipped_steps`` of them stop the run, before anything is saved.
 
     Started by torchrun, every process takes its rows of each batch and the first alone writes; a run may go on with
     another number of processes, which only changes what the network draws by itself, such as dropout. The folder must

@@ -162,3 +162,13 @@ def test_bad_inputs():
     b = _inputs(PLAIN, (2, 5, 24))
     with pytest.raises(ValueError, match=r"d has dtype torch\.float64"):
         fused.modulated_layernorm_difference(**{**b, "d": b["d"].double()})
+
+
+@pytest.mark.parametrize("ops", [fused, reference])
+def test_a_token_may_become_constant(ops):
+    """The moved variance is that of rounding errors, which may come out below zero."""
+    x = 10 * torch.randn(64, 4, 48, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    zero = torch.zeros(64, 48, device=DEVICE)
+    dh = ops.modulated_layernorm_difference(x, -x, zero, zero, zero)
+    truth = -torch.nn.functional.layer_norm(x.double(), (48,), eps=1e-6)
+    torch.testing.assert_close(dh.double(), truth, atol=0.01, rtol=0.01)

@@ -5,10 +5,13 @@ Under Triton's interpreter, which multiplies the bit patterns of bfloat16, produ
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from op_checks import DEVICE, check_accuracy, check_compiles, check_repeatable
 from torch.utils.flop_counter import FlopCounterMode
 
 from soflow_fast.kernels import attention_difference, fused, reference
+from soflow_fast.kernels._attention import rounded
 
 NAME = "attention_difference"
 needs_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="Triton's interpreter cannot multiply bfloat16")
@@ -145,11 +148,33 @@ def test_queries_with_small_changes_are_as_without_the_others(dtype):
     assert (both[:, :, far] - truth).norm() < 0.02 * truth.norm()
 
 
-@pytest.mark.parametrize("name", ["q", "dk", "dv"])
-def test_what_is_not_a_number_stays_so(name):
-    arguments = _inputs((1, 1, 40, 64))
+@pytest.mark.parametrize("tangent", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", ["q", "dq", "dk", "dv"])
+def test_what_is_not_a_number_stays_so(name, dtype, tangent):
+    arguments = _inputs((1, 1, 40, 64), dtype)
     arguments[name] = torch.where(torch.arange(64, device=DEVICE) == 5, float("nan"), arguments[name])
-    assert fused.attention_difference(**arguments).isnan().any()
+    assert fused.attention_difference(**arguments, tangent=tangent).isnan().any()
+
+
+@triton.jit
+def _rounded_kernel(x_ptr, out_ptr, N: tl.constexpr, DTYPE: tl.constexpr):
+    offsets = tl.arange(0, N)
+    tl.store(out_ptr + offsets, rounded(tl.load(x_ptr + offsets), DTYPE))
+
+
+@pytest.mark.parametrize(("dtype", "name"), [(torch.bfloat16, tl.bfloat16), (torch.float16, tl.float16)])
+def test_rounding(dtype, name):
+    """To the nearest; and no NaN is lost: a GPU makes 0x7fffffff, of which integer rounding would make -0."""
+    x = torch.randn(1024, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    out = torch.empty_like(x)
+    _rounded_kernel[(1,)](x, out, N=1024, DTYPE=name)
+    assert torch.equal(out, out.to(dtype).float())
+    assert ((out - x).abs() <= (x.to(dtype).float() - x).abs()).all()
+    patterns = torch.tensor([0x7FFFFFFF, 0x7FC00000, 0x7F800001, -1, 0x7F800000], dtype=torch.int32, device=DEVICE)
+    x = patterns.view(torch.float32).repeat(205)[:1024].contiguous()
+    _rounded_kernel[(1,)](x, out, N=1024, DTYPE=name)
+    assert not out.isfinite().any()
 
 
 def test_any_strides():

@@ -1,6 +1,8 @@
 """``soflow doctor``: what is installed, what there is, what would be chosen."""
 
+import re
 from importlib import metadata
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,8 +19,16 @@ def test_packages_are_listed_with_their_version_or_their_use(monkeypatch):
 
     monkeypatch.setattr(metadata, "version", version)
     lines = doctor.report().splitlines()
-    assert "  torch           1.2.3" in lines
+    assert "  pillow          1.2.3" in lines
+    assert "  torch           1.2.3 (tested with 2.11; pip install -c constraints.txt installs that)" in lines
     assert "  h5py            not installed: needed for data.kind='latents'" in lines
+
+
+def test_what_is_tested_is_what_is_pinned():
+    pins = dict(
+        re.findall(r"^(\w+)==(\d+\.\d+)", Path(__file__).parents[1].joinpath("constraints.txt").read_text(), re.M)
+    )
+    assert {name: pins[name] for name in ("torch", "triton")} == doctor._TESTED
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="is about a machine without a GPU")

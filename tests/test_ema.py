@@ -36,6 +36,11 @@ def test_recurrence(decay, warmup, taken):
         torch.testing.assert_close(value.double(), expected[name], rtol=1e-5, atol=1e-6)
 
 
+def test_a_decay_close_to_one_is_kept():
+    ema = EMA(nn.Linear(3, 2), 1 - 1e-7, warmup=False)
+    assert float(1 - ema.current_decay()) == pytest.approx(1e-7, rel=1e-6)
+
+
 def test_state_is_restored():
     ema, _, _ = _run(0.9, True, 5)
     other = EMA(nn.Linear(3, 2), 0.9)

@@ -1,7 +1,9 @@
 """The training step in its fast forms gives the numbers of the plain one."""
 
+import gc
 import subprocess
 import sys
+import weakref
 from functools import partial
 from pathlib import Path
 
@@ -125,6 +127,20 @@ def test_steps_of_many_seeds_share_their_code():
         model = make_model(torch.float32)
         make_step(model, seed=seed, compile="aot_eager")[0](*training_batch(0, torch.float32))
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+def test_a_step_that_nobody_uses_is_freed_at_once():
+    model = make_model(torch.float32)
+    gc.disable()
+    try:
+        step = make_step(model, precision="bf16")[0]
+        step(*training_batch(0, torch.float32))
+        copies = weakref.ref(next(iter(step.copy.copies.values())))
+        model.zero_grad()
+        del step
+        assert copies() is None
+    finally:
+        gc.enable()
 
 
 class _Foreign(torch.nn.Module):

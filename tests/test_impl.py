@@ -158,12 +158,32 @@ class _NoGradient(torch.autograd.Function):
         return None
 
 
-@pytest.mark.parametrize("name", ["mlp", "project_heads", "self_attention"])
+_DIFFERENTIABLE = {case.op: case for case in fused.cases() if case.gradients}
+
+
+@pytest.mark.parametrize("name", _DIFFERENTIABLE)
 def test_a_gradient_that_does_not_arrive(name):
-    case = next(case for case in fused.cases() if case.op == name)
+    case = _DIFFERENTIABLE[name]
     arguments = case.inputs(Inputs(DEVICE, torch.float32, max_rows=1))
-    for x in arguments.values():
-        x.requires_grad_()
-    outputs = getattr(fused, name)(**arguments, **case.options)
-    sum(_NoGradient.apply(out).sum() for out in outputs if out is not None).backward()
-    assert all(x.grad is None for x in arguments.values())
+    leaves = [arguments[x].detach().requires_grad_() for x in case.gradients]
+    outputs = getattr(fused, name)(**arguments | dict(zip(case.gradients, leaves, strict=True)), **case.options)
+    outputs = (outputs,) if isinstance(outputs, torch.Tensor) else outputs
+    sum(_NoGradient.apply(out).sum() for out in outputs if out is not None and out.requires_grad).backward()
+    assert not any(x.grad is not None and x.grad.any() for x in leaves)
+
+
+_PROJECTIONS = {
+    "mlp": ({"w1": (64, 32), "b1": (64,), "w2": (32, 64)}, {}),
+    "project_heads": ({"weight": (96, 32), "bias": (96,)}, {"heads": 2}),
+    "self_attention": ({"weight": (96, 32), "bias": (96,)}, {"heads": 2}),
+}
+
+
+@pytest.mark.parametrize("name", _PROJECTIONS)
+def test_under_autocast_an_input_may_be_narrow_already(name):
+    shapes, options = _PROJECTIONS[name]
+    parameters = {key: torch.randn(shape, device=DEVICE) for key, shape in shapes.items()}
+    h = torch.randn(2, 8, 32, device=DEVICE, dtype=torch.bfloat16)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        outputs = getattr(fused, name)(h, **parameters, **options)
+    assert outputs[0].dtype == torch.bfloat16

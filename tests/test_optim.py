@@ -176,6 +176,21 @@ def test_averages_and_copies_may_come_and_change():
         assert (c.float() - w).abs().max() <= 2**-7 * w.abs().max()
 
 
+def test_a_group_of_frozen_parameters():
+    net, plain = Net(), Net()
+    for module in (net, plain):
+        module.weights[0].requires_grad_(False)
+    groups = [[{"params": [module.weights[0]]}, {"params": list(module.weights[1:])}] for module in (net, plain)]
+    optimizers = AdamW(groups[0], lr=1e-2, impl="triton"), PAIRS["adamw"][1](groups[1], lr=1e-2)
+    for step in range(2):
+        for module, optimizer in zip((net, plain), optimizers, strict=True):
+            give(module, gradients(step))
+            module.weights[0].grad = None
+            optimizer.step()
+    optimizers[0].load_state_dict(optimizers[0].state_dict())
+    same_weights(net, plain)
+
+
 def test_a_group_added_later_is_stepped():
     net, plain = Net(), Net()
     pairs = [(net, AdamW(net.weights[:1], lr=1e-2, impl="triton")), (plain, _adamw(plain))]
@@ -299,6 +314,15 @@ def test_other_optimizers_take_the_same_update():
         [0.5 * p.detach() + 0.5 * e for p, e in zip(plain.weights, expected, strict=True)],
         rtol=1e-5,
     )
+
+
+@pytest.mark.parametrize("option", ["maximize", "amsgrad"])
+def test_a_state_with_options_that_are_not_ours_is_refused(option):
+    net = Net()
+    theirs = torch.optim.AdamW(net.parameters(), **{option: True})
+    for impl in ("torch", "triton"):
+        with pytest.raises(ValueError, match=f"the state has {option}=True, which AdamW here does not"):
+            AdamW(net.parameters(), impl=impl).load_state_dict(theirs.state_dict())
 
 
 def test_bad_inputs():

@@ -8,7 +8,7 @@ import torch
 import yaml
 from test_interop import CIFAR10
 
-from soflow_fast import DiT, TrainConfig
+from soflow_fast import DiT, SoFlow, TrainConfig
 
 README = Path(__file__).parents[1] / "README.md"
 
@@ -58,7 +58,7 @@ def test_the_python_of_the_readme_runs(tmp_path, monkeypatch):
         "batches": [(x0, labels), (x0, labels)],
     }
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
-    assert len(blocks) == 4
+    assert len(blocks) == 5
     for block in blocks[:2]:
         exec(block.replace("DiT-B/4", "DiT-S/4"), names)
     assert names["loss"].isfinite()
@@ -72,6 +72,14 @@ def test_the_python_of_the_readme_runs(tmp_path, monkeypatch):
     exec(blocks[3], names)
     assert torch.equal(trained.final_layer.linear.bias, before + 1)
     assert sorted(path.name for path in Path("runs").iterdir()) == ["digits", "given"]
+    exec(blocks[4], names)
+    net, model_config = names["Net"](), names["config"].model
+    images = torch.randn(8, model_config.in_channels, 8, 8, generator=generator)
+    objective = SoFlow(net)
+    objective.loss(images, torch.arange(8), progress=0.5, seed=0, step=0).loss.backward()
+    assert not objective.needs_float32  # its difference forward could be derived
+    assert all(p.grad.any() for p in net.parameters())
+    assert net.num_classes == model_config.num_classes
 
 
 def test_the_configurations_of_the_readme_are_read():

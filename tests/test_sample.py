@@ -1,6 +1,8 @@
 """Sampling in one and several steps against the procedure written out here."""
 
+import gc
 import math
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -159,6 +161,48 @@ def test_compiled_equals_eager_in_one_compilation(model, steps, precision):
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
+def test_samplers_of_many_seeds_share_their_code(model):
+    torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
+    for seed in range(9):
+        compiled, eager = (_drawn(model, 2, seed=seed, compile=how) for how in ("aot_eager", False))
+        torch.testing.assert_close(compiled, eager, rtol=0, atol=1e-6)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+@pytest.mark.parametrize("how", [False, "aot_eager"])
+def test_a_sampler_that_nobody_uses_is_freed_at_once(model, how):
+    """With its copies of the weights; Python's collector of cycles may come late."""
+    gc.disable()
+    try:
+        sampler = Sampler(model, SHAPE, batch=4, precision="bf16", compile=how)
+        sampler(LABELS[:4])
+        copies = weakref.ref(next(iter(sampler._copy.copies.values())))
+        del sampler
+        assert copies() is None
+    finally:
+        gc.enable()
+
+
+class _Watching(torch.nn.Module):
+    num_classes = 3
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.seen = torch.nn.Parameter(torch.ones(())), set()
+
+    def forward(self, x, t, s, labels):
+        self.seen.add((torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32))
+        return self.weight * x
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_products_of_fp32_are_not_rounded_to_tensorfloat32(precision):
+    net = _Watching()
+    Sampler(SoFlow(net), (1, 2, 2), batch=2, precision=precision)(None)
+    assert net.seen == {(precision == "bf16",) * 2}
+
+
 def test_bfloat16_follows_float32_and_the_weights(model):
     """The copies are of the weights at the time of drawing, such as the averages."""
     exact = _plain(model, 1)
@@ -209,6 +253,8 @@ def test_without_labels_and_for_any_network():
 
 
 def test_sampler_refusals(model):
+    with pytest.raises(ValueError, match=r"5 labels are more than the 4 samples of a batch; use draw\(\)"):
+        Sampler(model, SHAPE, batch=4)(LABELS[:5])
     with pytest.raises(ValueError, match="precision='fp8' is not known; choose one of bf16, fp32"):
         Sampler(model, SHAPE, precision="fp8")
     if not torch.cuda.is_available():

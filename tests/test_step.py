@@ -1,11 +1,14 @@
 """The training step against the loss it is made of, differentiated by hand in the test."""
 
+import copy
+
 import pytest
 import torch
 from runs import tiny_config
 
-from soflow_fast import build, optim
+from soflow_fast import SoFlow, build, optim
 from soflow_fast.ema import EMA, PowerEMA
+from soflow_fast.objectives.flow_matching import FlowMatching
 from soflow_fast.step import TrainStep
 
 LR = 0.1
@@ -116,6 +119,39 @@ def test_a_step_that_is_not_finite_changes_nothing_but_the_step(make):
     assert {float(state["step"]) for state in optimizer.state.values()} == {1.0}
     assert step(x, labels).finite
     assert not torch.equal(_weights(model), before[0])
+    moved, _ = _weights(model), step(x / 0, labels)
+    for p in model.parameters():
+        p.grad = None if p.grad is None else torch.ones_like(p)
+    optimizer.step()  # by hand, after one that was left out
+    assert not torch.equal(_weights(model), moved)
+
+
+def test_a_run_goes_on_from_its_states():
+    x, labels = _batch(dtype=torch.float32)
+
+    def new():
+        model = _model(dtype=torch.float32)
+        optimizer = optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=LR, impl="torch")
+        ema, average = EMA(model), PowerEMA(model, 0.1)
+        return model, TrainStep(model, optimizer=optimizer, ema=ema, averages=[average], total_steps=10)
+
+    (whole, whole_step), (first, first_step), (second, second_step) = new(), new(), new()
+    for _ in range(4):
+        whole_step(x, labels)
+    for _ in range(2):
+        first_step(x, labels)
+    state = copy.deepcopy((first.state_dict(), first_step.state_dict()))
+    first_step(x, labels)
+    second.load_state_dict(state[0])
+    second_step.load_state_dict(state[1])
+    for _ in range(2):
+        second_step(x, labels)
+    assert int(second_step.step) == 4
+    assert torch.equal(_weights(second), _weights(whole))
+    for one, other in ((second_step.ema, whole_step.ema), (second_step.averages[0], whole_step.averages[0])):
+        assert all(torch.equal(value, other.averages[name]) for name, value in one.averages.items())
+    with pytest.raises(ValueError, match="the state has 2 averages and this step 0; give it the same ema"):
+        _step(_model(dtype=torch.float32)).load_state_dict(state[1])
 
 
 @pytest.mark.parametrize("optimizer_class", [optim.AdamW, optim.RAdam])
@@ -137,6 +173,14 @@ def test_our_optimizers_are_prepared_and_do_the_whole_update(monkeypatch, optimi
     ema, optimizer = EMA(model), optimizer_class([p for p in model.parameters() if p.requires_grad], impl="torch")
     TrainStep(model, optimizer=optimizer, ema=ema, total_steps=10, grad_clip=0.5)(*_batch(dtype=torch.float32))
     assert calls[:2] == [("prepare", {}), ("update", {"ema": ema, "copy": None, "grad_clip": 0.5})]
+
+
+def test_only_consistency_rows_are_lost_to_rounding(caplog):
+    net = _model(dtype=torch.float32).network
+    for objective, warned in ((SoFlow(net, quotient="two_forwards"), True), (FlowMatching(net), False)):
+        caplog.clear()
+        _step(objective, precision="bf16")
+        assert ("lost to rounding in bf16" in caplog.text) == warned
 
 
 def test_settings_that_cannot_be():

@@ -1,5 +1,6 @@
 """A folder of images by class: ``path/<class>/**/<image>``, classes in the order of their names; or without classes."""
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -64,22 +65,25 @@ class ImageFolder(Dataset):
                 f"the image folder {self.path} has {len(self.classes)} class folders, outside the classes "
                 f"0..{num_classes - 1}; set model.num_classes={len(self.classes)}"
             )
-        self.samples = labelled_images(self.path, self.classes)
-        if not self.samples:
+        samples = labelled_images(self.path, self.classes)
+        if not samples:
             raise ValueError(
                 f"the image folder {self.path} holds no images; put them in one folder per class"
                 + (", or set model.num_classes=0 for images without classes" if num_classes else "")
             )
+        # without a Python object per file, which every worker process would come to copy
+        self._files = np.array([os.fsencode(file.relative_to(self.path)) for file, _ in samples])
+        self._labels = np.array([label for _, label in samples])
 
     def __len__(self) -> int:
-        return len(self.samples)
+        return len(self._files)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         """(channels, size, size) float32 in [-1, 1], and the label."""
-        file, label = self.samples[index]
+        file = self.path / os.fsdecode(self._files[index])
         square = _centre_square(read_image(file, self.mode)).resize((self.size, self.size), Image.Resampling.LANCZOS)
         pixels = torch.from_numpy(np.array(square, dtype=np.float32)) / 127.5 - 1
-        return pixels.view(self.size, self.size, -1).permute(2, 0, 1), label
+        return pixels.view(self.size, self.size, -1).permute(2, 0, 1), int(self._labels[index])
 
 
 def _centre_square(image: Image.Image) -> Image.Image:
