@@ -149,7 +149,7 @@ def _bent_at_zero(operator, out, arguments, differences, tangent):
     below = 0 if packet is aten.relu else (*arguments, 0.01)[1]
 
     def slope(x: Tensor) -> Tensor:
-        return x.sign() if packet is aten.abs else torch.where(x > 0, 1.0, below)
+        return x.sign() if packet is aten.abs else torch.where(x > 0, torch.ones_like(x), below)
 
     here, moved = slope(x), slope(x if tangent else x + d)
     return like(moved * d + (moved - here) * x, out)

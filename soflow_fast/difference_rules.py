@@ -70,12 +70,14 @@ _WRITTEN = {
 def value_of(operator) -> Callable:
     """The operator; of a few what computes the same, with derivatives and with the casts that autocast makes necessary.
 
-    A graph is captured without autocast and keeps no casts of its own. Fourier transforms have no half precision, and
-    what is written into a tensor takes its dtype.
+    A graph is captured without autocast and keeps no casts but :data:`CAST`. Fourier transforms have no half precision,
+    and what is written into a tensor takes its dtype.
     """
     packet = operator.overloadpacket
     if packet is aten.copy:
         return _copied
+    if packet is CAST:
+        return _cast
     if packet in _FFT:
 
         def transform(x: Tensor, *rest, **keywords):
@@ -92,6 +94,25 @@ def value_of(operator) -> Callable:
 
         return write
     return operator
+
+
+@torch.library.custom_op("soflow_fast::cast", mutates_args=())
+def _cast_of_a_graph(x: Tensor, dtype: torch.dtype, follows: bool) -> Tensor:
+    return x.to(dtype, copy=True)
+
+
+@_cast_of_a_graph.register_fake
+def _(x: Tensor, dtype: torch.dtype, follows: bool) -> Tensor:
+    return torch.empty_like(x, dtype=dtype)
+
+
+#: A cast that stays in a captured graph: to a dtype, or ``follows``, to autocast's where that is on.
+CAST = torch.ops.soflow_fast.cast
+
+
+def _cast(x: Tensor, dtype: torch.dtype, follows: bool) -> Tensor:
+    kind = x.device.type
+    return x.to(torch.get_autocast_dtype(kind) if follows and torch.is_autocast_enabled(kind) else dtype)
 
 
 def _copied(x: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
@@ -123,6 +144,11 @@ def _of_the_first(operator, out, arguments, differences, tangent, **keywords):
 def _view_as_complex(operator, out, arguments, differences, tangent):
     """Also of a difference that is expanded where its value is not."""
     return operator(differences[0].contiguous())
+
+
+@rule_for(CAST, aten.type_as)
+def _cast_difference(operator, out, arguments, differences, tangent):
+    return torch.zeros_like(out) if differences[0] is None else like(differences[0], out)
 
 
 @rule_for(aten.complex)

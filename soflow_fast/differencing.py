@@ -14,11 +14,12 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
+from torch.utils._pytree import tree_flatten, tree_structure, tree_unflatten
 
 from soflow_fast.derivation import Derivation, Derived
 from soflow_fast.difference_nonlinear import attention_with_dropout
-from soflow_fast.difference_rules import NoRuleError, aten
+from soflow_fast.difference_rules import CAST, NoRuleError, aten
 
 # What autocast rounds the operands of: a region that keeps them in float32 cannot be told in the graph.
 _PRODUCTS = {aten.linear, aten.matmul, aten.mm, aten.bmm, aten.addmm, aten.baddbmm, aten.einsum}
@@ -140,8 +141,7 @@ def _derive(net: nn.Module, inputs: tuple, tangent: bool, impl: str) -> Derived:
         warnings.simplefilter("ignore", FutureWarning)  # of torch's copy of its own graphs
         _run_once(net, inputs)
         try:
-            with torch.enable_grad():  # else regions without gradient would not show
-                program = torch.export.export(net, inputs, strict=False)
+            program = _with_casts(_captured(net, inputs), net, inputs, kind)
         except Exception as error:  # torch.export raises whatever the network does
             raise ValueError(f"{name} cannot be captured by torch.export ({_in_a_line(error)})") from error
         _require_no_autocast(program, name)
@@ -158,6 +158,62 @@ def _derive(net: nn.Module, inputs: tuple, tangent: bool, impl: str) -> Derived:
             raise
         except Exception as error:  # of a rule, tried on arguments it was not made for
             raise ValueError(f"{name} calls an operator in a way that has no rule ({_in_a_line(error)})") from error
+
+
+def _captured(net: nn.Module, inputs: tuple) -> ExportedProgram:
+    with torch.enable_grad():  # else regions without gradient would not show
+        return torch.export.export(net, inputs, strict=False)
+
+
+def _with_casts(program: ExportedProgram, net: nn.Module, inputs: tuple, kind: str) -> ExportedProgram:
+    """The program, with its casts to float32 as they are under autocast too, where most are none without.
+
+    What a network casts by ``h.float()`` stays float32, and what it casts by ``to(h.dtype)`` follows autocast: a second
+    capture, in bfloat16, tells them apart. Where that is of other operators, or none, the casts are dropped.
+    """
+    if not any(_casts_to_float32(node) for node in _nodes(program)):
+        return program
+    try:
+        with torch.autocast(kind, torch.bfloat16):
+            low = _captured(net, inputs)
+    except Exception:  # whatever a network does that is not made for autocast
+        return program
+    nodes, there = _nodes(program), _nodes(low)
+    if len(nodes) != len(there) or not all(map(_alike, nodes, there)):
+        return program
+    for node, own in zip(there, nodes, strict=True):
+        if "_assert_tensor_metadata" in str(node.target):  # of dtypes
+            node.graph.erase_node(node)
+        elif _casts_to_float32(own):
+            follows = node.meta["val"].dtype != torch.float32
+            node.target, node.args, node.kwargs = CAST.default, (node.args[0], torch.float32, follows), {}
+        else:  # numbers, such as an eps, and dtypes are those of float32
+            (given, form), (wanted, _) = map(tree_flatten, ((node.args, node.kwargs), (own.args, own.kwargs)))
+            kept = [a if isinstance(a, Node) else b for a, b in zip(given, wanted, strict=True)]
+            node.args, node.kwargs = tree_unflatten(kept, form)
+    for module in (m for m in low.graph_module.modules() if isinstance(m, GraphModule)):
+        module.recompile()
+    return low
+
+
+def _nodes(program: ExportedProgram) -> list[Node]:
+    modules = (m for m in program.graph_module.modules() if isinstance(m, GraphModule))
+    return [node for module in modules for node in module.graph.nodes]
+
+
+def _alike(a: Node, b: Node) -> bool:
+    """Whether nodes of two captures are of the same call; inputs and constants, of the same dtype too."""
+    if a.op == "placeholder" and isinstance(a.meta.get("val"), Tensor) and a.meta["val"].dtype != b.meta["val"].dtype:
+        return False
+    forms = (tree_structure((node.args, node.kwargs)) for node in (a, b))
+    return (a.op, str(a.target)) == (b.op, str(b.target)) and next(forms) == next(forms)
+
+
+def _casts_to_float32(node: Node) -> bool:
+    if getattr(node.target, "overloadpacket", None) is not aten.to:
+        return False
+    source, out = (n.meta["val"] for n in (node.args[0], node))
+    return out.dtype == torch.float32 and source.device == out.device
 
 
 def _derived(program: ExportedProgram, name: str, tangent: bool, impl: str) -> Derived:
