@@ -36,6 +36,9 @@ class ForwardDifference:
     The network must be what torch.export can capture, its operators must have rules, and what else it depends on than
     its inputs, parameters, buffers and modes must stay as it was at the capture. Activation checkpoints are lost.
 
+    Under autocast the graph casts to float32 where the network does, and back; but if autocast changes which operators
+    the network calls, such casts are dropped, and an ``eps`` or ``dtype=`` taken from a tensor's dtype is float32's.
+
     Args:
         net: captured anew for every form of its inputs, and when modules, their modes or dtypes change.
         impl: of what has a fused op, where the inputs are on a GPU; see :func:`soflow_fast.kernels.resolve_impl`.
