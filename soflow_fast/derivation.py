@@ -8,14 +8,14 @@ from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
 from soflow_fast import difference_nonlinear, kernels  # noqa: F401, the rules that it registers
-from soflow_fast.difference_rules import RULES, aten, value_of
+from soflow_fast.difference_rules import RULES, NoRuleError, aten, value_of
 
 # Only names of sizes and strides as they were when captured; of another attention or dtype strides may differ.
 _RESHAPES = {aten.view.default: aten.reshape.default, aten._unsafe_view.default: aten.reshape.default}
 
 # What depends on the form of an argument alone.
 _OF_FORM = {aten.zeros_like, aten.ones_like, aten.full_like, aten.empty_like, aten.rand_like, aten.randn_like}
-_OF_FORM |= {aten.new_zeros, aten.new_ones, aten.new_full, aten.new_empty}
+_OF_FORM |= {aten.new_zeros, aten.new_ones, aten.new_full, aten.new_empty, aten.sym_size, aten.sym_numel}
 
 
 class Derived(NamedTuple):
@@ -25,23 +25,15 @@ class Derived(NamedTuple):
     names: tuple[str, ...]
 
 
-class NoRuleError(ValueError):
-    """A network calls an operator that has no rule."""
-
-    def __init__(self, name: str, operator):
-        super().__init__(f"{name} calls {operator}, which has no rule; add one to soflow_fast.difference_rules.RULES")
-        self.operator = operator
-
-
 class Derivation:
     """A program's graph with, beside every node that changes with x and t, the node of its difference.
 
     Args:
-        program: of the network called ``name``, functional. tangent: of the rules.
+        program: of the network called ``name``, functional. tangent: of the rules. impl: of what has a fused op.
     """
 
-    def __init__(self, program: ExportedProgram, name: str, tangent: bool):
-        self.program, self.name, self.tangent = program, name, tangent
+    def __init__(self, program: ExportedProgram, name: str, tangent: bool, impl: str):
+        self.program, self.name, self.tangent, self.impl = program, name, tangent, impl
         self.graph = fx.Graph()
         self.values: dict[fx.Node, fx.Node] = {}
         self.differences: dict[fx.Node, fx.Node] = {}
@@ -99,7 +91,8 @@ class Derivation:
                 raise ValueError(f"{self.name} makes {out.dtype} of what changes, by {node.args[0].target}")
             return
         if packet not in RULES or self._moving(tuple(node.kwargs.values())) is not None:
-            raise NoRuleError(self.name, target)
+            where = "add one to soflow_fast.difference_rules.RULES"
+            raise NoRuleError(f"{self.name} calls {target}, which has no rule; {where}", target)
         if isinstance(out, Tensor) and (
             out.dtype == torch.float16 or not (out.is_floating_point() or out.is_complex())
         ):
@@ -121,7 +114,7 @@ class Derivation:
         """An operator's rule as a function of its output, its arguments and their differences."""
         rule, tangent, chosen = RULES[target.overloadpacket], self.tangent, {}
         if target.overloadpacket is aten.scaled_dot_product_attention and self.on_gpu:
-            chosen = {"ops": kernels.ops(kernels.resolve_impl("auto"))}
+            chosen = {"ops": kernels.ops(kernels.resolve_impl(self.impl))}
 
         def difference(out, arguments, differences, **keywords):
             with torch.no_grad():

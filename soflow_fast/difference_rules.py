@@ -31,15 +31,23 @@ def rule_for(*operators) -> Callable[[Rule], Rule]:
     return register
 
 
-def wide(*tensors) -> list:
+def without_half(*tensors) -> list:
     """Half-precision tensors in float32; whatever else as it is."""
     half = (torch.float16, torch.bfloat16)
     return [x.float() if isinstance(x, Tensor) and x.dtype in half else x for x in tensors]
 
 
+class NoRuleError(ValueError):
+    """An operator, as it is called, has no rule."""
+
+    def __init__(self, message: str, operator, refused: bool = False):
+        super().__init__(message)
+        self.operator, self.refused = operator, refused
+
+
 def refuse(operator, why: str) -> None:
-    """ValueError that names the operator."""
-    raise ValueError(f"the operator {operator} {why}")
+    """NoRuleError that names the operator: what torch defines it by may have rules."""
+    raise NoRuleError(f"the operator {operator} {why}", operator, refused=True)
 
 
 def like(difference: Tensor, out: Tensor) -> Tensor:
@@ -62,16 +70,18 @@ _WRITTEN = {
 def value_of(operator) -> Callable:
     """The operator; of a few what computes the same, with derivatives and with the casts that autocast makes necessary.
 
-    A graph is captured without autocast and keeps no casts of its own. Fourier transforms have no half precision, and
-    what is written into a tensor takes its dtype.
+    A graph is captured without autocast and keeps no casts but :data:`CAST`. Fourier transforms have no half precision,
+    and what is written into a tensor takes its dtype.
     """
     packet = operator.overloadpacket
     if packet is aten.copy:
         return _copied
+    if packet is CAST:
+        return _cast
     if packet in _FFT:
 
         def transform(x: Tensor, *rest, **keywords):
-            return operator(*wide(x), *rest, **keywords)
+            return operator(*without_half(x), *rest, **keywords)
 
         return transform
     if packet in _WRITTEN:
@@ -86,6 +96,25 @@ def value_of(operator) -> Callable:
     return operator
 
 
+@torch.library.custom_op("soflow_fast::cast", mutates_args=())
+def _cast_of_a_graph(x: Tensor, dtype: torch.dtype, follows: bool) -> Tensor:
+    return x.to(dtype, copy=True)
+
+
+@_cast_of_a_graph.register_fake
+def _(x: Tensor, dtype: torch.dtype, follows: bool) -> Tensor:
+    return torch.empty_like(x, dtype=dtype)
+
+
+#: A cast that stays in a captured graph: to a dtype, or ``follows``, to autocast's where that is on.
+CAST = torch.ops.soflow_fast.cast
+
+
+def _cast(x: Tensor, dtype: torch.dtype, follows: bool) -> Tensor:
+    kind = x.device.type
+    return x.to(torch.get_autocast_dtype(kind) if follows and torch.is_autocast_enabled(kind) else dtype)
+
+
 def _copied(x: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
     return source.to(x.dtype).expand(x.shape).clone()
 
@@ -98,9 +127,10 @@ def _copied(x: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
     *(aten.repeat_interleave, aten.split, aten.split_with_sizes, aten.unbind, aten.slice, aten.select, aten.diagonal),
     *(aten.index_select, aten.index, aten.gather, aten.flip, aten.roll, aten.rot90, aten.unfold, aten.im2col),
     *(aten.clone, aten.detach, aten._to_copy, aten.neg, aten.sum, aten.mean, aten.cumsum, aten.tril, aten.triu),
-    *(aten.view_as_complex, aten.view_as_real, aten.avg_pool1d, aten.avg_pool3d, aten.upsample_linear1d),
+    *(aten.view_as_real, aten.avg_pool1d, aten.avg_pool3d, aten.upsample_linear1d),
     *(aten.avg_pool2d, aten.adaptive_avg_pool2d, aten.pixel_shuffle, aten.pixel_unshuffle),
     *(aten.upsample_nearest2d, aten._upsample_nearest_exact2d, aten.upsample_bilinear2d, aten.upsample_bicubic2d),
+    *(aten._upsample_bilinear2d_aa, aten._upsample_bicubic2d_aa, aten.grid_sampler),
     *(aten._conj, aten.fft_fftshift, aten.fft_ifftshift, *_FFT),
 )
 def _of_the_first(operator, out, arguments, differences, tangent, **keywords):
@@ -108,6 +138,22 @@ def _of_the_first(operator, out, arguments, differences, tangent, **keywords):
     if any(d is not None for d in differences[1:]):
         refuse(operator, "has a rule only for a change of its first argument")
     return value_of(operator)(differences[0], *arguments[1:], **keywords)
+
+
+@rule_for(aten.view_as_complex)
+def _view_as_complex(operator, out, arguments, differences, tangent):
+    """Also of a difference that is expanded where its value is not."""
+    return operator(differences[0].contiguous())
+
+
+@rule_for(CAST, aten.type_as)
+def _cast_difference(operator, out, arguments, differences, tangent):
+    return torch.zeros_like(out) if differences[0] is None else like(differences[0], out)
+
+
+@rule_for(aten.complex)
+def _complex(operator, out, arguments, differences, tangent):
+    return operator(*(torch.zeros_like(x) if d is None else d for x, d in zip(arguments, differences, strict=True)))
 
 
 @rule_for(aten.pad)
@@ -158,7 +204,8 @@ def _add(operator, out, arguments, differences, tangent, alpha=1):
         weights = (-alpha, 1)
     else:
         weights = (1, alpha if operator.overloadpacket is aten.add else -alpha)
-    terms = [d if w == 1 else w * d for w, d in zip(weights, wide(*differences[:2]), strict=False) if d is not None]
+    changes = zip(weights, without_half(*differences[:2]), strict=False)
+    terms = [d if w == 1 else w * d for w, d in changes if d is not None]
     return like(sum(terms[1:], terms[0]), out)
 
 
@@ -184,12 +231,12 @@ def bilinear(product: Callable, x, y, dx, dy, tangent: bool):
 
 @rule_for(aten.mul)
 def _mul(operator, out, arguments, differences, tangent):
-    return like(bilinear(torch.mul, *wide(*arguments), *wide(*_two(differences)), tangent), out)
+    return like(bilinear(torch.mul, *without_half(*arguments), *without_half(*_two(differences)), tangent), out)
 
 
 @rule_for(aten.addcmul)
 def _addcmul(operator, out, arguments, differences, tangent, value=1):
-    (_, x, y), (d, dx, dy) = wide(*arguments), wide(*differences)
+    (_, x, y), (d, dx, dy) = without_half(*arguments), without_half(*differences)
     change = 0 if dx is None and dy is None else value * bilinear(torch.mul, x, y, dx, dy, tangent)
     return like(change if d is None else d + change, out)
 
@@ -218,17 +265,22 @@ def _einsum(operator, out, arguments, differences, tangent, **keywords):
     return sum(terms[1:], terms[0])
 
 
-@rule_for(aten.linear, *(getattr(aten, f"conv{n}") for n in ("1d", "2d", "3d", "_transpose1d", "_transpose2d")))
-def _linear(operator, out, arguments, differences, tangent):
-    """A layer's product, which only its bias leaves unchanged."""
-    if any(d is not None for d in differences[2:]):
-        refuse(operator, "has no rule for a bias that changes")
-    rest = arguments[3:]
+_CONVOLUTIONS = [getattr(aten, f"conv{kind}{n}d") for kind in ("", "_transpose") for n in (1, 2, 3)]
 
-    def product(x, weight):
-        return operator(x, weight) if operator.overloadpacket is aten.linear else operator(x, weight, None, *rest)
 
-    return bilinear(product, *arguments[:2], *differences[:2], tangent)
+@rule_for(aten.linear, aten.bilinear, *_CONVOLUTIONS)
+def _layer(operator, out, arguments, differences, tangent):
+    """A layer's product, of its input or inputs with its weight, and its bias."""
+    n = 3 if operator.overloadpacket is aten.bilinear else 2
+    factors, terms = list(arguments[:n]), []
+    for i, d in enumerate(differences[:n]):
+        if d is not None:
+            terms.append(operator(*factors[:i], d, *factors[i + 1 :], None, *arguments[n + 1 :]))
+            factors[i] = factors[i] if tangent else factors[i] + d
+    for d in differences[n : n + 1]:
+        if d is not None:  # of every channel
+            terms.append(d.view(-1, *[1] * (factors[-1].ndim - n)))
+    return like(sum(terms[1:], terms[0]), out)
 
 
 def _two(differences: Sequence) -> tuple:
@@ -237,11 +289,12 @@ def _two(differences: Sequence) -> tuple:
 
 @rule_for(aten.lerp)
 def _lerp(operator, out, arguments, differences, tangent):
-    """``x + w(y−x)``."""
-    (_, _, weight), (dx, dy, d_weight) = arguments, differences
+    """Of ``x + w(y−x)``."""
+    (x, y, weight), (dx, dy, d_weight) = without_half(*arguments), without_half(*differences)
+    terms = [w * d for w, d in ((1 - weight, dx), (weight, dy)) if d is not None]
     if d_weight is not None:
-        refuse(operator, "has no rule for a weight that changes")
-    terms = [w * d for w, d in zip((1 - weight, weight), wide(dx, dy), strict=True) if d is not None]
+        moved = [] if tangent else [sign * d for sign, d in ((1, dy), (-1, dx)) if d is not None]
+        terms.append(d_weight * sum(moved, y - x))
     return like(sum(terms[1:], terms[0]), out)
 
 
@@ -250,7 +303,7 @@ def _div(operator, out, arguments, differences, tangent, rounding_mode=None):
     """``(dx − (x/y) dy)/(y+dy)``."""
     if rounding_mode is not None:
         refuse(operator, f"has no rule for rounding_mode={rounding_mode!r}")
-    (x, y), (dx, dy) = wide(*arguments), wide(*_two(differences))
+    (x, y), (dx, dy) = without_half(*arguments), without_half(*_two(differences))
     if dy is None:
         return like(dx / y, out)
     change = -(x / y) * dy
@@ -259,5 +312,5 @@ def _div(operator, out, arguments, differences, tangent, rounding_mode=None):
 
 @rule_for(aten.reciprocal)
 def _reciprocal(operator, out, arguments, differences, tangent):
-    x, d = wide(arguments[0], differences[0])
+    x, d = without_half(arguments[0], differences[0])
     return like(-d / (x * (x if tangent else x + d)), out)

@@ -14,11 +14,12 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
+from torch.utils._pytree import tree_flatten, tree_structure, tree_unflatten
 
-from soflow_fast.derivation import Derivation, Derived, NoRuleError
+from soflow_fast.derivation import Derivation, Derived
 from soflow_fast.difference_nonlinear import attention_with_dropout
-from soflow_fast.difference_rules import aten
+from soflow_fast.difference_rules import CAST, NoRuleError, aten
 
 # What autocast rounds the operands of: a region that keeps them in float32 cannot be told in the graph.
 _PRODUCTS = {aten.linear, aten.matmul, aten.mm, aten.bmm, aten.addmm, aten.baddbmm, aten.einsum}
@@ -35,12 +36,16 @@ class ForwardDifference:
     The network must be what torch.export can capture, its operators must have rules, and what else it depends on than
     its inputs, parameters, buffers and modes must stay as it was at the capture. Activation checkpoints are lost.
 
+    Under autocast the graph casts to float32 where the network does, and back; but if autocast changes which operators
+    the network calls, such casts are dropped, and an ``eps`` or ``dtype=`` taken from a tensor's dtype is float32's.
+
     Args:
-        net: captured anew for every form of its inputs, and when modules or their modes change.
+        net: captured anew for every form of its inputs, and when modules, their modes or dtypes change.
+        impl: of what has a fused op, where the inputs are on a GPU; see :func:`soflow_fast.kernels.resolve_impl`.
     """
 
-    def __init__(self, net: nn.Module):
-        self.net = net
+    def __init__(self, net: nn.Module, impl: str = "auto"):
+        self.net, self.impl = net, impl
         self._structure: tuple = ()
         self._derived: dict[tuple, Derived] = {}
 
@@ -58,7 +63,7 @@ class ForwardDifference:
             self._structure, self._derived = structure, {}
         key = _form(x, labels, mode)
         if len(x) and key not in self._derived:
-            self._derived[key] = _derive(self.net, _inputs(x, labels), mode == "tangent")
+            self._derived[key] = _derive(self.net, _inputs(x, labels), mode == "tangent", self.impl)
 
     def __call__(
         self,
@@ -99,7 +104,7 @@ class ForwardDifference:
         return torch.cat(parts) if len(parts) > 1 else F, dF
 
     def __getstate__(self) -> dict:
-        return {"net": self.net, "_structure": (), "_derived": {}}  # graphs are made again
+        return {**vars(self), "_structure": (), "_derived": {}}  # graphs are made again
 
 
 def draws(net: nn.Module, x: Tensor, labels: Tensor | None) -> bool:
@@ -123,21 +128,23 @@ def _form(x: Tensor, labels: Tensor | None, mode: str) -> tuple:
 
 def _structure(net: nn.Module) -> tuple:
     """What a captured graph takes for granted of the modules."""
-    modules = tuple((name, type(m), m.training, getattr(m, "p", None)) for name, m in net.named_modules())
-    held = [*net.named_parameters(remove_duplicate=False), *net.named_buffers(remove_duplicate=False)]
-    first: dict[int, str] = {}
-    return modules, tuple((name, first.setdefault(id(x), name)) for name, x in held)  # which of them are tied
+    found, first, waiting = [], {}, [("", net)]
+    for name, m in waiting:  # in a loop of its own: named_modules and what it takes to miss an attribute are slow
+        found.append((name, type(m), m.training, vars(m).get("p")))
+        waiting += [child for child in m._modules.items() if child[1] is not None]
+        held = [named for holder in (m._parameters, m._buffers) for named in holder.items() if named[1] is not None]
+        found += [(key, x.dtype, first.setdefault(id(x), len(first))) for key, x in held]  # which of them are tied
+    return tuple(found)
 
 
-def _derive(net: nn.Module, inputs: tuple, tangent: bool) -> Derived:
+def _derive(net: nn.Module, inputs: tuple, tangent: bool, impl: str) -> Derived:
     name, x = type(net).__name__, inputs[0]
     kind = "cpu" if x.device.type == "meta" else x.device.type  # meta has no autocast to turn off
     with torch.autocast(kind, enabled=False), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # of torch's copy of its own graphs
         _run_once(net, inputs)
         try:
-            with torch.enable_grad():  # else regions without gradient would not show
-                program = torch.export.export(net, inputs, strict=False)
+            program = _with_casts(_captured(net, inputs), net, inputs, kind)
         except Exception as error:  # torch.export raises whatever the network does
             raise ValueError(f"{name} cannot be captured by torch.export ({_in_a_line(error)})") from error
         _require_no_autocast(program, name)
@@ -149,23 +156,81 @@ def _derive(net: nn.Module, inputs: tuple, tangent: bool) -> Derived:
                 what = next(iter(changed.values()))
                 raise ValueError(f"{name} changes {what!r} in its forward, which a difference forward cannot")
         try:
-            return _derived(program, name, tangent)
+            return _derived(program, name, tangent, impl)
         except ValueError:
             raise
         except Exception as error:  # of a rule, tried on arguments it was not made for
             raise ValueError(f"{name} calls an operator in a way that has no rule ({_in_a_line(error)})") from error
 
 
-def _derived(program: ExportedProgram, name: str, tangent: bool) -> Derived:
-    """Operators that have no rule are replaced by what torch defines them by."""
-    definitions = dict(torch.export.default_decompositions().items())
+def _captured(net: nn.Module, inputs: tuple) -> ExportedProgram:
+    with torch.enable_grad():  # else regions without gradient would not show
+        return torch.export.export(net, inputs, strict=False)
+
+
+def _with_casts(program: ExportedProgram, net: nn.Module, inputs: tuple, kind: str) -> ExportedProgram:
+    """The program, with its casts to float32 as they are under autocast too, where most are none without.
+
+    What a network casts by ``h.float()`` stays float32, and what it casts by ``to(h.dtype)`` follows autocast: a second
+    capture, in bfloat16, tells them apart. Where that is of other operators, or none, the casts are dropped.
+    """
+    if not any(_casts_to_float32(node) for node in _nodes(program)):
+        return program
+    try:
+        with torch.autocast(kind, torch.bfloat16):
+            low = _captured(net, inputs)
+    except Exception:  # whatever a network does that is not made for autocast
+        return program
+    nodes, there = _nodes(program), _nodes(low)
+    if len(nodes) != len(there) or not all(map(_alike, nodes, there)):
+        return program
+    for node, own in zip(there, nodes, strict=True):
+        if "_assert_tensor_metadata" in str(node.target):  # of dtypes
+            node.graph.erase_node(node)
+        elif _casts_to_float32(own):
+            follows = node.meta["val"].dtype != torch.float32
+            node.target, node.args, node.kwargs = CAST.default, (node.args[0], torch.float32, follows), {}
+        else:  # numbers, such as an eps, and dtypes are those of float32
+            (given, form), (wanted, _) = map(tree_flatten, ((node.args, node.kwargs), (own.args, own.kwargs)))
+            kept = [a if isinstance(a, Node) else b for a, b in zip(given, wanted, strict=True)]
+            node.args, node.kwargs = tree_unflatten(kept, form)
+    for module in (m for m in low.graph_module.modules() if isinstance(m, GraphModule)):
+        module.recompile()
+    return low
+
+
+def _nodes(program: ExportedProgram) -> list[Node]:
+    modules = (m for m in program.graph_module.modules() if isinstance(m, GraphModule))
+    return [node for module in modules for node in module.graph.nodes]
+
+
+def _alike(a: Node, b: Node) -> bool:
+    """Whether nodes of two captures are of the same call; inputs and constants, of the same dtype too."""
+    if a.op == "placeholder" and isinstance(a.meta.get("val"), Tensor) and a.meta["val"].dtype != b.meta["val"].dtype:
+        return False
+    forms = (tree_structure((node.args, node.kwargs)) for node in (a, b))
+    return (a.op, str(a.target)) == (b.op, str(b.target)) and next(forms) == next(forms)
+
+
+def _casts_to_float32(node: Node) -> bool:
+    if getattr(node.target, "overloadpacket", None) is not aten.to:
+        return False
+    source, out = (n.meta["val"] for n in (node.args[0], node))
+    return out.dtype == torch.float32 and source.device == out.device
+
+
+def _derived(program: ExportedProgram, name: str, tangent: bool, impl: str) -> Derived:
+    """Operators that have no rule, or none for how they are called, are replaced by what torch defines them by."""
+    definitions, refusal = dict(torch.export.default_decompositions().items()), None
     while True:
         try:
-            return Derivation(program, name, tangent).derive()
-        except NoRuleError as error:
-            definition = definitions.pop(error.operator, None)
-            if definition is None or error.operator.overloadpacket in _LOOPS:
-                raise
+            return Derivation(program, name, tangent, impl).derive()
+        except Exception as error:
+            found = isinstance(error, NoRuleError) and error.operator.overloadpacket not in _LOOPS
+            definition = definitions.pop(error.operator, None) if found else None
+            refusal = refusal or (error if found and error.refused else None)
+            if definition is None:  # what an operator was refused for says more than what is amiss inside of it
+                raise error if refusal in (None, error) else refusal from error
             program = program.run_decompositions({error.operator: definition})
 
 
@@ -176,11 +241,14 @@ def _in_a_line(error: Exception) -> str:
 def _run_once(net: nn.Module, inputs: tuple) -> None:
     """A forward as it is: what the network keeps of its first one are tensors then, and not stand-ins for them.
 
+    Of all rows, on whose number that may depend; but nothing is saved for a backward that never comes.
+
     Raises:
         ValueError: if the result is not one tensor, or has gradients of its own making.
     """
     name = type(net).__name__
-    with torch.enable_grad(), _left_as_it_was(net, inputs[0].device):
+    nothing = torch.autograd.graph.saved_tensors_hooks(lambda x: None, lambda saved: saved)
+    with torch.enable_grad(), nothing, _left_as_it_was(net, inputs[0].device):
         out = net(*inputs)
     if not isinstance(out, Tensor):
         raise ValueError(f"{name} must return one tensor that depends on x; it returns a {type(out).__name__}")

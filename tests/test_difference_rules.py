@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as nnf
 from foreign_networks import Function
+from image_operators import MOVING, OTHERS
 
 from soflow_fast.difference_rules import RULES
 from soflow_fast.differencing import ForwardDifference
@@ -211,6 +212,7 @@ OPERATORS = {
     "attention_by_hand": lambda x, t: torch.softmax(_heads(x) @ _heads(x).mT / math.sqrt(8), -1) @ _heads(x * x),
     "dropout_of_evaluation": lambda x, t: nnf.dropout(x, 0.5, training=False),
 }  # fmt: skip
+OPERATORS |= {f"moving_{name}": function for name, function in MOVING.items()} | OTHERS
 
 
 @functools.cache
@@ -241,14 +243,25 @@ def test_rule(name):
         assert (difference - truth).norm() <= 3e-6 * truth.norm()
 
 
+@pytest.mark.parametrize("name", [name for name in MOVING if "norm" in name])
+def test_norms_with_weights_that_move_by_steps_of_any_size(name):
+    for step in (3.0, 1.0, 1e-7):
+        x, t, dx, dt = (z.float().double() for z in _inputs(step))
+        truth = MOVING[name](x + dx, t + dt) - MOVING[name](x, t)
+        single = [z.float() for z in (x, t, t / 2)]
+        _, difference = _forward(f"moving_{name}")(*single, None, dx.float(), dt.float())
+        assert (difference - truth).norm() <= 3e-6 * truth.norm()
+
+
 @pytest.mark.parametrize("name", OPERATORS)
 def test_tangent(name):
     function = OPERATORS[name]
     x, t, dx, dt = _inputs(1.0)
-    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
-        truth = torch.func.jvp(function, (x, t), (dx, dt))[1]
-    if name == "detach":  # of which torch takes the derivative for zero
-        truth = dx
+    if name in ("detach", "grid_sample", "grid_sample_3d"):  # linear, and without a derivative of torch's
+        truth = function(x + dx, t) - function(x, t)
+    else:
+        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+            truth = torch.func.jvp(function, (x, t), (dx, dt))[1]
     tangent = _forward(name)(x, t, t / 2, None, dx, dt, mode="tangent")[1]
     assert (tangent - truth).norm() <= 1e-9 * truth.norm()
 
@@ -324,6 +337,10 @@ def test_rms_norm_of_small_numbers_in_bfloat16():
         lambda x, t: torch.softmax(300 * x, -1),
         lambda x, t: torch.log_softmax(300 * x, -1),
         lambda x, t: torch.sigmoid(900 * x - 900),
+        lambda x, t: torch.exp(120 * x - 290),
+        lambda x, t: torch.expm1(120 * x - 290) + torch.exp2(120 * x - 290) + torch.sinh(50 * x - 60),
+        lambda x, t: nnf.softplus(300 * x - 300) + torch.logaddexp(300 * x, x) + (300 * x).logsumexp(1, True),
+        lambda x, t: nnf.elu(300 * x - 300) + nnf.selu(300 * x - 300) + nnf.mish(300 * x - 300) + (300 * x) ** 3,
         lambda x, t: nnf.scaled_dot_product_attention(*(40 * _heads(x),) * 2, _heads(x)),
     ],
 )

@@ -329,7 +329,7 @@ def _with_own_autocast(x, t):
         (Function(lambda x, t: x + t.long()[:, None, None, None]), "Function makes torch.int64 of what changes"),
         (Function(lambda x, t: torch.ones_like(x)), "Function must return one tensor that depends on x"),
         (Function(lambda x, t: (x, x)), "Function must return one tensor that depends on x"),
-        (Function(lambda x, t: torch.linalg.vector_norm(x, 1, 1)), "has a rule only for the Euclid"),
+        (Function(lambda x, t: nn.functional.grid_sample(x, x[..., :2])), "has a rule only for a change of its first"),
         (Function(_with_own_autocast), "Function has a region with an autocast of its own around aten.matmul"),
         (Function(lambda x, t: _Straight.apply(x * x.new_ones(1).requires_grad_())), "an autograd.Function, _Straight"),
         (Function(lambda x, t: x.half().float()), "Function makes torch.float16 of what changes"),

@@ -87,7 +87,7 @@ class Objective(nn.Module):
             self._derived = None
             return
         if self._derived is None or self._derived.net is not self.network:
-            self._derived = ForwardDifference(self.network)
+            self._derived = ForwardDifference(self.network, self.impl)
         self._derived.prepare(x, labels, mode)
 
     def prepare(self, x: Tensor, labels: Tensor | None) -> None:

@@ -1,0 +1,130 @@
+"""What deriving a difference forward costs, and what it keeps of a network: casts, dtypes, the choice of kernels."""
+
+import pytest
+import torch
+from foreign_networks import Function, UNet
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from soflow_fast import kernels
+from soflow_fast.differencing import ForwardDifference
+from soflow_fast.objectives.meanflow import MeanFlow
+
+
+def _batch():
+    g = torch.Generator().manual_seed(1)
+    x, dx = (torch.randn(4, 3, 8, 8, generator=g) for _ in range(2))
+    t = torch.rand(4, generator=g)
+    return x, t, t / 3, None, 0.01 * dx, -0.01 * t
+
+
+class _Casting(nn.Module):
+    """Two convolutions, and between them what is written in float32 by casts."""
+
+    num_classes = 0
+
+    def __init__(self, between):
+        super().__init__()
+        torch.manual_seed(0)
+        self.enter, self.leave = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 3, 3, padding=1)
+        self.between, self.seen = between, ()
+
+    def forward(self, x, t, s, labels):
+        h = self.enter(x)
+        out = h + self.between(h, t).to(h.dtype)
+        self.seen = (h.dtype, out.dtype)
+        return self.leave(torch.tanh(out * (1 + h)))
+
+
+def _rms_norm(h, t):
+    wide = h.float()
+    wide = wide * torch.rsqrt(wide.square().mean(1, keepdim=True) + 1e-6)
+    return wide.type_as(h) * (1 + t.to(h.dtype)).view(-1, 1, 1, 1)
+
+
+CASTS = {
+    "exp": lambda h, t: (20 * h.float()).exp(),
+    "rms_norm": _rms_norm,
+    "to": lambda h, t: torch.sin(50 * h.to(torch.float32)).to(h) + torch.sin(50 * h.to(t)).to(h.dtype),
+    "times": lambda h, t: torch.cos(300 * t.float()).view(-1, 1, 1, 1).to(h.dtype) * h,
+    "eps": lambda h, t: h.float() / (h.detach().abs().float() + torch.finfo(h.dtype).eps),
+    "of_a_mask": lambda h, t: (torch.arange(8) > 3).to(h.dtype) * h,
+    "softmax": lambda h, t: torch.softmax(30 * h, 1, dtype=torch.float32) * torch.softmax(h, 1, dtype=h.dtype),
+}
+
+
+@pytest.mark.parametrize("name", CASTS)
+@pytest.mark.parametrize("compile", [False, True])
+def test_what_is_cast_to_float32_stays_float32_under_autocast(name, compile):
+    """And what is cast back is not: the value is the network's own, bit by bit, with and without autocast."""
+    net, exact = _Casting(CASTS[name]), _Casting(CASTS[name]).double()
+    x, t, s, _, dx, dt = batch = _batch()
+    with torch.no_grad():
+        before, after = (exact(*(z.double() for z in inputs), None) for inputs in ((x, t, s), (x + dx, t + dt, s)))
+    forward = ForwardDifference(net)
+    forward.prepare(x, None)
+    torch._dynamo.reset()
+    run = torch.compile(forward, fullgraph=True, backend="aot_eager") if compile else forward
+    for low in (True, False):
+        with torch.autocast("cpu", torch.bfloat16, enabled=low):
+            value, difference = run(*batch)
+            expected = net(x, t, s, None)
+        dtype = torch.bfloat16 if low else torch.float32
+        assert net.seen == (dtype, dtype)
+        assert difference.dtype == value.dtype
+        if not low or name not in ("eps", "softmax"):  # numbers, and dtypes asked for, are those of float32
+            assert torch.equal(value, expected)
+    assert (difference - (after - before)).norm() <= 1e-3 * (after - before).norm()  # t is rounded in the truth too
+    ours, wanted = (torch.autograd.grad(y.square().sum(), list(net.parameters())) for y in (value, expected))
+    torch.testing.assert_close(ours, wanted, rtol=1e-4, atol=1e-4)
+
+
+class _Chain(nn.Module):
+    """Every link is saved for the backward."""
+
+    def forward(self, x, t, s, labels):
+        links, x = [], x * x.new_ones(()).requires_grad_()
+        for _ in range(10):
+            x = torch.sin(x)
+            links.append(StorageWeakRef(x.untyped_storage()))
+        self.alive = sum(not link.expired() for link in links)
+        return x
+
+
+def test_deriving_saves_nothing_for_a_backward():
+    """Else it would take the activations of a training step in float32."""
+    net, alive = _Chain(), []
+    net.register_forward_hook(lambda *_: alive.append(net.alive))
+    x, t, s, *_ = _batch()
+    net(x, t, s, None)
+    ForwardDifference(net).prepare(x, None)
+    assert alive[0] == 10
+    assert alive[1] <= 2
+
+
+def test_a_graph_of_parameters_of_another_dtype_is_not_used():
+    torch.manual_seed(0)
+    net = UNet()
+    forward = ForwardDifference(net)
+    batch = _batch()
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        net.to(dtype)
+        x, t, s, labels, dx, dt = (None if z is None else z.to(dtype) for z in batch)
+        value, difference = forward(x, t, s, labels, dx, dt)
+        assert difference.dtype == dtype
+        torch.testing.assert_close(value, net(x, t, s))
+
+
+@pytest.mark.parametrize("impl", ["torch", "auto"])
+def test_a_derived_graph_has_the_objective_s_choice_of_kernels(impl, monkeypatch):
+    """Of the attention's difference, where the inputs are on a GPU."""
+    net = Function(lambda x, t: nn.functional.scaled_dot_product_attention(x, x, x))
+    net.num_classes = 0
+    model, asked = MeanFlow(net, guidance_scale=1.0, guidance_mix=0.0, label_drop=0.0, impl=impl), []
+    model.derive(_batch()[0], None, "tangent")
+    assert model._derived.impl == model.impl
+    monkeypatch.setattr(kernels, "resolve_impl", lambda name: asked.append(name) or "torch")
+    monkeypatch.setattr(FakeTensor, "is_cuda", True)
+    ForwardDifference(net, impl).prepare(_batch()[0], None)
+    assert asked == [impl]
