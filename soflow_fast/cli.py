@@ -22,7 +22,7 @@ from soflow_fast.config import TrainConfig
 from soflow_fast.config_io import read_yaml
 from soflow_fast.dry_run import describe
 from soflow_fast.encode import encode
-from soflow_fast.evaluate import check_evaluation, evaluate
+from soflow_fast.evaluate import check_evaluation, compared_with, evaluate, evaluation_name
 from soflow_fast.images import balanced_labels, save_samples, vae_decoder
 from soflow_fast.interop import public_words
 from soflow_fast.precision import PRECISIONS
@@ -36,6 +36,8 @@ _VARIANTS = {
     "guidance_interval": "interval",
     "renoise": "renoise",
 }
+_EVAL_VARIANTS = {**_VARIANTS, "vae": "vae", "precision": "precision"}
+_NOT_IN_NAMES = str.maketrans("./", "_-")
 
 _OVERRIDES = "any value of the configuration by its name, such as --optimizer.learning_rate 3e-4"
 
@@ -182,7 +184,7 @@ def _sample(args: argparse.Namespace) -> None:
         seconds, _ = _timed(lambda: list(sampler.draw(labels, 1)))
         untimed = f", {seconds:.3g} s of compiling not counted"
     seconds, parts = _timed(lambda: list(sampler.draw(labels, args.count, decode)))
-    stem = Path(args.out) if args.out else Path(args.run) / "samples" / f"{args.steps}-step{_variant(args)}"
+    stem = Path(args.out) if args.out else Path(args.run) / "samples" / f"{args.steps}-step{_variant(args, _VARIANTS)}"
     path = save_samples(torch.cat(parts), stem, config.output.sample_shape[1])
     what = "latents (no autoencoder is set: --vae)" if path.suffix == ".npy" else "samples"
     rate = f"{args.count / seconds:.4g} images/s in {sampler.precision}{untimed}"
@@ -202,19 +204,32 @@ def _eval(args: argparse.Namespace) -> None:
     wanted = replace(config.evaluation, **{name: value for name, value in given.items() if value is not None})
     config = replace(_with_vae(config, args.vae), evaluation=wanted)
     check_evaluation(config)
-    folder = Path(args.run) / "evaluation" / f"step-{step:08d}-{wanted.steps}-step{_variant(args)}"
+    name = f"{evaluation_name(config, step, args.seed)}{_variant(args, _EVAL_VARIANTS)}"
+    folder = Path(args.run) / "evaluation" / name
+    precision = args.precision or ("bf16" if next(model.parameters()).is_cuda else "fp32")
     scores = evaluate(
         model,
         config,
         folder,
         decode=_decoder(config, model),
         seed=args.seed,
-        precision=args.precision,
+        precision=precision,
         compile=args.compile,
     )
     folder.parent.mkdir(parents=True, exist_ok=True)
     path = folder.with_suffix(".json")
-    about = {"step": step, "seed": args.seed, "ema_std": args.ema_std, "renoise": args.renoise}
+    about = {
+        "step": step,
+        "count": wanted.samples,
+        "steps": wanted.steps,
+        "seed": args.seed,
+        **compared_with(config),
+        "weights": wanted.weights,
+        "vae": config.data.vae,
+        "precision": precision,
+        "ema_std": args.ema_std,
+        "renoise": model.renoises,
+    }
     if hasattr(model, "set_sample_guidance"):
         about |= {"guidance_scale": model.sample_scale, "guidance_interval": model.sample_interval}
     path.write_text(json.dumps({**about, **scores}, indent=2) + "\n")
@@ -257,11 +272,11 @@ def _timed(work: Callable) -> tuple[float, Any]:
     return time.perf_counter() - started, result
 
 
-def _variant(args: argparse.Namespace) -> str:
-    """What tells files of another average or guidance apart from those of the run's own; a dot would begin a suffix."""
-    given = {short: getattr(args, name) for name, short in _VARIANTS.items() if getattr(args, name) is not None}
+def _variant(args: argparse.Namespace, options: dict[str, str]) -> str:
+    """What tells files of other options apart from those of the run's own; a dot would begin a suffix."""
+    given = {short: getattr(args, name) for name, short in options.items() if getattr(args, name) is not None}
     values = {short: "-".join(map(str, x)) if isinstance(x, tuple) else x for short, x in given.items()}
-    return "".join(f"-{short}-{value}" for short, value in values.items()).lower().replace(".", "_")
+    return "".join(f"-{short}-{value}" for short, value in values.items()).lower().translate(_NOT_IN_NAMES)
 
 
 def _set_sampling(model: torch.nn.Module, objective: str, args: argparse.Namespace) -> None:
