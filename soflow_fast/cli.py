@@ -83,7 +83,11 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument("run", help="folder of the run")
     sample.add_argument("--count", type=int, default=64, help="how many (default 64)")
     sample.add_argument("--steps", type=int, default=1, help="network calls per sample (default 1)")
-    sample.add_argument("--labels", help="classes, such as 3 or 1,5,7, repeated in turn (default all)")
+    sample.add_argument(
+        "--labels",
+        help="classes, such as 3 or 1,5,7, repeated in turn (default: all in turn; of more classes than samples, as "
+        "many, spread evenly)",
+    )
     sample.add_argument("--seed", type=int, default=0, help="of the noise (default 0)")
     sample.add_argument("--out", help="file without suffix (default RUN/samples/<steps>-step)")
 

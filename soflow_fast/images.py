@@ -36,8 +36,14 @@ def generate(
 
 
 def balanced_labels(n: int, num_classes: int) -> Tensor | None:
-    """0, 1, .., num_classes−1, 0, ..: (n,) int64, or None if there are no classes."""
-    return torch.arange(n) % num_classes if num_classes else None
+    """0, 1, .., num_classes−1, 0, ..; of more classes than samples as many, spread evenly.
+
+    Returns:
+        (n,) int64, or None if there are no classes.
+    """
+    if not num_classes:
+        return None
+    return torch.arange(n) % num_classes if n >= num_classes else torch.arange(n) * num_classes // n
 
 
 def load_vae(name: str, setting: str = "data.vae") -> nn.Module:
