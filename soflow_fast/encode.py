@@ -86,9 +86,9 @@ def encode(
         flip: each image is followed by its mirror image, so that there are twice as many samples.
 
     Raises:
-        ValueError: for a folder without images, an image that cannot be read, an autoencoder that cannot be used or
-            whose latents are not finite, a batch that does not fit the memory, numbers below their least, and a file
-            there already that was made of other images or in another way.
+        ValueError: for a folder or a class folder without images, an image that cannot be read, an autoencoder that
+            cannot be used or whose latents are not finite, a batch that does not fit the memory, numbers below their
+            least, and a file there already that was made of other images or in another way.
     """
     images, out = Path(images), Path(out)
     for name, value, least in (("size", size, 1), ("batch", batch, 1), ("workers", workers, 0)):
@@ -164,10 +164,7 @@ def _samples(images: Path) -> tuple[int, list[tuple[Path, int]]]:
     if not images.is_dir():
         raise ValueError(f"the image folder {images} does not exist; give a folder of class folders, or of images")
     classes = class_folders(images)
-    samples = labelled_images(images, classes or [""])
-    if not samples:
-        raise ValueError(f"the image folder {images} holds no images; put them in one folder per class")
-    return len(classes), samples
+    return len(classes), labelled_images(images, classes or [""])
 
 
 def _latent_shape(vae: nn.Module, name: str, size: int) -> tuple[int, int]:

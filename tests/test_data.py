@@ -293,3 +293,24 @@ def test_folder_refusals(tmp_path):
     _write_image(tmp_path / "b" / "x.png", np.zeros((8, 8)))
     with pytest.raises(ValueError, match=r"2 class folders, outside the classes 0\.\.0; set model\.num_classes=2"):
         ImageFolder(tmp_path, **form)
+    for name in "cdefgh":
+        (tmp_path / name).mkdir()
+    with pytest.raises(
+        ValueError, match=r"6 of the 8 class folders in .* hold no images \(c, d, e, f, g, \.\.\); remove"
+    ):
+        ImageFolder(tmp_path, **{**form, "num_classes": 8})
+
+
+def test_hidden_folders_are_no_classes_and_hidden_files_no_images(tmp_path):
+    for name in (".cache/x", "__MACOSX/x", "a/x", "a/._x", "a/.ipynb_checkpoints/x", "b/deep/x", "b/__MACOSX/x"):
+        _write_image(tmp_path / f"{name}.png", np.zeros((8, 8)))
+    data = ImageFolder(tmp_path, channels=1, size=8, num_classes=2)
+    assert data.classes == ["a", "b"]
+    assert [label for _, label in data] == [0, 1]
+    assert len(ImageFolder(tmp_path, channels=1, size=8, num_classes=0)) == 2
+
+
+def test_a_folder_of_other_files_is_told_which_are_read(tmp_path):
+    _write_image(tmp_path / "a" / "x.tif", np.zeros((8, 8)))
+    with pytest.raises(ValueError, match=r"holds no images \(\.bmp, \.jpeg, \.jpg, \.png, \.webp\); put them in one"):
+        ImageFolder(tmp_path, channels=1, size=8, num_classes=1)

@@ -29,6 +29,9 @@ def pictures(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pictures")
     write_pictures(folder)
     (folder / "a" / "notes.txt").write_text("not an image")
+    for hidden in (".cache", "__MACOSX", "a/.ipynb_checkpoints"):
+        (folder / hidden).mkdir()
+        random_image(9, 16, 16).save(folder / hidden / "x.png")
     return folder
 
 
@@ -61,11 +64,11 @@ def test_what_is_less_than_twice_the_size_is_resized_bicubic(width, height, resi
 
 def test_the_file_holds_the_autoencoders_moments(tmp_path, pictures, vae):
     done = encode(pictures, tmp_path / "new" / "out.hdf5", vae=vae, **SMALL)
-    assert done == (tmp_path / "new" / "out.hdf5", 7, (4, 8, 8), 3, 0.18215, vae)
+    assert done == (tmp_path / "new" / "out.hdf5", 7, (4, 8, 8), 2, 0.18215, vae)
     assert done.configuration()["data"].keys() == {"kind", "path", "vae"}  # the scale is the default
     found = read_arrays(done.path)
     assert (found["amount"], found["latent_size"], found["written"]) == (7, 8, 7)
-    assert found["labels"].tolist() == [0, 0, 0, 2, 2, 2, 2]
+    assert found["labels"].tolist() == [0, 0, 0, 1, 1, 1, 1]
     order = ["a/0", "a/2", "a/deep/1", "c/0", "c/2", "c/3", "c/deep/1"]
     squares = [np.asarray(centre_crop(Image.open(pictures / f"{name}.png"), 16)) for name in order]
     x = torch.from_numpy(np.stack(squares)).permute(0, 3, 1, 2) / 255 * 2 - 1
@@ -125,8 +128,8 @@ def test_from_images_to_a_decoded_run_by_the_command(tmp_path, pictures, vae, ca
         assert main(command) == 0
         first, *lines = capsys.readouterr().out.splitlines()
         assert caplog.messages == [said] * bool(said)
-    assert first == "7 latents (4, 8, 8) of 3 classes: out.hdf5; in the configuration:"
-    assert lines[0] == "model: {input_size: 8, in_channels: 4, num_classes: 3}"
+    assert first == "7 latents (4, 8, 8) of 2 classes: out.hdf5; in the configuration:"
+    assert lines[0] == "model: {input_size: 8, in_channels: 4, num_classes: 2}"
     settings = yaml.safe_load(tiny_config("run", batch_size=4, total_steps=2).to_yaml())
     given = yaml.safe_load("\n".join(lines))
     settings["model"] |= given["model"]
@@ -158,13 +161,16 @@ def test_from_images_to_a_decoded_run_by_the_command(tmp_path, pictures, vae, ca
         ({"--vae": "grey"}, ["--vae grey takes images of 1 channels", "RGB"]),
         ({"--vae": "broken"}, ["the latents of the image", "0.png in --precision fp32 are not finite"]),
         ({"images": "nowhere"}, ["the image folder nowhere does not exist"]),
-        ({"images": "empty"}, ["the image folder empty holds no images"]),
+        ({"images": "empty"}, ["the image folder empty holds no images (.bmp, "]),
+        ({"images": "partly"}, ["1 of the 2 class folders in partly hold no images (b); remove them, or put"]),
         ({"out": "empty"}, ["empty is a folder", "such as empty/latents.hdf5"]),
     ],
 )
 def test_bad_input_is_one_sentence(tmp_path, pictures, vae, capsys, monkeypatch, changes, words):
     monkeypatch.chdir(tmp_path)
     Path("empty").mkdir()
+    shutil.copytree(pictures / "a", "partly/a")
+    Path("partly/b").mkdir()
     write_vae(Path("grey"), in_channels=1)
     write_vae(Path("broken"), spread=float("nan"))
     given = {"--vae": vae, "--size": 16, "--workers": 0, "--device": "cpu", **changes}

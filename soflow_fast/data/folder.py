@@ -14,18 +14,47 @@ _MODES = {1: "L", 3: "RGB"}
 
 
 def class_folders(path: Path) -> list[str]:
-    """The names of the folders in a folder, sorted: class 0, 1, .."""
-    return sorted(entry.name for entry in path.iterdir() if entry.is_dir())
+    """The names of the folders in a folder, sorted: class 0, 1, ..; hidden ones are none."""
+    return sorted(entry.name for entry in path.iterdir() if entry.is_dir() and not _is_hidden(entry.name))
 
 
-def labelled_images(path: Path, classes: list[str]) -> list[tuple[Path, int]]:
-    """Every image below the class folders with its class, in a fixed order; ``[""]`` takes all of the folder as one."""
-    return [
-        (file, label)
-        for label, name in enumerate(classes)
-        for file in sorted((path / name).rglob("*"))
-        if file.suffix.lower() in _SUFFIXES
-    ]
+def labelled_images(path: Path, classes: list[str], otherwise: str = "") -> list[tuple[Path, int]]:
+    """Every image below the class folders with its class, in a fixed order; ``[""]`` takes all of the folder as one.
+
+    Hidden files, and all that lies in hidden folders, are left out.
+
+    Args:
+        path: of the folder. classes: names of folders in it. otherwise: another remedy where there are no images.
+
+    Raises:
+        ValueError: if there are no images, or none in one of the class folders.
+    """
+    samples = []
+    for label, name in enumerate(classes):
+        depth = len((path / name).parts)
+        samples += [
+            (file, label)
+            for file in sorted((path / name).rglob("*"))
+            if file.suffix.lower() in _SUFFIXES and not any(map(_is_hidden, file.parts[depth:]))
+        ]
+    if not samples:
+        raise ValueError(
+            f"the image folder {path} holds no images ({', '.join(sorted(_SUFFIXES))}); put them in one folder per "
+            f"class{otherwise}"
+        )
+    filled = {label for _, label in samples}
+    empty = [name for label, name in enumerate(classes) if label not in filled]
+    if empty:
+        raise ValueError(
+            f"{len(empty)} of the {len(classes)} class folders in {path} hold no images ({', '.join(empty[:5])}"
+            f"{', ..' if len(empty) > 5 else ''}); remove them, or put images of their classes there"
+        )
+    return samples
+
+
+def _is_hidden(name: str) -> bool:
+    """Whether a file or folder is a system's or tool's own, such as ``.ipynb_checkpoints``."""
+    return name.startswith(".") or name == "__MACOSX"
 
 
 def read_image(file: Path, mode: str) -> Image.Image:
@@ -49,7 +78,8 @@ class ImageFolder(Dataset):
         num_classes: at least as many as there are class folders; 0 takes every image below the folder, of class 0.
 
     Raises:
-        ValueError: for a folder that is missing or without images, and more class folders than classes.
+        ValueError: for a folder that is missing or without images, class folders without images, and more class
+            folders than classes.
     """
 
     def __init__(self, path: str | Path, *, channels: int, size: int, num_classes: int):
@@ -60,16 +90,15 @@ class ImageFolder(Dataset):
             raise ValueError(f"model.in_channels={channels} does not fit images; choose 1 (grey) or 3 (RGB)")
         self.mode = _MODES[channels]
         self.classes = class_folders(self.path) if num_classes else [""]
+        samples = labelled_images(
+            self.path,
+            self.classes,
+            otherwise=", or set model.num_classes=0 for images without classes" if num_classes else "",
+        )
         if num_classes and len(self.classes) > num_classes:
             raise ValueError(
                 f"the image folder {self.path} has {len(self.classes)} class folders, outside the classes "
                 f"0..{num_classes - 1}; set model.num_classes={len(self.classes)}"
-            )
-        samples = labelled_images(self.path, self.classes)
-        if not samples:
-            raise ValueError(
-                f"the image folder {self.path} holds no images; put them in one folder per class"
-                + (", or set model.num_classes=0 for images without classes" if num_classes else "")
             )
         # without a Python object per file, which every worker process would come to copy
         self._files = np.array([os.fsencode(file.relative_to(self.path)) for file, _ in samples])
