@@ -1,15 +1,17 @@
 """Data sets, their refusals, and the order of the data."""
 
 import re
+from dataclasses import replace
 
 import h5py
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from runs import Blobs, write_latents
+from runs import Blobs, tiny_config, write_images, write_latents
 from torch.utils.data import TensorDataset
 
+from soflow_fast import build
 from soflow_fast.data import ImageFolder, LatentMoments, batches, digits, load_resident, resident, resident_bytes
 from soflow_fast.data.order import batch_indices, permutation
 
@@ -97,6 +99,59 @@ class _Odd(Blobs):
 def test_samples_and_labels_of_another_kind_are_refused(sample, label, words):
     with pytest.raises(ValueError, match=re.escape(words)):
         _batches(_Odd(sample, label), range(1))
+
+
+class _Targets(Blobs):
+    """As torchvision has it."""
+
+    def __init__(self, targets):
+        super().__init__()
+        self.targets = targets
+
+
+def _check(dataset, num_classes, **model):
+    config = tiny_config("unused")
+    build.check_dataset(replace(config, model=replace(config.model, num_classes=num_classes, **model)), dataset)
+
+
+@pytest.mark.parametrize(
+    ("labels", "words"),
+    [
+        ([0, 1, 2], "3 of 1000 classes have samples in the data; set model.num_classes=3"),
+        ([0, 5], "2 of 1000 classes have samples in the data; set model.num_classes=6"),
+        ([0, 999], "2 of 1000 classes have samples in the data"),
+        (range(1000), None),
+    ],
+    ids=str,
+)
+def test_classes_without_samples_are_said(tmp_path, caplog, monkeypatch, labels, words):
+    def said(dataset, **model):
+        caplog.clear()
+        _check(dataset, 1000, **model)
+        assert caplog.messages == [words] * (words is not None)
+
+    labels = torch.tensor([*labels] * 16 if len(labels) < 16 else labels)
+    images = torch.zeros(len(labels), 1, 8, 8)
+    said(TensorDataset(images, labels))
+    path = write_latents(tmp_path / "latents.hdf5", n=len(labels), labels=labels.numpy())
+    said(LatentMoments(path, **{**FORM, "num_classes": 1000}), in_channels=4)
+    given = _Targets(labels.tolist())
+    given.samples = images
+    said(given)
+    given.targets = [str(label) for label in given.targets]  # none that could be counted
+    words = None
+    said(given)
+    monkeypatch.setenv("RANK", "1")
+    said(TensorDataset(images, labels))
+
+
+def test_a_folder_of_fewer_classes_is_said(tmp_path, caplog):
+    write_images(tmp_path)
+    _check(ImageFolder(tmp_path, channels=3, size=8, num_classes=10), 10, in_channels=3)
+    assert caplog.messages == ["2 of 10 classes have samples in the data; set model.num_classes=2"]
+    caplog.clear()
+    _check(ImageFolder(tmp_path, channels=3, size=8, num_classes=0), 0, in_channels=3)
+    assert caplog.messages == []
 
 
 # ------------------------------------------------------------------------------------------------- on the device

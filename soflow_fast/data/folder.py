@@ -77,6 +77,9 @@ class ImageFolder(Dataset):
         path: of the folder. channels: 1 (grey) or 3 (RGB). size: height and width of the result.
         num_classes: at least as many as there are class folders; 0 takes every image below the folder, of class 0.
 
+    Attributes:
+        labels: (n,) int64, on the host.
+
     Raises:
         ValueError: for a folder that is missing or without images, class folders without images, and more class
             folders than classes.
@@ -102,7 +105,7 @@ class ImageFolder(Dataset):
             )
         # without a Python object per file, which every worker process would come to copy
         self._files = np.array([os.fsencode(file.relative_to(self.path)) for file, _ in samples])
-        self._labels = np.array([label for _, label in samples])
+        self.labels = np.array([label for _, label in samples])
 
     def __len__(self) -> int:
         return len(self._files)
@@ -112,7 +115,7 @@ class ImageFolder(Dataset):
         file = self.path / os.fsdecode(self._files[index])
         square = _centre_square(read_image(file, self.mode)).resize((self.size, self.size), Image.Resampling.LANCZOS)
         pixels = torch.from_numpy(np.array(square, dtype=np.float32)) / 127.5 - 1
-        return pixels.view(self.size, self.size, -1).permute(2, 0, 1), int(self._labels[index])
+        return pixels.view(self.size, self.size, -1).permute(2, 0, 1), int(self.labels[index])
 
 
 def _centre_square(image: Image.Image) -> Image.Image:
