@@ -325,6 +325,20 @@ def test_folder_reads_classes_by_name_and_crops_the_centre(tmp_path):
     assert torch.equal(grey, torch.ones(1, 4, 4))
 
 
+@pytest.mark.parametrize("channels", [1, 3])
+def test_grey_images_of_16_bits_are_read_to_the_nearest_of_8(tmp_path, channels):
+    levels = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    _write_image(tmp_path / "0.png", levels)
+    for number, rounded in ((1, 0), (2, 128), (3, -128)):  # byte k is 257·k, and the rounding is at ± 128.5
+        wide = (levels.astype(np.int64) * 257 + rounded).clip(0, 65535).astype(np.uint16)
+        Image.fromarray(wide).save(tmp_path / f"{number}.png")
+    data = ImageFolder(tmp_path, channels=channels, size=16, num_classes=0)
+    assert Image.open(tmp_path / "1.png").mode.startswith("I")
+    assert data[0][0].unique().numel() == 256
+    for number in (1, 2, 3):
+        assert torch.equal(data[number][0], data[0][0])
+
+
 def test_a_flat_folder_has_no_classes(tmp_path):
     _write_image(tmp_path / "x.png", np.zeros((8, 8)))
     data = ImageFolder(tmp_path, channels=1, size=8, num_classes=0)

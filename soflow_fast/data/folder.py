@@ -58,16 +58,21 @@ def _is_hidden(name: str) -> bool:
 
 
 def read_image(file: Path, mode: str) -> Image.Image:
-    """An image in a mode of PIL, such as ``RGB``.
+    """An image in a mode of PIL, such as ``RGB``; of 16 bits a pixel, the nearest of 8.
 
     Raises:
         ValueError: for a file that is missing, damaged or no image.
     """
     try:
         with Image.open(file) as image:
-            return image.convert(mode)
+            return (_in_bytes(image) if image.mode.startswith("I") else image).convert(mode)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"the image {file} cannot be read ({error}); repair or remove it") from None
+
+
+def _in_bytes(image: Image.Image) -> Image.Image:
+    """A grey image of 16 bits as one of 8; PIL's own conversion takes everything above 255 as white."""
+    return Image.fromarray((np.asarray(image) / 257).round().clip(0, 255).astype(np.uint8))
 
 
 class ImageFolder(Dataset):
