@@ -154,7 +154,7 @@ def build_dataset(config: TrainConfig) -> Dataset:
         return CIFAR10(data.path, num_classes=model.num_classes)
     form = {"channels": model.in_channels, "size": model.input_size, "num_classes": model.num_classes}
     if data.kind == "folder":
-        return ImageFolder(data.path, **form)
+        return ImageFolder(data.path, **form, flip=data.flip)
     form |= {"scale": data.latent_scale, "dtype": torch.bfloat16 if data.latent_precision == "bf16" else torch.float32}
     folder = find_moments_folder(data.path)
     return LatentMoments(data.path, **form) if folder is None else MomentsFolder(folder, **form)

@@ -9,9 +9,10 @@ from PIL import Image
 from runs import tiny_config, write_images
 
 from soflow_fast import build
+from soflow_fast.config import DataConfig
 from soflow_fast.data import ImageFolder, batches
 
-SETTINGS = {"seed": 3, "num_classes": 10, "device": torch.device("cpu")}
+SETTINGS = {"seed": 3, "num_classes": 0, "device": torch.device("cpu")}
 
 
 def _write_image(path, array, mode=None):
@@ -103,3 +104,30 @@ def test_a_folder_of_fewer_classes_is_said(tmp_path, caplog):
     config = replace(config, model=replace(config.model, num_classes=0))
     build.check_dataset(config, ImageFolder(tmp_path, channels=3, size=8, num_classes=0))
     assert caplog.messages == []
+
+
+def test_images_are_mirrored_at_random_by_the_step(tmp_path):
+    for number, level in enumerate(np.random.default_rng(0).integers(0, 256, (8, 4, 4), np.uint8)):
+        _write_image(tmp_path / f"{number}.png", level)
+    config = tiny_config("unused", data=DataConfig(kind="folder", path=str(tmp_path), flip=True))
+    config = replace(config, model=replace(config.model, input_size=4, patch_size=2, num_classes=0))
+    plain = replace(config, data=replace(config.data, flip=False))
+    drawn, again, straight = (
+        torch.cat([x for x, _ in batches(build.build_dataset(of), batch=8, steps=steps, **SETTINGS, **options)])
+        for of, steps, options in (
+            (config, range(6), {}),
+            (config, range(6), {"workers": 1}),
+            (plain, range(6), {}),
+        )
+    )
+    assert torch.equal(drawn, again)
+    mirrored = (drawn == straight.flip(-1)).flatten(1).all(dim=1)
+    assert torch.equal(torch.where(mirrored[:, None, None, None], straight.flip(-1), straight), drawn)
+    assert 12 <= mirrored.sum() <= 36  # of 48
+    assert len(mirrored.view(6, 8).unique(dim=0)) == 6
+
+
+@pytest.mark.parametrize("kind", ["latents", "digits", "cifar10", "given"])
+def test_mirroring_of_what_is_no_folder_is_refused(kind):
+    with pytest.raises(ValueError, match=rf"data\.flip=True does nothing with data\.kind='{kind}'; leave it out"):
+        DataConfig(kind=kind, flip=True)

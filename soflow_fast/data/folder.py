@@ -81,6 +81,7 @@ class ImageFolder(Dataset):
     Args:
         path: of the folder. channels: 1 (grey) or 3 (RGB). size: height and width of the result.
         num_classes: at least as many as there are class folders; 0 takes every image below the folder, of class 0.
+        flip: mirrors an image with probability 1/2, drawn from torch's global generator.
 
     Attributes:
         labels: (n,) int64, on the host.
@@ -90,8 +91,8 @@ class ImageFolder(Dataset):
             folders than classes.
     """
 
-    def __init__(self, path: str | Path, *, channels: int, size: int, num_classes: int):
-        self.path, self.size = Path(path), size
+    def __init__(self, path: str | Path, *, channels: int, size: int, num_classes: int, flip: bool = False):
+        self.path, self.size, self.flip = Path(path), size, flip
         if not self.path.is_dir():
             raise ValueError(f"the image folder {self.path} does not exist; set data.path to a folder of class folders")
         if channels not in _MODES:
@@ -119,6 +120,8 @@ class ImageFolder(Dataset):
         """(channels, size, size) float32 in [-1, 1], and the label."""
         file = self.path / os.fsdecode(self._files[index])
         square = _centre_square(read_image(file, self.mode)).resize((self.size, self.size), Image.Resampling.LANCZOS)
+        if self.flip and torch.rand(()) < 0.5:
+            square = square.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         pixels = torch.from_numpy(np.array(square, dtype=np.float32)) / 127.5 - 1
         return pixels.view(self.size, self.size, -1).permute(2, 0, 1), int(self.labels[index])
 
