@@ -121,6 +121,23 @@ def test_the_scale_is_the_autoencoders_if_it_fits(tmp_path, pictures, caplog, sp
     assert (f"own scale {own} gives latents of standard deviation" in caplog.text) == (scale is None)
 
 
+def test_an_autoencoder_with_a_shift(tmp_path, pictures, vae, straight):
+    """SD3's and FLUX's latents are (z - shift) · scale."""
+    shifted = write_vae(tmp_path / "vae", shift_factor=0.25)
+    done = encode(pictures, tmp_path / "out.hdf5", vae=shifted, **SMALL)
+    found, plain = read_arrays(done.path)["latents"], read_arrays(straight)["latents"]
+    np.testing.assert_allclose(found[:, :4], plain[:, :4] - 0.25, rtol=1e-5, atol=1e-5)
+    assert np.array_equal(found[:, 4:], plain[:, 4:])
+    latents = torch.from_numpy(found[:, :4]) * done.scale
+    images, expected = (
+        vae_decoder(name, done.scale, torch.device("cpu"))(latents + added * done.scale)
+        for name, added in ((shifted, 0.0), (vae, 0.25))
+    )
+    torch.testing.assert_close(images, expected, rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match=r"holds latents made with shift None, and this command has 0\.25"):
+        encode(pictures, straight, vae=shifted, **SMALL)
+
+
 def test_from_images_to_a_decoded_run_by_the_command(tmp_path, pictures, vae, capsys, caplog, monkeypatch):
     monkeypatch.chdir(tmp_path)
     command = ["encode", str(pictures), "out.hdf5", "--vae", vae, "--size", "16", "--workers", "0", "--device", "cpu"]

@@ -311,6 +311,8 @@ def test_latents_without_an_autoencoder_are_written_and_said_to_be(tmp_path, cap
 class _FakeVae(torch.nn.Module):
     """Stands in for diffusers' AutoencoderKL: eight times the size, three of the channels."""
 
+    config = types.SimpleNamespace(scaling_factor=0.18215)
+
     @classmethod
     def from_pretrained(cls, name, low_cpu_mem_usage):
         if name == "nowhere":
