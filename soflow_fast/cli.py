@@ -36,6 +36,7 @@ _VARIANTS = {
     "guidance_interval": "interval",
     "renoise": "renoise",
 }
+_SAMPLE_VARIANTS = {"step": "at", **_VARIANTS}
 _EVAL_VARIANTS = {**_VARIANTS, "vae": "vae", "precision": "precision"}
 _NOT_IN_NAMES = str.maketrans("./", "_-")
 
@@ -118,6 +119,9 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default auto)")
     for sub in (sample, score):
         sub.add_argument(
+            "--step", type=int, help="of the training: an older checkpoint that was kept (default: the newest)"
+        )
+        sub.add_argument(
             "--ema-std",
             type=float,
             help="of a run with ema.posthoc: the average of this relative standard deviation, such as 0.08 "
@@ -170,7 +174,7 @@ def _encode(args: argparse.Namespace) -> None:
 def _sample(args: argparse.Namespace) -> None:
     _require_positive("--count", args.count)
     _require_positive("--steps", args.steps)
-    config, model, _ = load_run(args.run, args.device, ema_std=args.ema_std)
+    config, model, _ = load_run(args.run, args.device, ema_std=args.ema_std, step=args.step)
     _set_sampling(model, config.objective, args)
     labels = _labels(args.labels, args.count, config.model.num_classes)
     sampler = Sampler(
@@ -188,7 +192,11 @@ def _sample(args: argparse.Namespace) -> None:
         seconds, _ = _timed(lambda: list(sampler.draw(labels, 1)))
         untimed = f", {seconds:.3g} s of compiling not counted"
     seconds, parts = _timed(lambda: list(sampler.draw(labels, args.count, decode)))
-    stem = Path(args.out) if args.out else Path(args.run) / "samples" / f"{args.steps}-step{_variant(args, _VARIANTS)}"
+    stem = (
+        Path(args.out)
+        if args.out
+        else Path(args.run) / "samples" / f"{args.steps}-step{_variant(args, _SAMPLE_VARIANTS)}"
+    )
     path = save_samples(torch.cat(parts), stem, config.output.sample_shape[1])
     what = "latents (no autoencoder is set: --vae)" if path.suffix == ".npy" else "samples"
     rate = f"{args.count / seconds:.4g} images/s in {sampler.precision}{untimed}"
@@ -196,7 +204,7 @@ def _sample(args: argparse.Namespace) -> None:
 
 
 def _eval(args: argparse.Namespace) -> None:
-    config, model, step = load_run(args.run, args.device, ema_std=args.ema_std)
+    config, model, step = load_run(args.run, args.device, ema_std=args.ema_std, step=args.step)
     _set_sampling(model, config.objective, args)
     given = {
         "samples": args.count,

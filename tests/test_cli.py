@@ -13,8 +13,10 @@ from runs import pixel_features, soflow, tiny_config, write_config, write_images
 from test_interop import IMAGENET
 
 from soflow_fast import Trainer, capture
+from soflow_fast.checkpoint import load_averages
 from soflow_fast.cli import main
 from soflow_fast.config import DataConfig, ModelConfig
+from soflow_fast.trainer import load_run
 
 needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="is about a machine without a GPU")
 
@@ -224,6 +226,24 @@ def test_sample(run, tmp_path, capsys):
     assert again == [0] * 5
     pictures = [(tmp_path / f"{seed}.png").read_bytes() for seed in "012"]
     assert len(set(pictures)) == 3
+
+
+def test_an_older_checkpoint(run, tmp_path, capsys):
+    pictures = []
+    for step in (4, 6):
+        assert main(["sample", str(run), "--count", "10", "--step", str(step)]) == 0
+        pictures.append((run / "samples" / f"1-step-at-{step}.png").read_bytes())
+        _, model, loaded = load_run(run, "cpu", step=step)
+        averages = load_averages(run / "checkpoints" / f"step-{step:08d}")
+        assert loaded == step
+        assert all(torch.equal(value, averages[name]) for name, value in model.state_dict().items())
+    assert main(["sample", str(run), "--count", "10", "--out", str(tmp_path / "newest")]) == 0
+    assert pictures[0] != pictures[1] == (tmp_path / "newest.png").read_bytes()
+    assert main(["eval", str(run), "--count", "66", "--step", "4"]) == 0
+    assert json.loads((run / "evaluation" / "step-00000004-1-step-66-samples.json").read_text())["step"] == 4
+    capsys.readouterr()
+    for command in ("sample", "eval"):
+        assert "has no checkpoint of step 5; choose one of 2, 4, 6\n" in _refused(capsys, command, run, "--step", 5)
 
 
 def test_several_steps_add_noise_again_or_do_not(run, tmp_path):
