@@ -40,6 +40,7 @@ _SAMPLE_VARIANTS = {"step": "at", **_VARIANTS}
 _EVAL_VARIANTS = {**_VARIANTS, "vae": "vae", "precision": "precision"}
 _NOT_IN_NAMES = str.maketrans("./", "_-")
 
+_STEPS = "sampling steps, each of one network call, or of flow_matching.ode_steps for flow_matching"
 _OVERRIDES = "any value of the configuration by its name, such as --optimizer.learning_rate 3e-4"
 
 
@@ -83,7 +84,7 @@ def _parser() -> argparse.ArgumentParser:
     sample = add("sample", _sample, "draw samples from a run")
     sample.add_argument("run", help="folder of the run")
     sample.add_argument("--count", type=int, default=64, help="how many (default 64)")
-    sample.add_argument("--steps", type=int, default=1, help="network calls per sample (default 1)")
+    sample.add_argument("--steps", type=int, default=1, help=f"{_STEPS} (default 1)")
     sample.add_argument(
         "--labels",
         help="classes, such as 3 or 1,5,7, repeated in turn (default: all in turn; of more classes than samples, as "
@@ -95,7 +96,7 @@ def _parser() -> argparse.ArgumentParser:
     score = add("eval", _eval, "score a run's samples")
     score.add_argument("run", help="folder of the run")
     score.add_argument("--count", type=int, help="how many samples (default: as configured)")
-    score.add_argument("--steps", type=int, help="network calls per sample (default: as configured)")
+    score.add_argument("--steps", type=int, help=f"{_STEPS} (default: as configured)")
     score.add_argument("--seed", type=int, default=0, help="of the noise (default 0)")
     score.add_argument("--reference", help="folder of real images or .npz of their statistics (default: as configured)")
     score.add_argument("--features", help="feature extractor of torch-fidelity, or pixels (default: as configured)")

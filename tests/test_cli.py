@@ -246,6 +246,13 @@ def test_an_older_checkpoint(run, tmp_path, capsys):
         assert "has no checkpoint of step 5; choose one of 2, 4, 6\n" in _refused(capsys, command, run, "--step", 5)
 
 
+def test_help_says_what_a_sampling_step_costs(capsys):
+    for command in ("sample", "eval"):
+        with pytest.raises(SystemExit):
+            main([command, "--help"])
+        assert "each of one network call, or of flow_matching.ode_steps" in " ".join(capsys.readouterr().out.split())
+
+
 def test_several_steps_add_noise_again_or_do_not(run, tmp_path):
     """SoFlow does unless it is told not to; one step is the same."""
     pictures = []
