@@ -193,11 +193,8 @@ def _sample(args: argparse.Namespace) -> None:
         seconds, _ = _timed(lambda: list(sampler.draw(labels, 1)))
         untimed = f", {seconds:.3g} s of compiling not counted"
     seconds, parts = _timed(lambda: list(sampler.draw(labels, args.count, decode)))
-    stem = (
-        Path(args.out)
-        if args.out
-        else Path(args.run) / "samples" / f"{args.steps}-step{_variant(args, _SAMPLE_VARIANTS)}"
-    )
+    default = Path(args.run) / "samples" / f"{args.steps}-step{_variant(args, _SAMPLE_VARIANTS)}"
+    stem = Path(args.out) if args.out else default
     path = save_samples(torch.cat(parts), stem, config.output.sample_shape[1])
     what = "latents (no autoencoder is set: --vae)" if path.suffix == ".npy" else "samples"
     rate = f"{args.count / seconds:.4g} images/s in {sampler.precision}{untimed}"

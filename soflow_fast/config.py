@@ -126,7 +126,7 @@ class OutputConfig(Section, section="output."):
     """What a run writes, and how often, in steps; 0 is never.
 
     Attributes:
-        log_every: metrics. sample_every: sample grids, of sample_shape (rows, columns) in sample_steps network calls.
+        log_every: metrics. sample_every: sample grids, of sample_shape (rows, columns) in sample_steps sampling steps.
         checkpoint_every: checkpoints, of which the newest keep_checkpoints stay.
     """
 
@@ -153,7 +153,7 @@ class EvaluationConfig(Section, section="evaluation."):
 
     Attributes:
         every: steps between evaluations during training, 0 for none. samples: how many are drawn, batch_size at a
-            time, in ``steps`` network calls. features: a feature extractor of torch-fidelity, or ``pixels``; by default
+            time, in ``steps`` sampling steps. features: an extractor of torch-fidelity, or ``pixels``; by default
             ``pixels`` for the digits and ``inception-v3-compat`` otherwise. weights: file of the extractor's weights.
         reference: folder of the real images, or ``.npz`` file of their features' mean ``mu`` and covariance ``sigma``
             as ADM and EDM publish them; by default the training data, where they are a folder or CIFAR-10.
