@@ -12,7 +12,7 @@ from soflow_fast.augment import AUGMENT_DIM
 from soflow_fast.config import GIVEN, OBJECTIVE_SECTIONS, ModelConfig, TrainConfig
 from soflow_fast.config_model import UNET_PRESET
 from soflow_fast.data import CIFAR10, ImageFolder, LatentMoments, MomentsFolder, digits, find_moments_folder
-from soflow_fast.data.checks import require_pair
+from soflow_fast.data.checks import require_pair, warn_of_unused_classes
 from soflow_fast.dit import PRESETS, DiT
 from soflow_fast.objectives.alphaflow import AlphaFlow
 from soflow_fast.objectives.flow_matching import FlowMatching
@@ -154,7 +154,7 @@ def build_dataset(config: TrainConfig) -> Dataset:
         return CIFAR10(data.path, num_classes=model.num_classes)
     form = {"channels": model.in_channels, "size": model.input_size, "num_classes": model.num_classes}
     if data.kind == "folder":
-        return ImageFolder(data.path, **form)
+        return ImageFolder(data.path, **form, flip=data.flip)
     form |= {"scale": data.latent_scale, "dtype": torch.bfloat16 if data.latent_precision == "bf16" else torch.float32}
     folder = find_moments_folder(data.path)
     return LatentMoments(data.path, **form) if folder is None else MomentsFolder(folder, **form)
@@ -162,6 +162,8 @@ def build_dataset(config: TrainConfig) -> Dataset:
 
 def check_dataset(config: TrainConfig, dataset: Dataset) -> float | None:
     """The scale of latent moments if that is what a data set holds, None if it holds samples.
+
+    Warns of classes that no sample is of, where the labels are at hand.
 
     Raises:
         ValueError: if it has no length or no full batch, its items are not pairs of a floating-point tensor and a
@@ -175,6 +177,7 @@ def check_dataset(config: TrainConfig, dataset: Dataset) -> float | None:
             f"choose at most {len(dataset)}"
         )
     shape, (channels, *size) = require_pair(dataset[0], config.model.num_classes), sample_shape(config)
+    warn_of_unused_classes(dataset, config.model.num_classes)
     if shape == (channels, *size):
         return None
     if shape == (2 * channels, *size):

@@ -22,7 +22,7 @@ from soflow_fast.config import TrainConfig
 from soflow_fast.config_io import read_yaml
 from soflow_fast.dry_run import describe
 from soflow_fast.encode import encode
-from soflow_fast.evaluate import check_evaluation, evaluate
+from soflow_fast.evaluate import check_evaluation, compared_with, evaluate, evaluation_name
 from soflow_fast.images import balanced_labels, save_samples, vae_decoder
 from soflow_fast.interop import public_words
 from soflow_fast.precision import PRECISIONS
@@ -36,7 +36,11 @@ _VARIANTS = {
     "guidance_interval": "interval",
     "renoise": "renoise",
 }
+_SAMPLE_VARIANTS = {"step": "at", **_VARIANTS}
+_EVAL_VARIANTS = {**_VARIANTS, "vae": "vae", "precision": "precision"}
+_NOT_IN_NAMES = str.maketrans("./", "_-")
 
+_STEPS = "sampling steps, each of one network call, or of flow_matching.ode_steps for flow_matching"
 _OVERRIDES = "any value of the configuration by its name, such as --optimizer.learning_rate 3e-4"
 
 
@@ -80,15 +84,19 @@ def _parser() -> argparse.ArgumentParser:
     sample = add("sample", _sample, "draw samples from a run")
     sample.add_argument("run", help="folder of the run")
     sample.add_argument("--count", type=int, default=64, help="how many (default 64)")
-    sample.add_argument("--steps", type=int, default=1, help="network calls per sample (default 1)")
-    sample.add_argument("--labels", help="classes, such as 3 or 1,5,7, repeated in turn (default all)")
+    sample.add_argument("--steps", type=int, default=1, help=f"{_STEPS} (default 1)")
+    sample.add_argument(
+        "--labels",
+        help="classes, such as 3 or 1,5,7, repeated in turn (default: all in turn; of more classes than samples, as "
+        "many, spread evenly)",
+    )
     sample.add_argument("--seed", type=int, default=0, help="of the noise (default 0)")
     sample.add_argument("--out", help="file without suffix (default RUN/samples/<steps>-step)")
 
     score = add("eval", _eval, "score a run's samples")
     score.add_argument("run", help="folder of the run")
     score.add_argument("--count", type=int, help="how many samples (default: as configured)")
-    score.add_argument("--steps", type=int, help="network calls per sample (default: as configured)")
+    score.add_argument("--steps", type=int, help=f"{_STEPS} (default: as configured)")
     score.add_argument("--seed", type=int, default=0, help="of the noise (default 0)")
     score.add_argument("--reference", help="folder of real images or .npz of their statistics (default: as configured)")
     score.add_argument("--features", help="feature extractor of torch-fidelity, or pixels (default: as configured)")
@@ -111,6 +119,9 @@ def _parser() -> argparse.ArgumentParser:
     for sub in (encoder, sample, score, demo):
         sub.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default auto)")
     for sub in (sample, score):
+        sub.add_argument(
+            "--step", type=int, help="of the training: an older checkpoint that was kept (default: the newest)"
+        )
         sub.add_argument(
             "--ema-std",
             type=float,
@@ -164,7 +175,7 @@ def _encode(args: argparse.Namespace) -> None:
 def _sample(args: argparse.Namespace) -> None:
     _require_positive("--count", args.count)
     _require_positive("--steps", args.steps)
-    config, model, _ = load_run(args.run, args.device, ema_std=args.ema_std)
+    config, model, _ = load_run(args.run, args.device, ema_std=args.ema_std, step=args.step)
     _set_sampling(model, config.objective, args)
     labels = _labels(args.labels, args.count, config.model.num_classes)
     sampler = Sampler(
@@ -182,7 +193,8 @@ def _sample(args: argparse.Namespace) -> None:
         seconds, _ = _timed(lambda: list(sampler.draw(labels, 1)))
         untimed = f", {seconds:.3g} s of compiling not counted"
     seconds, parts = _timed(lambda: list(sampler.draw(labels, args.count, decode)))
-    stem = Path(args.out) if args.out else Path(args.run) / "samples" / f"{args.steps}-step{_variant(args)}"
+    default = Path(args.run) / "samples" / f"{args.steps}-step{_variant(args, _SAMPLE_VARIANTS)}"
+    stem = Path(args.out) if args.out else default
     path = save_samples(torch.cat(parts), stem, config.output.sample_shape[1])
     what = "latents (no autoencoder is set: --vae)" if path.suffix == ".npy" else "samples"
     rate = f"{args.count / seconds:.4g} images/s in {sampler.precision}{untimed}"
@@ -190,7 +202,7 @@ def _sample(args: argparse.Namespace) -> None:
 
 
 def _eval(args: argparse.Namespace) -> None:
-    config, model, step = load_run(args.run, args.device, ema_std=args.ema_std)
+    config, model, step = load_run(args.run, args.device, ema_std=args.ema_std, step=args.step)
     _set_sampling(model, config.objective, args)
     given = {
         "samples": args.count,
@@ -202,19 +214,32 @@ def _eval(args: argparse.Namespace) -> None:
     wanted = replace(config.evaluation, **{name: value for name, value in given.items() if value is not None})
     config = replace(_with_vae(config, args.vae), evaluation=wanted)
     check_evaluation(config)
-    folder = Path(args.run) / "evaluation" / f"step-{step:08d}-{wanted.steps}-step{_variant(args)}"
+    name = f"{evaluation_name(config, step, args.seed)}{_variant(args, _EVAL_VARIANTS)}"
+    folder = Path(args.run) / "evaluation" / name
+    precision = args.precision or ("bf16" if next(model.parameters()).is_cuda else "fp32")
     scores = evaluate(
         model,
         config,
         folder,
         decode=_decoder(config, model),
         seed=args.seed,
-        precision=args.precision,
+        precision=precision,
         compile=args.compile,
     )
     folder.parent.mkdir(parents=True, exist_ok=True)
     path = folder.with_suffix(".json")
-    about = {"step": step, "seed": args.seed, "ema_std": args.ema_std, "renoise": args.renoise}
+    about = {
+        "step": step,
+        "count": wanted.samples,
+        "steps": wanted.steps,
+        "seed": args.seed,
+        **compared_with(config),
+        "weights": wanted.weights,
+        "vae": config.data.vae,
+        "precision": precision,
+        "ema_std": args.ema_std,
+        "renoise": model.renoises,
+    }
     if hasattr(model, "set_sample_guidance"):
         about |= {"guidance_scale": model.sample_scale, "guidance_interval": model.sample_interval}
     path.write_text(json.dumps({**about, **scores}, indent=2) + "\n")
@@ -257,11 +282,11 @@ def _timed(work: Callable) -> tuple[float, Any]:
     return time.perf_counter() - started, result
 
 
-def _variant(args: argparse.Namespace) -> str:
-    """What tells files of another average or guidance apart from those of the run's own; a dot would begin a suffix."""
-    given = {short: getattr(args, name) for name, short in _VARIANTS.items() if getattr(args, name) is not None}
+def _variant(args: argparse.Namespace, options: dict[str, str]) -> str:
+    """What tells files of other options apart from those of the run's own; a dot would begin a suffix."""
+    given = {short: getattr(args, name) for name, short in options.items() if getattr(args, name) is not None}
     values = {short: "-".join(map(str, x)) if isinstance(x, tuple) else x for short, x in given.items()}
-    return "".join(f"-{short}-{value}" for short, value in values.items()).lower().replace(".", "_")
+    return "".join(f"-{short}-{value}" for short, value in values.items()).lower().translate(_NOT_IN_NAMES)
 
 
 def _set_sampling(model: torch.nn.Module, objective: str, args: argparse.Namespace) -> None:

@@ -50,6 +50,7 @@ class DataConfig(Section, section="data."):
         on_device: whether the data lie in the device's memory as a whole, for latents, digits, CIFAR-10 and data sets
             that can be read in pieces; the batches are the same. ``auto`` is yes if they take at most half of the free
             memory that a step is estimated to leave, on a CPU at most 256 MiB.
+        flip: whether images of a ``folder`` are mirrored at random, each with probability 1/2.
         augment: the probability of each change of an image that the network is told of, see
             :class:`~soflow_fast.augment.Augment`; 0 for none, also without mirroring.
         workers: loader processes, 0 for none, at most one for each CPU. prefetch: batches each of them reads ahead.
@@ -61,6 +62,7 @@ class DataConfig(Section, section="data."):
     vae: str | None = None
     latent_precision: Literal["bf16", "fp32"] = "fp32"
     on_device: bool | Literal["auto"] = "auto"
+    flip: bool = False
     augment: float = 0.0
     workers: int = 4
     prefetch: int = 4
@@ -69,6 +71,10 @@ class DataConfig(Section, section="data."):
         super().__post_init__()
         require(0 <= self.augment <= 1, f"data.augment={self.augment} must be in [0, 1]")
         require(self.kind in DATA_KINDS, f"data.kind={self.kind!r} is not known; choose one of {', '.join(DATA_KINDS)}")
+        require(
+            not self.flip or self.kind == "folder",
+            f"data.flip=True does nothing with data.kind={self.kind!r}; leave it out (latents: soflow encode --flip)",
+        )
         require(self.latent_scale > 0, f"data.latent_scale={self.latent_scale} must be greater than 0")
         require_count("data.workers", self.workers, least=0)
         require_count("data.prefetch", self.prefetch)
@@ -120,7 +126,7 @@ class OutputConfig(Section, section="output."):
     """What a run writes, and how often, in steps; 0 is never.
 
     Attributes:
-        log_every: metrics. sample_every: sample grids, of sample_shape (rows, columns) in sample_steps network calls.
+        log_every: metrics. sample_every: sample grids, of sample_shape (rows, columns) in sample_steps sampling steps.
         checkpoint_every: checkpoints, of which the newest keep_checkpoints stay.
     """
 
@@ -147,7 +153,7 @@ class EvaluationConfig(Section, section="evaluation."):
 
     Attributes:
         every: steps between evaluations during training, 0 for none. samples: how many are drawn, batch_size at a
-            time, in ``steps`` network calls. features: a feature extractor of torch-fidelity, or ``pixels``; by default
+            time, in ``steps`` sampling steps. features: an extractor of torch-fidelity, or ``pixels``; by default
             ``pixels`` for the digits and ``inception-v3-compat`` otherwise. weights: file of the extractor's weights.
         reference: folder of the real images, or ``.npz`` file of their features' mean ``mu`` and covariance ``sigma``
             as ADM and EDM publish them; by default the training data, where they are a folder or CIFAR-10.

@@ -24,7 +24,7 @@ from soflow_fast.data.folder import class_folders, labelled_images, read_image
 from soflow_fast.data.latents import LatentMoments
 from soflow_fast.data.moments import fits, probe_rows, spread
 from soflow_fast.data.writer import Contents, LatentsWriter, is_complete
-from soflow_fast.images import load_vae
+from soflow_fast.images import load_vae, shift_of
 from soflow_fast.precision import PRECISIONS, tensor_cores
 
 _log = logging.getLogger(__name__)
@@ -71,7 +71,8 @@ def encode(
     """Writes the latent moments of a folder of images as HDF5, see :mod:`soflow_fast.data.latents`.
 
     It can be killed at any instant; the same call goes on where it stopped, and on a CPU ends with bitwise the same
-    file. Images are cropped as by :func:`centre_crop` and given to the autoencoder in [-1, 1].
+    file. Images are cropped as by :func:`centre_crop` and given to the autoencoder in [-1, 1]. Of an autoencoder with
+    a shift, as SD3's and FLUX's, the means are stored less that, so that only the scale is left to apply.
 
     Args:
         images: folder of class folders, whose sorted names are classes 0, 1, ..; or of images without classes.
@@ -86,9 +87,9 @@ def encode(
         flip: each image is followed by its mirror image, so that there are twice as many samples.
 
     Raises:
-        ValueError: for a folder without images, an image that cannot be read, an autoencoder that cannot be used or
-            whose latents are not finite, a batch that does not fit the memory, numbers below their least, and a file
-            there already that was made of other images or in another way.
+        ValueError: for a folder or a class folder without images, an image that cannot be read, an autoencoder that
+            cannot be used or whose latents are not finite, a batch that does not fit the memory, numbers below their
+            least, and a file there already that was made of other images or in another way.
     """
     images, out = Path(images), Path(out)
     for name, value, least in (("size", size, 1), ("batch", batch, 1), ("workers", workers, 0)):
@@ -105,6 +106,8 @@ def encode(
     channels, latent_size = _latent_shape(network, vae, size)
     copies = 1 + flip
     settings = {"size": size, "flip": flip, "precision": precision, "autoencoder weights": _digest(network)}
+    if shift_of(network):  # without it as ever, so that files begun earlier are gone on with
+        settings["shift"] = shift_of(network)
     contents = Contents(
         settings,
         (2 * channels, latent_size, latent_size),
@@ -164,10 +167,7 @@ def _samples(images: Path) -> tuple[int, list[tuple[Path, int]]]:
     if not images.is_dir():
         raise ValueError(f"the image folder {images} does not exist; give a folder of class folders, or of images")
     classes = class_folders(images)
-    samples = labelled_images(images, classes or [""])
-    if not samples:
-        raise ValueError(f"the image folder {images} holds no images; put them in one folder per class")
-    return len(classes), samples
+    return len(classes), labelled_images(images, classes or [""])
 
 
 def _latent_shape(vae: nn.Module, name: str, size: int) -> tuple[int, int]:
@@ -251,7 +251,7 @@ def _launch(vae, images: Tensor, device, precision: str, mirrored: bool) -> tupl
         x = torch.stack([x, x.flip(-1)], dim=1).flatten(0, 1)
     with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
         posterior = vae.encode(x).latent_dist
-    moments = torch.cat([posterior.mean.float(), (posterior.logvar.float() / 2).exp()], dim=1)
+    moments = torch.cat([posterior.mean.float() - shift_of(vae), (posterior.logvar.float() / 2).exp()], dim=1)
     if device.type != "cuda":
         return moments, None
     moments, event = moments.to("cpu", non_blocking=True), torch.cuda.Event()

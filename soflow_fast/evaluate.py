@@ -7,6 +7,7 @@ import hashlib
 import importlib.util
 import itertools
 import logging
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -61,8 +62,35 @@ def why_unscored(config: TrainConfig) -> str | None:
     return None if _reference(config) else f"evaluation.reference is not set to {_REFERENCES}"
 
 
+def compared_with(config: TrainConfig) -> dict[str, str | None]:
+    """The ``features`` by which samples are scored and the ``reference``; None where they get no score."""
+    if config.data.kind == "digits":
+        return {"features": "pixels", "reference": "digits"}
+    if why_unscored(config):
+        return {"features": None, "reference": None}
+    return {"features": config.evaluation.features or _INCEPTION, "reference": str(_reference(config))}
+
+
+def evaluation_name(config: TrainConfig, step: int, seed: int) -> str:
+    """A file name without suffix that two evaluations share only if they score the same samples in the same way."""
+    wanted = config.evaluation
+    parts = [f"step-{step:08d}-{wanted.steps}-step-{wanted.samples}-samples"]
+    if seed:
+        parts.append(f"seed-{seed}")
+    if wanted.features is not None:
+        parts.append(_slug(wanted.features))
+    for name in ("reference", "weights"):
+        path = getattr(wanted, name)
+        if path is not None:  # two folders may be called the same
+            digest = hashlib.sha256(str(Path(path).resolve()).encode()).hexdigest()[:6]
+            parts.append(f"{name}-{_slug(Path(path).stem)}-{digest}")
+    return "-".join(parts)
+
+
 def check_evaluation(config: TrainConfig) -> None:
     """Finds what would make :func:`evaluate` fail before anything is drawn; downloads the extractor's weights.
+
+    Warns of fewer samples than the rank of their features' covariance needs.
 
     Raises:
         ValueError: for a missing package, an unknown feature extractor or one whose weights cannot be had, a reference
@@ -76,7 +104,7 @@ def check_evaluation(config: TrainConfig) -> None:
                 raise ValueError(f"evaluation.{name}={getattr(wanted, name)!r} does nothing here: {why}; leave it out")
     if config.data.kind == "digits":
         _fidelity()
-        digits()
+        _warn_of_few(wanted.samples, digits()[0][0].numel())
     elif not unscored:
         _check_reference(_reference(config), config)
 
@@ -169,8 +197,26 @@ def _check_reference(reference: Path, config: TrainConfig) -> None:
     features = config.evaluation.features or _INCEPTION
     extractor = fidelity.load_extractor(features, config.evaluation.weights)
     # How many pixels a decoded latent has shows when it is decoded; a network's features are as many of any size.
-    if statistics and (_are_pixels(config) or features != fidelity.PIXELS):
-        fidelity.check_length(reference, statistics, extractor, config.model.input_size)
+    if _are_pixels(config) or features != fidelity.PIXELS:
+        length = fidelity.count_features(extractor, config.model.input_size)
+        if statistics:
+            fidelity.require_length(reference, statistics, features, length)
+        _warn_of_few(config.evaluation.samples, length)
+
+
+def _warn_of_few(samples: int, features: int) -> None:
+    if samples <= features:
+        _log.warning(
+            "%d samples are not more than the %d features, so their covariance has no full rank and the Fréchet "
+            "distance depends on how many there are; draw more (--count, evaluation.samples)",
+            samples,
+            features,
+        )
+
+
+def _slug(text: str) -> str:
+    """What of a text can stand in a file's name; a dot would begin a suffix."""
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:40]
 
 
 def _are_pixels(config: TrainConfig) -> bool:

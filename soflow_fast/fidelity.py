@@ -115,15 +115,21 @@ def load_statistics(file: Path) -> dict[str, np.ndarray]:
     return {name: array.astype(np.float64) for name, array in read.items()}
 
 
-def check_length(file: Path, statistics: dict[str, np.ndarray], extractor: FeatureExtractorBase, size: int) -> None:
-    """Whether an extractor gives as many features of RGB images (3, size, size) as a file's statistics are of.
-
-    Raises:
-        ValueError: if not.
-    """
+def count_features(extractor: FeatureExtractorBase, size: int) -> int:
+    """How many features F an extractor gives of an RGB image (3, size, size)."""
     with torch.no_grad():
         (features,) = extractor(torch.zeros(1, 3, size, size, dtype=torch.uint8))
-    _require_length(file, statistics, extractor.get_name(), features.shape[1])
+    return features.shape[1]
+
+
+def require_length(file: Path, statistics: dict[str, np.ndarray], features: str, length: int) -> None:
+    """ValueError unless a file's statistics are of as many features as there are of the samples."""
+    given = len(statistics["mu"])
+    if given != length:
+        raise ValueError(
+            f"{_named(file)} holds statistics of {given} features, and evaluation.features={features!r} gives {length} "
+            "of these samples; give statistics of the same features"
+        )
 
 
 def frechet_distance(
@@ -179,7 +185,7 @@ def distance_to_statistics(images: Tensor | Path, file: Path, *, features: str =
     extractor = create_feature_extractor(features, [layer], **options)
     found = fid_input_id_to_statistics(1, extractor, layer, **options)
     found = {name: array.astype(np.float64) for name, array in found.items()}  # the mean comes in the features' dtype
-    _require_length(file, statistics, features, len(found["mu"]))
+    require_length(file, statistics, features, len(found["mu"]))
     return fid_statistics_to_metric(found, statistics, verbose=False)[torch_fidelity.KEY_METRIC_FID]
 
 
@@ -189,12 +195,3 @@ def _input(images: Tensor | Path) -> Dataset | str:
 
 def _named(file: Path) -> str:
     return f"evaluation.reference={str(file)!r}"
-
-
-def _require_length(file: Path, statistics: dict[str, np.ndarray], features: str, length: int) -> None:
-    given = len(statistics["mu"])
-    if given != length:
-        raise ValueError(
-            f"{_named(file)} holds statistics of {given} features, and evaluation.features={features!r} gives {length} "
-            "of these samples; give statistics of the same features"
-        )

@@ -36,8 +36,14 @@ def generate(
 
 
 def balanced_labels(n: int, num_classes: int) -> Tensor | None:
-    """0, 1, .., num_classes−1, 0, ..: (n,) int64, or None if there are no classes."""
-    return torch.arange(n) % num_classes if num_classes else None
+    """0, 1, .., num_classes−1, 0, ..; of more classes than samples as many, spread evenly.
+
+    Returns:
+        (n,) int64, or None if there are no classes.
+    """
+    if not num_classes:
+        return None
+    return torch.arange(n) % num_classes if n >= num_classes else torch.arange(n) * num_classes // n
 
 
 def load_vae(name: str, setting: str = "data.vae") -> nn.Module:
@@ -64,14 +70,22 @@ def load_vae(name: str, setting: str = "data.vae") -> nn.Module:
     return vae.float().eval().requires_grad_(False)
 
 
+def shift_of(vae: nn.Module) -> float:
+    """What an autoencoder such as SD3's and FLUX's subtracts from latents before they are scaled; 0 for others."""
+    return getattr(vae.config, "shift_factor", None) or 0.0
+
+
 def vae_decoder(name: str, scale: float, device: torch.device) -> Decoder:
     """The function from scaled latents (n, C, S, S) to images (n, 3, 8S, 8S) of a diffusers ``AutoencoderKL``.
+
+    Its own shift, if it has one, is added to the unscaled latents: ``soflow encode`` stores them without it.
 
     Args:
         name: see :func:`load_vae`, also for what it raises. scale: what latents were multiplied by.
     """
     vae = load_vae(name).to(device)
-    return lambda latents: vae.decode(latents / scale).sample
+    shift = shift_of(vae)
+    return lambda latents: vae.decode(latents / scale + shift).sample
 
 
 def to_uint8(images: Tensor) -> Tensor:

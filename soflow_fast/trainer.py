@@ -328,19 +328,25 @@ class Trainer:
 
 
 def load_run(
-    run_dir: str | Path, device: str = "auto", *, model: nn.Module | None = None, ema_std: float | None = None
+    run_dir: str | Path,
+    device: str = "auto",
+    *,
+    model: nn.Module | None = None,
+    ema_std: float | None = None,
+    step: int | None = None,
 ) -> tuple[TrainConfig, nn.Module, int]:
-    """The configuration of a run, its model with the averaged weights of the newest checkpoint, and the step.
+    """The configuration of a run, its model with the averaged weights of a checkpoint, and the step.
 
     Args:
         run_dir: of the run. device: for the model.
         model: the network or objective of a run that was given one as an object; it takes the weights.
         ema_std: takes in place of those averages, and at the step of the newest snapshot, the ones of this relative
             standard deviation, see :func:`soflow_fast.posthoc.reconstruct`.
+        step: of the checkpoint, or with ``ema_std`` of the snapshots; by default the newest.
 
     Raises:
-        ValueError: if there is no such run, no checkpoint in it, the run was of another model, or it has no snapshots
-            from which these averages can be had.
+        ValueError: if there is no such run, no checkpoint in it or none of that step, the run was of another model, or
+            it has no snapshots from which these averages can be had.
     """
     run_dir = Path(run_dir)
     if not (run_dir / CONFIG_NAME).is_file():
@@ -350,20 +356,24 @@ def load_run(
     found = checkpoint.committed(run_dir / CHECKPOINTS)
     if not found:
         raise ValueError(f"the run {run_dir} has no checkpoint yet; let it train to its first one")
+    path = next((path for path in found if checkpoint.step_of(path) == step), found[-1])
+    if ema_std is None and step not in (None, checkpoint.step_of(path)):
+        steps = ", ".join(str(checkpoint.step_of(path)) for path in found)
+        raise ValueError(f"the run {run_dir} has no checkpoint of step {step}; choose one of {steps}")
     model = build.build_model(build.runnable(config), model).to(build.resolve_device(device)).eval()
-    taken, step = checkpoint.load_averages(found[-1]), checkpoint.step_of(found[-1])
+    taken, at = checkpoint.load_averages(path), checkpoint.step_of(path)
     if ema_std is not None:
-        average = posthoc.reconstruct(run_dir, ema_std)
-        taken, step = {**taken, **average.weights}, average.step
+        average = posthoc.reconstruct(run_dir, ema_std, step)
+        taken, at = {**taken, **average.weights}, average.step
         _log.warning(
             "the average of std %s at step %d is a sum of %d snapshots; its profile is off by %.2g",
             ema_std,
-            step,
+            at,
             average.snapshots,
             average.residual,
         )
-    checkpoint.load_weights(model, taken, found[-1])
-    return config, model, step
+    checkpoint.load_weights(model, taken, path)
+    return config, model, at
 
 
 def _due(step: int, every: int) -> bool:

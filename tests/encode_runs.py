@@ -8,7 +8,7 @@ import torch
 from diffusers import AutoencoderKL
 from PIL import Image
 
-FORM = {"channels": 4, "size": 8, "num_classes": 3, "scale": 0.18215}
+FORM = {"channels": 4, "size": 8, "num_classes": 2, "scale": 0.18215}
 SMALL = {"size": 16, "batch": 2, "device": "cpu", "workers": 0}
 
 
@@ -42,8 +42,8 @@ def random_image(seed: int, width: int, height: int) -> Image.Image:
 
 
 def write_pictures(folder: Path, mirrored=False) -> None:
-    """Three images of class a, none of b and four of c, of different widths; one of each class in a folder deeper."""
-    for label, (name, count) in enumerate({"a": 3, "b": 0, "c": 4}.items()):
+    """Three images of class a and four of c, of different widths; one of each class in a folder deeper."""
+    for label, (name, count) in enumerate({"a": 3, "c": 4}.items()):
         (folder / name / "deep").mkdir(parents=True)
         for number in range(count):
             image = random_image(10 * label + number, 16 + 3 * number, 20)

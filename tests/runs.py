@@ -1,6 +1,7 @@
 """Small training runs that several tests share."""
 
 import os
+import random
 import subprocess
 import sys
 from dataclasses import replace
@@ -112,6 +113,14 @@ class Blobs(torch.utils.data.Dataset):
 
     def __getitem__(self, index):
         return self.samples[index], index % self.classes
+
+
+class Augmented(Blobs):
+    """Items draw from every global generator."""
+
+    def __getitem__(self, index):
+        x, label = super().__getitem__(index)
+        return x + torch.randn(x.shape) + np.random.rand() + random.random(), label
 
 
 def final(run_dir, step=6):

@@ -388,7 +388,7 @@ def test_soflow_eval_compares_a_run_with_the_training_set_pixel_by_pixel(written
     Trainer(_cifar_config(run, path)).fit()
     assert main(["eval", str(run), "--count", "30", "--features", "pixels", "--device", "cpu"]) == 0
     assert "frechet" in capsys.readouterr().out
-    found = json.loads((run / "evaluation" / "step-00000002-1-step.json").read_text())
+    found = json.loads((run / "evaluation" / "step-00000002-1-step-30-samples-pixels.json").read_text())
     drawn = _samples(Path(found["samples"]))
     assert drawn.shape == (30, 32, 32, 3)
     assert found["frechet"] == pytest.approx(_distance(pixel_features(drawn), rows / 127.5 - 1), rel=1e-3)

@@ -1,7 +1,9 @@
 """The command line: one sentence and exit code 2 for bad input, and what the commands print and write."""
 
 import json
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,8 +13,10 @@ from runs import pixel_features, soflow, tiny_config, write_config, write_images
 from test_interop import IMAGENET
 
 from soflow_fast import Trainer, capture
+from soflow_fast.checkpoint import load_averages
 from soflow_fast.cli import main
 from soflow_fast.config import DataConfig, ModelConfig
+from soflow_fast.trainer import load_run
 
 needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="is about a machine without a GPU")
 
@@ -224,6 +228,31 @@ def test_sample(run, tmp_path, capsys):
     assert len(set(pictures)) == 3
 
 
+def test_an_older_checkpoint(run, tmp_path, capsys):
+    pictures = []
+    for step in (4, 6):
+        assert main(["sample", str(run), "--count", "10", "--step", str(step)]) == 0
+        pictures.append((run / "samples" / f"1-step-at-{step}.png").read_bytes())
+        _, model, loaded = load_run(run, "cpu", step=step)
+        averages = load_averages(run / "checkpoints" / f"step-{step:08d}")
+        assert loaded == step
+        assert all(torch.equal(value, averages[name]) for name, value in model.state_dict().items())
+    assert main(["sample", str(run), "--count", "10", "--out", str(tmp_path / "newest")]) == 0
+    assert pictures[0] != pictures[1] == (tmp_path / "newest.png").read_bytes()
+    assert main(["eval", str(run), "--count", "66", "--step", "4"]) == 0
+    assert json.loads((run / "evaluation" / "step-00000004-1-step-66-samples.json").read_text())["step"] == 4
+    capsys.readouterr()
+    for command in ("sample", "eval"):
+        assert "has no checkpoint of step 5; choose one of 2, 4, 6\n" in _refused(capsys, command, run, "--step", 5)
+
+
+def test_help_says_what_a_sampling_step_costs(capsys):
+    for command in ("sample", "eval"):
+        with pytest.raises(SystemExit):
+            main([command, "--help"])
+        assert "each of one network call, or of flow_matching.ode_steps" in " ".join(capsys.readouterr().out.split())
+
+
 def test_several_steps_add_noise_again_or_do_not(run, tmp_path):
     """SoFlow does unless it is told not to; one step is the same."""
     pictures = []
@@ -250,11 +279,33 @@ def test_compiled_samples_are_the_same(run, tmp_path, capsys, monkeypatch):
 
 def test_eval_of_the_digits(run, capsys):
     assert main(["eval", str(run), "--count", "40", "--steps", "2"]) == 0
-    written = json.loads((run / "evaluation" / "step-00000006-2-step.json").read_text())
+    written = json.loads((run / "evaluation" / "step-00000006-2-step-40-samples.json").read_text())
     assert written["step"] == 6
     printed = capsys.readouterr().out
     for name in ("frechet_all", "frechet_held_out", "recognised", "memorisation"):
         assert f"{name:<20}{written[name]:.4f}" in printed
+
+
+def test_evaluations_say_what_they_are_and_do_not_overwrite_each_other(run, capsys, caplog):
+    folder, names = run / "evaluation", []
+    for options in ([], ["--seed", "1"], ["--precision", "bf16"], ["--count", "65"], ["--no-renoise"]):
+        before = _files(folder) if folder.exists() else {}
+        caplog.clear()
+        assert main(["eval", str(run), *options]) == 0
+        assert ("20 samples are not more than the 64 features" in caplog.text) == ("--count" not in options)
+        after = _files(folder)
+        (new,) = after.keys() - before.keys()
+        assert before.items() <= after.items()
+        names.append(new.name.removeprefix("step-00000006-1-step-"))
+        found = json.loads(new.read_text())
+        about = [found[name] for name in ("count", "seed", "steps", "precision", "renoise", "features", "reference")]
+        count, seed = 65 if "--count" in options else 20, 1 if "--seed" in options else 0
+        precision = "bf16" if "bf16" in options else ("bf16" if torch.cuda.is_available() else "fp32")
+        assert about == [count, seed, 1, precision, "--no-renoise" not in options, "pixels", "digits"]
+    assert names == [
+        "20-samples.json", "20-samples-seed-1.json", "20-samples-precision-bf16.json", "65-samples.json",
+        "20-samples-renoise-false.json",
+    ]  # fmt: skip
 
 
 def test_eval_against_images_and_against_their_statistics(tmp_path, capsys):
@@ -264,11 +315,18 @@ def test_eval_against_images_and_against_their_statistics(tmp_path, capsys):
     Trainer(replace(config, model=replace(config.model, in_channels=3), total_steps=1)).fit()
     file = write_statistics(tmp_path / "real.npz", pixel_features(levels))
     command = ["eval", str(tmp_path / "run"), "--features", "pixels", "--count", "240", "--reference"]
-    written, scores = tmp_path / "run" / "evaluation" / "step-00000001-1-step.json", []
+    scores, names = [], set()
     for reference in (tmp_path / "real", file):
         assert main([*command, str(reference)]) == 0
-        scores.append(json.loads(written.read_text())["frechet"])
-        assert f"frechet             {scores[-1]:.4f}\n" in capsys.readouterr().out
+        printed = capsys.readouterr().out
+        written = Path(printed.split()[-1])
+        names.add(re.sub("[0-9a-f]{6}[.]json$", "*", written.name))
+        found = json.loads(written.read_text())
+        assert (found["features"], found["reference"]) == ("pixels", str(reference))
+        scores.append(found["frechet"])
+        assert f"frechet             {scores[-1]:.4f}\n" in printed
+    assert names == {"step-00000001-1-step-240-samples-pixels-reference-real-*"}
+    assert len(list((tmp_path / "run" / "evaluation").glob("*.json"))) == 2
     assert scores[1] == pytest.approx(scores[0], rel=1e-6)
     before = _files(tmp_path / "run")
     write_statistics(file, pixel_features(levels)[:, :64])
@@ -288,7 +346,7 @@ def test_latents_train_sample_and_evaluate_without_an_autoencoder(tmp_path, caps
     assert main(["sample", str(tmp_path / "run"), "--count", "3"]) == 0
     assert "3 latents (no autoencoder is set: --vae)" in capsys.readouterr().out
     assert main(["eval", str(tmp_path / "run"), "--count", "5"]) == 0
-    assert np.load(tmp_path / "run" / "evaluation" / "step-00000002-1-step.npy").shape == (5, 4, 8, 8)
+    assert np.load(tmp_path / "run" / "evaluation" / "step-00000002-1-step-5-samples.npy").shape == (5, 4, 8, 8)
 
 
 def test_a_run_that_does_not_stay_finite_ends_with_code_1(tmp_path, capsys):

@@ -1,16 +1,18 @@
 """Data sets, their refusals, and the order of the data."""
 
+import random
 import re
+from dataclasses import replace
 
 import h5py
 import numpy as np
 import pytest
 import torch
-from PIL import Image
-from runs import Blobs, write_latents
-from torch.utils.data import TensorDataset
+from runs import Augmented, Blobs, tiny_config, write_latents
+from torch.utils.data import Subset, TensorDataset
 
-from soflow_fast.data import ImageFolder, LatentMoments, batches, digits, load_resident, resident, resident_bytes
+from soflow_fast import build
+from soflow_fast.data import LatentMoments, batches, digits, load_resident, resident, resident_bytes
 from soflow_fast.data.order import batch_indices, permutation
 
 CPU = torch.device("cpu")
@@ -67,6 +69,35 @@ def test_loading_leaves_the_global_random_state_alone():
     assert torch.equal(torch.get_rng_state(), before)
 
 
+class _Several(Augmented):
+    """Of which several items can be asked for at a time."""
+
+    def __getitems__(self, indices):
+        return [self[index] for index in indices]
+
+
+@pytest.mark.parametrize("make", [Augmented, _Several, lambda n: Subset(Augmented(n), range(n))])
+def test_random_augmentation_depends_on_seed_step_and_row_alone(make):
+    data, plain = make(8), Blobs(8)  # an epoch is one batch
+    straight = [x for x, _ in _batches(data, range(5))]
+    np.random.seed(7)
+    random.seed(7)
+    before = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()
+    halves = [_batches(data, range(5), rows=rows) for rows in (slice(0, 4), slice(4, 8))]
+    for again in (
+        [x for x, _ in _batches(data, range(5), workers=2)],
+        [x for x, _ in _batches(data, range(2)) + _batches(data, range(2, 5), workers=1)],
+        [torch.cat([first, second]) for (first, _), (second, _) in zip(*halves, strict=True)],
+    ):
+        assert all(torch.equal(x, x_again) for x, x_again in zip(straight, again, strict=True))
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert (np.random.get_state()[1].tolist(), random.getstate()) == before[1:]
+    added = torch.stack(straight) - torch.stack([x for x, _ in _batches(plain, range(5))])
+    assert added.flatten(2)[..., 0].unique().numel() == 5 * 8
+    other = [x - y for (x, _), (y, _) in zip(*(_batches(d, range(5), seed=4) for d in (data, plain)), strict=True)]
+    assert not torch.isclose(torch.stack(other), added).flatten(2).all(dim=2).any()
+
+
 def test_without_classes_there_are_no_labels():
     assert _batches(Blobs(), range(1), num_classes=0)[0][1] is None
 
@@ -97,6 +128,50 @@ class _Odd(Blobs):
 def test_samples_and_labels_of_another_kind_are_refused(sample, label, words):
     with pytest.raises(ValueError, match=re.escape(words)):
         _batches(_Odd(sample, label), range(1))
+
+
+class _Targets(Blobs):
+    """As torchvision has it."""
+
+    def __init__(self, targets):
+        super().__init__()
+        self.targets = targets
+
+
+def _check(dataset, num_classes, **model):
+    config = tiny_config("unused")
+    build.check_dataset(replace(config, model=replace(config.model, num_classes=num_classes, **model)), dataset)
+
+
+@pytest.mark.parametrize(
+    ("labels", "words"),
+    [
+        ([0, 1, 2], "3 of 1000 classes have samples in the data; set model.num_classes=3"),
+        ([0, 5], "2 of 1000 classes have samples in the data; set model.num_classes=6"),
+        ([0, 999], "2 of 1000 classes have samples in the data"),
+        (range(1000), None),
+    ],
+    ids=str,
+)
+def test_classes_without_samples_are_said(tmp_path, caplog, monkeypatch, labels, words):
+    def said(dataset, **model):
+        caplog.clear()
+        _check(dataset, 1000, **model)
+        assert caplog.messages == [words] * (words is not None)
+
+    labels = torch.tensor([*labels] * 16 if len(labels) < 16 else labels)
+    images = torch.zeros(len(labels), 1, 8, 8)
+    said(TensorDataset(images, labels))
+    path = write_latents(tmp_path / "latents.hdf5", n=len(labels), labels=labels.numpy())
+    said(LatentMoments(path, **{**FORM, "num_classes": 1000}), in_channels=4)
+    given = _Targets(labels.tolist())
+    given.samples = images
+    said(given)
+    given.targets = [str(label) for label in given.targets]  # none that could be counted
+    words = None
+    said(given)
+    monkeypatch.setenv("RANK", "1")
+    said(TensorDataset(images, labels))
 
 
 # ------------------------------------------------------------------------------------------------- on the device
@@ -246,50 +321,3 @@ def test_a_truncated_file_is_refused(tmp_path, kept):
 def test_a_missing_file_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"nowhere\.hdf5 does not exist; set data\.path"):
         LatentMoments(tmp_path / "nowhere.hdf5", **FORM)
-
-
-# -------------------------------------------------------------------------------------------------------- folder
-
-
-def _write_image(path, array, mode=None):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(np.asarray(array, np.uint8), mode).save(path)
-
-
-def test_folder_reads_classes_by_name_and_crops_the_centre(tmp_path):
-    _write_image(tmp_path / "b" / "wide.png", np.tile(np.repeat([0, 255, 0], [4, 8, 4]), (8, 1)))
-    _write_image(tmp_path / "a" / "deep" / "red.PNG", np.tile([255, 0, 0], (16, 16, 1)))
-    (tmp_path / "a" / "notes.txt").write_text("not an image")
-    data = ImageFolder(tmp_path, channels=3, size=8, num_classes=2)
-    assert [label for _, label in data] == [0, 1]
-    red, wide = data[0][0], data[1][0]
-    assert red.shape == wide.shape == (3, 8, 8)
-    assert torch.equal(red, torch.tensor([1.0, -1, -1]).view(3, 1, 1).expand(3, 8, 8))
-    assert torch.equal(wide, torch.ones(3, 8, 8))
-    grey = ImageFolder(tmp_path, channels=1, size=4, num_classes=0)[1][0]
-    assert torch.equal(grey, torch.ones(1, 4, 4))
-
-
-def test_a_flat_folder_has_no_classes(tmp_path):
-    _write_image(tmp_path / "x.png", np.zeros((8, 8)))
-    data = ImageFolder(tmp_path, channels=1, size=8, num_classes=0)
-    assert [label for _, label in data] == [0]
-    with pytest.raises(ValueError, match=r"or set model\.num_classes=0 for images without classes"):
-        ImageFolder(tmp_path, channels=1, size=8, num_classes=10)
-
-
-def test_folder_refusals(tmp_path):
-    form = {"channels": 3, "size": 8, "num_classes": 1}
-    with pytest.raises(ValueError, match=r"does not exist; set data\.path"):
-        ImageFolder(tmp_path / "nowhere", **form)
-    with pytest.raises(ValueError, match="holds no images"):
-        ImageFolder(tmp_path, **form)
-    _write_image(tmp_path / "a" / "x.png", np.zeros((8, 8)))
-    (tmp_path / "a" / "y.png").write_bytes(b"not a png")
-    with pytest.raises(ValueError, match=r"model\.in_channels=2 does not fit images"):
-        ImageFolder(tmp_path, channels=2, size=8, num_classes=1)
-    with pytest.raises(ValueError, match=r"y\.png cannot be read .*; repair or remove it"):
-        _batches(ImageFolder(tmp_path, **form), range(1), batch=2, workers=1)
-    _write_image(tmp_path / "b" / "x.png", np.zeros((8, 8)))
-    with pytest.raises(ValueError, match=r"2 class folders, outside the classes 0\.\.0; set model\.num_classes=2"):
-        ImageFolder(tmp_path, **form)

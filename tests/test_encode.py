@@ -29,6 +29,9 @@ def pictures(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pictures")
     write_pictures(folder)
     (folder / "a" / "notes.txt").write_text("not an image")
+    for hidden in (".cache", "__MACOSX", "a/.ipynb_checkpoints"):
+        (folder / hidden).mkdir()
+        random_image(9, 16, 16).save(folder / hidden / "x.png")
     return folder
 
 
@@ -61,11 +64,11 @@ def test_what_is_less_than_twice_the_size_is_resized_bicubic(width, height, resi
 
 def test_the_file_holds_the_autoencoders_moments(tmp_path, pictures, vae):
     done = encode(pictures, tmp_path / "new" / "out.hdf5", vae=vae, **SMALL)
-    assert done == (tmp_path / "new" / "out.hdf5", 7, (4, 8, 8), 3, 0.18215, vae)
+    assert done == (tmp_path / "new" / "out.hdf5", 7, (4, 8, 8), 2, 0.18215, vae)
     assert done.configuration()["data"].keys() == {"kind", "path", "vae"}  # the scale is the default
     found = read_arrays(done.path)
     assert (found["amount"], found["latent_size"], found["written"]) == (7, 8, 7)
-    assert found["labels"].tolist() == [0, 0, 0, 2, 2, 2, 2]
+    assert found["labels"].tolist() == [0, 0, 0, 1, 1, 1, 1]
     order = ["a/0", "a/2", "a/deep/1", "c/0", "c/2", "c/3", "c/deep/1"]
     squares = [np.asarray(centre_crop(Image.open(pictures / f"{name}.png"), 16)) for name in order]
     x = torch.from_numpy(np.stack(squares)).permute(0, 3, 1, 2) / 255 * 2 - 1
@@ -118,6 +121,23 @@ def test_the_scale_is_the_autoencoders_if_it_fits(tmp_path, pictures, caplog, sp
     assert (f"own scale {own} gives latents of standard deviation" in caplog.text) == (scale is None)
 
 
+def test_an_autoencoder_with_a_shift(tmp_path, pictures, vae, straight):
+    """SD3's and FLUX's latents are (z - shift) · scale."""
+    shifted = write_vae(tmp_path / "vae", shift_factor=0.25)
+    done = encode(pictures, tmp_path / "out.hdf5", vae=shifted, **SMALL)
+    found, plain = read_arrays(done.path)["latents"], read_arrays(straight)["latents"]
+    np.testing.assert_allclose(found[:, :4], plain[:, :4] - 0.25, rtol=1e-5, atol=1e-5)
+    assert np.array_equal(found[:, 4:], plain[:, 4:])
+    latents = torch.from_numpy(found[:, :4]) * done.scale
+    images, expected = (
+        vae_decoder(name, done.scale, torch.device("cpu"))(latents + added * done.scale)
+        for name, added in ((shifted, 0.0), (vae, 0.25))
+    )
+    torch.testing.assert_close(images, expected, rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match=r"holds latents made with shift None, and this command has 0\.25"):
+        encode(pictures, straight, vae=shifted, **SMALL)
+
+
 def test_from_images_to_a_decoded_run_by_the_command(tmp_path, pictures, vae, capsys, caplog, monkeypatch):
     monkeypatch.chdir(tmp_path)
     command = ["encode", str(pictures), "out.hdf5", "--vae", vae, "--size", "16", "--workers", "0", "--device", "cpu"]
@@ -125,8 +145,8 @@ def test_from_images_to_a_decoded_run_by_the_command(tmp_path, pictures, vae, ca
         assert main(command) == 0
         first, *lines = capsys.readouterr().out.splitlines()
         assert caplog.messages == [said] * bool(said)
-    assert first == "7 latents (4, 8, 8) of 3 classes: out.hdf5; in the configuration:"
-    assert lines[0] == "model: {input_size: 8, in_channels: 4, num_classes: 3}"
+    assert first == "7 latents (4, 8, 8) of 2 classes: out.hdf5; in the configuration:"
+    assert lines[0] == "model: {input_size: 8, in_channels: 4, num_classes: 2}"
     settings = yaml.safe_load(tiny_config("run", batch_size=4, total_steps=2).to_yaml())
     given = yaml.safe_load("\n".join(lines))
     settings["model"] |= given["model"]
@@ -158,13 +178,16 @@ def test_from_images_to_a_decoded_run_by_the_command(tmp_path, pictures, vae, ca
         ({"--vae": "grey"}, ["--vae grey takes images of 1 channels", "RGB"]),
         ({"--vae": "broken"}, ["the latents of the image", "0.png in --precision fp32 are not finite"]),
         ({"images": "nowhere"}, ["the image folder nowhere does not exist"]),
-        ({"images": "empty"}, ["the image folder empty holds no images"]),
+        ({"images": "empty"}, ["the image folder empty holds no images (.bmp, "]),
+        ({"images": "partly"}, ["1 of the 2 class folders in partly hold no images (b); remove them, or put"]),
         ({"out": "empty"}, ["empty is a folder", "such as empty/latents.hdf5"]),
     ],
 )
 def test_bad_input_is_one_sentence(tmp_path, pictures, vae, capsys, monkeypatch, changes, words):
     monkeypatch.chdir(tmp_path)
     Path("empty").mkdir()
+    shutil.copytree(pictures / "a", "partly/a")
+    Path("partly/b").mkdir()
     write_vae(Path("grey"), in_channels=1)
     write_vae(Path("broken"), spread=float("nan"))
     given = {"--vae": vae, "--size": 16, "--workers": 0, "--device": "cpu", **changes}

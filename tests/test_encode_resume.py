@@ -235,9 +235,9 @@ def test_other_arguments_and_other_images_are_refused(stopped, vae, tmp_path, co
     Image.new("RGB", (16, 16)).save(pictures / "a" / "0.png")  # another image of that name
     refused("give the same images, or")
     (pictures / "a" / "0.png").write_bytes(kept)
-    (pictures / "a0").mkdir()  # another class: the labels after it are others
+    (pictures / "a").rename(pictures / "d")  # the classes are others
     refused("give the same images, or")
-    (pictures / "a0").rmdir()
+    (pictures / "d").rename(pictures / "a")
     shutil.copy(pictures / "c" / "0.png", pictures / "c" / "z.png")
     if complete:
         refused("holds latents of other images; choose")

@@ -88,6 +88,14 @@ def test_samples_depend_on_their_number_alone():
     torch.testing.assert_close(next(generate(model, labels, 11, (1, 8, 8), steps=1, seed=3, batch=11)), one_step)
 
 
+def test_few_samples_are_of_classes_from_everywhere():
+    assert balanced_labels(4, 10).tolist() == [0, 2, 5, 7]
+    assert balanced_labels(64, 1000)[-1] == 984
+    assert balanced_labels(3, 3).tolist() == [0, 1, 2]
+    assert balanced_labels(0, 3).tolist() == []
+    assert balanced_labels(3, 0) is None
+
+
 def test_grid_places_images_row_by_row():
     images = torch.linspace(-1, 1, 3).view(3, 1, 1, 1).expand(3, 1, 2, 2)
     picture = grid(images, columns=2, least_size=4)
@@ -302,6 +310,8 @@ def test_latents_without_an_autoencoder_are_written_and_said_to_be(tmp_path, cap
 
 class _FakeVae(torch.nn.Module):
     """Stands in for diffusers' AutoencoderKL: eight times the size, three of the channels."""
+
+    config = types.SimpleNamespace(scaling_factor=0.18215)
 
     @classmethod
     def from_pretrained(cls, name, low_cpu_mem_usage):

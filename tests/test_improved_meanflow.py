@@ -226,10 +226,12 @@ def test_a_run_is_sampled_and_scored_with_guidance_of_any_scale(tmp_path, capsys
     assert (tmp_path / "samples" / "1-step-guidance-2_5-interval-0_1-0_9.png").is_file()
     score = ["eval", str(tmp_path), "--count", "20", "--device", "cpu", "--guidance-scale", "3"]
     assert cli.main(score) == 0
-    written = json.loads((tmp_path / "evaluation" / "step-00000002-1-step-guidance-3_0.json").read_text())
+    written = json.loads((tmp_path / "evaluation" / "step-00000002-1-step-20-samples-guidance-3_0.json").read_text())
     assert (written["guidance_scale"], written["guidance_interval"]) == (3.0, [0.4, 0.65])
     assert cli.main([*score[:-2], "--guidance-interval", "0.10, 0.9"]) == 0
-    written = json.loads((tmp_path / "evaluation" / "step-00000002-1-step-interval-0_1-0_9.json").read_text())
+    written = json.loads(
+        (tmp_path / "evaluation" / "step-00000002-1-step-20-samples-interval-0_1-0_9.json").read_text()
+    )
     assert (written["guidance_scale"], written["guidance_interval"]) == (7.5, [0.1, 0.9])
     capsys.readouterr()
     for wrong, message in (
@@ -258,7 +260,7 @@ def test_other_runs_have_their_guidance_in_their_weights(tmp_path, capsys):
     assert cli.main(["sample", str(tmp_path), "--count", "4", "--device", "cpu", "--guidance-scale", "2"]) == 2
     assert "--guidance-scale is for runs of improved_meanflow" in capsys.readouterr().err
     assert cli.main(["eval", str(tmp_path), "--count", "20", "--device", "cpu"]) == 0
-    written = json.loads((tmp_path / "evaluation" / "step-00000001-1-step.json").read_text())
+    written = json.loads((tmp_path / "evaluation" / "step-00000001-1-step-20-samples.json").read_text())
     assert not any(name.startswith("guidance") for name in written)
 
 

@@ -340,6 +340,15 @@ def test_load_run_takes_an_average_that_was_not_tracked(run, caplog):
     assert "the average of std 0.08 at step 11 is a sum of 12 snapshots; its profile is off by 0.0" in caplog.text
 
 
+def test_load_run_takes_it_as_it_was_after_an_earlier_step(run):
+    _, model, step = load_run(run, "cpu", ema_std=0.08, step=8)
+    expected, weights = posthoc.reconstruct(run, 0.08, step=8), model.state_dict()
+    assert step == 8
+    assert all(torch.equal(weights[name], value) for name, value in expected.weights.items())
+    with pytest.raises(ValueError, match=r"has no snapshot of step 7; choose one of 2, 4, 6, 8, 10, 11"):
+        load_run(run, "cpu", ema_std=0.08, step=7)
+
+
 def test_sample_and_eval_with_an_average_that_was_not_tracked(run, capsys):
     options = [str(run), "--count", "20", "--ema-std"]
     pictures = []
@@ -347,7 +356,7 @@ def test_sample_and_eval_with_an_average_that_was_not_tracked(run, capsys):
         assert main(["sample", *options, str(std)]) == 0
         pictures.append((run / "samples" / f"1-step-ema-{name}.png").read_bytes())
         assert main(["eval", *options, str(std)]) == 0
-        scores = json.loads((run / "evaluation" / f"step-00000011-1-step-ema-{name}.json").read_text())
+        scores = json.loads((run / "evaluation" / f"step-00000011-1-step-20-samples-ema-{name}.json").read_text())
         assert (scores["step"], scores["ema_std"]) == (11, std)
         assert f"frechet_all         {scores['frechet_all']:.4f}" in capsys.readouterr().out
     assert pictures[0] != pictures[1]

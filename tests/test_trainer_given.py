@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from foreign_networks import UNet
-from runs import Blobs, StopError, assert_bitwise_equal, final, stop_at, tiny_config
+from runs import Augmented, Blobs, StopError, assert_bitwise_equal, final, stop_at, tiny_config
 
 from soflow_fast import DiT, SoFlow, Trainer, trainer
 from soflow_fast.config import ComputeConfig, DataConfig, EMAConfig, ModelConfig, OptimizerConfig
@@ -123,6 +123,26 @@ def test_the_classes_are_the_networks(tmp_path):
     del net.num_classes
     with pytest.raises(ValueError, match="the network DiT has num_classes=None; set it to"):
         Trainer(config, model=net)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_random_augmentation_goes_on_exactly(tmp_path, monkeypatch, workers):
+    def run(name, dataset):
+        config = tiny_config(tmp_path / name, data=DataConfig(workers=workers), total_steps=4)
+        Trainer(config, model=_network(), dataset=dataset).fit()
+
+    run("straight", Augmented(16))
+    with monkeypatch.context() as patch:
+        stop_at(patch, 4)
+        with pytest.raises(StopError):
+            run("stopped", Augmented(16))
+    torch.rand(1)  # the caller's generators are at other places
+    run("stopped", Augmented(16))
+    assert_bitwise_equal(final(tmp_path / "straight", 4), final(tmp_path / "stopped", 4))
+    run("without", Blobs(16))
+    ours, theirs = (final(tmp_path / name, 4).model["network.final_layer.linear.weight"]
+                    for name in ("straight", "without"))  # fmt: skip
+    assert not torch.equal(ours, theirs)
 
 
 def test_a_network_with_dropout_goes_on_exactly(tmp_path, monkeypatch):

@@ -1,10 +1,16 @@
 """What samples and labels of any data set must be."""
 
+import logging
+import os
 from numbers import Integral
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import Dataset, TensorDataset
+
+_log = logging.getLogger(__name__)
 
 
 def require_pair(item: Any, num_classes: int) -> tuple[int, ...]:
@@ -49,6 +55,33 @@ def checked_labels(labels: Tensor, num_classes: int) -> Tensor:
             "set model.num_classes to the number of classes"
         )
     return labels.long()
+
+
+def warn_of_unused_classes(dataset: Dataset, num_classes: int) -> None:
+    """Logs how many of the classes no sample is of, where the labels are at hand; in the first process."""
+    labels = _labels_at_hand(dataset) if num_classes else None
+    if labels is None or os.environ.get("RANK", "0") != "0":
+        return
+    found = np.unique(labels)
+    if len(found) >= num_classes:
+        return
+    needed = int(found[-1]) + 1
+    remedy = "" if needed >= num_classes else f"; set model.num_classes={needed}"
+    _log.warning("%d of %d classes have samples in the data%s", len(found), num_classes, remedy)
+
+
+def _labels_at_hand(dataset: Dataset) -> np.ndarray | None:
+    """All labels, (n,) integers, of a ``TensorDataset``, or as ``labels`` or torchvision's ``targets``."""
+    if isinstance(dataset, TensorDataset):
+        labels = dataset.tensors[-1]
+    else:
+        labels = getattr(dataset, "labels", None)
+        labels = getattr(dataset, "targets", None) if labels is None else labels
+    try:
+        labels = np.asarray(labels.cpu() if torch.is_tensor(labels) else labels)
+    except (TypeError, ValueError, RuntimeError):  # anything else of that name
+        return None
+    return labels if labels.shape == (len(dataset),) and len(labels) and labels.dtype.kind in "iu" else None
 
 
 def _is_integer(label: Any) -> bool:

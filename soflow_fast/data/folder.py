@@ -14,31 +14,65 @@ _MODES = {1: "L", 3: "RGB"}
 
 
 def class_folders(path: Path) -> list[str]:
-    """The names of the folders in a folder, sorted: class 0, 1, .."""
-    return sorted(entry.name for entry in path.iterdir() if entry.is_dir())
+    """The names of the folders in a folder, sorted: class 0, 1, ..; hidden ones are none."""
+    return sorted(entry.name for entry in path.iterdir() if entry.is_dir() and not _is_hidden(entry.name))
 
 
-def labelled_images(path: Path, classes: list[str]) -> list[tuple[Path, int]]:
-    """Every image below the class folders with its class, in a fixed order; ``[""]`` takes all of the folder as one."""
-    return [
-        (file, label)
-        for label, name in enumerate(classes)
-        for file in sorted((path / name).rglob("*"))
-        if file.suffix.lower() in _SUFFIXES
-    ]
+def labelled_images(path: Path, classes: list[str], otherwise: str = "") -> list[tuple[Path, int]]:
+    """Every image below the class folders with its class, in a fixed order; ``[""]`` takes all of the folder as one.
+
+    Hidden files, and all that lies in hidden folders, are left out.
+
+    Args:
+        path: of the folder. classes: names of folders in it. otherwise: another remedy where there are no images.
+
+    Raises:
+        ValueError: if there are no images, or none in one of the class folders.
+    """
+    samples = []
+    for label, name in enumerate(classes):
+        depth = len((path / name).parts)
+        samples += [
+            (file, label)
+            for file in sorted((path / name).rglob("*"))
+            if file.suffix.lower() in _SUFFIXES and not any(map(_is_hidden, file.parts[depth:]))
+        ]
+    if not samples:
+        raise ValueError(
+            f"the image folder {path} holds no images ({', '.join(sorted(_SUFFIXES))}); put them in one folder per "
+            f"class{otherwise}"
+        )
+    filled = {label for _, label in samples}
+    empty = [name for label, name in enumerate(classes) if label not in filled]
+    if empty:
+        raise ValueError(
+            f"{len(empty)} of the {len(classes)} class folders in {path} hold no images ({', '.join(empty[:5])}"
+            f"{', ..' if len(empty) > 5 else ''}); remove them, or put images of their classes there"
+        )
+    return samples
+
+
+def _is_hidden(name: str) -> bool:
+    """Whether a file or folder is a system's or tool's own, such as ``.ipynb_checkpoints``."""
+    return name.startswith(".") or name == "__MACOSX"
 
 
 def read_image(file: Path, mode: str) -> Image.Image:
-    """An image in a mode of PIL, such as ``RGB``.
+    """An image in a mode of PIL, such as ``RGB``; of 16 bits a pixel, the nearest of 8.
 
     Raises:
         ValueError: for a file that is missing, damaged or no image.
     """
     try:
         with Image.open(file) as image:
-            return image.convert(mode)
+            return (_in_bytes(image) if image.mode.startswith("I") else image).convert(mode)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"the image {file} cannot be read ({error}); repair or remove it") from None
+
+
+def _in_bytes(image: Image.Image) -> Image.Image:
+    """A grey image of 16 bits as one of 8; PIL's own conversion takes everything above 255 as white."""
+    return Image.fromarray((np.asarray(image) / 257).round().clip(0, 255).astype(np.uint8))
 
 
 class ImageFolder(Dataset):
@@ -47,33 +81,37 @@ class ImageFolder(Dataset):
     Args:
         path: of the folder. channels: 1 (grey) or 3 (RGB). size: height and width of the result.
         num_classes: at least as many as there are class folders; 0 takes every image below the folder, of class 0.
+        flip: mirrors an image with probability 1/2, drawn from torch's global generator.
+
+    Attributes:
+        labels: (n,) int64, on the host.
 
     Raises:
-        ValueError: for a folder that is missing or without images, and more class folders than classes.
+        ValueError: for a folder that is missing or without images, class folders without images, and more class
+            folders than classes.
     """
 
-    def __init__(self, path: str | Path, *, channels: int, size: int, num_classes: int):
-        self.path, self.size = Path(path), size
+    def __init__(self, path: str | Path, *, channels: int, size: int, num_classes: int, flip: bool = False):
+        self.path, self.size, self.flip = Path(path), size, flip
         if not self.path.is_dir():
             raise ValueError(f"the image folder {self.path} does not exist; set data.path to a folder of class folders")
         if channels not in _MODES:
             raise ValueError(f"model.in_channels={channels} does not fit images; choose 1 (grey) or 3 (RGB)")
         self.mode = _MODES[channels]
         self.classes = class_folders(self.path) if num_classes else [""]
+        samples = labelled_images(
+            self.path,
+            self.classes,
+            otherwise=", or set model.num_classes=0 for images without classes" if num_classes else "",
+        )
         if num_classes and len(self.classes) > num_classes:
             raise ValueError(
                 f"the image folder {self.path} has {len(self.classes)} class folders, outside the classes "
                 f"0..{num_classes - 1}; set model.num_classes={len(self.classes)}"
             )
-        samples = labelled_images(self.path, self.classes)
-        if not samples:
-            raise ValueError(
-                f"the image folder {self.path} holds no images; put them in one folder per class"
-                + (", or set model.num_classes=0 for images without classes" if num_classes else "")
-            )
         # without a Python object per file, which every worker process would come to copy
         self._files = np.array([os.fsencode(file.relative_to(self.path)) for file, _ in samples])
-        self._labels = np.array([label for _, label in samples])
+        self.labels = np.array([label for _, label in samples])
 
     def __len__(self) -> int:
         return len(self._files)
@@ -82,8 +120,10 @@ class ImageFolder(Dataset):
         """(channels, size, size) float32 in [-1, 1], and the label."""
         file = self.path / os.fsdecode(self._files[index])
         square = _centre_square(read_image(file, self.mode)).resize((self.size, self.size), Image.Resampling.LANCZOS)
+        if self.flip and torch.rand(()) < 0.5:
+            square = square.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         pixels = torch.from_numpy(np.array(square, dtype=np.float32)) / 127.5 - 1
-        return pixels.view(self.size, self.size, -1).permute(2, 0, 1), int(self._labels[index])
+        return pixels.view(self.size, self.size, -1).permute(2, 0, 1), int(self.labels[index])
 
 
 def _centre_square(image: Image.Image) -> Image.Image:

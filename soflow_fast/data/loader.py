@@ -1,32 +1,76 @@
 """Batches of any map-style data set of (sample, label), one per training step."""
 
+import hashlib
+import random
 from collections.abc import Iterator
+from contextlib import contextmanager
 
+import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import DataLoader, Dataset, Subset, default_collate
 
 from soflow_fast.data.checks import checked_labels, require_floating_point
 from soflow_fast.data.order import batch_indices
-from soflow_fast.data.resident import Resident
+from soflow_fast.data.resident import Resident, is_in_pieces
 
 
 class _Steps(Dataset):
-    """The batch of each step; the loader's workers share steps out, so their number cannot change the order."""
+    """The batch of each step; the loader's workers share steps out, so their number cannot change the order.
+
+    What an item draws from the global generators of torch, numpy and Python depends on (seed, step, global row).
+    """
 
     def __init__(self, dataset: Dataset, batch: int, seed: int, rows: slice):
-        self.dataset, self.batch, self.seed, self.rows = dataset, batch, seed, rows
+        self.dataset, self.batch, self.seed = dataset, batch, seed
+        self.rows = range(batch)[rows]
 
     def __getitem__(self, step: int) -> tuple[Tensor, Tensor] | ValueError:
-        indices = batch_indices(len(self.dataset), self.batch, step, self.seed)[self.rows]
+        indices = batch_indices(len(self.dataset), self.batch, step, self.seed)
+        indices = [indices[row] for row in self.rows]
         try:
-            if hasattr(self.dataset, "__getitems__"):
-                samples = self.dataset.__getitems__(indices)
-            else:
-                samples = [self.dataset[i] for i in indices]
+            samples = self._all_at_once(indices) if _draws_nothing(self.dataset) else self._one_by_one(step, indices)
         except ValueError as error:  # a worker would wrap it in a traceback; as a value it stays one sentence
             return error
         return default_collate(samples)
+
+    def _all_at_once(self, indices: list[int]) -> list[tuple[Tensor, Tensor]]:
+        if hasattr(self.dataset, "__getitems__"):
+            return self.dataset.__getitems__(indices)
+        return [self.dataset[index] for index in indices]
+
+    def _one_by_one(self, step: int, indices: list[int]) -> list[tuple[Tensor, Tensor]]:
+        with _caller_keeps_generators():
+            samples = []
+            for row, index in zip(self.rows, indices, strict=True):
+                _seed_generators(f"{self.seed},{step},{row}")
+                samples.append(self.dataset[index])
+            return samples
+
+
+def _draws_nothing(dataset: Dataset) -> bool:
+    """Whether items are the same whenever they are read; otherwise each has to be fetched on its own, being seeded."""
+    return is_in_pieces(dataset) or (isinstance(dataset, Subset) and _draws_nothing(dataset.dataset))
+
+
+@contextmanager
+def _caller_keeps_generators() -> Iterator[None]:
+    """After it the CPU's global generators are as they were before."""
+    states = torch.default_generator.get_state(), np.random.get_state(), random.getstate()
+    try:
+        yield
+    finally:
+        torch.default_generator.set_state(states[0])
+        np.random.set_state(states[1])
+        random.setstate(states[2])
+
+
+def _seed_generators(key: str) -> None:
+    """Seeds the CPU's global generators; about 20 µs. ``torch.manual_seed`` would seed those of GPUs too."""
+    words = int.from_bytes(hashlib.blake2b(key.encode(), digest_size=20).digest(), "little")
+    torch.default_generator.manual_seed(words % 2**63)
+    random.seed(words >> 64 & 2**64 - 1)
+    np.random.seed(words >> 128)
 
 
 def batches(
@@ -44,9 +88,11 @@ def batches(
     """The batch of each step, on the device; the same one however it is read.
 
     Args:
-        dataset: map-style, of (sample, label): floating point (C, H, W) and an integer in [0, num_classes). Random
-            augmentation inside it is not part of what a resumed run repeats, unless it is a function of the index.
-            A :class:`Resident` one, on the device, needs no loader.
+        dataset: map-style, of (sample, label): floating point (C, H, W) and an integer in [0, num_classes). An item
+            may draw from the global generators of torch, numpy and Python's ``random``, which are seeded before it
+            from (seed, step, global row), and afterwards as they were. One with ``read``, see :func:`load_resident`,
+            must not draw; only of such a one ``__getitems__`` is called. A :class:`Resident` one, on the device, needs
+            no loader.
         batch: rows of the global batch. steps: the steps wanted. seed: of the order.
         num_classes: 0 yields labels None. rows: which of the global batch are wanted, by default all.
         workers: loader processes. prefetch: batches each of them reads ahead, into pinned memory for a GPU.

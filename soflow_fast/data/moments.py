@@ -41,6 +41,9 @@ class Moments(Dataset, ABC):
         scale: what the unscaled latents will be multiplied by. dtype: of the moments; bfloat16 rounds them by at most
             2^-8 of their size and halves the memory they take.
 
+    Attributes:
+        labels: (n,) int64, on the host.
+
     Raises:
         ValueError: if there are no samples, for labels outside the classes, standard deviations that are not positive,
             values that are not finite, and latents whose spread does not fit the scale.
@@ -57,7 +60,7 @@ class Moments(Dataset, ABC):
         dtype: torch.dtype,
     ):
         self.path, self.dtype = path, dtype
-        self._labels = labels.astype(np.int64, copy=False)
+        self.labels = labels.astype(np.int64, copy=False)
         self._check_labels(num_classes)
         self._check_values(probes, scale)
 
@@ -66,7 +69,7 @@ class Moments(Dataset, ABC):
         """The moments of some rows, given in ascending order: (n, 2C, S, S) float32."""
 
     def __len__(self) -> int:
-        return len(self._labels)
+        return len(self.labels)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         return self.__getitems__([index])[0]
@@ -82,10 +85,10 @@ class Moments(Dataset, ABC):
         return self._pair(slice(start, stop))
 
     def _pair(self, rows: np.ndarray | slice) -> tuple[Tensor, Tensor]:
-        return torch.from_numpy(self._read(rows)).to(self.dtype), torch.from_numpy(self._labels[rows])
+        return torch.from_numpy(self._read(rows)).to(self.dtype), torch.from_numpy(self.labels[rows])
 
     def _check_labels(self, num_classes: int) -> None:
-        labels = self._labels
+        labels = self.labels
         if len(labels) == 0:
             raise ValueError(f"the latents file {self.path} holds no samples")
         if num_classes and (labels.min() < 0 or labels.max() >= num_classes):

@@ -38,9 +38,14 @@ class Resident(NamedTuple):
 
 def resident_bytes(dataset: Dataset) -> int | None:
     """What :func:`load_resident` would take on the device, or None if the data set cannot be read in pieces."""
-    if not (hasattr(dataset, "read") or _is_pair_of_tensors(dataset)):
+    if not is_in_pieces(dataset):
         return None
     return len(dataset) * (dataset[0][0].nbytes + torch.int64.itemsize)
+
+
+def is_in_pieces(dataset: Dataset) -> bool:
+    """Whether a data set can be read in pieces, and so once for all: its items are the same whenever they are read."""
+    return hasattr(dataset, "read") or _is_pair_of_tensors(dataset)
 
 
 def load_resident(dataset: Dataset, device: torch.device, num_classes: int, *, show: bool = True) -> Resident:
