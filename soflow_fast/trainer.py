@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 
-from soflow_fast import build, checkpoint, distributed, memory, posthoc, weights
+from soflow_fast import build, checkpoint, distributed, memory, posthoc, run_folder, weights
 from soflow_fast.augment import Augment
 from soflow_fast.checkpoint import CHECKPOINTS
 from soflow_fast.config import TrainConfig
@@ -21,14 +21,14 @@ from soflow_fast.data import batches, load_resident
 from soflow_fast.dit import DiT
 from soflow_fast.ema import EMA, PowerEMA
 from soflow_fast.evaluate import check_evaluation, evaluate, why_unscored
+from soflow_fast.fingerprint import fingerprint
 from soflow_fast.images import are_images, balanced_labels, generate, save_samples, vae_decoder
-from soflow_fast.logs import METRICS_NAME, Meter, Quiet, RunLog
+from soflow_fast.logs import Meter, Quiet, RunLog
 from soflow_fast.optim import OPTIMIZERS
+from soflow_fast.run_folder import CONFIG_NAME
 from soflow_fast.step import TrainStep
 
 _log = logging.getLogger(__name__)
-
-CONFIG_NAME = "config.yaml"
 
 
 class Trainer:
@@ -129,7 +129,7 @@ class Trainer:
             The path of the last checkpoint.
 
         Raises:
-            ValueError: if the folder belongs to another configuration or model; nothing in it is changed.
+            ValueError: if the folder belongs to another configuration, model or data; nothing in it is changed.
             FloatingPointError: after more steps that are not finite than the configuration allows.
         """
         config, output = self.config, self.config.output
@@ -258,15 +258,15 @@ class Trainer:
         return state.step, state.skipped_steps
 
     def _newest_checkpoint(self) -> Path | None:
-        _require_same_run(self.run_dir, self.config)
+        run_folder.require_same_run(self.run_dir, self.config, self._data())
         found = checkpoint.committed(self.checkpoints)
         return found[-1] if found else None
 
+    def _data(self) -> dict[str, object]:
+        return fingerprint(self.dataset, self.config.model.num_classes)
+
     def _claim_folder(self) -> None:
-        self.run_dir.mkdir(parents=True, exist_ok=True)
-        temporary = self.run_dir / f".{CONFIG_NAME}.writing"
-        temporary.write_text(self.config.to_yaml())
-        os.replace(temporary, self.run_dir / CONFIG_NAME)
+        run_folder.claim(self.run_dir, self.config, self._data())
 
     def _save(self, step: int, skipped: int) -> None:
         state = checkpoint.State(
@@ -345,8 +345,8 @@ def load_run(
     run_dir = Path(run_dir)
     if not (run_dir / CONFIG_NAME).is_file():
         raise ValueError(f"{run_dir} is not a run: it holds no {CONFIG_NAME}; give the run_dir of a training run")
-    config = replace(TrainConfig.from_yaml(run_dir / CONFIG_NAME), device=device)
-    _require_same(run_dir, build.with_given(config, model, None), config)
+    config = replace(run_folder.read_config(run_dir), device=device)
+    run_folder.require_same(run_dir, build.with_given(config, model, None), config)
     found = checkpoint.committed(run_dir / CHECKPOINTS)
     if not found:
         raise ValueError(f"the run {run_dir} has no checkpoint yet; let it train to its first one")
@@ -368,23 +368,3 @@ def load_run(
 
 def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
-
-
-def _require_same_run(run_dir: Path, config: TrainConfig) -> None:
-    if run_dir.exists() and not run_dir.is_dir():
-        raise ValueError(f"run_dir={str(run_dir)!r} is a file; choose a folder")
-    written = (run_dir / METRICS_NAME, run_dir / posthoc.FOLDER)
-    if not (checkpoint.committed(run_dir / CHECKPOINTS) or any(path.exists() for path in written)):
-        return
-    if not (run_dir / CONFIG_NAME).exists():
-        raise ValueError(f"run_dir={str(run_dir)!r} holds a run without its {CONFIG_NAME}; choose another folder")
-    _require_same(run_dir, config, TrainConfig.from_yaml(run_dir / CONFIG_NAME))
-
-
-def _require_same(run_dir: Path, config: TrainConfig, theirs: TrainConfig) -> None:
-    name = config.first_difference(theirs)
-    if name is not None:
-        raise ValueError(
-            f"run_dir={str(run_dir)!r} holds a run with {name}={theirs.flat()[name]!r}, and this one has "
-            f"{config.flat()[name]!r}; use that value, or choose another run_dir"
-        )
