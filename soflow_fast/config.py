@@ -169,13 +169,15 @@ class EvaluationConfig(Section, section="evaluation."):
         require_count("evaluation.samples", self.samples, least=2)
 
 
-# What may change between the parts of one run: it has no influence on the trained weights.
+# What may change between the parts of one run: it has no influence on the trained weights. What lies at data.path does;
+# the run's record of its data is compared.
 _FREE = {
     "run_dir",
     "device",
     "max_skipped_steps",
     "model.recompute",
     "data.on_device",
+    "data.path",
     "data.prefetch",
     "data.vae",
     "data.workers",

@@ -31,8 +31,9 @@ def require_same_run(run_dir: Path, config: TrainConfig, data: dict[str, object]
         return
     if not (run_dir / CONFIG_NAME).exists():
         raise ValueError(f"run_dir={str(run_dir)!r} holds a run without its {CONFIG_NAME}; choose another folder")
-    require_same(run_dir, config, read_config(run_dir))
-    changed = fingerprint.difference(_read_data(run_dir) or data, data)
+    theirs = read_config(run_dir)
+    require_same(run_dir, config, theirs)
+    changed = _changed_data(run_dir, config.data.path, data, theirs.data.path)
     if changed is not None:
         raise ValueError(
             f"run_dir={str(run_dir)!r} holds a run of other data: {changed}; put the data back as they were, or choose "
@@ -56,6 +57,15 @@ def claim(run_dir: Path, config: TrainConfig, data: dict[str, object]) -> None:
     if _read_data(run_dir) != data:
         _replace(run_dir / DATA_NAME, json.dumps(data, indent=1, ensure_ascii=False) + "\n")
     _replace(run_dir / CONFIG_NAME, config.to_yaml())
+
+
+def _changed_data(run_dir: Path, path: str | None, data: dict[str, object], their_path: str | None) -> str | None:
+    before = _read_data(run_dir)
+    if before is not None:
+        return fingerprint.difference(before, data)
+    if path == their_path:
+        return None
+    return f"they lie at {path} in place of {their_path}, and the run has no {DATA_NAME} that says what they were"
 
 
 def _read_data(run_dir: Path) -> dict[str, object] | None:

@@ -180,7 +180,7 @@ def test_only_what_changes_the_weights_makes_another_run(tmp_path):
     same = config.to_dict()
     same["run_dir"], same["device"], same["output"]["log_every"] = "elsewhere", "auto", 99
     same["data"]["workers"], same["data"]["on_device"], same["model"]["recompute"] = 7, True, "block"
-    same["ema"]["snapshot_every"] = 3
+    same["ema"]["snapshot_every"], same["data"]["path"] = 3, "moved"
     assert config.first_difference(TrainConfig.from_dict(same)) is None
     for name, change in (
         ("seed", {"seed": 1}),

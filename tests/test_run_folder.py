@@ -91,3 +91,22 @@ def test_a_run_without_the_record_gets_it(tmp_path):
     (tmp_path / "run" / "data.json").unlink()
     Trainer(config).fit()
     assert (tmp_path / "run" / "data.json").read_bytes() == record
+
+
+def test_the_data_may_lie_elsewhere(tmp_path, monkeypatch):
+    config = _folder_run(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree("images", "elsewhere/images")
+    for path in ("images", "./images", "elsewhere/images"):
+        Trainer(replace(config, data=replace(config.data, path=path))).fit()
+    shutil.move("elsewhere/images/class1", "elsewhere/images/class2")
+    renamed = Trainer(replace(config, data=replace(config.data, path="elsewhere/images")))
+    assert "the class folder 'class2' is new and the class folder 'class1' is gone" in _refused(renamed)
+
+
+def test_a_run_without_the_record_stays_with_its_path(tmp_path):
+    config = _folder_run(tmp_path)
+    (tmp_path / "run" / "data.json").unlink()
+    shutil.copytree(tmp_path / "images", tmp_path / "others")
+    elsewhere = Trainer(replace(config, data=replace(config.data, path=str(tmp_path / "others"))))
+    assert "the run has no data.json" in _refused(elsewhere)
