@@ -76,6 +76,12 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument(
         "--dry-run", "--dry_run", action="store_true", help="show configuration, sizes, FLOPs and memory, and stop"
     )
+    train.add_argument(
+        "--accept-changes",
+        "--accept_changes",
+        action="store_true",
+        help="go on with a run of other values or data where the weights fit; RUN/changes.jsonl records them",
+    )
 
     sample = add("sample", _sample, "draw samples from a run")
     sample.add_argument("run", help="folder of the run")
@@ -147,7 +153,7 @@ def _train(args: argparse.Namespace) -> None:
         if args.dry_run:
             print(describe(config))
             return
-        trainer = Trainer(config)
+        trainer = Trainer(config, accept_changes=args.accept_changes)
         last = trainer.fit()
     if trainer.processes.is_first:
         print(f"done: {last}")

@@ -284,11 +284,11 @@ class TrainConfig(Section):
         """Every value by its dotted name."""
         return flatten(asdict(self))
 
-    def first_difference(self, other: "TrainConfig") -> str | None:
-        """The first dotted name whose values differ in a way that changes the trained weights, or None."""
-        theirs = other.flat()
-        for name in flatten(self.to_dict()):
-            free = name in _FREE or name.startswith(_FREE_SECTIONS)
-            if not free and self.flat()[name] != theirs[name]:
-                return name
-        return None
+    def differences(self, other: "TrainConfig") -> list[str]:
+        """The dotted names whose values differ in a way that changes the trained weights."""
+        ours, theirs = self.flat(), other.flat()
+        return [
+            name
+            for name in flatten(self.to_dict())
+            if name not in _FREE and not name.startswith(_FREE_SECTIONS) and ours[name] != theirs[name]
+        ]

@@ -4,7 +4,7 @@ import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
@@ -25,8 +25,10 @@ from soflow_fast.fingerprint import fingerprint
 from soflow_fast.images import are_images, balanced_labels, generate, save_samples, vae_decoder
 from soflow_fast.logs import Meter, Quiet, RunLog
 from soflow_fast.optim import OPTIMIZERS
-from soflow_fast.run_folder import CONFIG_NAME
+from soflow_fast.run_folder import load_run
 from soflow_fast.step import TrainStep
+
+__all__ = ["Trainer", "load_run"]
 
 _log = logging.getLogger(__name__)
 
@@ -35,7 +37,8 @@ class Trainer:
     """One training run in a folder; the same call again goes on where it stopped.
 
     The trained weights are a pure function of the configuration, the data, the network and the initial weights:
-    stopping, even by a kill, and going on changes nothing (bitwise on a CPU).
+    stopping, even by a kill, and going on changes nothing (bitwise on a CPU). Changes that it went on with, see
+    ``accept_changes``, are in its ``changes.jsonl``.
 
     Where the gradient norm is not finite, the step is left out: weights, optimizer and averages stay as they were.
     Such steps, and any whose loss is not finite, are counted on the device and looked at whenever metrics or a
@@ -51,12 +54,22 @@ class Trainer:
             own, or an objective such as :class:`~soflow_fast.SoFlow` over one; its values replace the configuration's.
         dataset: map-style, of (sample, label), to train on instead of the configuration's data; samples (C, H, W)
             floating point, or (2C, H, W) latent moments.
+        accept_changes: go on with a run of another configuration or other data where the weights fit, and record what
+            changed.
 
     Raises:
         ValueError: for a configuration that is impossible on this machine or does not fit the data.
     """
 
-    def __init__(self, config: TrainConfig, *, model: nn.Module | None = None, dataset: Dataset | None = None):
+    def __init__(
+        self,
+        config: TrainConfig,
+        *,
+        model: nn.Module | None = None,
+        dataset: Dataset | None = None,
+        accept_changes: bool = False,
+    ):
+        self._accept_changes, self._changes = accept_changes, []
         self.config = config = build.with_given(config, model, dataset)
         device = build.resolve_device(config.device)
         if model is None:
@@ -136,7 +149,7 @@ class Trainer:
         last_checkpoint = checkpoint.path_of(self.checkpoints, config.total_steps)
         start, skipped = self._restore()
         origin = self._load_initial_weights() if start == 0 else None
-        self.processes.of_first(self._claim_folder)
+        self.processes.of_first(partial(self._claim_folder, start))
         if start == config.total_steps:
             return last_checkpoint
         meter = Meter(self.processes, skipped)
@@ -144,6 +157,8 @@ class Trainer:
         log = RunLog(self.run_dir, start, config.total_steps, config.batch_size) if first else Quiet()
         chosen = ", ".join(f"{name}={value}" for name, value in self.choices().items())
         log.say(f"step {start} of {config.total_steps}: {chosen}")
+        for change in self._changes:
+            log.say(f"changed after step {start}: {change['key']} from {change['before']} to {change['after']}")
         if origin is not None:
             log.say(f"initial weights: {origin}")
         dataset = self.dataset
@@ -248,8 +263,11 @@ class Trainer:
                 "choose a run_dir in a file system that all processes share"
             )
         state = checkpoint.load(path, self.processes.device)
+        self._require_usable(state, path)
         checkpoint.load_weights(self.model, state.model, path)
-        self.optimizer.load_state_dict(state.optimizer)
+        # with the configuration's own hyper-parameters, which may have changed
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({**state.optimizer, "param_groups": groups})
         self.ema.load_state_dict(state.ema, state.ema_updates)
         for average in self.averages:
             saved = {name: state.posthoc[f"{average.std}/{name}"] for name in average.averages}
@@ -257,16 +275,31 @@ class Trainer:
         self.step.step.fill_(state.step)
         return state.step, state.skipped_steps
 
+    def _require_usable(self, state: checkpoint.State, path: Path) -> None:
+        """ValueError for accepted changes that cannot be."""
+        if state.step > self.config.total_steps:
+            raise ValueError(
+                f"total_steps={self.config.total_steps} is less than the {state.step} steps that the run has done; "
+                f"choose at least {state.step}, or remove {path} and those after that step"
+            )
+        saved = {name.split("/")[0] for name in state.posthoc}
+        for average in self.averages:
+            if str(average.std) not in saved:
+                raise ValueError(
+                    f"ema.posthoc has {average.std}, which the run has not averaged from its beginning; leave it out, "
+                    "or choose another run_dir"
+                )
+
     def _newest_checkpoint(self) -> Path | None:
-        run_folder.require_same_run(self.run_dir, self.config, self._data())
+        self._changes = run_folder.changes(self.run_dir, self.config, self._data(), self._accept_changes)
         found = checkpoint.committed(self.checkpoints)
         return found[-1] if found else None
 
     def _data(self) -> dict[str, object]:
         return fingerprint(self.dataset, self.config.model.num_classes)
 
-    def _claim_folder(self) -> None:
-        run_folder.claim(self.run_dir, self.config, self._data())
+    def _claim_folder(self, step: int) -> None:
+        run_folder.claim(self.run_dir, self.config, self._data(), self._changes, step)
 
     def _save(self, step: int, skipped: int) -> None:
         state = checkpoint.State(
@@ -293,8 +326,8 @@ class Trainer:
         raise FloatingPointError(
             f"the loss or the gradient norm was not finite at step {first} ({skipped} such steps "
             f"so far, max_skipped_steps={self.config.max_skipped_steps}); the last good checkpoint is "
-            f"{found[-1] if found else 'the start'}: lower optimizer.learning_rate, set optimizer.grad_clip or raise "
-            "max_skipped_steps"
+            f"{found[-1] if found else 'the start'}: lower optimizer.learning_rate or set optimizer.grad_clip and "
+            f"go on with {run_folder.ACCEPT}, or raise max_skipped_steps"
         )
 
     def _write_samples(self, step: int) -> None:
@@ -325,45 +358,6 @@ class Trainer:
             _log.warning("the evaluation at step %d failed, and training goes on: %s", step, error, exc_info=error)
             return
         log.append({"step": step, **{f"evaluation/{name}": value for name, value in scores.items()}})
-
-
-def load_run(
-    run_dir: str | Path, device: str = "auto", *, model: nn.Module | None = None, ema_std: float | None = None
-) -> tuple[TrainConfig, nn.Module, int]:
-    """The configuration of a run, its model with the averaged weights of the newest checkpoint, and the step.
-
-    Args:
-        run_dir: of the run. device: for the model.
-        model: the network or objective of a run that was given one as an object; it takes the weights.
-        ema_std: takes in place of those averages, and at the step of the newest snapshot, the ones of this relative
-            standard deviation, see :func:`soflow_fast.posthoc.reconstruct`.
-
-    Raises:
-        ValueError: if there is no such run, no checkpoint in it, the run was of another model, or it has no snapshots
-            from which these averages can be had.
-    """
-    run_dir = Path(run_dir)
-    if not (run_dir / CONFIG_NAME).is_file():
-        raise ValueError(f"{run_dir} is not a run: it holds no {CONFIG_NAME}; give the run_dir of a training run")
-    config = replace(run_folder.read_config(run_dir), device=device)
-    run_folder.require_same(run_dir, build.with_given(config, model, None), config)
-    found = checkpoint.committed(run_dir / CHECKPOINTS)
-    if not found:
-        raise ValueError(f"the run {run_dir} has no checkpoint yet; let it train to its first one")
-    model = build.build_model(build.runnable(config), model).to(build.resolve_device(device)).eval()
-    taken, step = checkpoint.load_averages(found[-1]), checkpoint.step_of(found[-1])
-    if ema_std is not None:
-        average = posthoc.reconstruct(run_dir, ema_std)
-        taken, step = {**taken, **average.weights}, average.step
-        _log.warning(
-            "the average of std %s at step %d is a sum of %d snapshots; its profile is off by %.2g",
-            ema_std,
-            step,
-            average.snapshots,
-            average.residual,
-        )
-    checkpoint.load_weights(model, taken, found[-1])
-    return config, model, step
 
 
 def _due(step: int, every: int) -> bool:

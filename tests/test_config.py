@@ -181,11 +181,11 @@ def test_only_what_changes_the_weights_makes_another_run(tmp_path):
     same["run_dir"], same["device"], same["output"]["log_every"] = "elsewhere", "auto", 99
     same["data"]["workers"], same["data"]["on_device"], same["model"]["recompute"] = 7, True, "block"
     same["ema"]["snapshot_every"], same["data"]["path"] = 3, "moved"
-    assert config.first_difference(TrainConfig.from_dict(same)) is None
+    assert config.differences(TrainConfig.from_dict(same)) == []
     for name, change in (
         ("seed", {"seed": 1}),
         ("ema.posthoc", {"ema": {"posthoc": [0.05, 0.1]}}),
         ("model.depth", {"model": {**config.to_dict()["model"], "depth": 2}}),
         ("soflow.gap_end", {"soflow": {**config.to_dict()["soflow"], "gap_end": 0.01}}),
     ):
-        assert config.first_difference(TrainConfig.from_dict({**config.to_dict(), **change})) == name
+        assert config.differences(TrainConfig.from_dict({**config.to_dict(), **change})) == [name]

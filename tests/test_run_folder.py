@@ -6,11 +6,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from runs import Blobs, final, tiny_config, write_images, write_latents
+from runs import Blobs, files, final, tiny_config, write_config, write_images, write_latents
 from torch.utils.data import TensorDataset
 
 from soflow_fast import Trainer
-from soflow_fast.config import DataConfig
+from soflow_fast.cli import main
+from soflow_fast.config import DataConfig, EMAConfig, OptimizerConfig, OutputConfig
 
 # ---------------------------------------------------------------------------------------------------------- the data
 
@@ -110,3 +111,106 @@ def test_a_run_without_the_record_stays_with_its_path(tmp_path):
     shutil.copytree(tmp_path / "images", tmp_path / "others")
     elsewhere = Trainer(replace(config, data=replace(config.data, path=str(tmp_path / "others"))))
     assert "the run has no data.json" in _refused(elsewhere)
+
+
+# ------------------------------------------------------------------------------------------------- declared changes
+
+
+def _changes(run_dir):
+    return [json.loads(line) for line in (run_dir / "changes.jsonl").read_text().splitlines()]
+
+
+def _learning_rate(config, value, **others):
+    return replace(config, optimizer=replace(config.optimizer, learning_rate=value, **others))
+
+
+def test_a_run_goes_on_with_declared_changes(tmp_path, capsys):
+    first = tiny_config(tmp_path, total_steps=4)
+    Trainer(first).fit()
+    second = _learning_rate(replace(first, total_steps=6), 2e-3, betas=(0.5, 0.6), weight_decay=0.1)
+    flag = r"choose another run_dir, or go on with --accept-changes \(in Python, Trainer\(\.\.\., accept_changes=True"
+    with pytest.raises(ValueError, match=rf"total_steps=4, and this one has 6; use that value, {flag}"):
+        Trainer(second).fit()
+    assert not (tmp_path / "changes.jsonl").exists()
+    run = Trainer(second, accept_changes=True)
+    run.fit()
+    assert "changed after step 4: optimizer.learning_rate from 0.001 to 0.002" in capsys.readouterr().err
+    assert _changes(tmp_path) == [
+        {"step": 4, "key": "total_steps", "before": 4, "after": 6},
+        {"step": 4, "key": "optimizer.learning_rate", "before": 1e-3, "after": 2e-3},
+        {"step": 4, "key": "optimizer.betas", "before": [0.9, 0.99], "after": [0.5, 0.6]},
+        {"step": 4, "key": "optimizer.weight_decay", "before": 0.0, "after": 0.1},
+    ]
+    group = run.optimizer.param_groups[0]
+    assert (group["betas"], group["weight_decay"], group["lr"]) == ((0.5, 0.6), 0.1, 2e-3)
+    Trainer(second).fit()  # the changed run is now the run
+    assert len(_changes(tmp_path)) == 4
+    assert final(tmp_path).step == 6
+
+
+def test_changes_are_recorded_once_though_a_kill_follows(tmp_path, monkeypatch):
+    config = tiny_config(tmp_path)
+    Trainer(config).fit()
+    shutil.rmtree(tmp_path / "checkpoints" / "step-00000006")
+    changed = replace(config, seed=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(type(config), "to_yaml", lambda self: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            Trainer(changed, accept_changes=True).fit()
+    Trainer(changed, accept_changes=True).fit()
+    assert _changes(tmp_path) == [{"step": 4, "key": "seed", "before": 0, "after": 1}]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"objective": "flow_matching"},
+        {"optimizer": OptimizerConfig(name="radam", learning_rate=1e-3, weight_decay=0.1)},
+        {"batch_size": 8},
+        {"ema": EMAConfig(decay=0.9)},
+    ],
+    ids=str,
+)
+def test_what_can_change(tmp_path, change):
+    config = tiny_config(tmp_path, ema=EMAConfig(posthoc=(0.05, 0.1)))
+    Trainer(config).fit()
+    shutil.rmtree(tmp_path / "checkpoints" / "step-00000006")
+    Trainer(replace(config, **change), accept_changes=True).fit()
+    assert final(tmp_path).step == 6
+    assert _changes(tmp_path)[0]["step"] == 4
+
+
+def test_what_cannot_change(tmp_path):
+    config = tiny_config(tmp_path)
+    Trainer(config).fit()
+    before = files(tmp_path)
+    for change, words in (
+        ({"model": replace(config.model, hidden_size=32)}, r"of another model: network\."),
+        ({"total_steps": 4}, "total_steps=4 is less than the 6 steps that the run has done"),
+        ({"ema": EMAConfig(posthoc=(0.05, 0.1))}, r"ema\.posthoc has 0\.05, which the run has not averaged"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            Trainer(replace(config, **change), accept_changes=True).fit()
+    assert files(tmp_path) == before
+
+
+def test_data_that_changed_can_be_accepted(tmp_path):
+    config = _folder_run(tmp_path)
+    (tmp_path / "images" / "class1" / "1.png").unlink()
+    Trainer(config, accept_changes=True).fit()
+    (change,) = _changes(tmp_path / "run")
+    assert (change["key"], change["before"]["samples"], change["after"]["samples"]) == ("data", 30, 29)
+    assert json.loads((tmp_path / "run" / "data.json").read_text()) == change["after"]
+
+
+def test_the_advice_after_a_divergence_can_be_followed(tmp_path, capsys):
+    output = OutputConfig(log_every=1, sample_every=0)
+    path = write_config(tmp_path / "config.yaml", tiny_config(tmp_path / "run", output=output))
+    assert main(["train", str(path), "--optimizer.learning_rate", "1e30"]) == 1
+    assert "lower optimizer.learning_rate or set optimizer.grad_clip and go on with --accept-changes" in (
+        capsys.readouterr().err
+    )
+    assert main(["train", str(path)]) == 2
+    assert "or go on with --accept-changes" in capsys.readouterr().err
+    assert main(["train", str(path), "--accept-changes"]) == 0
+    assert final(tmp_path / "run").step == 6
