@@ -248,7 +248,8 @@ class Trainer:
         if path is None:
             return None
         # one answer for all processes: a run that is given may just be writing another checkpoint
-        origin = weights.load_weights(self.model, self.processes.of_first(partial(weights.locate, path)))
+        path = self.processes.of_first(partial(weights.locate, path))
+        origin = weights.load_weights(self.model, path, self.config.initial_weights_except)
         self.ema.load_state_dict(self.model.state_dict(), updates=0)
         return origin
 
