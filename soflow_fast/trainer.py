@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 
-from soflow_fast import build, checkpoint, distributed, memory, posthoc, run_folder, weights
+from soflow_fast import build, checkpoint, distributed, memory, posthoc, run_folder, stopping, weights
 from soflow_fast.augment import Augment
 from soflow_fast.checkpoint import CHECKPOINTS
 from soflow_fast.config import TrainConfig
@@ -27,6 +27,7 @@ from soflow_fast.logs import Meter, Quiet, RunLog
 from soflow_fast.optim import OPTIMIZERS
 from soflow_fast.run_folder import load_run
 from soflow_fast.step import TrainStep
+from soflow_fast.stopping import StoppedBySignal, StopSignal
 
 __all__ = ["Trainer", "load_run"]
 
@@ -138,13 +139,21 @@ class Trainer:
     def fit(self) -> Path:
         """Trains to the last step, from the newest checkpoint of the run's folder if there is one.
 
+        SIGTERM and SIGUSR1, where this is the main thread, end it after the step, with several processes after the next
+        metrics, with a checkpoint; their handlers are put back at the end.
+
         Returns:
             The path of the last checkpoint.
 
         Raises:
             ValueError: if the folder belongs to another configuration, model or data; nothing in it is changed.
             FloatingPointError: after more steps that are not finite than the configuration allows.
+            StoppedBySignal: a SystemExit, after such a signal.
         """
+        with StopSignal() as stop:
+            return self._fit(stop)
+
+    def _fit(self, stop: StopSignal) -> Path:
         config, output = self.config, self.config.output
         last_checkpoint = checkpoint.path_of(self.checkpoints, config.total_steps)
         start, skipped = self._restore()
@@ -181,18 +190,20 @@ class Trainer:
         if config.evaluation.every and unscored:
             log.say(f"no evaluation during training: {unscored}")
         try:
-            for done, (x, labels) in enumerate(steps, start + 1):
+            for done, (x, labels) in enumerate(stop.kept_from_workers(steps), start + 1):
                 learning_rate = self._set_learning_rate(done - 1)
                 with self._draws_of_the_network(done):
                     stats = self.step(x, labels)
                 meter.update(done, stats)
                 log.advance()
                 last = done == config.total_steps
-                if last or done % output.log_every == 0:
+                logs = last or done % output.log_every == 0
+                stopped = 0 if last else stop.agreed(self.processes, logs)
+                if logs or stopped:
                     self._require_finite(meter)
                     log.write(done, {**meter.read(), "learning_rate": learning_rate})
                 snapshots = self.averages and (last or _due(done, config.ema.snapshot_every))
-                saves = last or _due(done, output.checkpoint_every)
+                saves = last or stopped or _due(done, output.checkpoint_every)
                 with log.off_the_clock():
                     if snapshots or saves:
                         skipped = self._require_finite(meter)
@@ -201,6 +212,9 @@ class Trainer:
                         self.processes.of_first(partial(self._write_snapshots, done))
                     if saves:
                         self.processes.of_first(partial(self._save, done, skipped))
+                    if stopped:  # what may take long is left out
+                        log.say(stopping.sentence(stopped, done, checkpoint.path_of(self.checkpoints, done)))
+                        raise StoppedBySignal(stopped)
                     if _due(done, output.sample_every):
                         self.processes.of_first(partial(self._write_samples, done))
                     if not unscored and _due(done, config.evaluation.every):

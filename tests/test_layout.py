@@ -20,7 +20,7 @@ FLOORS = [
         "fidelity", "fingerprint", "images", "layers", "memory", "objectives", "optim", "pair", "posthoc", "precision",
         "sample", "unet", "weights",
     ],
-    ["cli", "demo", "distributed", "doctor", "dry_run", "logs", "run_folder", "step", "trainer"],
+    ["cli", "demo", "distributed", "doctor", "dry_run", "logs", "run_folder", "step", "stopping", "trainer"],
 ]  # fmt: skip
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
 
