@@ -3,6 +3,7 @@
 The defaults are the published ImageNet 256 recipe (arXiv 2512.15657) with DiT-B/4 on 4×32×32 latents.
 """
 
+import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -30,6 +31,8 @@ from soflow_fast.config_objective import (
     SoFlowConfig,
 )
 from soflow_fast.config_optimizer import OptimizerConfig
+
+_log = logging.getLogger(__name__)
 
 DATA_KINDS = ("digits", "latents", "folder", "cifar10", GIVEN)
 
@@ -275,7 +278,15 @@ class TrainConfig(Section):
         require_known_overrides(cls, overrides)
         with interop.public_words(raw):
             nested = interop.from_public(raw, {f.name for f in fields(cls)}) if interop.is_public(raw) else raw
-            return cls(**parse(cls, nested, overrides))
+            config = cls(**parse(cls, nested, overrides))
+        config._warn_of_other_objectives(nested, overrides)
+        return config
+
+    def _warn_of_other_objectives(self, nested: dict, overrides: Sequence[str]) -> None:
+        on_command_line = {arg[2:].split(".")[0] for arg in overrides if arg.startswith("--") and "." in arg}
+        for name in OBJECTIVE_SECTIONS:
+            if self.objective not in (name, GIVEN) and (nested.get(name) or name in on_command_line):
+                _log.warning("the section %s is ignored: the objective is %s", name, self.objective)
 
     def to_dict(self) -> dict:
         """The nested mapping that :meth:`from_dict` reads, without the sections of the other objectives."""

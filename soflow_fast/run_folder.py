@@ -10,7 +10,8 @@ from torch import nn
 
 from soflow_fast import build, checkpoint, fingerprint, posthoc
 from soflow_fast.checkpoint import CHECKPOINTS
-from soflow_fast.config import TrainConfig
+from soflow_fast.config import OBJECTIVE_SECTIONS, TrainConfig
+from soflow_fast.config_io import read_yaml
 from soflow_fast.logs import METRICS_NAME
 
 _log = logging.getLogger(__name__)
@@ -24,8 +25,10 @@ ACCEPT = "--accept-changes (in Python, Trainer(..., accept_changes=True))"
 
 
 def read_config(run_dir: Path) -> TrainConfig:
-    """The configuration of a run."""
-    return TrainConfig.from_yaml(run_dir / CONFIG_NAME)
+    """The configuration of a run, whose file may have sections of objectives other than its own."""
+    raw = read_yaml(run_dir / CONFIG_NAME)
+    others = OBJECTIVE_SECTIONS.keys() - {raw.get("objective", TrainConfig.objective)}
+    return TrainConfig.from_dict({name: value for name, value in raw.items() if name not in others})
 
 
 def changes(run_dir: Path, config: TrainConfig, data: dict[str, object], accept: bool) -> list[dict[str, object]]:

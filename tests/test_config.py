@@ -189,3 +189,19 @@ def test_only_what_changes_the_weights_makes_another_run(tmp_path):
         ("soflow.gap_end", {"soflow": {**config.to_dict()["soflow"], "gap_end": 0.01}}),
     ):
         assert config.differences(TrainConfig.from_dict({**config.to_dict(), **change})) == [name]
+
+
+@pytest.mark.parametrize(
+    ("raw", "overrides", "ignored"),
+    [
+        ({"soflow": {"guidance_scale": 2.0}}, ["--objective", "meanflow"], ["soflow"]),
+        ({"objective": "meanflow", "meanflow": {"p": 0.5}}, ["--alphaflow.p=0.5"], ["alphaflow"]),
+        ({"objective": "alphaflow"}, ["--meanflow.p", "1", "--soflow.p", "1"], ["soflow", "meanflow"]),
+        ({"soflow": {"p": 0.5}, "meanflow": {}}, ["--soflow.eps", "0.1"], []),
+    ],
+)
+def test_sections_of_another_objective_are_warned_of(caplog, raw, overrides, ignored):
+    objective = TrainConfig.from_dict(raw, overrides).objective
+    assert [record.getMessage() for record in caplog.records] == [
+        f"the section {name} is ignored: the objective is {objective}" for name in ignored
+    ]

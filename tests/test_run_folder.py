@@ -12,6 +12,7 @@ from torch.utils.data import TensorDataset
 from soflow_fast import Trainer
 from soflow_fast.cli import main
 from soflow_fast.config import DataConfig, EMAConfig, OptimizerConfig, OutputConfig
+from soflow_fast.trainer import load_run
 
 # ---------------------------------------------------------------------------------------------------------- the data
 
@@ -214,3 +215,13 @@ def test_the_advice_after_a_divergence_can_be_followed(tmp_path, capsys):
     assert "or go on with --accept-changes" in capsys.readouterr().err
     assert main(["train", str(path), "--accept-changes"]) == 0
     assert final(tmp_path / "run").step == 6
+
+
+def test_a_record_with_sections_of_all_objectives_is_read_without_a_warning(tmp_path, caplog):
+    config = tiny_config(tmp_path)
+    Trainer(config).fit()
+    with (tmp_path / "config.yaml").open("a") as file:
+        file.write("meanflow: {p: 0.5}\n")
+    Trainer(config).fit()
+    load_run(tmp_path, "cpu")
+    assert "ignored" not in caplog.text
