@@ -82,6 +82,11 @@ def test_written_config_reads_back_equal(tmp_path):
         ({"lerning_rate": 1}, [], ["lerning_rate", "optimizer.learning_rate"]),
         ({"optimizer": {"learning_rat": 1}}, [], ["optimizer.learning_rat", "'optimizer.learning_rate'"]),
         ({"modle": {"depth": 1}}, [], ["modle.depth", "model.depth"]),
+        ({"optimizer": {"warmup": 1}}, [], ["the nearest is 'optimizer.warmup_steps'"]),
+        ({"optimizer": {"lr": 1}}, [], ["the nearest is 'optimizer.learning_rate'"]),
+        ({"optimizer": {"dropout": 1}}, [], ["the nearest is 'model.dropout'"]),
+        ({"warmup": 1}, [], ["the nearest is 'ema.warmup'"]),
+        ({}, ["--zzz", "3"], ["unknown key 'zzz'; soflow train FILE --dry-run shows all that there are"]),
         ({}, ["--bach_size", "3"], ["bach_size", "'batch_size'"]),
         ({}, ["stray"], ["stray"]),
         ({"model": 3}, [], ["model=3", "indented"]),
@@ -205,3 +210,9 @@ def test_sections_of_another_objective_are_warned_of(caplog, raw, overrides, ign
     assert [record.getMessage() for record in caplog.records] == [
         f"the section {name} is ignored: the objective is {objective}" for name in ignored
     ]
+
+
+def test_a_mapping_in_place_of_a_section_is_refused():
+    sentence = r"model is a dict and must be a ModelConfig; nested mappings are for TrainConfig\.from_dict"
+    with pytest.raises(ValueError, match=sentence):
+        TrainConfig(model={"depth": 3})
