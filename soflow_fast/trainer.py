@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 
-from soflow_fast import build, checkpoint, distributed, memory, posthoc, run_folder, stopping, weights
+from soflow_fast import build, checkpoint, distributed, given, memory, posthoc, run_folder, stopping, weights
 from soflow_fast.augment import Augment
 from soflow_fast.checkpoint import CHECKPOINTS
 from soflow_fast.config import TrainConfig
@@ -84,7 +84,10 @@ class Trainer:
             check_evaluation(config)
         self.processes = distributed.join(device)
         self.rows = self.processes.rows(config.batch_size)
-        self.model = build.build_model(config, model).to(self.processes.device)
+        self.model = build.build_model(config, model)
+        if model is not None:
+            given.check(self.model, config)
+        self.model.to(self.processes.device)
         wanted = config.optimizer
         self.optimizer = OPTIMIZERS[wanted.name](
             [p for p in self.model.parameters() if p.requires_grad],

@@ -17,8 +17,8 @@ FLOORS = [
     ],
     [
         "attention", "augment", "build", "capture", "checkpoint", "data", "dit", "ema", "encode", "evaluate",
-        "fidelity", "fingerprint", "images", "layers", "memory", "objectives", "optim", "pair", "posthoc", "precision",
-        "sample", "unet", "weights",
+        "fidelity", "fingerprint", "given", "images", "layers", "memory", "objectives", "optim", "pair", "posthoc",
+        "precision", "sample", "unet", "weights",
     ],
     ["cli", "demo", "distributed", "doctor", "dry_run", "logs", "run_folder", "step", "stopping", "trainer"],
 ]  # fmt: skip
