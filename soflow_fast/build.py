@@ -176,13 +176,13 @@ def check_dataset(config: TrainConfig, dataset: Dataset) -> float | None:
             "dataset is a DataLoader, and the Trainer makes the batches itself; give the data set in it, "
             "dataset=loader.dataset"
         )
+    if not hasattr(dataset, "__len__"):
+        raise ValueError(f"the data set {type(dataset).__name__} has no length; give a map-style one, with __len__")
     if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__getitem__"):
         raise ValueError(
             f"the data set {type(dataset).__name__} cannot be indexed; give a map-style one, with __len__ and "
             "__getitem__"
         )
-    if not hasattr(dataset, "__len__"):
-        raise ValueError(f"the data set {type(dataset).__name__} has no length; give a map-style one, with __len__")
     if len(dataset) < config.batch_size:
         raise ValueError(
             f"batch_size={config.batch_size} is more than the {len(dataset)} samples of the data; "

@@ -98,6 +98,9 @@ def test_objectives_that_lack_something(tmp_path):
 
 
 class _Stream(IterableDataset):
+    def __len__(self):
+        return 64
+
     def __iter__(self):
         yield from Blobs()
 
