@@ -3,6 +3,7 @@
 from dataclasses import asdict, fields, replace
 from inspect import signature
 
+import numpy as np
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
@@ -188,8 +189,8 @@ def check_dataset(config: TrainConfig, dataset: Dataset) -> float | None:
             f"batch_size={config.batch_size} is more than the {len(dataset)} samples of the data; "
             f"choose at most {len(dataset)}"
         )
-    _require_labels_from_0(dataset, config.model.num_classes)
     shape, (channels, *size) = require_pair(dataset[0], config.model.num_classes), sample_shape(config)
+    _require_labels_from_0(dataset, config.model.num_classes)
     if shape == (channels, *size):
         return None
     if shape == (2 * channels, *size):
@@ -208,10 +209,11 @@ def _require_labels_from_0(dataset: Dataset, num_classes: int) -> None:
     if labels is None:
         rows = sorted({i * (len(dataset) - 1) // (_LABELS_SEEN - 1) for i in range(_LABELS_SEEN)})
         labels = [require_pair(dataset[i], num_classes) and int(dataset[i][1]) for i in rows]
-    if min(labels) > 0 and max(labels) == num_classes:
+    low, high = int(np.min(labels)), int(np.max(labels))
+    if low > 0 and high == num_classes:
         raise ValueError(
-            f"the data set has labels from {min(labels)} to {num_classes}, and labels start at 0: those of "
-            f"{num_classes} classes are 0..{num_classes - 1}; subtract 1"
+            f"the data set has labels from {low} to {high}, and labels start at 0: those of {num_classes} classes are "
+            f"0..{num_classes - 1}; subtract 1"
         )
 
 

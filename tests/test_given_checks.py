@@ -122,6 +122,7 @@ def test_labels_that_start_at_1(tmp_path):
     _refused(tmp_path, sentence, dataset=_From1(n=160))
     labels = torch.arange(60) % 10 + 1
     _refused(tmp_path, sentence, dataset=TensorDataset(torch.randn(60, 1, 8, 8), labels))
+    _refused(tmp_path, "must be a pair of", dataset=TensorDataset(torch.randn(60, 1, 8, 8), torch.eye(10).repeat(6, 1)))
     config = tiny_config(tmp_path)
     more = replace(config, model=replace(config.model, num_classes=11))
     Trainer(more, dataset=_From1()).fit()
