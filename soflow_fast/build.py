@@ -3,9 +3,10 @@
 from dataclasses import asdict, fields, replace
 from inspect import signature
 
+import numpy as np
 import torch
 from torch import nn
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from soflow_fast.attention import OF_A_GPU
 from soflow_fast.augment import AUGMENT_DIM
@@ -14,6 +15,7 @@ from soflow_fast.config_model import UNET_PRESET
 from soflow_fast.data import CIFAR10, ImageFolder, LatentMoments, MomentsFolder, digits, find_moments_folder
 from soflow_fast.data.checks import require_pair, warn_of_unused_classes
 from soflow_fast.dit import PRESETS, DiT
+from soflow_fast.fingerprint import labels_of
 from soflow_fast.objectives.alphaflow import AlphaFlow
 from soflow_fast.objectives.flow_matching import FlowMatching
 from soflow_fast.objectives.improved_meanflow import ImprovedMeanFlow
@@ -29,6 +31,9 @@ OBJECTIVES = {
     "alphaflow": AlphaFlow,
     "flow_matching": FlowMatching,
 }
+
+# Of a data set whose labels are not known without reading its samples.
+_LABELS_SEEN = 16
 
 
 def resolve_device(name: str) -> torch.device:
@@ -166,17 +171,28 @@ def check_dataset(config: TrainConfig, dataset: Dataset) -> float | None:
     Warns of classes that no sample is of, where the labels are at hand.
 
     Raises:
-        ValueError: if it has no length or no full batch, its items are not pairs of a floating-point tensor and a
-            label, or its samples are neither (C, S, S) nor (2C, S, S).
+        ValueError: if it has no length, no index or no full batch, its items are not pairs of a floating-point tensor
+            and a label, its labels seem to start at 1, or its samples are neither (C, S, S) nor (2C, S, S).
     """
+    if isinstance(dataset, DataLoader):
+        raise ValueError(
+            "dataset is a DataLoader, and the Trainer makes the batches itself; give the data set in it, "
+            "dataset=loader.dataset"
+        )
     if not hasattr(dataset, "__len__"):
         raise ValueError(f"the data set {type(dataset).__name__} has no length; give a map-style one, with __len__")
+    if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__getitem__"):
+        raise ValueError(
+            f"the data set {type(dataset).__name__} cannot be indexed; give a map-style one, with __len__ and "
+            "__getitem__"
+        )
     if len(dataset) < config.batch_size:
         raise ValueError(
             f"batch_size={config.batch_size} is more than the {len(dataset)} samples of the data; "
             f"choose at most {len(dataset)}"
         )
     shape, (channels, *size) = require_pair(dataset[0], config.model.num_classes), sample_shape(config)
+    _require_labels_from_0(dataset, config.model.num_classes)
     warn_of_unused_classes(dataset, config.model.num_classes)
     if shape == (channels, *size):
         return None
@@ -186,6 +202,22 @@ def check_dataset(config: TrainConfig, dataset: Dataset) -> float | None:
         f"the data has samples of shape {shape} and the model takes {(channels, *size)}; set model.in_channels and "
         "model.input_size to those of the data"
     )
+
+
+def _require_labels_from_0(dataset: Dataset, num_classes: int) -> None:
+    """ValueError for labels 1..num_classes; all are looked at where they are known, else those of a few samples."""
+    labels = labels_of(dataset)
+    if not num_classes or (labels is None and len(dataset) < 2):
+        return
+    if labels is None:
+        rows = sorted({i * (len(dataset) - 1) // (_LABELS_SEEN - 1) for i in range(_LABELS_SEEN)})
+        labels = [require_pair(dataset[i], num_classes) and int(dataset[i][1]) for i in rows]
+    low, high = int(np.min(labels)), int(np.max(labels))
+    if low > 0 and high == num_classes:
+        raise ValueError(
+            f"the data set has labels from {low} to {high}, and labels start at 0: those of {num_classes} classes are "
+            f"0..{num_classes - 1}; subtract 1"
+        )
 
 
 def with_given(config: TrainConfig, model: nn.Module | None, dataset: Dataset | None) -> TrainConfig:

@@ -1,6 +1,7 @@
 """The command ``soflow``: encode, train, sample, eval, demo, doctor.
 
-Bad input ends in one sentence and exit code 2, a training run that does not stay finite in one sentence and 1.
+Bad input ends in one sentence and exit code 2, a training run that does not stay finite in one sentence and 1, one that
+SIGTERM or SIGUSR1 stops in 128 + the signal's number.
 """
 
 import argparse
@@ -27,6 +28,7 @@ from soflow_fast.images import balanced_labels, save_samples, vae_decoder
 from soflow_fast.interop import public_words
 from soflow_fast.precision import PRECISIONS
 from soflow_fast.sample import SAMPLE_PRECISIONS, Decoder, Sampler
+from soflow_fast.stopping import StoppedBySignal
 from soflow_fast.trainer import Trainer, load_run
 
 # What a run's samples can be drawn with beside its own, and how files of them are called.
@@ -59,6 +61,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("soflow: interrupted; the same command goes on from what was last saved", file=sys.stderr)
         return 130
+    except StoppedBySignal as stopped:
+        distributed.leave()
+        return stopped.code
     return 0
 
 
@@ -79,6 +84,12 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("config", help="YAML file: nested, or a published SoFlow file as it is")
     train.add_argument(
         "--dry-run", "--dry_run", action="store_true", help="show configuration, sizes, FLOPs and memory, and stop"
+    )
+    train.add_argument(
+        "--accept-changes",
+        "--accept_changes",
+        action="store_true",
+        help="go on with a run of other values or data where the weights fit; RUN/changes.jsonl records them",
     )
 
     sample = add("sample", _sample, "draw samples from a run")
@@ -158,7 +169,7 @@ def _train(args: argparse.Namespace) -> None:
         if args.dry_run:
             print(describe(config))
             return
-        trainer = Trainer(config)
+        trainer = Trainer(config, accept_changes=args.accept_changes)
         last = trainer.fit()
     if trainer.processes.is_first:
         print(f"done: {last}")

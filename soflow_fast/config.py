@@ -3,6 +3,7 @@
 The defaults are the published ImageNet 256 recipe (arXiv 2512.15657) with DiT-B/4 on 4×32×32 latents.
 """
 
+import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -30,6 +31,8 @@ from soflow_fast.config_objective import (
     SoFlowConfig,
 )
 from soflow_fast.config_optimizer import OptimizerConfig
+
+_log = logging.getLogger(__name__)
 
 DATA_KINDS = ("digits", "latents", "folder", "cifar10", GIVEN)
 
@@ -175,13 +178,15 @@ class EvaluationConfig(Section, section="evaluation."):
         require_count("evaluation.samples", self.samples, least=2)
 
 
-# What may change between the parts of one run: it has no influence on the trained weights.
+# What may change between the parts of one run: it has no influence on the trained weights. What lies at data.path does;
+# the run's record of its data is compared.
 _FREE = {
     "run_dir",
     "device",
     "max_skipped_steps",
     "model.recompute",
     "data.on_device",
+    "data.path",
     "data.prefetch",
     "data.vae",
     "data.workers",
@@ -206,6 +211,8 @@ class TrainConfig(Section):
             stops.
         initial_weights: what the first step starts from, network and averages: a file of weights or the folder of a
             run, see :func:`~soflow_fast.weights.load_weights`; drawn from the seed where there is none.
+        initial_weights_except: parts of the network that are drawn all the same, such as ``y_embedder`` for other
+            classes.
     """
 
     run_dir: str = "runs/soflow"
@@ -216,6 +223,7 @@ class TrainConfig(Section):
     device: str = "auto"
     max_skipped_steps: int = 0
     initial_weights: str | None = None
+    initial_weights_except: tuple[str, ...] = ()
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -238,6 +246,11 @@ class TrainConfig(Section):
         for name in ("batch_size", "total_steps"):
             require_count(name, getattr(self, name))
         require_count("max_skipped_steps", self.max_skipped_steps, least=0)
+        require(
+            self.initial_weights is not None or not self.initial_weights_except,
+            f"initial_weights_except={list(self.initial_weights_except)} does nothing without initial_weights; "
+            "set that, or leave it out",
+        )
         require(0 <= self.seed < 2**63, f"seed={self.seed} must be in [0, 2^63)")
         require(
             self.batch_size % self.optimizer.accumulation == 0,
@@ -271,7 +284,15 @@ class TrainConfig(Section):
         require_known_overrides(cls, overrides)
         with interop.public_words(raw):
             nested = interop.from_public(raw, {f.name for f in fields(cls)}) if interop.is_public(raw) else raw
-            return cls(**parse(cls, nested, overrides))
+            config = cls(**parse(cls, nested, overrides))
+        config._warn_of_other_objectives(nested, overrides)
+        return config
+
+    def _warn_of_other_objectives(self, nested: dict, overrides: Sequence[str]) -> None:
+        on_command_line = {arg[2:].split(".")[0] for arg in overrides if arg.startswith("--") and "." in arg}
+        for name in OBJECTIVE_SECTIONS:
+            if self.objective not in (name, GIVEN) and (nested.get(name) or name in on_command_line):
+                _log.warning("the section %s is ignored: the objective is %s", name, self.objective)
 
     def to_dict(self) -> dict:
         """The nested mapping that :meth:`from_dict` reads, without the sections of the other objectives."""
@@ -288,11 +309,11 @@ class TrainConfig(Section):
         """Every value by its dotted name."""
         return flatten(asdict(self))
 
-    def first_difference(self, other: "TrainConfig") -> str | None:
-        """The first dotted name whose values differ in a way that changes the trained weights, or None."""
-        theirs = other.flat()
-        for name in flatten(self.to_dict()):
-            free = name in _FREE or name.startswith(_FREE_SECTIONS)
-            if not free and self.flat()[name] != theirs[name]:
-                return name
-        return None
+    def differences(self, other: "TrainConfig") -> list[str]:
+        """The dotted names whose values differ in a way that changes the trained weights."""
+        ours, theirs = self.flat(), other.flat()
+        return [
+            name
+            for name in flatten(self.to_dict())
+            if name not in _FREE and not name.startswith(_FREE_SECTIONS) and ours[name] != theirs[name]
+        ]

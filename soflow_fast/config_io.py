@@ -13,6 +13,9 @@ import yaml
 
 from soflow_fast.interop import PUBLIC_NAMES
 
+# How like a known key an unknown one must be for the known one to be suggested, 1 for the same.
+_LIKE = 0.6
+
 
 def require(condition: bool, sentence: str) -> None:
     """ValueError with that sentence unless the condition holds."""
@@ -40,8 +43,15 @@ class Section:
     def __post_init__(self):
         for f in fields(self):
             value = getattr(self, f.name)
+            if is_dataclass(f.type):
+                require(
+                    isinstance(value, f.type),
+                    f"{f.name} is a {type(value).__name__} and must be a {f.type.__name__}; nested mappings are for "
+                    f"{type(self).__name__}.from_dict",
+                )
+                continue
             require(
-                is_dataclass(f.type) or _fits(value, f.type),
+                _fits(value, f.type),
                 f"{self.section}{f.name}={value!r} does not fit; it must be: {_expected(f.type)}",
             )
             if isinstance(value, list):
@@ -125,23 +135,32 @@ def _require_known(given: dict[str, Any], known: set[str]) -> None:
         if name in sections:
             require(value == {}, f"{name}={value!r} is not a section; write {name}: followed by indented keys")
         elif name not in known:
-            raise ValueError(f"unknown key {name!r}; the nearest is {_nearest(name, known)!r}")
+            near = _nearest(name, known)
+            remedy = f"the nearest is {near!r}" if near else "soflow train FILE --dry-run shows all that there are"
+            raise ValueError(f"unknown key {name!r}; {remedy}")
 
 
-def _nearest(name: str, known: set[str]) -> str:
-    """The known name most like this one, whole or by its last part or its initials; or what a published key means."""
+def _nearest(name: str, known: set[str]) -> str | None:
+    """The known name most like this one, by its last part or its initials in the same section, else anywhere.
+
+    Or what a published key means; None where nothing is like it.
+    """
     if name in PUBLIC_NAMES:
         return PUBLIC_NAMES[name]
-    last = name.split(".")[-1]
+    section, _, last = name.rpartition(".")
 
     def likeness(candidate: str) -> float:
-        own = candidate.split(".")[-1]
+        own_section, _, own = candidate.rpartition(".")
         if last == "".join(word[0] for word in own.split("_")):  # lr, wd
             return 1.0
-        pairs = ((name, candidate), (last, own))
+        pairs = [(last, own)] if section == own_section else [(last, own), (name, candidate)]
         return max(difflib.SequenceMatcher(None, *pair).ratio() for pair in pairs)
 
-    return max(sorted(known), key=likeness)
+    for candidates in ([one for one in sorted(known) if one.rpartition(".")[0] == section], sorted(known)):
+        near = max(candidates, key=likeness, default=None)
+        if near is not None and likeness(near) >= _LIKE:
+            return near
+    return None
 
 
 def _fits(value: Any, annotation: Any) -> bool:

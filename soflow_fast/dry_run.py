@@ -47,7 +47,7 @@ def plan(config: TrainConfig) -> Plan:
         model = build.build_model(counted)
         flops = _count_step(model, counted)
     if config.initial_weights is not None and not checkpoint.committed(trainer.checkpoints):
-        read_weights(model, config.initial_weights)
+        read_weights(model, config.initial_weights, config.initial_weights_except)
     rows = (trainer.rows.stop - trainer.rows.start) // config.optimizer.accumulation
     recompute, averages = config.model.recompute, len(config.ema.posthoc)
     if is_dit and recompute == "auto":

@@ -259,6 +259,11 @@ class TrainStep:
                 last = i == len(orders) - 1
                 with contextlib.nullcontext() if last or self.world_size == 1 else self._loss.no_sync():
                     out = self._loss(x0, labels, order, rows, n_velocity, progress, self._seed, self.step)
+                    if not hasattr(out, "parts"):
+                        raise ValueError(
+                            f"{type(self.model).__name__}.loss_of_rows returns a {type(out).__name__}; it must return "
+                            "a TotalLoss(loss, parts) of soflow_fast.objectives.base"
+                        )
                     (out.loss / self.accumulation).backward()
                 outputs.append(out)
         is_ours = isinstance(self.optimizer, optim.OnePass)

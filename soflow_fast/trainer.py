@@ -4,7 +4,7 @@ import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 
-from soflow_fast import build, checkpoint, distributed, memory, posthoc, weights
+from soflow_fast import build, checkpoint, distributed, given, memory, posthoc, run_folder, stopping, weights
 from soflow_fast.augment import Augment
 from soflow_fast.checkpoint import CHECKPOINTS
 from soflow_fast.config import TrainConfig
@@ -21,21 +21,25 @@ from soflow_fast.data import batches, load_resident
 from soflow_fast.dit import DiT
 from soflow_fast.ema import EMA, PowerEMA
 from soflow_fast.evaluate import check_evaluation, evaluate, why_unscored
+from soflow_fast.fingerprint import fingerprint
 from soflow_fast.images import are_images, balanced_labels, generate, save_samples, vae_decoder
-from soflow_fast.logs import METRICS_NAME, Meter, Quiet, RunLog
+from soflow_fast.logs import Meter, Quiet, RunLog
 from soflow_fast.optim import OPTIMIZERS
+from soflow_fast.run_folder import load_run
 from soflow_fast.step import TrainStep
+from soflow_fast.stopping import StoppedBySignal, StopSignal
+
+__all__ = ["Trainer", "load_run"]
 
 _log = logging.getLogger(__name__)
-
-CONFIG_NAME = "config.yaml"
 
 
 class Trainer:
     """One training run in a folder; the same call again goes on where it stopped.
 
     The trained weights are a pure function of the configuration, the data, the network and the initial weights:
-    stopping, even by a kill, and going on changes nothing (bitwise on a CPU).
+    stopping, even by a kill, and going on changes nothing (bitwise on a CPU). Changes that it went on with, see
+    ``accept_changes``, are in its ``changes.jsonl``.
 
     Where the gradient norm is not finite, the step is left out: weights, optimizer and averages stay as they were.
     Such steps, and any whose loss is not finite, are counted on the device and looked at whenever metrics or a
@@ -51,12 +55,22 @@ class Trainer:
             own, or an objective such as :class:`~soflow_fast.SoFlow` over one; its values replace the configuration's.
         dataset: map-style, of (sample, label), to train on instead of the configuration's data; samples (C, H, W)
             floating point, or (2C, H, W) latent moments.
+        accept_changes: go on with a run of another configuration or other data where the weights fit, and record what
+            changed.
 
     Raises:
         ValueError: for a configuration that is impossible on this machine or does not fit the data.
     """
 
-    def __init__(self, config: TrainConfig, *, model: nn.Module | None = None, dataset: Dataset | None = None):
+    def __init__(
+        self,
+        config: TrainConfig,
+        *,
+        model: nn.Module | None = None,
+        dataset: Dataset | None = None,
+        accept_changes: bool = False,
+    ):
+        self._accept_changes, self._changes = accept_changes, []
         self.config = config = build.with_given(config, model, dataset)
         device = build.resolve_device(config.device)
         if model is None:
@@ -70,7 +84,10 @@ class Trainer:
             check_evaluation(config)
         self.processes = distributed.join(device)
         self.rows = self.processes.rows(config.batch_size)
-        self.model = build.build_model(config, model).to(self.processes.device)
+        self.model = build.build_model(config, model)
+        if model is not None:
+            given.check(self.model, config)
+        self.model.to(self.processes.device)
         wanted = config.optimizer
         self.optimizer = OPTIMIZERS[wanted.name](
             [p for p in self.model.parameters() if p.requires_grad],
@@ -125,18 +142,26 @@ class Trainer:
     def fit(self) -> Path:
         """Trains to the last step, from the newest checkpoint of the run's folder if there is one.
 
+        SIGTERM and SIGUSR1, where this is the main thread, end it after the step, with several processes after the next
+        metrics, with a checkpoint; their handlers are put back at the end.
+
         Returns:
             The path of the last checkpoint.
 
         Raises:
-            ValueError: if the folder belongs to another configuration or model; nothing in it is changed.
+            ValueError: if the folder belongs to another configuration, model or data; nothing in it is changed.
             FloatingPointError: after more steps that are not finite than the configuration allows.
+            StoppedBySignal: a SystemExit, after such a signal.
         """
+        with StopSignal() as stop:
+            return self._fit(stop)
+
+    def _fit(self, stop: StopSignal) -> Path:
         config, output = self.config, self.config.output
         last_checkpoint = checkpoint.path_of(self.checkpoints, config.total_steps)
         start, skipped = self._restore()
         origin = self._load_initial_weights() if start == 0 else None
-        self.processes.of_first(self._claim_folder)
+        self.processes.of_first(partial(self._claim_folder, start))
         if start == config.total_steps:
             return last_checkpoint
         meter = Meter(self.processes, skipped)
@@ -144,6 +169,8 @@ class Trainer:
         log = RunLog(self.run_dir, start, config.total_steps, config.batch_size) if first else Quiet()
         chosen = ", ".join(f"{name}={value}" for name, value in self.choices().items())
         log.say(f"step {start} of {config.total_steps}: {chosen}")
+        for change in self._changes:
+            log.say(f"changed after step {start}: {change['key']} from {change['before']} to {change['after']}")
         if origin is not None:
             log.say(f"initial weights: {origin}")
         dataset = self.dataset
@@ -166,18 +193,20 @@ class Trainer:
         if config.evaluation.every and unscored:
             log.say(f"no evaluation during training: {unscored}")
         try:
-            for done, (x, labels) in enumerate(steps, start + 1):
+            for done, (x, labels) in enumerate(stop.kept_from_workers(steps), start + 1):
                 learning_rate = self._set_learning_rate(done - 1)
                 with self._draws_of_the_network(done):
                     stats = self.step(x, labels)
                 meter.update(done, stats)
                 log.advance()
                 last = done == config.total_steps
-                if last or done % output.log_every == 0:
+                logs = last or done % output.log_every == 0
+                stopped = 0 if last else stop.agreed(self.processes, logs)
+                if logs or stopped:
                     self._require_finite(meter)
                     log.write(done, {**meter.read(), "learning_rate": learning_rate})
                 snapshots = self.averages and (last or _due(done, config.ema.snapshot_every))
-                saves = last or _due(done, output.checkpoint_every)
+                saves = last or stopped or _due(done, output.checkpoint_every)
                 with log.off_the_clock():
                     if snapshots or saves:
                         skipped = self._require_finite(meter)
@@ -186,6 +215,9 @@ class Trainer:
                         self.processes.of_first(partial(self._write_snapshots, done))
                     if saves:
                         self.processes.of_first(partial(self._save, done, skipped))
+                    if stopped:  # what may take long is left out
+                        log.say(stopping.sentence(stopped, done, checkpoint.path_of(self.checkpoints, done)))
+                        raise StoppedBySignal(stopped)
                     if _due(done, output.sample_every):
                         self.processes.of_first(partial(self._write_samples, done))
                     if not unscored and _due(done, config.evaluation.every):
@@ -233,7 +265,8 @@ class Trainer:
         if path is None:
             return None
         # one answer for all processes: a run that is given may just be writing another checkpoint
-        origin = weights.load_weights(self.model, self.processes.of_first(partial(weights.locate, path)))
+        path = self.processes.of_first(partial(weights.locate, path))
+        origin = weights.load_weights(self.model, path, self.config.initial_weights_except)
         self.ema.load_state_dict(self.model.state_dict(), updates=0)
         return origin
 
@@ -248,8 +281,11 @@ class Trainer:
                 "choose a run_dir in a file system that all processes share"
             )
         state = checkpoint.load(path, self.processes.device)
+        self._require_usable(state, path)
         checkpoint.load_weights(self.model, state.model, path)
-        self.optimizer.load_state_dict(state.optimizer)
+        # with the configuration's own hyper-parameters, which may have changed
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({**state.optimizer, "param_groups": groups})
         self.ema.load_state_dict(state.ema, state.ema_updates)
         for average in self.averages:
             saved = {name: state.posthoc[f"{average.std}/{name}"] for name in average.averages}
@@ -257,16 +293,31 @@ class Trainer:
         self.step.step.fill_(state.step)
         return state.step, state.skipped_steps
 
+    def _require_usable(self, state: checkpoint.State, path: Path) -> None:
+        """ValueError for accepted changes that cannot be."""
+        if state.step > self.config.total_steps:
+            raise ValueError(
+                f"total_steps={self.config.total_steps} is less than the {state.step} steps that the run has done; "
+                f"choose at least {state.step}, or remove {path} and those after that step"
+            )
+        saved = {name.split("/")[0] for name in state.posthoc}
+        for average in self.averages:
+            if str(average.std) not in saved:
+                raise ValueError(
+                    f"ema.posthoc has {average.std}, which the run has not averaged from its beginning; leave it out, "
+                    "or choose another run_dir"
+                )
+
     def _newest_checkpoint(self) -> Path | None:
-        _require_same_run(self.run_dir, self.config)
+        self._changes = run_folder.changes(self.run_dir, self.config, self._data(), self._accept_changes)
         found = checkpoint.committed(self.checkpoints)
         return found[-1] if found else None
 
-    def _claim_folder(self) -> None:
-        self.run_dir.mkdir(parents=True, exist_ok=True)
-        temporary = self.run_dir / f".{CONFIG_NAME}.writing"
-        temporary.write_text(self.config.to_yaml())
-        os.replace(temporary, self.run_dir / CONFIG_NAME)
+    def _data(self) -> dict[str, object]:
+        return fingerprint(self.dataset, self.config.model.num_classes)
+
+    def _claim_folder(self, step: int) -> None:
+        run_folder.claim(self.run_dir, self.config, self._data(), self._changes, step)
 
     def _save(self, step: int, skipped: int) -> None:
         state = checkpoint.State(
@@ -293,8 +344,8 @@ class Trainer:
         raise FloatingPointError(
             f"the loss or the gradient norm was not finite at step {first} ({skipped} such steps "
             f"so far, max_skipped_steps={self.config.max_skipped_steps}); the last good checkpoint is "
-            f"{found[-1] if found else 'the start'}: lower optimizer.learning_rate, set optimizer.grad_clip or raise "
-            "max_skipped_steps"
+            f"{found[-1] if found else 'the start'}: lower optimizer.learning_rate or set optimizer.grad_clip and "
+            f"go on with {run_folder.ACCEPT}, or raise max_skipped_steps"
         )
 
     def _write_samples(self, step: int) -> None:
@@ -327,74 +378,5 @@ class Trainer:
         log.append({"step": step, **{f"evaluation/{name}": value for name, value in scores.items()}})
 
 
-def load_run(
-    run_dir: str | Path,
-    device: str = "auto",
-    *,
-    model: nn.Module | None = None,
-    ema_std: float | None = None,
-    step: int | None = None,
-) -> tuple[TrainConfig, nn.Module, int]:
-    """The configuration of a run, its model with the averaged weights of a checkpoint, and the step.
-
-    Args:
-        run_dir: of the run. device: for the model.
-        model: the network or objective of a run that was given one as an object; it takes the weights.
-        ema_std: takes in place of those averages, and at the step of the newest snapshot, the ones of this relative
-            standard deviation, see :func:`soflow_fast.posthoc.reconstruct`.
-        step: of the checkpoint, or with ``ema_std`` of the snapshots; by default the newest.
-
-    Raises:
-        ValueError: if there is no such run, no checkpoint in it or none of that step, the run was of another model, or
-            it has no snapshots from which these averages can be had.
-    """
-    run_dir = Path(run_dir)
-    if not (run_dir / CONFIG_NAME).is_file():
-        raise ValueError(f"{run_dir} is not a run: it holds no {CONFIG_NAME}; give the run_dir of a training run")
-    config = replace(TrainConfig.from_yaml(run_dir / CONFIG_NAME), device=device)
-    _require_same(run_dir, build.with_given(config, model, None), config)
-    found = checkpoint.committed(run_dir / CHECKPOINTS)
-    if not found:
-        raise ValueError(f"the run {run_dir} has no checkpoint yet; let it train to its first one")
-    path = next((path for path in found if checkpoint.step_of(path) == step), found[-1])
-    if ema_std is None and step not in (None, checkpoint.step_of(path)):
-        steps = ", ".join(str(checkpoint.step_of(path)) for path in found)
-        raise ValueError(f"the run {run_dir} has no checkpoint of step {step}; choose one of {steps}")
-    model = build.build_model(build.runnable(config), model).to(build.resolve_device(device)).eval()
-    taken, at = checkpoint.load_averages(path), checkpoint.step_of(path)
-    if ema_std is not None:
-        average = posthoc.reconstruct(run_dir, ema_std, step)
-        taken, at = {**taken, **average.weights}, average.step
-        _log.warning(
-            "the average of std %s at step %d is a sum of %d snapshots; its profile is off by %.2g",
-            ema_std,
-            at,
-            average.snapshots,
-            average.residual,
-        )
-    checkpoint.load_weights(model, taken, path)
-    return config, model, at
-
-
 def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
-
-
-def _require_same_run(run_dir: Path, config: TrainConfig) -> None:
-    if run_dir.exists() and not run_dir.is_dir():
-        raise ValueError(f"run_dir={str(run_dir)!r} is a file; choose a folder")
-    written = (run_dir / METRICS_NAME, run_dir / posthoc.FOLDER)
-    if not (checkpoint.committed(run_dir / CHECKPOINTS) or any(path.exists() for path in written)):
-        return
-    if not (run_dir / CONFIG_NAME).exists():
-        raise ValueError(f"run_dir={str(run_dir)!r} holds a run without its {CONFIG_NAME}; choose another folder")
-    _require_same(run_dir, config, TrainConfig.from_yaml(run_dir / CONFIG_NAME))
-
-
-def _require_same(run_dir: Path, config: TrainConfig, theirs: TrainConfig) -> None:
-    name = config.first_difference(theirs)
-    if name is not None:
-        raise ValueError(
-            f"run_dir={str(run_dir)!r} holds a run with {name}={theirs.flat()[name]!r}, and this one has "
-            f"{config.flat()[name]!r}; use that value, or choose another run_dir"
-        )

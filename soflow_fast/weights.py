@@ -1,7 +1,7 @@
 """Weights to start from: a published checkpoint, a file of another training, or a run of this library."""
 
 from argparse import Namespace
-from collections.abc import Mapping, Set
+from collections.abc import Iterable, Mapping, Sequence, Set
 from itertools import accumulate
 from pathlib import Path
 from zipfile import is_zipfile
@@ -17,15 +17,17 @@ _USUAL = ("ema", "ema_state_dict", "ema_model", "model_ema", "state_dict_ema")
 _USUAL += ("model", "model_state_dict", "state_dict", "network", "net")
 
 
-def load_weights(model: nn.Module, path: str | Path) -> str:
+def load_weights(model: nn.Module, path: str | Path, keep: Sequence[str] = ()) -> str:
     """Copies the weights of :func:`read_weights` into a model, on whichever device it is; says what they are."""
-    weights, origin = read_weights(model, path)
+    weights, origin = read_weights(model, path, keep)
     model.load_state_dict(weights)
     return origin
 
 
-def read_weights(model: nn.Module, path: str | Path) -> tuple[dict[str, Tensor], str]:
+def read_weights(model: nn.Module, path: str | Path, keep: Sequence[str] = ()) -> tuple[dict[str, Tensor], str]:
     """Weights that fit a model, on the host; a file is mapped into memory where its form allows that.
+
+    The model's own are what ``keep`` names, and a fixed ``pos_embed`` of another size: it is a function of the size.
 
     Args:
         model: an objective such as :class:`~soflow_fast.SoFlow`, or a network.
@@ -34,22 +36,33 @@ def read_weights(model: nn.Module, path: str | Path) -> tuple[dict[str, Tensor],
             by name; the averages are taken, if there are any, and what they leave out, such as buffers, from the
             others. Objects of Python code in it are refused, not run. The state_dict may be of an objective or of a
             network, with a prefix that a wrapper put before every name.
+        keep: parts of the network that stay as they are, such as ``y_embedder`` or ``blocks.3``, whatever the weights
+            have there.
 
     Returns:
         ``(weights, origin)``: by the model's names, and what was taken, in words.
 
     Raises:
-        ValueError: for a path where nothing is, what holds no weights, and weights of another model; the message names
-            the first that does not fit.
+        ValueError: for a path where nothing is, what holds no weights, a part to keep that the model does not have, and
+            weights of another model; the message names the first that does not fit.
     """
+    state = model.state_dict()
+    own = state.keys()
+    kept = {name for part in keep for name in _names_of_part(part, own)}
     path = locate(path)
     parts, origin = _read(path)
-    own = model.state_dict().keys()
     weights: dict[str, Tensor] = {}
     for part in reversed([_renamed(part, own) for part in parts]):  # averages may be of parameters alone
         weights = {name: value for name, value in weights.items() if name in own} | part
-    checkpoint.require_fit(model, weights, origin)
-    return weights, origin
+    fixed = {
+        name for name in own & weights.keys() if _is_fixed(model, name) and state[name].shape != weights[name].shape
+    }
+    weights = {name: value for name, value in weights.items() if not _is_of(name, keep)}
+    weights |= {name: state[name] for name in kept | fixed}
+    # "the averages are" would not fit the sentence
+    checkpoint.require_fit(model, weights, f"the checkpoint {path}" if path.is_dir() else origin)
+    unchanged = [*keep, *sorted(name.removeprefix("network.") for name in fixed - kept)]
+    return weights, origin + (f"; kept as initialised: {', '.join(unchanged)}" if unchanged else "")
 
 
 def locate(path: str | Path) -> Path:
@@ -93,6 +106,29 @@ def _read(path: Path) -> tuple[list[Mapping[str, Tensor]], str]:
             "one with a state_dict, alone or under a usual name such as ema or model"
         )
     return [parts[name] for name in names], f"{names[0]!r} of {path}"
+
+
+def _is_of(name: str, parts: Iterable[str]) -> bool:
+    """Whether a name is, or begins with, one of these dotted ones, with the objective's prefix or without."""
+    return any(f"{name.removeprefix('network.')}.".startswith(f"{part.removeprefix('network.')}.") for part in parts)
+
+
+def _names_of_part(part: str, own: Set[str]) -> list[str]:
+    names = [name for name in own if _is_of(name, [part])]
+    if not names:
+        known = dict.fromkeys(name.removeprefix("network.").split(".")[0] for name in own)
+        raise ValueError(
+            f"initial_weights_except has {part!r}, which this network does not have; choose of {', '.join(known)}, or "
+            "of their parts"
+        )
+    return names
+
+
+def _is_fixed(model: nn.Module, name: str) -> bool:
+    """Whether it is a table of positions that is not trained."""
+    return name.split(".")[-1] == "pos_embed" and not any(
+        p.requires_grad for trained, p in model.named_parameters() if trained == name
+    )
 
 
 def _is_state_dict(value: object) -> bool:

@@ -82,6 +82,11 @@ def test_written_config_reads_back_equal(tmp_path):
         ({"lerning_rate": 1}, [], ["lerning_rate", "optimizer.learning_rate"]),
         ({"optimizer": {"learning_rat": 1}}, [], ["optimizer.learning_rat", "'optimizer.learning_rate'"]),
         ({"modle": {"depth": 1}}, [], ["modle.depth", "model.depth"]),
+        ({"optimizer": {"warmup": 1}}, [], ["the nearest is 'optimizer.warmup_steps'"]),
+        ({"optimizer": {"lr": 1}}, [], ["the nearest is 'optimizer.learning_rate'"]),
+        ({"optimizer": {"dropout": 1}}, [], ["the nearest is 'model.dropout'"]),
+        ({"warmup": 1}, [], ["the nearest is 'ema.warmup'"]),
+        ({}, ["--zzz", "3"], ["unknown key 'zzz'; soflow train FILE --dry-run shows all that there are"]),
         ({}, ["--bach_size", "3"], ["bach_size", "'batch_size'"]),
         ({}, ["stray"], ["stray"]),
         ({"model": 3}, [], ["model=3", "indented"]),
@@ -180,12 +185,34 @@ def test_only_what_changes_the_weights_makes_another_run(tmp_path):
     same = config.to_dict()
     same["run_dir"], same["device"], same["output"]["log_every"] = "elsewhere", "auto", 99
     same["data"]["workers"], same["data"]["on_device"], same["model"]["recompute"] = 7, True, "block"
-    same["ema"]["snapshot_every"] = 3
-    assert config.first_difference(TrainConfig.from_dict(same)) is None
+    same["ema"]["snapshot_every"], same["data"]["path"] = 3, "moved"
+    assert config.differences(TrainConfig.from_dict(same)) == []
     for name, change in (
         ("seed", {"seed": 1}),
         ("ema.posthoc", {"ema": {"posthoc": [0.05, 0.1]}}),
         ("model.depth", {"model": {**config.to_dict()["model"], "depth": 2}}),
         ("soflow.gap_end", {"soflow": {**config.to_dict()["soflow"], "gap_end": 0.01}}),
     ):
-        assert config.first_difference(TrainConfig.from_dict({**config.to_dict(), **change})) == name
+        assert config.differences(TrainConfig.from_dict({**config.to_dict(), **change})) == [name]
+
+
+@pytest.mark.parametrize(
+    ("raw", "overrides", "ignored"),
+    [
+        ({"soflow": {"guidance_scale": 2.0}}, ["--objective", "meanflow"], ["soflow"]),
+        ({"objective": "meanflow", "meanflow": {"p": 0.5}}, ["--alphaflow.p=0.5"], ["alphaflow"]),
+        ({"objective": "alphaflow"}, ["--meanflow.p", "1", "--soflow.p", "1"], ["soflow", "meanflow"]),
+        ({"soflow": {"p": 0.5}, "meanflow": {}}, ["--soflow.eps", "0.1"], []),
+    ],
+)
+def test_sections_of_another_objective_are_warned_of(caplog, raw, overrides, ignored):
+    objective = TrainConfig.from_dict(raw, overrides).objective
+    assert [record.getMessage() for record in caplog.records] == [
+        f"the section {name} is ignored: the objective is {objective}" for name in ignored
+    ]
+
+
+def test_a_mapping_in_place_of_a_section_is_refused():
+    sentence = r"model is a dict and must be a ModelConfig; nested mappings are for TrainConfig\.from_dict"
+    with pytest.raises(ValueError, match=sentence):
+        TrainConfig(model={"depth": 3})

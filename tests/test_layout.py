@@ -17,10 +17,10 @@ FLOORS = [
     ],
     [
         "attention", "augment", "build", "capture", "checkpoint", "data", "dit", "ema", "encode", "evaluate",
-        "fidelity", "images", "layers", "memory", "objectives", "optim", "pair", "posthoc", "precision", "sample",
-        "unet", "weights",
+        "fidelity", "fingerprint", "given", "images", "layers", "memory", "objectives", "optim", "pair", "posthoc",
+        "precision", "sample", "unet", "weights",
     ],
-    ["cli", "demo", "distributed", "doctor", "dry_run", "logs", "step", "trainer"],
+    ["cli", "demo", "distributed", "doctor", "dry_run", "logs", "run_folder", "step", "stopping", "trainer"],
 ]  # fmt: skip
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
 

@@ -240,3 +240,72 @@ def test_the_command_refuses_and_writes_nothing(tmp_path, capsys, monkeypatch, d
     assert value in printed
     assert printed.count("\n") == 1
     assert not (tmp_path / "run").exists()
+
+
+# ------------------------------------------------------------------------------------ other classes, other resolution
+
+
+def _other(tmp_path, config, **model):
+    return replace(
+        config,
+        run_dir=str(tmp_path / "other"),
+        initial_weights=str(tmp_path / "first"),
+        model=replace(config.model, **model),
+    )
+
+
+def test_fine_tuning_to_other_classes(tmp_path, monkeypatch, capsys):
+    first = tiny_config(tmp_path / "first")
+    Trainer(first).fit()
+    averages = final(tmp_path / "first").ema
+    config = _other(tmp_path, first, num_classes=12)
+    with pytest.raises(ValueError, match=r"the checkpoint .* is of another model: network\.y_embedder\.") as error:
+        Trainer(config).fit()
+    assert "the averages" not in str(error.value)
+    config = replace(config, initial_weights_except=("y_embedder",))
+    drawn = Trainer(config).model.network.y_embedder.embedding_table.weight.clone()
+    run = _stopped_before(monkeypatch, 1, Trainer(config))
+    assert "kept as initialised: y_embedder\n" in capsys.readouterr().err
+    for name, value in run.model.state_dict().items():
+        assert torch.equal(value, drawn if "y_embedder" in name else averages[name])
+        assert torch.equal(value, run.ema.state_dict()[name])
+    assert main(["train", str(write_config(tmp_path / "c.yaml", config)), "--dry-run"]) == 0
+
+
+def test_fine_tuning_to_another_resolution(tmp_path, monkeypatch, capsys):
+    first = tiny_config(tmp_path / "first")
+    Trainer(first).fit()
+    averages = final(tmp_path / "first").ema
+    config = _other(tmp_path, first, input_size=16)
+    table = Trainer(config, dataset=Blobs(shape=(1, 16, 16))).model.network.pos_embed.clone()
+    run = _stopped_before(monkeypatch, 1, Trainer(config, dataset=Blobs(shape=(1, 16, 16))))
+    assert "kept as initialised: pos_embed\n" in capsys.readouterr().err
+    for name, value in run.model.state_dict().items():
+        assert torch.equal(value, table if name == "network.pos_embed" else averages[name])
+
+
+class _Positions(nn.Module):
+    def __init__(self, n):
+        super().__init__()
+        self.pos_embed = nn.Parameter(torch.zeros(n))
+
+
+def test_positions_that_are_trained_are_not_left_out(tmp_path):
+    file = _save(tmp_path / "x.pt", _Positions(3).state_dict())
+    with pytest.raises(ValueError, match=r"of another model: pos_embed is \(3,\) there"):
+        load_weights(_Positions(4), file)
+    load_weights(_Positions(4), file, keep=["pos_embed"])
+
+
+def test_parts_to_keep_are_whole_names(tmp_path):
+    deep, theirs = _network(depth=11), _network(1, depth=11)
+    file = _save(tmp_path / "x.pt", theirs.state_dict())
+    own = {name: value.clone() for name, value in deep.state_dict().items()}
+    assert load_weights(deep, file, ["network.blocks.1", "final_layer"]).endswith("network.blocks.1, final_layer")
+    for name, value in deep.state_dict().items():
+        kept = name.startswith(("blocks.1.", "final_layer."))
+        assert torch.equal(value, own[name] if kept else theirs.state_dict()[name])
+    with pytest.raises(ValueError, match=r"initial_weights_except has 'y_embed', which .*; choose of .*y_embedder"):
+        load_weights(deep, file, ["y_embed"])
+    with pytest.raises(ValueError, match="does nothing without initial_weights"):
+        tiny_config(tmp_path, initial_weights_except=("y_embedder",))

@@ -1,0 +1,66 @@
+"""Checks of a network or objective given to the Trainer, whose own errors at the first step would say little."""
+
+import copy
+
+import torch
+from torch import nn
+
+from soflow_fast import build
+from soflow_fast.config import TrainConfig
+from soflow_fast.dit import DiT
+from soflow_fast.objectives.base import Objective
+from soflow_fast.sample import evaluating
+from soflow_fast.unet import UNet
+
+
+def check(model: Objective, config: TrainConfig) -> None:
+    """ValueError for an objective that lacks a method, and a network that does not do what this package's need.
+
+    A copy of the network is called on the CPU: a label without a row is an error there, and on a GPU the end of the
+    process. What cannot be copied or called there is not looked at.
+    """
+    _require_methods(model, config)
+    net = getattr(model.network, "_orig_mod", model.network)  # of torch.compile
+    told_more = model.condition_dim or config.data.augment
+    if type(model) not in build.OBJECTIVES.values() or isinstance(net, (DiT, UNet)) or told_more:
+        return
+    x, times = torch.zeros(1, *build.sample_shape(config)), (torch.ones(1), torch.full((1,), 0.5))
+    num_classes = config.model.num_classes
+    try:
+        net = copy.deepcopy(net).cpu()
+        found = _call(net, x, *times, torch.zeros(1, dtype=torch.int64) if num_classes else None)
+    except Exception:
+        return
+    name = type(net).__name__
+    if not torch.is_tensor(found) or found.shape != x.shape:
+        what = f"a tensor of shape {tuple(found.shape)}" if torch.is_tensor(found) else f"a {type(found).__name__}"
+        raise ValueError(
+            f"the network {name} returns {what} for x of shape {tuple(x.shape)}; net(x, t, s, labels) must return one "
+            "tensor of the shape of x"
+        )
+    if not num_classes or not model.label_drop:
+        return
+    try:
+        _call(net, x, *times, torch.full((1,), num_classes))
+    except Exception as error:
+        raise ValueError(
+            f"the network {name} fails for the label {num_classes}, its num_classes, which means 'no label' "
+            f"({' '.join(str(error).split())}); give its embedding num_classes + 1 rows, or set label_drop=0 and "
+            "guidance_scale=1"
+        ) from None
+
+
+def _require_methods(model: nn.Module, config: TrainConfig) -> None:
+    samples = config.output.sample_every or config.evaluation.every
+    unless = ", or set output.sample_every=0 and evaluation.every=0"
+    for name, needed, otherwise in (("loss_of_rows", True, ""), ("solution", samples, unless)):
+        if needed and getattr(type(model), name, None) is getattr(Objective, name):
+            raise ValueError(
+                f"the objective {type(model).__name__} has no {name}; implement it as "
+                f"soflow_fast.objectives.base.Objective describes it{otherwise}"
+            )
+
+
+def _call(net: nn.Module, *inputs: torch.Tensor | None) -> object:
+    with torch.no_grad(), torch.random.fork_rng(devices=[]), evaluating(net):
+        return net(*inputs)

@@ -1,0 +1,163 @@
+"""The records of a run in its folder: its configuration, its data, and which changes to them it went on with."""
+
+import json
+import logging
+import os
+from dataclasses import replace
+from pathlib import Path
+
+from torch import nn
+
+from soflow_fast import build, checkpoint, fingerprint, posthoc
+from soflow_fast.checkpoint import CHECKPOINTS
+from soflow_fast.config import OBJECTIVE_SECTIONS, TrainConfig
+from soflow_fast.config_io import read_yaml
+from soflow_fast.logs import METRICS_NAME
+
+_log = logging.getLogger(__name__)
+
+CONFIG_NAME = "config.yaml"
+DATA_NAME = "data.json"
+CHANGES_NAME = "changes.jsonl"
+
+#: What makes a run go on with other values.
+ACCEPT = "--accept-changes (in Python, Trainer(..., accept_changes=True))"
+
+
+def read_config(run_dir: Path) -> TrainConfig:
+    """The configuration of a run, whose file may have sections of objectives other than its own."""
+    raw = read_yaml(run_dir / CONFIG_NAME)
+    others = OBJECTIVE_SECTIONS.keys() - {raw.get("objective", TrainConfig.objective)}
+    return TrainConfig.from_dict({name: value for name, value in raw.items() if name not in others})
+
+
+def changes(run_dir: Path, config: TrainConfig, data: dict[str, object], accept: bool) -> list[dict[str, object]]:
+    """How a configuration and data differ from those of the run in the folder, if there is one: key, before, after.
+
+    Args:
+        data: their :func:`~soflow_fast.fingerprint.fingerprint`; a run that has none on record takes those at its path.
+        accept: whether they may differ where that changes the weights.
+
+    Raises:
+        ValueError: where they may not, and for a folder that is a file.
+    """
+    if run_dir.exists() and not run_dir.is_dir():
+        raise ValueError(f"run_dir={str(run_dir)!r} is a file; choose a folder")
+    written = (run_dir / METRICS_NAME, run_dir / posthoc.FOLDER)
+    if not (checkpoint.committed(run_dir / CHECKPOINTS) or any(path.exists() for path in written)):
+        return []
+    if not (run_dir / CONFIG_NAME).exists():
+        raise ValueError(f"run_dir={str(run_dir)!r} holds a run without its {CONFIG_NAME}; choose another folder")
+    theirs, before = read_config(run_dir), _read_data(run_dir)
+    if not accept:
+        require_same(run_dir, config, theirs, f"use that value, choose another run_dir, or go on with {ACCEPT}")
+    found = [
+        {"key": name, "before": theirs.flat()[name], "after": config.flat()[name]}
+        for name in config.differences(theirs)
+    ]
+    if before is None:
+        sentence, change = _other_path(theirs.data.path, config.data.path)
+    else:
+        sentence, change = fingerprint.difference(before, data), {"key": "data", "before": before, "after": data}
+    if sentence is None:
+        return found
+    if not accept:
+        raise ValueError(
+            f"run_dir={str(run_dir)!r} holds a run of other data: {sentence}; put the data back as they were, choose "
+            f"another run_dir, or go on with {ACCEPT}"
+        )
+    return [*found, change]
+
+
+def require_same(run_dir: Path, config: TrainConfig, theirs: TrainConfig, remedy: str) -> None:
+    """ValueError if the configuration of the run in that folder, ``theirs``, would have other weights."""
+    for name in config.differences(theirs):
+        raise ValueError(
+            f"run_dir={str(run_dir)!r} holds a run with {name}={theirs.flat()[name]!r}, and this one has "
+            f"{config.flat()[name]!r}; {remedy}"
+        )
+
+
+def load_run(
+    run_dir: str | Path,
+    device: str = "auto",
+    *,
+    model: nn.Module | None = None,
+    ema_std: float | None = None,
+    step: int | None = None,
+) -> tuple[TrainConfig, nn.Module, int]:
+    """The configuration of a run, its model with the averaged weights of a checkpoint, and the step.
+
+    Args:
+        run_dir: of the run. device: for the model.
+        model: the network or objective of a run that was given one as an object; it takes the weights.
+        ema_std: takes in place of those averages, and at the step of the newest snapshot, the ones of this relative
+            standard deviation, see :func:`soflow_fast.posthoc.reconstruct`.
+        step: of the checkpoint, or with ``ema_std`` of the snapshots; by default the newest.
+
+    Raises:
+        ValueError: if there is no such run, no checkpoint in it or none of that step, the run was of another model, or
+            it has no snapshots from which these averages can be had.
+    """
+    run_dir = Path(run_dir)
+    if not (run_dir / CONFIG_NAME).is_file():
+        raise ValueError(f"{run_dir} is not a run: it holds no {CONFIG_NAME}; give the run_dir of a training run")
+    config = replace(read_config(run_dir), device=device)
+    require_same(run_dir, build.with_given(config, model, None), config, "give the model that it was trained with")
+    found = checkpoint.committed(run_dir / CHECKPOINTS)
+    if not found:
+        raise ValueError(f"the run {run_dir} has no checkpoint yet; let it train to its first one")
+    path = next((path for path in found if checkpoint.step_of(path) == step), found[-1])
+    if ema_std is None and step not in (None, checkpoint.step_of(path)):
+        steps = ", ".join(str(checkpoint.step_of(path)) for path in found)
+        raise ValueError(f"the run {run_dir} has no checkpoint of step {step}; choose one of {steps}")
+    model = build.build_model(build.runnable(config), model).to(build.resolve_device(device)).eval()
+    taken, at = checkpoint.load_averages(path), checkpoint.step_of(path)
+    if ema_std is not None:
+        average = posthoc.reconstruct(run_dir, ema_std, step)
+        taken, at = {**taken, **average.weights}, average.step
+        _log.warning(
+            "the average of std %s at step %d is a sum of %d snapshots; its profile is off by %.2g",
+            ema_std,
+            at,
+            average.snapshots,
+            average.residual,
+        )
+    checkpoint.load_weights(model, taken, path)
+    return config, model, at
+
+
+def claim(
+    run_dir: Path, config: TrainConfig, data: dict[str, object], changed: list[dict[str, object]], step: int
+) -> None:
+    """Makes the folder that of a run: writes its records, and what changed after a step."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    lines = "".join(json.dumps({"step": step, **change}, ensure_ascii=False) + "\n" for change in changed)
+    history = _text(run_dir / CHANGES_NAME) or ""
+    if not history.endswith(lines):  # unless a kill came between this and the configuration
+        _replace(run_dir / CHANGES_NAME, history + lines)
+    if _read_data(run_dir) != data:
+        _replace(run_dir / DATA_NAME, json.dumps(data, indent=1, ensure_ascii=False) + "\n")
+    _replace(run_dir / CONFIG_NAME, config.to_yaml())
+
+
+def _other_path(before: str | None, after: str | None) -> tuple[str | None, dict[str, object]]:
+    if before == after:
+        return None, {}
+    sentence = f"they lie at {after} in place of {before}, and the run has no {DATA_NAME} that says what they were"
+    return sentence, {"key": "data.path", "before": before, "after": after}
+
+
+def _read_data(run_dir: Path) -> dict[str, object] | None:
+    text = _text(run_dir / DATA_NAME)
+    return None if text is None else json.loads(text)
+
+
+def _text(file: Path) -> str | None:
+    return file.read_text(encoding="utf-8") if file.is_file() else None
+
+
+def _replace(file: Path, text: str) -> None:
+    temporary = file.with_name(f".{file.name}.writing")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, file)

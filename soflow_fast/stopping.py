@@ -1,0 +1,76 @@
+"""Ending a run on SIGTERM and SIGUSR1, as schedulers send them ahead of a kill, with a checkpoint."""
+
+import signal
+import threading
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from soflow_fast.distributed import Processes
+
+_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+
+class StoppedBySignal(SystemExit):
+    """Ends the program with 128 + the signal's number, unless it is caught; the run's checkpoint is on the disk."""
+
+    def __init__(self, number: int):
+        super().__init__(128 + number)
+
+
+class StopSignal:
+    """Within it SIGTERM and SIGUSR1 are noted instead of what they do otherwise.
+
+    Only in the main thread, where Python allows that; elsewhere, and for a signal whose handler is not Python's, they
+    stay as they are.
+    """
+
+    def __init__(self):
+        self._number, self._before = 0, {}
+
+    def __enter__(self) -> "StopSignal":
+        if threading.current_thread() is threading.main_thread():
+            for number in _SIGNALS:
+                if signal.getsignal(number) is not None:  # which could not be put back
+                    self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before = {}
+
+    def _note(self, number: int, _) -> None:
+        self._number = number
+
+    def agreed(self, processes: Processes, all_ask: bool) -> int:
+        """The number of the signal after which this step is the last, or 0.
+
+        Args:
+            all_ask: whether all processes ask after this step; several processes stop nowhere else, as asking costs a
+                wait for the device.
+        """
+        if processes.world_size == 1:
+            return self._number
+        return int(processes.maximum(torch.tensor(self._number, device=processes.device))) if all_ask else 0
+
+    def kept_from_workers(self, batches: Iterator[Any]) -> Iterator[Any]:
+        """The same batches; what reads them, processes and threads that begin with the first, never gets the signals.
+
+        A scheduler may send them to all processes of a job, and a run whose readers are dead cannot end its step.
+        """
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, self._before.keys())  # which they inherit
+        try:
+            first = list(islice(batches, 1))
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        yield from first
+        yield from batches
+
+
+def sentence(number: int, step: int, checkpoint: Path) -> str:
+    """What a run says as its last."""
+    return f"stopped by {signal.Signals(number).name} after step {step}: {checkpoint}; the same command goes on from it"

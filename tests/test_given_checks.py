@@ -1,0 +1,129 @@
+"""What is given to the Trainer as an object and cannot work is refused in one sentence, before or at the first step."""
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+from runs import Blobs, final, tiny_config
+from torch import nn
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+
+from soflow_fast import DiT, SoFlow, Trainer
+from soflow_fast.objectives.base import Objective
+
+
+class _Net(nn.Module):
+    """With as many rows of labels as wanted."""
+
+    num_classes = 10
+
+    def __init__(self, rows=11, answer=lambda x: x):
+        super().__init__()
+        self.weight, self.labels, self.answer = nn.Parameter(torch.ones(1)), nn.Embedding(rows, 1), answer
+        self.dropout, self.norm, self.device = nn.Dropout(0.5), nn.BatchNorm2d(1), None
+
+    def forward(self, x, t, s, labels):
+        self.device = x.device  # what a first call leaves behind
+        h = self.norm(self.dropout(x * self.weight + self.labels(labels)[:, :, None, None]))
+        return self.answer(h)
+
+
+def _refused(tmp_path, sentence, **given):
+    config = given.pop("config", None) or tiny_config(tmp_path)
+    with pytest.raises(ValueError, match=sentence) as error:
+        Trainer(config, **given).fit()
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "checkpoints").exists()
+
+
+@pytest.mark.parametrize(
+    ("answer", "found"),
+    [
+        (lambda h: (h, h), "a tuple"),
+        (lambda h: h.mean((2, 3)), r"a tensor of shape \(1, 1\)"),
+        (lambda h: torch.cat([h, h], 1), r"a tensor of shape \(1, 2, 8, 8\)"),
+    ],
+)
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_networks_of_another_output(tmp_path, answer, found, wrapped):
+    net = _Net(answer=answer)
+    sentence = rf"the network _Net returns {found} for x of shape \(1, 1, 8, 8\); .* one tensor of the shape of x"
+    _refused(tmp_path, sentence, model=SoFlow(net) if wrapped else net)
+
+
+def test_a_network_without_a_row_for_no_label(tmp_path):
+    sentence = (
+        r"the network _Net fails for the label 10, .* 'no label' \(index out of range in self\); .* \+ 1 rows, or"
+    )
+    _refused(tmp_path, sentence, model=_Net(rows=10))
+    config = tiny_config(tmp_path)
+    config = replace(config, soflow=replace(config.soflow, guidance_scale=1.0, label_drop=0.0))
+    Trainer(config, model=_Net(rows=10))
+
+
+def test_the_look_at_a_network_leaves_no_trace(tmp_path):
+    net = _Net()
+    before, state = copy.deepcopy(net.state_dict()), torch.get_rng_state()
+    Trainer(tiny_config(tmp_path), model=net)
+    assert net.device is None
+    assert net.training
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+class _NoLoss(Objective):
+    path = "linear"
+
+
+class _TensorLoss(SoFlow):
+    def loss_of_rows(self, *args, **kwargs):
+        return super().loss_of_rows(*args, **kwargs).loss
+
+
+class _NoSolution(Objective):
+    path = "linear"
+    loss_of_rows = SoFlow.loss_of_rows
+
+
+def test_objectives_that_lack_something(tmp_path):
+    _refused(tmp_path, "the objective _NoLoss has no loss_of_rows; implement it", model=_NoLoss(_Net(), 0.75, None))
+    sentence = r"_TensorLoss\.loss_of_rows returns a Tensor; it must return a TotalLoss\(loss, parts\)"
+    _refused(tmp_path, sentence, model=_TensorLoss(DiT(8, 4, 1, 16, 1, 2, num_classes=10)))
+    config = tiny_config(tmp_path)
+    sampling = replace(config, output=replace(config.output, sample_every=2))
+    sentence = r"_NoSolution has no solution; .*, or set output\.sample_every=0 and evaluation\.every=0"
+    _refused(tmp_path, sentence, model=_NoSolution(_Net(), 0.75, None), config=sampling)
+    Trainer(config, model=_NoSolution(_Net(), 0.75, None))
+
+
+class _Stream(IterableDataset):
+    def __len__(self):
+        return 64
+
+    def __iter__(self):
+        yield from Blobs()
+
+
+class _From1(Blobs):
+    def __getitem__(self, index):
+        sample, label = super().__getitem__(index)
+        return sample, label + 1
+
+
+def test_data_of_another_kind(tmp_path):
+    _refused(tmp_path, r"dataset is a DataLoader, .* dataset=loader\.dataset", dataset=DataLoader(Blobs()))
+    _refused(tmp_path, "the data set _Stream cannot be indexed; give a map-style one", dataset=_Stream())
+    _refused(tmp_path, "the data set set cannot be indexed", dataset={1, 2})
+
+
+def test_labels_that_start_at_1(tmp_path):
+    sentence = r"labels from 1 to 10, and labels start at 0: those of 10 classes are 0\.\.9; subtract 1"
+    _refused(tmp_path, sentence, dataset=_From1(n=160))
+    labels = torch.arange(60) % 10 + 1
+    _refused(tmp_path, sentence, dataset=TensorDataset(torch.randn(60, 1, 8, 8), labels))
+    _refused(tmp_path, "must be a pair of", dataset=TensorDataset(torch.randn(60, 1, 8, 8), torch.eye(10).repeat(6, 1)))
+    config = tiny_config(tmp_path)
+    more = replace(config, model=replace(config.model, num_classes=11))
+    Trainer(more, dataset=_From1()).fit()
+    assert final(tmp_path).step == 6

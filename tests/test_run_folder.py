@@ -1,0 +1,227 @@
+"""Going on with a run whose data or configuration are no longer those it began with."""
+
+import json
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+from runs import Blobs, files, final, tiny_config, write_config, write_images, write_latents
+from torch.utils.data import TensorDataset
+
+from soflow_fast import Trainer
+from soflow_fast.cli import main
+from soflow_fast.config import DataConfig, EMAConfig, OptimizerConfig, OutputConfig
+from soflow_fast.trainer import load_run
+
+# ---------------------------------------------------------------------------------------------------------- the data
+
+
+def _folder_run(tmp_path, **changes):
+    """A run of 2 of 6 steps on images of two classes, and the configuration to go on with."""
+    write_images(tmp_path / "images")
+    data = DataConfig(kind="folder", path=str(tmp_path / "images"), workers=0)
+    config = tiny_config(tmp_path / "run", data=data, **changes)
+    config = replace(config, model=replace(config.model, in_channels=3))
+    Trainer(config).fit()
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-00000006")
+    return config
+
+
+def _refused(run):
+    with pytest.raises(ValueError, match="holds a run of other data: ") as error:
+        run.fit()
+    return str(error.value)
+
+
+def test_the_classes_are_on_record(tmp_path):
+    config = _folder_run(tmp_path)
+    record = json.loads((tmp_path / "run" / "data.json").read_text())
+    assert (record["samples"], record["shape"], record["classes"]) == (30, [3, 8, 8], ["class0", "class1"])
+    Trainer(config).fit()
+    assert json.loads((tmp_path / "run" / "data.json").read_text()) == record
+
+
+def test_images_that_changed_are_refused(tmp_path):
+    config = _folder_run(tmp_path)
+    images, aside = tmp_path / "images", tmp_path / "aside"
+    shutil.copytree(images / "class0", images / "aardvark")
+    assert "other data: the class folder 'aardvark' is new; put the data back as they were" in _refused(Trainer(config))
+    shutil.rmtree(images / "aardvark")
+    shutil.move(images / "class1" / "1.png", aside)
+    assert "29 samples in place of 30" in _refused(Trainer(config))
+    shutil.copy(aside, images / "class1" / "x.png")
+    assert "other names of files or other labels" in _refused(Trainer(config))
+    shutil.move(images / "class1" / "x.png", images / "class1" / "1.png")
+    Trainer(config).fit()
+    assert final(tmp_path / "run").step == 6
+
+
+@pytest.mark.parametrize("on_device", [False, True])
+def test_latents_that_changed_are_refused(tmp_path, on_device):
+    file = tmp_path / "latents.hdf5"
+    data = DataConfig(path=str(write_latents(file)), workers=0, on_device=on_device)
+    config = tiny_config(tmp_path / "run", data=data)
+    config = replace(config, model=replace(config.model, in_channels=4))
+    Trainer(config).fit()
+    write_latents(file, labels=torch.arange(40).flip(0).numpy() % 10)
+    assert "other names of files or other labels" in _refused(Trainer(config))
+    file.unlink()  # it is still open
+    write_latents(file, n=39)
+    assert "39 samples in place of 40" in _refused(Trainer(config))
+
+
+def test_given_data_that_changed_are_refused(tmp_path):
+    config = tiny_config(tmp_path)
+    Trainer(config, dataset=Blobs()).fit()
+    assert json.loads((tmp_path / "data.json").read_text()) == {"samples": 64}
+    assert "63 samples in place of 64" in _refused(Trainer(config, dataset=Blobs(n=63)))
+
+
+def test_labels_that_nobody_looks_at_may_change(tmp_path):
+    config = tiny_config(tmp_path)
+    config = replace(config, model=replace(config.model, num_classes=0))
+    config = replace(config, soflow=replace(config.soflow, guidance_scale=1.0, label_drop=0.0))
+    samples = torch.randn(32, 1, 8, 8)
+    for labels in (torch.zeros(32), torch.ones(32)):
+        Trainer(config, dataset=TensorDataset(samples, labels.long())).fit()
+
+
+def test_a_run_without_the_record_gets_it(tmp_path):
+    config = _folder_run(tmp_path)
+    record = (tmp_path / "run" / "data.json").read_bytes()
+    (tmp_path / "run" / "data.json").unlink()
+    Trainer(config).fit()
+    assert (tmp_path / "run" / "data.json").read_bytes() == record
+
+
+def test_the_data_may_lie_elsewhere(tmp_path, monkeypatch):
+    config = _folder_run(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree("images", "elsewhere/images")
+    for path in ("images", "./images", "elsewhere/images"):
+        Trainer(replace(config, data=replace(config.data, path=path))).fit()
+    shutil.move("elsewhere/images/class1", "elsewhere/images/class2")
+    renamed = Trainer(replace(config, data=replace(config.data, path="elsewhere/images")))
+    assert "the class folder 'class2' is new and the class folder 'class1' is gone" in _refused(renamed)
+
+
+def test_a_run_without_the_record_stays_with_its_path(tmp_path):
+    config = _folder_run(tmp_path)
+    (tmp_path / "run" / "data.json").unlink()
+    shutil.copytree(tmp_path / "images", tmp_path / "others")
+    elsewhere = Trainer(replace(config, data=replace(config.data, path=str(tmp_path / "others"))))
+    assert "the run has no data.json" in _refused(elsewhere)
+
+
+# ------------------------------------------------------------------------------------------------- declared changes
+
+
+def _changes(run_dir):
+    return [json.loads(line) for line in (run_dir / "changes.jsonl").read_text().splitlines()]
+
+
+def _learning_rate(config, value, **others):
+    return replace(config, optimizer=replace(config.optimizer, learning_rate=value, **others))
+
+
+def test_a_run_goes_on_with_declared_changes(tmp_path, capsys):
+    first = tiny_config(tmp_path, total_steps=4)
+    Trainer(first).fit()
+    second = _learning_rate(replace(first, total_steps=6), 2e-3, betas=(0.5, 0.6), weight_decay=0.1)
+    flag = r"choose another run_dir, or go on with --accept-changes \(in Python, Trainer\(\.\.\., accept_changes=True"
+    with pytest.raises(ValueError, match=rf"total_steps=4, and this one has 6; use that value, {flag}"):
+        Trainer(second).fit()
+    assert not (tmp_path / "changes.jsonl").exists()
+    run = Trainer(second, accept_changes=True)
+    run.fit()
+    assert "changed after step 4: optimizer.learning_rate from 0.001 to 0.002" in capsys.readouterr().err
+    assert _changes(tmp_path) == [
+        {"step": 4, "key": "total_steps", "before": 4, "after": 6},
+        {"step": 4, "key": "optimizer.learning_rate", "before": 1e-3, "after": 2e-3},
+        {"step": 4, "key": "optimizer.betas", "before": [0.9, 0.99], "after": [0.5, 0.6]},
+        {"step": 4, "key": "optimizer.weight_decay", "before": 0.0, "after": 0.1},
+    ]
+    group = run.optimizer.param_groups[0]
+    assert (group["betas"], group["weight_decay"], group["lr"]) == ((0.5, 0.6), 0.1, 2e-3)
+    Trainer(second).fit()  # the changed run is now the run
+    assert len(_changes(tmp_path)) == 4
+    assert final(tmp_path).step == 6
+
+
+def test_changes_are_recorded_once_though_a_kill_follows(tmp_path, monkeypatch):
+    config = tiny_config(tmp_path)
+    Trainer(config).fit()
+    shutil.rmtree(tmp_path / "checkpoints" / "step-00000006")
+    changed = replace(config, seed=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(type(config), "to_yaml", lambda self: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            Trainer(changed, accept_changes=True).fit()
+    Trainer(changed, accept_changes=True).fit()
+    assert _changes(tmp_path) == [{"step": 4, "key": "seed", "before": 0, "after": 1}]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"objective": "flow_matching"},
+        {"optimizer": OptimizerConfig(name="radam", learning_rate=1e-3, weight_decay=0.1)},
+        {"batch_size": 8},
+        {"ema": EMAConfig(decay=0.9)},
+    ],
+    ids=str,
+)
+def test_what_can_change(tmp_path, change):
+    config = tiny_config(tmp_path, ema=EMAConfig(posthoc=(0.05, 0.1)))
+    Trainer(config).fit()
+    shutil.rmtree(tmp_path / "checkpoints" / "step-00000006")
+    Trainer(replace(config, **change), accept_changes=True).fit()
+    assert final(tmp_path).step == 6
+    assert _changes(tmp_path)[0]["step"] == 4
+
+
+def test_what_cannot_change(tmp_path):
+    config = tiny_config(tmp_path)
+    Trainer(config).fit()
+    before = files(tmp_path)
+    for change, words in (
+        ({"model": replace(config.model, hidden_size=32)}, r"of another model: network\."),
+        ({"total_steps": 4}, "total_steps=4 is less than the 6 steps that the run has done"),
+        ({"ema": EMAConfig(posthoc=(0.05, 0.1))}, r"ema\.posthoc has 0\.05, which the run has not averaged"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            Trainer(replace(config, **change), accept_changes=True).fit()
+    assert files(tmp_path) == before
+
+
+def test_data_that_changed_can_be_accepted(tmp_path):
+    config = _folder_run(tmp_path)
+    (tmp_path / "images" / "class1" / "1.png").unlink()
+    Trainer(config, accept_changes=True).fit()
+    (change,) = _changes(tmp_path / "run")
+    assert (change["key"], change["before"]["samples"], change["after"]["samples"]) == ("data", 30, 29)
+    assert json.loads((tmp_path / "run" / "data.json").read_text()) == change["after"]
+
+
+def test_the_advice_after_a_divergence_can_be_followed(tmp_path, capsys):
+    output = OutputConfig(log_every=1, sample_every=0)
+    path = write_config(tmp_path / "config.yaml", tiny_config(tmp_path / "run", output=output))
+    assert main(["train", str(path), "--optimizer.learning_rate", "1e30"]) == 1
+    assert "lower optimizer.learning_rate or set optimizer.grad_clip and go on with --accept-changes" in (
+        capsys.readouterr().err
+    )
+    assert main(["train", str(path)]) == 2
+    assert "or go on with --accept-changes" in capsys.readouterr().err
+    assert main(["train", str(path), "--accept-changes"]) == 0
+    assert final(tmp_path / "run").step == 6
+
+
+def test_a_record_with_sections_of_all_objectives_is_read_without_a_warning(tmp_path, caplog):
+    config = tiny_config(tmp_path)
+    Trainer(config).fit()
+    with (tmp_path / "config.yaml").open("a") as file:
+        file.write("meanflow: {p: 0.5}\n")
+    Trainer(config).fit()
+    load_run(tmp_path, "cpu")
+    assert "ignored" not in caplog.text

@@ -1,0 +1,154 @@
+"""A run that is told to stop saves a checkpoint first, and going on from it is exact."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import replace
+
+import pytest
+from runs import assert_bitwise_equal, final, tiny_config, write_config
+
+from soflow_fast import Trainer, checkpoint, trainer
+from soflow_fast.cli import main
+from soflow_fast.config import DataConfig, OutputConfig
+from soflow_fast.stopping import StoppedBySignal
+
+
+def _config(folder, **changes):
+    """Without a checkpoint before the last step."""
+    return tiny_config(folder, output=OutputConfig(log_every=2, sample_every=3, checkpoint_every=0), **changes)
+
+
+def _signalled(monkeypatch, step, number):
+    """Sends this process a signal in its training step number ``step``."""
+    original, calls = trainer.TrainStep.__call__, 0
+
+    def call(self, *args):
+        nonlocal calls
+        calls += 1
+        if calls == step:
+            os.kill(os.getpid(), number)
+        return original(self, *args)
+
+    monkeypatch.setattr(trainer.TrainStep, "__call__", call)
+
+
+@pytest.fixture
+def handled():
+    """The signals that a handler of the user's gets."""
+    seen = []
+    before = {number: signal.signal(number, lambda n, _: seen.append(n)) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    yield seen
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_ends_the_run_with_a_checkpoint_and_it_goes_on_exactly(tmp_path, monkeypatch, capsys, handled, number):
+    Trainer(_config(tmp_path / "straight")).fit()
+    config = _config(tmp_path / "stopped")
+    with monkeypatch.context() as patch:
+        _signalled(patch, 3, number)
+        with pytest.raises(StoppedBySignal) as stopped:
+            Trainer(config).fit()
+    assert stopped.value.code == 128 + number
+    (saved,) = checkpoint.committed(tmp_path / "stopped" / "checkpoints")
+    assert saved.name == "step-00000003"
+    assert not (tmp_path / "stopped" / "samples").exists()  # no time is spent on them
+    sentence = f"stopped by {number.name} after step 3: {saved}; the same command goes on from it"
+    assert sentence in capsys.readouterr().err
+    assert handled == []
+    os.kill(os.getpid(), number)
+    assert handled == [number]  # by the user's own handler again
+    Trainer(config).fit()
+    assert_bitwise_equal(final(tmp_path / "straight"), final(tmp_path / "stopped"))
+
+
+def test_a_signal_in_the_last_step_changes_nothing(tmp_path, monkeypatch, handled):
+    _signalled(monkeypatch, 6, signal.SIGTERM)
+    assert Trainer(_config(tmp_path)).fit().name == "step-00000006"
+
+
+def test_the_handlers_are_put_back_after_an_error(tmp_path, monkeypatch):
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(trainer.TrainStep, "__call__", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        Trainer(_config(tmp_path)).fit()
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_in_another_thread_signals_stay_the_users(tmp_path):
+    thread = threading.Thread(target=Trainer(_config(tmp_path)).fit)
+    thread.start()
+    thread.join()
+    assert final(tmp_path).step == 6
+
+
+def test_the_command_ends_with_the_code_of_the_signal(tmp_path, monkeypatch, capsys):
+    path = write_config(tmp_path / "config.yaml", _config(tmp_path / "run"))
+    with monkeypatch.context() as patch:
+        _signalled(patch, 2, signal.SIGTERM)
+        assert main(["train", str(path)]) == 143
+    assert "stopped by SIGTERM after step 2" in capsys.readouterr().err
+    assert main(["train", str(path)]) == 0
+
+
+def test_a_signal_to_all_processes_of_the_job_leaves_the_readers_alive(tmp_path):
+    data = DataConfig(kind="digits", workers=2, on_device=False)
+    path = write_config(tmp_path / "config.yaml", replace(_config(tmp_path / "run", data=data), total_steps=10**6))
+    process = subprocess.Popen(
+        [sys.executable, "-m", "soflow_fast.cli", "train", str(path)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not metrics.exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGTERM)
+    _, printed = process.communicate(timeout=60)
+    assert process.returncode == 143, printed
+    assert "stopped by SIGTERM after step" in printed
+    assert "Traceback" not in printed
+    assert len(checkpoint.committed(tmp_path / "run" / "checkpoints")) == 1
+
+
+# Process 1 alone gets the signal, in its third step.
+_ONE_OF_TWO = """
+import os, signal, sys
+from soflow_fast import distributed, trainer
+from soflow_fast.cli import main
+original, calls = trainer.TrainStep.__call__, 0
+def call(self, *args):
+    global calls
+    calls += 1
+    if calls == 3 and self.rank == 1:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return original(self, *args)
+trainer.TrainStep.__call__ = call
+code = main(["train", sys.argv[1]])
+open(sys.argv[1] + "." + os.environ["RANK"], "w").write(str(code))
+"""
+
+
+def test_several_processes_stop_after_the_same_step(tmp_path):
+    path, script = write_config(tmp_path / "config.yaml", _config(tmp_path / "run")), tmp_path / "script.py"
+    script.write_text(_ONE_OF_TWO)
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = subprocess.run(
+        [sys.executable, *torchrun, str(script), str(path)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert [(tmp_path / f"config.yaml.{rank}").read_text() for rank in (0, 1)] == ["143", "143"]
+    (saved,) = checkpoint.committed(tmp_path / "run" / "checkpoints")
+    assert saved.name == "step-00000004"  # the metrics after the third
+    assert done.stderr.count("stopped by SIGTERM after step 4") == 1
