@@ -99,7 +99,7 @@ class Sampler:
     """Samples of one model, without its dropout, in batches of one size; sample i depends on (seed, i) and its label.
 
     Args:
-        model: an objective, on its device. shape: (C, H, W). steps: network calls each. seed: of the noise.
+        model: an objective, on its device. shape: (C, H, W). steps: as in :func:`sample`. seed: of the noise.
         batch: B, samples at a time.
         precision: ``bf16`` computes on bfloat16 copies of the parameters (networks other than DiT under autocast),
             ``fp32`` on the parameters as they are. By default bf16 on a GPU, else fp32.

@@ -104,7 +104,7 @@ def test_without_classes_there_are_no_labels():
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_labels_outside_the_classes_are_refused(workers):
-    with pytest.raises(ValueError, match=r"labels from \d to [6-9], outside the classes 0\.\.5; set model.num_classes"):
+    with pytest.raises(ValueError, match=r"labels from \d to [6-9], outside the classes 0\.\.5; labels start at 0"):
         _batches(Blobs(classes=10), range(1), num_classes=6, batch=32, workers=workers)
 
 

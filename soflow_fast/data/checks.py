@@ -52,7 +52,7 @@ def checked_labels(labels: Tensor, num_classes: int) -> Tensor:
     if low < 0 or high >= num_classes:
         raise ValueError(
             f"the data set yields labels from {low} to {high}, outside the classes 0..{num_classes - 1}; "
-            "set model.num_classes to the number of classes"
+            "labels start at 0, and model.num_classes, or that of the network given, is how many there are"
         )
     return labels.long()
 
