@@ -37,7 +37,9 @@ def own_block(n, heads, BLOCK: tl.constexpr):
 
 @triton.jit
 def rounded(x, dtype: tl.constexpr):
-    """float32 values rounded to the mantissa of dtype; NaN stays NaN, and what exceeds 2^111 becomes it.
+    """float32 values rounded to the mantissa of dtype, just below a power of two to one bit less.
+
+    NaN stays NaN, and what exceeds 2^111 becomes it.
 
     Two full-rate instructions, where converting back would occupy the units of the exps. Rounding the bits as integers
     would take two half-rate ones, and turn the NaN that a GPU makes, 0x7fffffff, into −0.

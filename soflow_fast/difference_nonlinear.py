@@ -152,7 +152,7 @@ def _bent_at_zero(operator, out, arguments, differences, tangent):
         return x.sign() if packet is aten.abs else torch.where(x > 0, torch.ones_like(x), below)
 
     here, moved = slope(x), slope(x if tangent else x + d)
-    return like(moved * d + (moved - here) * x, out)
+    return like(torch.where(moved == here, moved * d, moved * d + (moved - here) * x), out)  # x may be infinite
 
 
 @rule_for(aten.pow)

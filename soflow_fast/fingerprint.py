@@ -34,10 +34,12 @@ def fingerprint(dataset: Dataset, num_classes: int) -> dict[str, object]:
 def labels_of(dataset: Dataset) -> np.ndarray | None:
     """(n,) labels where they are known without reading the samples, or None."""
     if isinstance(dataset, TensorDataset) and len(dataset.tensors) == 2:
+        if dataset.tensors[1].is_floating_point():  # more than a label
+            return None
         return dataset.tensors[1].cpu().numpy()
     if isinstance(dataset, CIFAR10):
         return dataset.labels.numpy()
-    return dataset._labels if isinstance(dataset, (ImageFolder, LatentMoments, MomentsFolder)) else None
+    return dataset.labels if isinstance(dataset, (ImageFolder, LatentMoments, MomentsFolder)) else None
 
 
 def difference(before: dict[str, object], after: dict[str, object]) -> str | None:

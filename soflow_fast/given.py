@@ -21,8 +21,9 @@ def check(model: Objective, config: TrainConfig) -> None:
     """
     _require_methods(model, config)
     net = getattr(model.network, "_orig_mod", model.network)  # of torch.compile
-    told_more = model.condition_dim or config.data.augment
-    if type(model) not in build.OBJECTIVES.values() or isinstance(net, (DiT, UNet)) or told_more:
+    if type(model) not in build.OBJECTIVES.values() or isinstance(net, (DiT, UNet)):
+        return
+    if model.condition_dim or config.data.augment:  # it is told of more than the label
         return
     x, times = torch.zeros(1, *build.sample_shape(config)), (torch.ones(1), torch.full((1,), 0.5))
     num_classes = config.model.num_classes

@@ -132,12 +132,13 @@ def claim(
 ) -> None:
     """Makes the folder that of a run: writes its records, and what changed after a step."""
     run_dir.mkdir(parents=True, exist_ok=True)
-    lines = "".join(json.dumps({"step": step, **change}, ensure_ascii=False) + "\n" for change in changed)
     history = _text(run_dir / CHANGES_NAME) or ""
-    if not history.endswith(lines):  # unless a kill came between this and the configuration
-        _replace(run_dir / CHANGES_NAME, history + lines)
+    lines = [json.dumps({"step": step, **change}) for change in changed]
+    new = [line for line in lines if line not in history.splitlines()]  # a kill may have come before the records below
+    if new:
+        _replace(run_dir / CHANGES_NAME, history + "".join(f"{line}\n" for line in new))
     if _read_data(run_dir) != data:
-        _replace(run_dir / DATA_NAME, json.dumps(data, indent=1, ensure_ascii=False) + "\n")
+        _replace(run_dir / DATA_NAME, json.dumps(data, indent=1) + "\n")
     _replace(run_dir / CONFIG_NAME, config.to_yaml())
 
 

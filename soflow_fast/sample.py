@@ -127,6 +127,8 @@ class Sampler:
         self.precision = precision or ("bf16" if on_gpu else "fp32")
         if self.precision not in SAMPLE_PRECISIONS:
             raise ValueError(f"precision={precision!r} is not known; choose one of {', '.join(SAMPLE_PRECISIONS)}")
+        if not 0 <= seed < 2**63:
+            raise ValueError(f"seed={seed} is outside [0, 2^63); choose another")
         self.compile = on_gpu if compile is None else compile
         self.cuda_graph = on_gpu and bool(self.compile) if cuda_graph is None else cuda_graph
         if self.cuda_graph and not on_gpu:

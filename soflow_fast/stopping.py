@@ -4,6 +4,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from itertools import islice
+from multiprocessing import active_children
 from pathlib import Path
 from typing import Any
 
@@ -62,13 +63,21 @@ class StopSignal:
 
         A scheduler may send them to all processes of a job, and a run whose readers are dead cannot end its step.
         """
+        others = set(active_children())
         before = signal.pthread_sigmask(signal.SIG_BLOCK, self._before.keys())  # which they inherit
         try:
             first = list(islice(batches, 1))
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        yield from first
-        yield from batches
+        readers = set(active_children()) - others
+        try:
+            yield from first
+            yield from batches
+        finally:
+            if hasattr(batches, "close"):
+                batches.close()
+            for reader in readers:  # that still reads, and does not get the signal to end either
+                reader.kill()
 
 
 def sentence(number: int, step: int, checkpoint: Path) -> str:

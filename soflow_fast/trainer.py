@@ -192,8 +192,9 @@ class Trainer:
         unscored = why_unscored(config)
         if config.evaluation.every and unscored:
             log.say(f"no evaluation during training: {unscored}")
+        steps = stop.kept_from_workers(steps)
         try:
-            for done, (x, labels) in enumerate(stop.kept_from_workers(steps), start + 1):
+            for done, (x, labels) in enumerate(steps, start + 1):
                 learning_rate = self._set_learning_rate(done - 1)
                 with self._draws_of_the_network(done):
                     stats = self.step(x, labels)
@@ -223,6 +224,7 @@ class Trainer:
                     if not unscored and _due(done, config.evaluation.every):
                         self.processes.of_first(partial(self._evaluate, done, log))
         finally:
+            steps.close()
             log.close()
         return last_checkpoint
 

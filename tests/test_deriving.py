@@ -7,7 +7,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from soflow_fast import kernels
+from soflow_fast import SoFlow, kernels
 from soflow_fast.differencing import ForwardDifference
 from soflow_fast.objectives.meanflow import MeanFlow
 
@@ -128,3 +128,26 @@ def test_a_derived_graph_has_the_objective_s_choice_of_kernels(impl, monkeypatch
     monkeypatch.setattr(FakeTensor, "is_cuda", True)
     ForwardDifference(net, impl).prepare(_batch()[0], None)
     assert asked == [impl]
+
+
+class _Energy(torch.nn.Module):
+    """Its output is a gradient, made in its forward."""
+
+    num_classes = 0
+
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Conv2d(1, 2, 1)
+
+    def forward(self, x, t, s, labels):
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            energy = self.layer(x).square().sum()
+            return torch.autograd.grad(energy, x, create_graph=True)[0]
+
+
+def test_a_network_that_differentiates_in_its_forward_takes_two_forwards(caplog):
+    objective = SoFlow(_Energy(), guidance_scale=1.0, label_drop=0.0)
+    x = torch.randn(8, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    assert objective.loss(x, None, progress=0.5).loss.isfinite()
+    assert "takes two forwards in float32" in caplog.text

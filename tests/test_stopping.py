@@ -1,5 +1,6 @@
 """A run that is told to stop saves a checkpoint first, and going on from it is exact."""
 
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -9,12 +10,15 @@ import time
 from dataclasses import replace
 
 import pytest
+import torch
 from runs import assert_bitwise_equal, final, tiny_config, write_config
 
 from soflow_fast import Trainer, checkpoint, trainer
 from soflow_fast.cli import main
 from soflow_fast.config import DataConfig, OutputConfig
-from soflow_fast.stopping import StoppedBySignal
+from soflow_fast.data import batches
+from soflow_fast.data.order import batch_indices
+from soflow_fast.stopping import StoppedBySignal, StopSignal
 
 
 def _config(folder, **changes):
@@ -152,3 +156,27 @@ def test_several_processes_stop_after_the_same_step(tmp_path):
     (saved,) = checkpoint.committed(tmp_path / "run" / "checkpoints")
     assert saved.name == "step-00000004"  # the metrics after the third
     assert done.stderr.count("stopped by SIGTERM after step 4") == 1
+
+
+class _Sleeper(torch.utils.data.Dataset):
+    """Its second batch never comes."""
+
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, index):
+        while index in batch_indices(4, 2, 1, seed=0):
+            time.sleep(1)
+        return torch.zeros(1, 2, 2), 0
+
+
+def test_readers_that_still_read_end_with_the_run():
+    """They do not get the signal by which the loader, or Python at its exit, would end them."""
+    given = batches(_Sleeper(), batch=2, steps=range(2), seed=0, num_classes=1, workers=1, device=torch.device("cpu"))
+    with StopSignal() as stop:
+        steps = stop.kept_from_workers(given)
+        next(steps)
+        (reader,) = multiprocessing.active_children()
+        steps.close()
+    reader.join(30)
+    assert not reader.is_alive()

@@ -72,7 +72,10 @@ def read_image(file: Path, mode: str) -> Image.Image:
 
 def _in_bytes(image: Image.Image) -> Image.Image:
     """A grey image of 16 bits as one of 8; PIL's own conversion takes everything above 255 as white."""
-    return Image.fromarray((np.asarray(image) / 257).round().clip(0, 255).astype(np.uint8))
+    values = np.asarray(image)
+    if image.mode == "I" and values.max(initial=0) < 256:  # 32 bits that hold 8
+        return Image.fromarray(values.clip(0).astype(np.uint8))
+    return Image.fromarray((values / 257).round().clip(0, 255).astype(np.uint8))
 
 
 class ImageFolder(Dataset):
