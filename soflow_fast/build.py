@@ -1,5 +1,7 @@
 """From a configuration to its objects: device, network, objective, data."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, fields, replace
 from inspect import signature
 
@@ -16,6 +18,7 @@ from soflow_fast.data import CIFAR10, ImageFolder, LatentMoments, MomentsFolder,
 from soflow_fast.data.checks import require_pair, warn_of_unused_classes
 from soflow_fast.dit import PRESETS, DiT
 from soflow_fast.fingerprint import labels_of
+from soflow_fast.imported import build_imported, is_import_path
 from soflow_fast.objectives.alphaflow import AlphaFlow
 from soflow_fast.objectives.flow_matching import FlowMatching
 from soflow_fast.objectives.improved_meanflow import ImprovedMeanFlow
@@ -65,15 +68,18 @@ def build_network(config: ModelConfig, label_drop: float, condition_dim: int = 0
     if config.preset == GIVEN:
         raise ValueError(
             "this configuration's network was given to the Trainer as an object; give it again, to the Trainer or to "
-            "soflow_fast.trainer.load_run(run_dir, model=...)"
+            "soflow_fast.trainer.load_run(run_dir, model=...); a run whose model.preset is the import path of its "
+            "class needs neither"
         )
-    sizes = {name: value for name, value in asdict(config).items() if value is not None and name != "preset"}
+    own = ("preset", "init_args")
+    sizes = {name: value for name, value in asdict(config).items() if value is not None and name not in own}
     if config.preset == UNET_PRESET:
         taken = {name: value for name, value in sizes.items() if name in signature(UNet).parameters}
         return UNet(**taken, augment_dim=AUGMENT_DIM)  # its weights are of use with and without augmentation
     if not config.is_dit:
         raise ValueError(
-            f"model.preset={config.preset!r} is not known; choose one of {', '.join((*PRESETS, UNET_PRESET))}"
+            f"model.preset={config.preset!r} is not known; choose one of {', '.join((*PRESETS, UNET_PRESET))}, or the "
+            "import path package.module.Class of a network of yours"
         )
     if config.recompute == "auto":
         sizes["recompute"] = "none"  # the trainer knows what fits
@@ -103,12 +109,19 @@ def build_model(config: TrainConfig, given: nn.Module | None = None) -> nn.Modul
     section = {**asdict(config.objective_section), "impl": config.model.impl}
     if config.model.impl == "auto" and resolve_device(config.device).type == "cpu":
         section["impl"] = "torch"  # the fused kernels are for GPUs, also where there is one that is not used
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(config.seed)
+    with _drawn_from(config.seed):
         if given is None:
             model = replace(config.model, impl=section["impl"])
             given = build_network(model, section["label_drop"], objective.condition_dim)
         return objective(given, **section)
+
+
+@contextmanager
+def _drawn_from(seed: int) -> Iterator[None]:
+    """Weights that are drawn within are functions of the seed; the caller's random state stays as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        yield
 
 
 def runnable(config: TrainConfig) -> TrainConfig:
@@ -148,6 +161,9 @@ def build_dataset(config: TrainConfig) -> Dataset:
     data, model = config.data, config.model
     if data.kind == GIVEN:
         raise ValueError("data.kind='given' stands for Trainer(config, dataset=...); choose another data.kind")
+    if is_import_path(data.kind):
+        path = {} if data.path is None else {"path": data.path}
+        return build_imported("data.kind", data.kind, {**path, **data.init_args})
     if data.kind == "digits":
         return digits("train")
     if data.path is None:
@@ -214,19 +230,31 @@ def _require_labels_from_0(dataset: Dataset, num_classes: int) -> None:
         )
 
 
-def with_given(config: TrainConfig, model: nn.Module | None, dataset: Dataset | None) -> TrainConfig:
-    """The configuration with what was given as an object marked as such, and with its values.
+def with_given(
+    config: TrainConfig, model: nn.Module | None, dataset: Dataset | None = None
+) -> tuple[TrainConfig, nn.Module | None]:
+    """The configuration with what was given as an object marked as such, and with its values; and the model given.
 
-    The number of classes is the network's, unless the configuration has 0, which trains without labels. An objective of
-    this package brings its section; of any other nothing is known.
+    That is also the one that the configuration names by its import path, made from the seed. The number of classes is
+    the network's, unless the configuration has 0, which trains without labels. An objective of this package brings its
+    section; of any other nothing is known.
 
     Raises:
-        ValueError: for a network without ``num_classes``.
+        ValueError: for a network without ``num_classes``, and an import path of no network.
     """
+    preset = GIVEN
+    if model is None and config.model.is_imported:
+        preset = config.model.preset
+        with _drawn_from(config.seed):
+            model = build_imported("model.preset", preset, config.model.init_args)
+        if not isinstance(model, nn.Module):
+            raise ValueError(f"model.preset={preset!r} makes a {type(model).__name__}; it must make a torch.nn.Module")
     if dataset is not None:
-        config = replace(config, data=replace(config.data, kind=GIVEN))
-    if model is None:
-        return config
+        config = replace(config, data=replace(config.data, kind=GIVEN, init_args={}))
+    return (config if model is None else _with_values_of(config, model, preset)), model
+
+
+def _with_values_of(config: TrainConfig, model: nn.Module, preset: str) -> TrainConfig:
     network = network_of(model)
     num_classes = getattr(network, "num_classes", None)
     if not isinstance(num_classes, int) or num_classes < 0:
@@ -236,7 +264,8 @@ def with_given(config: TrainConfig, model: nn.Module | None, dataset: Dataset | 
         )
     if config.model.num_classes == 0:
         num_classes = 0
-    config = replace(config, model=replace(config.model, preset=GIVEN, num_classes=num_classes))
+    arguments = {} if preset == GIVEN else config.model.init_args
+    config = replace(config, model=replace(config.model, preset=preset, init_args=arguments, num_classes=num_classes))
     if not is_objective(model):
         return config
     name = next((name for name, objective in OBJECTIVES.items() if type(model) is objective), GIVEN)

@@ -51,8 +51,9 @@ def committed(folder: Path) -> list[Path]:
     return sorted((path for path in step_folders(folder) if (path / _MARKER).is_file()), key=step_of)
 
 
-def save(folder: Path, state: State, keep: int) -> Path:
-    """Writes a checkpoint, then removes all but the newest ``keep``; returns its path."""
+def save(folder: Path, state: State, keep: int, keep_every: int = 0) -> Path:
+    """Writes a checkpoint, then removes all but the newest ``keep`` and those of every ``keep_every``-th step, 0 for
+    none; returns its path."""
     folder.mkdir(parents=True, exist_ok=True)
     for unfinished in folder.glob(f"{_WRITING}*"):
         shutil.rmtree(unfinished)
@@ -76,7 +77,8 @@ def save(folder: Path, state: State, keep: int) -> Path:
     _remove(final)
     os.rename(temporary, final)
     flush(folder)
-    kept = committed(folder)[-keep:]
+    whole = committed(folder)
+    kept = whole[-keep:] + [path for path in whole if keep_every and step_of(path) % keep_every == 0]
     for old in step_folders(folder):
         if old not in kept:
             _remove(old)

@@ -24,7 +24,7 @@ from soflow_fast.config_io import read_yaml
 from soflow_fast.dry_run import describe
 from soflow_fast.encode import encode
 from soflow_fast.evaluate import check_evaluation, compared_with, evaluate, evaluation_name
-from soflow_fast.images import balanced_labels, save_samples, vae_decoder
+from soflow_fast.images import balanced_labels, labels_in_turn, save_samples, vae_decoder
 from soflow_fast.interop import public_words
 from soflow_fast.precision import PRECISIONS
 from soflow_fast.sample import SAMPLE_PRECISIONS, Decoder, Sampler
@@ -53,6 +53,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if overrides and args.command is not _train:
         parser.error(f"unrecognized arguments: {' '.join(overrides)}")
     args.overrides = overrides
+    if "" not in sys.path:
+        sys.path.append("")  # as of `python -m`: networks and data sets that a configuration names
     try:
         args.command(args)
     except (ValueError, OSError, FloatingPointError) as error:
@@ -280,10 +282,10 @@ def _doctor(args: argparse.Namespace) -> None:
 def _labels(text: str | None, count: int, num_classes: int) -> torch.Tensor | None:
     if text is None:
         return balanced_labels(count, num_classes)
-    if not all(part.strip().isdecimal() and int(part) < num_classes for part in text.split(",")):
-        raise ValueError(f"--labels {text!r} is not a list of classes in 0..{num_classes - 1}, such as 1,5,7")
-    chosen = torch.tensor([int(part) for part in text.split(",")])
-    return chosen[torch.arange(count) % len(chosen)]
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() for part in parts):
+        raise ValueError(f"--labels {text!r} is not a list of classes, such as 1,5,7")
+    return labels_in_turn([int(part) for part in parts], count, num_classes, f"--labels {text!r}")
 
 
 def _timed(work: Callable) -> tuple[float, Any]:

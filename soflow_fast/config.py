@@ -15,6 +15,7 @@ from soflow_fast.config_io import (
     dump_yaml,
     flatten,
     lists,
+    mappings,
     parse,
     read_yaml,
     require,
@@ -31,6 +32,7 @@ from soflow_fast.config_objective import (
     SoFlowConfig,
 )
 from soflow_fast.config_optimizer import OptimizerConfig
+from soflow_fast.imported import check_arguments, is_import_path
 
 _log = logging.getLogger(__name__)
 
@@ -44,8 +46,10 @@ class DataConfig(Section, section="data."):
     Attributes:
         kind: ``digits`` (scikit-learn's handwritten digits), ``latents`` (latent moments: an HDF5 file, or a folder of
             one file per image as EDM2's and REPA's tools write it), ``folder`` (images by class), ``cifar10``
-            (CIFAR-10's training set) or ``given`` (an object given to the Trainer). path: of the file or folder; of the
-            folder that holds ``cifar-10-batches-py``, or that it is downloaded into.
+            (CIFAR-10's training set), ``given`` (an object given to the Trainer), or the import path of a class or
+            function, such as ``my_package.Photos``, that makes the data set from init_args, and from path where that
+            is set. path: of the file or folder; of the folder that holds ``cifar-10-batches-py``, or that it is
+            downloaded into.
         latent_scale: what unscaled latents are multiplied by. vae: name or folder of the diffusers ``AutoencoderKL``
             that decodes latents; without it samples stay latents. latent_precision: of the moments as they are read:
             ``fp32`` as they are; ``bf16`` rounds them by at most 2^-8 of their size and halves the memory they take,
@@ -69,11 +73,16 @@ class DataConfig(Section, section="data."):
     augment: float = 0.0
     workers: int = 4
     prefetch: int = 4
+    init_args: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self):
         super().__post_init__()
         require(0 <= self.augment <= 1, f"data.augment={self.augment} must be in [0, 1]")
-        require(self.kind in DATA_KINDS, f"data.kind={self.kind!r} is not known; choose one of {', '.join(DATA_KINDS)}")
+        require(
+            self.kind in DATA_KINDS or is_import_path(self.kind),
+            f"data.kind={self.kind!r} is not known; choose one of {', '.join(DATA_KINDS)}, or package.module.Class",
+        )
+        check_arguments("data.", self.kind, self.init_args)
         require(
             not self.flip or self.kind == "folder",
             f"data.flip=True does nothing with data.kind={self.kind!r}; leave it out (latents: soflow encode --flip)",
@@ -129,25 +138,33 @@ class OutputConfig(Section, section="output."):
     """What a run writes, and how often, in steps; 0 is never.
 
     Attributes:
-        log_every: metrics. sample_every: sample grids, of sample_shape (rows, columns) in sample_steps sampling steps.
-        checkpoint_every: checkpoints, of which the newest keep_checkpoints stay.
+        log_every: metrics. sample_every: sample grids, of sample_shape (rows, columns) in sample_steps sampling steps;
+            sample_labels: their classes, repeated in turn, by default as evenly as they fit. checkpoint_every:
+            checkpoints, of which the newest keep_checkpoints stay, and those whose step is a multiple of keep_every.
     """
 
     log_every: int = 100
     sample_every: int = 1000
     sample_shape: tuple[int, int] = (4, 8)
+    sample_labels: tuple[int, ...] = ()
     sample_steps: int = 1
     checkpoint_every: int = 10_000
     keep_checkpoints: int = 3
+    keep_every: int = 0
 
     def __post_init__(self):
         super().__post_init__()
-        for name in ("sample_every", "checkpoint_every"):
+        for name in ("sample_every", "checkpoint_every", "keep_every"):
             require_count(f"output.{name}", getattr(self, name), least=0)
         for name in ("log_every", "sample_steps", "keep_checkpoints"):
             require_count(f"output.{name}", getattr(self, name))
         for size in self.sample_shape:
             require_count("output.sample_shape", size)
+        require(
+            self.keep_every == 0 or (self.checkpoint_every and self.keep_every % self.checkpoint_every == 0),
+            f"output.keep_every={self.keep_every} is no multiple of output.checkpoint_every={self.checkpoint_every}; "
+            "not all of its steps have a checkpoint; choose a multiple",
+        )
 
 
 @dataclass
@@ -307,13 +324,13 @@ class TrainConfig(Section):
 
     def flat(self) -> dict[str, Any]:
         """Every value by its dotted name."""
-        return flatten(asdict(self))
+        return flatten(asdict(self), whole=mappings(type(self)))
 
     def differences(self, other: "TrainConfig") -> list[str]:
         """The dotted names whose values differ in a way that changes the trained weights."""
         ours, theirs = self.flat(), other.flat()
         return [
             name
-            for name in flatten(self.to_dict())
+            for name in flatten(self.to_dict(), whole=mappings(type(self)))
             if name not in _FREE and not name.startswith(_FREE_SECTIONS) and ours[name] != theirs[name]
         ]

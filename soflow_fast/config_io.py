@@ -67,7 +67,7 @@ def parse(cls: type, raw: dict, overrides: Sequence[str] = ()) -> dict[str, Any]
     from jsonargparse import ArgumentError, ArgumentParser  # slow to import, and only files and command lines need it
 
     known = leaves(cls)
-    _require_known(flatten(raw), set(known))
+    _require_known(flatten(raw, whole=mappings(cls)), set(known))
     require_known_overrides(cls, overrides)
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(cls)
@@ -86,7 +86,9 @@ def parse(cls: type, raw: dict, overrides: Sequence[str] = ()) -> dict[str, Any]
 
 def require_known_overrides(cls: type, overrides: Sequence[str]) -> None:
     """ValueError for a ``--name`` that a config class does not have, with the nearest one."""
-    _require_known({arg[2:].split("=")[0]: None for arg in overrides if arg.startswith("--")}, set(leaves(cls)))
+    given = [arg[2:].split("=")[0] for arg in overrides if arg.startswith("--")]
+    inside = tuple(f"{name}." for name in mappings(cls))  # --model.init_args.width 64
+    _require_known({name: None for name in given if not name.startswith(inside)}, set(leaves(cls)))
 
 
 def read_yaml(path: Path) -> dict:
@@ -118,14 +120,20 @@ def leaves(cls: type, prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def flatten(nested: dict, prefix: str = "") -> dict[str, Any]:
-    """Dotted name to value of a nested mapping."""
+def mappings(cls: type) -> set[str]:
+    """The dotted names of those values of a config class that are mappings themselves, with keys of the user's."""
+    return {name for name, annotation in leaves(cls).items() if get_origin(annotation) is dict}
+
+
+def flatten(nested: dict, prefix: str = "", whole: set[str] = frozenset()) -> dict[str, Any]:
+    """Dotted name to value of a nested mapping, but of those of these dotted names, which are values."""
     found = {}
     for key, value in nested.items():
-        if isinstance(value, dict) and value:
-            found.update(flatten(value, f"{prefix}{key}."))
+        name = f"{prefix}{key}"
+        if isinstance(value, dict) and value and name not in whole:
+            found.update(flatten(value, f"{name}.", whole))
         else:
-            found[f"{prefix}{key}"] = value
+            found[name] = value
     return found
 
 
@@ -170,6 +178,8 @@ def _fits(value: Any, annotation: Any) -> bool:
         return any(_fits(value, choice) for choice in choices)
     if origin is Literal:
         return value in choices
+    if origin is dict:
+        return isinstance(value, dict) and all(isinstance(key, str) for key in value)
     if origin is tuple:
         if not isinstance(value, (tuple, list)):
             return False
@@ -198,6 +208,8 @@ def _expected(annotation: Any) -> str:
     words = {bool: "true or false", type(None): "null", float: "a finite number", int: "a whole number", ...: "..."}
     if annotation in words:
         return words[annotation]
+    if get_origin(annotation) is dict:
+        return "a mapping of names to values"
     if get_origin(annotation) is Literal:
         return " or ".join(map(str, get_args(annotation)))
     if get_origin(annotation) in (Union, UnionType):

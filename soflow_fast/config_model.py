@@ -1,8 +1,10 @@
 """The network's section of the configuration."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from soflow_fast.config_io import Section, require, require_count
+from soflow_fast.imported import check_arguments, is_import_path
 
 #: Stands for a network, an objective or a data set that was given to the Trainer as an object.
 GIVEN = "given"
@@ -17,10 +19,12 @@ _OF_UNET = ("model_channels", "channel_mult", "num_blocks", "attention_resolutio
 
 @dataclass
 class ModelConfig(Section, section="model."):
-    """The network, :class:`~soflow_fast.DiT` or :class:`~soflow_fast.UNet`; a size given here replaces the preset's.
+    """The network: :class:`~soflow_fast.DiT`, :class:`~soflow_fast.UNet` or one of yours; a size given here replaces
+    the preset's.
 
     Attributes:
-        preset: such as ``DiT-B/4``, or ``UNet``. input_size, in_channels, num_classes: of the data.
+        preset: such as ``DiT-B/4``; ``UNet``; or the import path of a class or function, such as ``my_package.Net``,
+            that makes the network from init_args. input_size, in_channels, num_classes: of the data.
         patch_size, hidden_size, depth, num_heads, mlp_ratio, attention: of a DiT. recompute: see there, or ``auto``:
             ``elementwise``, or ``block`` where that is estimated not to fit the GPU's memory; ``none`` on a CPU.
         model_channels, channel_mult, num_blocks, attention_resolutions, dropout: of a UNet.
@@ -45,6 +49,7 @@ class ModelConfig(Section, section="model."):
     impl: str = "auto"
     attention: str = "auto"
     recompute: str = "auto"
+    init_args: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self):
         super().__post_init__()
@@ -56,15 +61,24 @@ class ModelConfig(Section, section="model."):
         for factor in self.channel_mult or ():
             require_count("model.channel_mult", factor)
         require_count("model.num_classes", self.num_classes, least=0)
-        of_the_other = _OF_DIT if self.preset == UNET_PRESET else _OF_UNET if self.is_dit else ()
-        for name in of_the_other:
+        of_others = _OF_DIT if self.preset == UNET_PRESET else _OF_UNET if self.is_dit else ()
+        if self.is_imported:
+            of_others = _OF_DIT + _OF_UNET
+        remedy = "give it in model.init_args" if self.is_imported else "leave it out"
+        for name in of_others:
             if getattr(self, name) != getattr(type(self), name):
                 raise ValueError(
-                    f"model.{name}={getattr(self, name)!r} does nothing with model.preset={self.preset!r}; leave it out"
+                    f"model.{name}={getattr(self, name)!r} does nothing with model.preset={self.preset!r}; {remedy}"
                 )
+        check_arguments("model.", self.preset, self.init_args)
         require(self.mlp_ratio > 0, f"model.mlp_ratio={self.mlp_ratio} must be greater than 0")
 
     @property
     def is_dit(self) -> bool:
-        """Whether the preset is a DiT's, and neither the UNet nor a network that was given."""
-        return self.preset.startswith("DiT")
+        """Whether the preset is a DiT's, and neither the UNet nor a network of the user's."""
+        return self.preset.startswith("DiT") and not self.is_imported
+
+    @property
+    def is_imported(self) -> bool:
+        """Whether the preset is an import path."""
+        return is_import_path(self.preset)

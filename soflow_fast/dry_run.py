@@ -20,12 +20,13 @@ class Plan(NamedTuple):
     Attributes:
         choices: by name, what the configuration leaves to the machine. parameters: weights, the fixed position
             embedding included. flops: floating point operations of one training step, matrix products and attention,
-            forward and backward. bytes: of a process's memory, estimated by :func:`~soflow_fast.memory.step_bytes`.
+            forward and backward; None of a network of the user's that fails on tensors without storage. bytes: of a
+        process's memory, estimated by :func:`~soflow_fast.memory.step_bytes`.
     """
 
     choices: dict[str, object]
     parameters: int
-    flops: int
+    flops: int | None
     bytes: int
 
 
@@ -37,15 +38,24 @@ def plan(config: TrainConfig) -> Plan:
             data.
     """
     # The run's own trainer is asked, of a network of one block: only memory depends on how many there are.
-    is_dit = config.model.is_dit
-    one_block = {"depth": 1} if is_dit else {"num_blocks": 1}
+    is_dit, is_imported = config.model.is_dit, config.model.is_imported
+    one_block = {"depth": 1} if is_dit else {} if is_imported else {"num_blocks": 1}
     trainer = Trainer(replace(config, model=replace(config.model, **one_block)))
     precision, device = trainer.step.precision, trainer.processes.device
     plain = {"impl": "torch", **({"attention": "sdpa"} if is_dit else {})}
     counted = replace(config, model=replace(config.model, **plain))
     with torch.device("meta"):
-        model = build.build_model(counted)
-        flops = _count_step(model, counted)
+        if is_imported:
+            model, counted = trainer.model.to("meta"), trainer.config
+            model.impl = "torch"
+        else:
+            model = build.build_model(counted)
+        try:
+            flops = _count_step(model, counted) * config.optimizer.accumulation
+        except Exception:
+            if not is_imported:
+                raise
+            flops = None
     if config.initial_weights is not None and not checkpoint.committed(trainer.checkpoints):
         read_weights(model, config.initial_weights, config.initial_weights_except)
     rows = (trainer.rows.stop - trainer.rows.start) // config.optimizer.accumulation
@@ -57,7 +67,7 @@ def plan(config: TrainConfig) -> Plan:
     return Plan(
         choices={**trainer.choices(), **({"recompute": recompute} if is_dit else {})},
         parameters=sum(p.numel() for p in model.parameters()),
-        flops=flops * config.optimizer.accumulation,
+        flops=flops,
         bytes=needed,
     )
 
@@ -65,12 +75,14 @@ def plan(config: TrainConfig) -> Plan:
 def describe(config: TrainConfig) -> str:
     """The resolved configuration as YAML and the plan, for people."""
     found = plan(config)
-    per_image = found.flops / config.batch_size
+    flops = "not known: this network cannot be called on torch's meta device"
+    if found.flops is not None:
+        flops = f"{found.flops / 1e12:,.4g} T ({found.flops / config.batch_size / 1e9:,.4g} G per image)"
     kept = ", kept for the backward" if config.model.is_dit else "; not what is kept for the backward"
     lines = {
         **found.choices,
         "parameters": f"{found.parameters / 1e6:,.1f} M",
-        "FLOPs per step": f"{found.flops / 1e12:,.4g} T ({per_image / 1e9:,.4g} G per image)",
+        "FLOPs per step": flops,
         "memory, estimated": f"{found.bytes / 2**30:,.2f} GiB (weights, gradients, optimizer, EMA{kept})",
     }
     return "\n".join([config.to_yaml(), *(f"{name:<24}{value}" for name, value in lines.items())])

@@ -4,7 +4,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
@@ -91,11 +91,11 @@ class RunLog:
     beyond that is taken back.
 
     Args:
-        folder: of the run. batch: images per step.
+        folder: of the run. batch: images per step. hook: called with every line that is written.
     """
 
-    def __init__(self, folder: Path, start: int, total: int, batch: int):
-        self.path, self.batch = folder / METRICS_NAME, batch
+    def __init__(self, folder: Path, start: int, total: int, batch: int, hook: Callable[[dict], object] | None = None):
+        self.path, self.batch, self._hook = folder / METRICS_NAME, batch, hook
         self._take_back(start)
         self._writer = SummaryWriter(str(folder), purge_step=start + 1)
         self._bar = tqdm(initial=start, total=total, unit="step", dynamic_ncols=True, smoothing=0.05, mininterval=0.5)
@@ -116,12 +116,14 @@ class RunLog:
         self._bar.set_postfix({**losses, "images/s": f"{rate:.4g}"})
 
     def append(self, values: dict) -> None:
-        """Any values with their ``step``, to the file and to TensorBoard."""
+        """Any values with their ``step``, to the file, to TensorBoard and to the hook."""
         with self.path.open("a") as file:
             file.write(json.dumps(values) + "\n")
         for name, value in values.items():
             for suffix, number in _scalars(value):
                 self._writer.add_scalar(name + suffix, number, values["step"])
+        if self._hook is not None:
+            self._hook(values)
 
     def say(self, sentence: str) -> None:
         """A line above the progress bar."""

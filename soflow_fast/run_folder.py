@@ -1,8 +1,12 @@
 """The records of a run in its folder: its configuration, its data, and which changes to them it went on with."""
 
+import fcntl
 import json
 import logging
 import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,6 +23,7 @@ _log = logging.getLogger(__name__)
 CONFIG_NAME = "config.yaml"
 DATA_NAME = "data.json"
 CHANGES_NAME = "changes.jsonl"
+LOCK_NAME = ".lock"
 
 #: What makes a run go on with other values.
 ACCEPT = "--accept-changes (in Python, Trainer(..., accept_changes=True))"
@@ -103,7 +108,8 @@ def load_run(
     if not (run_dir / CONFIG_NAME).is_file():
         raise ValueError(f"{run_dir} is not a run: it holds no {CONFIG_NAME}; give the run_dir of a training run")
     config = replace(read_config(run_dir), device=device)
-    require_same(run_dir, build.with_given(config, model, None), config, "give the model that it was trained with")
+    given, model = build.with_given(config, model)
+    require_same(run_dir, given, config, "give the model that it was trained with")
     found = checkpoint.committed(run_dir / CHECKPOINTS)
     if not found:
         raise ValueError(f"the run {run_dir} has no checkpoint yet; let it train to its first one")
@@ -127,11 +133,34 @@ def load_run(
     return config, model, at
 
 
+@contextmanager
+def locked(run_dir: Path) -> Iterator[None]:
+    """Makes the folder; within it no other process trains there. Where files cannot be locked, nothing is known.
+
+    Raises:
+        ValueError: if another process trains there.
+    """
+    run_dir.mkdir(parents=True, exist_ok=True)
+    with (run_dir / LOCK_NAME).open("a+") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process, however that ends
+        except (BlockingIOError, PermissionError):
+            file.seek(0)
+            raise ValueError(
+                f"run_dir={str(run_dir)!r} is being trained in by {file.read() or 'another process'}; wait for its "
+                "end, stop it, or choose another run_dir"
+            ) from None
+        except OSError:
+            pass
+        file.truncate(0)
+        print(f"process {os.getpid()} of {socket.gethostname()}", end="", file=file, flush=True)
+        yield
+
+
 def claim(
     run_dir: Path, config: TrainConfig, data: dict[str, object], changed: list[dict[str, object]], step: int
 ) -> None:
     """Makes the folder that of a run: writes its records, and what changed after a step."""
-    run_dir.mkdir(parents=True, exist_ok=True)
     history = _text(run_dir / CHANGES_NAME) or ""
     lines = [json.dumps({"step": step, **change}) for change in changed]
     new = [line for line in lines if line not in history.splitlines()]  # a kill may have come before the records below

@@ -1,9 +1,10 @@
 """The training run: steps, metrics, sample grids, checkpoints, and going on where it stopped."""
 
 import logging
+import math
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -22,7 +23,7 @@ from soflow_fast.dit import DiT
 from soflow_fast.ema import EMA, PowerEMA
 from soflow_fast.evaluate import check_evaluation, evaluate, why_unscored
 from soflow_fast.fingerprint import fingerprint
-from soflow_fast.images import are_images, balanced_labels, generate, save_samples, vae_decoder
+from soflow_fast.images import are_images, generate, grid_labels, save_samples, vae_decoder
 from soflow_fast.logs import Meter, Quiet, RunLog
 from soflow_fast.optim import OPTIMIZERS
 from soflow_fast.run_folder import load_run
@@ -57,6 +58,8 @@ class Trainer:
             floating point, or (2C, H, W) latent moments.
         accept_changes: go on with a run of another configuration or other data where the weights fit, and record what
             changed.
+        on_log: called with every line of ``metrics.jsonl`` as it is written, a mapping with the ``step``, in the first
+            process; such as ``wandb.log``.
 
     Raises:
         ValueError: for a configuration that is impossible on this machine or does not fit the data.
@@ -69,9 +72,12 @@ class Trainer:
         model: nn.Module | None = None,
         dataset: Dataset | None = None,
         accept_changes: bool = False,
+        on_log: Callable[[dict], object] | None = None,
     ):
+        self._on_log = on_log
         self._accept_changes, self._changes = accept_changes, []
-        self.config = config = build.with_given(config, model, dataset)
+        config, model = build.with_given(config, model, dataset)
+        self.config = config
         device = build.resolve_device(config.device)
         if model is None:
             with torch.device("meta"):  # a value that cannot be is found before large weights are drawn
@@ -80,6 +86,7 @@ class Trainer:
             Augment.check(build.network_of(planned if model is None else model))
         self.dataset = build.build_dataset(config) if dataset is None else dataset
         latent_scale = build.check_dataset(config, self.dataset)
+        self._grid_labels = grid_labels(config.output, config.model.num_classes)
         if config.evaluation.every:
             check_evaluation(config)
         self.processes = distributed.join(device)
@@ -149,11 +156,12 @@ class Trainer:
             The path of the last checkpoint.
 
         Raises:
-            ValueError: if the folder belongs to another configuration, model or data; nothing in it is changed.
+            ValueError: if the folder belongs to another configuration, model or data, or a process is training in it;
+                nothing in it is changed.
             FloatingPointError: after more steps that are not finite than the configuration allows.
             StoppedBySignal: a SystemExit, after such a signal.
         """
-        with StopSignal() as stop:
+        with StopSignal() as stop, ExitStack() as self._until_the_end:
             return self._fit(stop)
 
     def _fit(self, stop: StopSignal) -> Path:
@@ -166,7 +174,9 @@ class Trainer:
             return last_checkpoint
         meter = Meter(self.processes, skipped)
         first, num_classes = self.processes.is_first, config.model.num_classes
-        log = RunLog(self.run_dir, start, config.total_steps, config.batch_size) if first else Quiet()
+        log = Quiet()
+        if first:
+            log = RunLog(self.run_dir, start, config.total_steps, config.batch_size, self._on_log)
         chosen = ", ".join(f"{name}={value}" for name, value in self.choices().items())
         log.say(f"step {start} of {config.total_steps}: {chosen}")
         for change in self._changes:
@@ -319,6 +329,7 @@ class Trainer:
         return fingerprint(self.dataset, self.config.model.num_classes)
 
     def _claim_folder(self, step: int) -> None:
+        self._until_the_end.enter_context(run_folder.locked(self.run_dir))
         run_folder.claim(self.run_dir, self.config, self._data(), self._changes, step)
 
     def _save(self, step: int, skipped: int) -> None:
@@ -331,7 +342,7 @@ class Trainer:
             ema_updates=int(self.ema.updates),
             skipped_steps=skipped,
         )
-        checkpoint.save(self.checkpoints, state, self.config.output.keep_checkpoints)
+        checkpoint.save(self.checkpoints, state, self.config.output.keep_checkpoints, self.config.output.keep_every)
 
     def _write_snapshots(self, step: int) -> None:
         for average in self.averages:
@@ -351,22 +362,21 @@ class Trainer:
         )
 
     def _write_samples(self, step: int) -> None:
-        rows, columns = self.config.output.sample_shape
-        n = rows * columns
+        output = self.config.output
         with self.ema.applied():
             parts = generate(
                 self.model,
-                balanced_labels(n, self.config.model.num_classes),
-                n,
+                self._grid_labels,
+                math.prod(output.sample_shape),
                 build.sample_shape(self.config),
-                steps=self.config.output.sample_steps,
+                steps=output.sample_steps,
                 seed=self.config.seed,
                 batch=self.config.evaluation.batch_size,
                 decode=self._decode,
                 precision=None,
             )
             samples = torch.cat(list(parts))
-        save_samples(samples, self.run_dir / "samples" / f"step-{step:08d}", columns)
+        save_samples(samples, self.run_dir / "samples" / f"step-{step:08d}", output.sample_shape[1])
 
     def _evaluate(self, step: int, log: RunLog | Quiet) -> None:
         """Scores the averaged weights; a failure costs this score and not the training."""

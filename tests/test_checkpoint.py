@@ -48,6 +48,12 @@ def test_what_is_written_is_read_and_the_newest_stay(tmp_path):
         _assert_equal(checkpoint.load(path), _state(int(path.name[5:])))
 
 
+def test_those_of_every_so_many_steps_stay(tmp_path):
+    for step in (5, 10, 12, 15, 20):
+        checkpoint.save(tmp_path, _state(step), keep=1, keep_every=10)
+    assert [checkpoint.step_of(path) for path in checkpoint.committed(tmp_path)] == [10, 20]
+
+
 def test_what_others_keep_among_the_checkpoints_stays(tmp_path):
     first = checkpoint.save(tmp_path, _state(1), keep=1)
     shutil.copytree(first, tmp_path / "step-00000001-best")

@@ -13,7 +13,7 @@ FLOORS = [
     ["kernels"],
     [
         "config", "config_io", "config_model", "config_objective", "config_optimizer", "derivation",
-        "difference_nonlinear", "difference_rules", "differencing", "interop", "paths",
+        "difference_nonlinear", "difference_rules", "differencing", "imported", "interop", "paths",
     ],
     [
         "attention", "augment", "build", "capture", "checkpoint", "data", "dit", "ema", "encode", "evaluate",

@@ -83,10 +83,11 @@ def test_the_python_of_the_readme_runs(tmp_path, monkeypatch):
 
 
 def test_the_configurations_of_the_readme_are_read():
-    flowers, cifar10 = (
+    own, flowers, cifar10 = (
         TrainConfig.from_dict(yaml.safe_load(block))
         for block in re.findall(r"```yaml\n(.*?)```", README.read_text(), re.DOTALL)
     )
+    assert (own.model.init_args, own.data.kind) == ({"width": 128}, "my_package.Photos")
     assert (flowers.data.kind, flowers.ema.posthoc) == ("folder", (0.05, 0.1))
     published = TrainConfig.from_dict(yaml.safe_load(CIFAR10))
     without_effect = {name: getattr(cifar10.soflow, name) for name in ("guidance_mix", "guidance_decay_time")}

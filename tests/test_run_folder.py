@@ -1,7 +1,13 @@
 """Going on with a run whose data or configuration are no longer those it began with."""
 
+import errno
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from dataclasses import replace
 
 import pytest
@@ -9,7 +15,7 @@ import torch
 from runs import Blobs, files, final, tiny_config, write_config, write_images, write_latents
 from torch.utils.data import TensorDataset
 
-from soflow_fast import Trainer
+from soflow_fast import Trainer, run_folder
 from soflow_fast.cli import main
 from soflow_fast.config import DataConfig, EMAConfig, OptimizerConfig, OutputConfig
 from soflow_fast.trainer import load_run
@@ -225,3 +231,53 @@ def test_a_record_with_sections_of_all_objectives_is_read_without_a_warning(tmp_
     Trainer(config).fit()
     load_run(tmp_path, "cpu")
     assert "ignored" not in caplog.text
+
+
+# ---------------------------------------------------------------------------------------------------------- the lock
+
+_HOLD = """
+import sys
+from soflow_fast.run_folder import locked
+with locked(__import__("pathlib").Path(sys.argv[1])):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_folder_in_which_another_process_trains_is_refused_until_that_ends(tmp_path):
+    config = tiny_config(tmp_path)
+    Trainer(replace(config, total_steps=4, output=OutputConfig(checkpoint_every=2))).fit()
+    command = [sys.executable, "-c", _HOLD, str(tmp_path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "held\n"
+        before = files(tmp_path)
+        with pytest.raises(ValueError, match=f"is being trained in by process {other.pid} of .*; wait for its end"):
+            Trainer(config, accept_changes=True).fit()
+        assert files(tmp_path) == before
+        load_run(tmp_path, "cpu")  # reading is no training
+        other.kill()
+    Trainer(config, accept_changes=True).fit()
+    assert final(tmp_path).step == 6
+
+
+def test_readers_that_outlive_a_killed_run_do_not_hold_its_folder(tmp_path):
+    with run_folder.locked(tmp_path):
+        reader = os.fork()
+        if not reader:
+            time.sleep(60)
+            os._exit(0)
+    other = [sys.executable, "-c", _HOLD, str(tmp_path)]
+    try:
+        assert subprocess.run(other, stdin=subprocess.DEVNULL, capture_output=True, text=True).stdout == "held\n"
+    finally:
+        os.kill(reader, signal.SIGKILL)
+        os.waitpid(reader, 0)
+
+
+def test_where_files_cannot_be_locked_a_run_trains_without(tmp_path, monkeypatch):
+    def unable(*_):
+        raise OSError(errno.ENOLCK, "no locks available")
+
+    monkeypatch.setattr(run_folder.fcntl, "lockf", unable)
+    Trainer(tiny_config(tmp_path)).fit()
+    assert final(tmp_path).step == 6

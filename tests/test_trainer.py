@@ -163,6 +163,29 @@ def test_samples_and_scores_during_training(tmp_path):
     assert len(checkpoint.committed(tmp_path / "checkpoints")) == 1  # the last step always has one
 
 
+def test_the_classes_of_the_grid_and_the_checkpoints_that_stay_can_be_chosen(tmp_path, monkeypatch):
+    output = OutputConfig(sample_every=6, sample_shape=(2, 5), checkpoint_every=1, keep_checkpoints=1, keep_every=3)
+    config = tiny_config(tmp_path, output=replace(output, sample_labels=(3, 7)))
+    drawn, generate = [], trainer.generate
+    monkeypatch.setattr(
+        trainer, "generate", lambda model, labels, *a, **k: drawn.append(labels) or generate(model, labels, *a, **k)
+    )
+    Trainer(config).fit()
+    assert [labels.tolist() for labels in drawn] == [[3, 7] * 5]
+    assert [checkpoint.step_of(path) for path in checkpoint.committed(tmp_path / "checkpoints")] == [3, 6]
+    with pytest.raises(ValueError, match=r"output\.sample_labels=\[3, 10\] has the class 10, and there are 0\.\.9"):
+        Trainer(replace(config, output=replace(output, sample_labels=(3, 10))))
+    with pytest.raises(ValueError, match=r"keep_every=3 is no multiple of output\.checkpoint_every=2; .* a multiple"):
+        OutputConfig(checkpoint_every=2, keep_every=3)
+
+
+def test_every_line_of_the_metrics_goes_to_the_hook(tmp_path):
+    config, lines = tiny_config(tmp_path, evaluation=EvaluationConfig(every=3, samples=20, batch_size=8)), []
+    Trainer(config, on_log=lines.append).fit()
+    assert lines == [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [2, 3, 4, 6, 6]
+
+
 def test_a_failing_evaluation_costs_its_score_and_not_the_run(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(trainer, "evaluate", lambda *_, **__: 1 / 0)
     Trainer(tiny_config(tmp_path, evaluation=EvaluationConfig(every=4))).fit()
