@@ -8,7 +8,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -24,7 +24,15 @@ from soflow_fast.config_io import read_yaml
 from soflow_fast.dry_run import describe
 from soflow_fast.encode import encode
 from soflow_fast.evaluate import check_evaluation, compared_with, evaluate, evaluation_name
-from soflow_fast.images import balanced_labels, labels_in_turn, save_samples, vae_decoder
+from soflow_fast.images import (
+    are_images,
+    balanced_labels,
+    labels_in_turn,
+    save_folder,
+    save_npz,
+    save_samples,
+    vae_decoder,
+)
 from soflow_fast.interop import public_words
 from soflow_fast.precision import PRECISIONS
 from soflow_fast.sample import SAMPLE_PRECISIONS, Decoder, Sampler
@@ -104,7 +112,13 @@ def _parser() -> argparse.ArgumentParser:
         "many, spread evenly)",
     )
     sample.add_argument("--seed", type=int, default=0, help="of the noise (default 0)")
-    sample.add_argument("--out", help="file without suffix (default RUN/samples/<steps>-step)")
+    sample.add_argument(
+        "--format",
+        choices=("grid", "folder", "npz"),
+        default="grid",
+        help="one PNG of all (default), one PNG each in a folder, or the file of arrays that ADM's evaluation reads",
+    )
+    sample.add_argument("--out", help="file without suffix, or folder (default RUN/samples/<steps>-step)")
 
     score = add("eval", _eval, "score a run's samples")
     score.add_argument("run", help="folder of the run")
@@ -201,17 +215,37 @@ def _sample(args: argparse.Namespace) -> None:
         compile=args.compile,
     )
     decode = _decoder(_with_vae(config, args.vae), model)
+    path = _destination(args, decode is not None or are_images(config.model.in_channels))
     untimed = ""
     if sampler.compile:
-        seconds, _ = _timed(lambda: list(sampler.draw(labels, 1)))
-        untimed = f", {seconds:.3g} s of compiling not counted"
-    seconds, parts = _timed(lambda: list(sampler.draw(labels, args.count, decode)))
-    default = Path(args.run) / "samples" / f"{args.steps}-step{_variant(args, _SAMPLE_VARIANTS)}"
-    stem = Path(args.out) if args.out else default
-    path = save_samples(torch.cat(parts), stem, config.output.sample_shape[1])
+        started = time.perf_counter()
+        list(sampler.draw(labels, 1))
+        untimed = f", {time.perf_counter() - started:.3g} s of compiling not counted"
+    parts = _Timed(sampler.draw(labels, args.count, decode))
+    if args.format == "grid":
+        path = save_samples(torch.cat(list(parts)), path, config.output.sample_shape[1])
+    elif args.format == "npz":
+        save_npz(parts, args.count, labels, path)
+    else:
+        save_folder(parts, path)
     what = "latents (no autoencoder is set: --vae)" if path.suffix == ".npy" else "samples"
-    rate = f"{args.count / seconds:.4g} images/s in {sampler.precision}{untimed}"
+    rate = f"{args.count / parts.seconds:.4g} images/s in {sampler.precision}{untimed}"
     print(f"{args.count} {what} in {args.steps} step(s), {rate}: {path}")
+
+
+def _destination(args: argparse.Namespace, of_images: bool) -> Path:
+    """Where samples are to be written, of a grid without suffix; ValueError, before any is drawn, if they cannot be."""
+    default = Path(args.run) / "samples" / f"{args.steps}-step{_variant(args, _SAMPLE_VARIANTS)}"
+    path = Path(args.out) if args.out else default
+    if args.format == "grid":
+        return path
+    if not of_images:
+        raise ValueError(f"--format {args.format} is for images, and these are latents; give --vae, or leave it out")
+    if args.format == "npz":
+        return path.with_name(f"{path.name.removesuffix('.npz')}.npz")
+    if path.exists() and (path.is_file() or any(path.iterdir())):
+        raise ValueError(f"{path} exists and is not an empty folder; remove it, or choose another by --out")
+    return path
 
 
 def _eval(args: argparse.Namespace) -> None:
@@ -288,11 +322,21 @@ def _labels(text: str | None, count: int, num_classes: int) -> torch.Tensor | No
     return labels_in_turn([int(part) for part in parts], count, num_classes, f"--labels {text!r}")
 
 
-def _timed(work: Callable) -> tuple[float, Any]:
-    """Seconds, and what the work returns."""
-    started = time.perf_counter()
-    result = work()
-    return time.perf_counter() - started, result
+class _Timed:
+    """What it is given, one after the other, and the seconds that was waited for."""
+
+    def __init__(self, items: Iterator[Any]):
+        self._items, self.seconds = items, 0.0
+
+    def __iter__(self) -> "_Timed":
+        return self
+
+    def __next__(self) -> Any:
+        started = time.perf_counter()
+        try:
+            return next(self._items)
+        finally:
+            self.seconds += time.perf_counter() - started
 
 
 def _variant(args: argparse.Namespace, options: dict[str, str]) -> str:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from soflow_fast.build import sample_shape
 from soflow_fast.config import TrainConfig
 from soflow_fast.data import CIFAR10, digits
-from soflow_fast.images import Decoder, are_images, balanced_labels, generate, save_png
+from soflow_fast.images import Decoder, are_images, balanced_labels, generate, save_folder
 
 _log = logging.getLogger(__name__)
 
@@ -160,14 +160,13 @@ def evaluate(
     folder.mkdir(parents=True, exist_ok=True)
     for earlier in folder.glob("*.png"):
         earlier.unlink()
-    for number, image in enumerate(image for part in parts for image in part):
-        save_png(image, folder / f"{number:06d}.png")
+    size = save_folder(parts, folder)
     scores: dict[str, float | str] = {"samples": str(folder)}
     reference = _reference(config)
     if reference is None:
         _log.warning("no score: set evaluation.reference to %s", _REFERENCES)
         return scores
-    scores["frechet"] = _frechet(folder, reference, image.shape[-1], config)
+    scores["frechet"] = _frechet(folder, reference, size, config)
     return scores
 
 

@@ -5,7 +5,9 @@ Shapes: n samples, C channels, S height and width. Images are in [-1, 1].
 
 import importlib.util
 import math
-from collections.abc import Iterator, Sequence
+import os
+import zipfile
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -153,3 +155,34 @@ def save_samples(samples: Tensor, stem: Path, columns: int) -> Path:
         path = stem.with_suffix(".npy")
         np.save(path, samples.numpy())
     return path
+
+
+def save_folder(parts: Iterable[Tensor], folder: Path) -> int:
+    """Writes every image, of parts (at most B, C, H, W), to ``000000.png`` and so on; returns how many pixels wide."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, image in enumerate(image for part in parts for image in part):
+        save_png(image, folder / f"{number:06d}.png")
+    return image.shape[-1]
+
+
+def save_npz(parts: Iterable[Tensor], n: int, labels: Tensor | None, path: Path) -> None:
+    """Writes n images, part by part, as ADM's evaluation reads them: ``arr_0`` (n, H, W, C) uint8, and ``arr_1`` (n,)
+    int64, their labels if they have any. The file is there once it is whole.
+
+    Args:
+        parts: (at most B, C, H, W). path: the file, with its suffix ``.npz``.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.writing")
+    with zipfile.ZipFile(temporary, "w") as archive:
+        with archive.open("arr_0.npy", "w", force_zip64=True) as file:
+            for number, part in enumerate(parts):
+                pixels = to_uint8(part).permute(0, 2, 3, 1).contiguous().numpy()
+                if number == 0:
+                    form = {"descr": "|u1", "fortran_order": False, "shape": (n, *pixels.shape[1:])}
+                    np.lib.format.write_array_header_1_0(file, form)
+                file.write(pixels.data)
+        if labels is not None:
+            with archive.open("arr_1.npy", "w") as file:
+                np.lib.format.write_array(file, labels.numpy())
+    os.replace(temporary, path)

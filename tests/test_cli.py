@@ -16,6 +16,7 @@ from soflow_fast import Trainer, capture
 from soflow_fast.checkpoint import load_averages
 from soflow_fast.cli import main
 from soflow_fast.config import DataConfig, ModelConfig
+from soflow_fast.images import save_npz
 from soflow_fast.trainer import load_run
 
 needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="is about a machine without a GPU")
@@ -228,6 +229,38 @@ def test_sample(run, tmp_path, capsys):
     assert len(set(pictures)) == 3
 
 
+def test_the_forms_of_samples_hold_the_same(run, tmp_path, capsys):
+    """A grid, files of their own, and ADM's arrays."""
+    shown, files, arrays = tmp_path / "shown", tmp_path / "files", tmp_path / "arrays.npz"
+    for form, out in (("grid", shown), ("folder", files), ("npz", arrays)):
+        assert main(["sample", str(run), "--count", "12", "--format", form, "--out", str(out)]) == 0
+        assert str(out) in capsys.readouterr().out
+    single = np.stack([np.asarray(Image.open(files / f"{i:06d}.png")) for i in range(12)])
+    assert len(list(files.iterdir())) == 12
+    with np.load(arrays) as read:
+        assert (read["arr_0"].dtype, read["arr_0"].shape) == (np.uint8, (12, 8, 8, 1))
+        np.testing.assert_array_equal(read["arr_0"][..., 0], single)
+        assert read["arr_1"].tolist() == [*range(10), 0, 1]
+    cells = np.asarray(Image.open(tmp_path / "shown.png")).reshape(3, 34, 5, 34)[:, 1:-1:4, :, 1:-1:4]
+    np.testing.assert_array_equal(cells.transpose(0, 2, 1, 3).reshape(15, 8, 8)[:12], single)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["arrays.npz", "files", "shown.png"]
+    for taken in (files, arrays):
+        said = _refused(capsys, "sample", run, "--count", 2, "--format", "folder", "--out", taken)
+        assert f"{taken} exists and is not an empty folder" in said
+    assert len(list(files.iterdir())) == 12
+
+
+def test_arrays_are_written_as_a_whole_or_not_at_all(tmp_path):
+    def parts():
+        yield torch.zeros(2, 3, 8, 8)
+        raise OSError("the disk is full")
+
+    (tmp_path / "x.npz").write_bytes(b"earlier")
+    with pytest.raises(OSError, match="full"):
+        save_npz(parts(), 4, None, tmp_path / "x.npz")
+    assert (tmp_path / "x.npz").read_bytes() == b"earlier"
+
+
 def test_an_older_checkpoint(run, tmp_path, capsys):
     pictures = []
     for step in (4, 6):
@@ -345,6 +378,9 @@ def test_latents_train_sample_and_evaluate_without_an_autoencoder(tmp_path, caps
     assert np.load(tmp_path / "run" / "samples" / "step-00000002.npy").shape == (10, 4, 8, 8)
     assert main(["sample", str(tmp_path / "run"), "--count", "3"]) == 0
     assert "3 latents (no autoencoder is set: --vae)" in capsys.readouterr().out
+    assert "--format npz is for images, and these are latents; give --vae" in _refused(
+        capsys, "sample", config.run_dir, "--format", "npz"
+    )
     assert main(["eval", str(tmp_path / "run"), "--count", "5"]) == 0
     assert np.load(tmp_path / "run" / "evaluation" / "step-00000002-1-step-5-samples.npy").shape == (5, 4, 8, 8)
 
