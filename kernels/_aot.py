@@ -31,6 +31,9 @@ from ._launch import Record, recording
 
 ARCHITECTURES = (80, 90, 100)
 
+# The one whose launches are tuned; a brief table has it in full.
+_TUNED = 90
+
 _CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
 
@@ -145,8 +148,12 @@ def recorded() -> Iterator[tuple[str, list[Record]]]:
         yield f"optimizer {form}", records
 
 
-def compile_all(only: str | None = None) -> list[Binary]:
-    """Every distinct binary of all recorded launches, for every architecture."""
+def compile_all(only: str | None = None, brief: bool = False) -> list[Binary]:
+    """Every distinct binary of all recorded launches, for every architecture.
+
+    Args:
+        only: of ops whose name contains this. brief: of architectures other than sm_90 one binary of each kernel.
+    """
     binaries, seen = [], set()
     for name, records in recorded():
         if only and only not in name.split()[0]:
@@ -154,6 +161,8 @@ def compile_all(only: str | None = None) -> list[Binary]:
         for record in records:
             for arch in ARCHITECTURES:
                 key = (specialize(record, arch)[0].hash(), record.config, arch)
+                if brief and arch != _TUNED:
+                    key = (record.kernel.__name__, arch)
                 if key not in seen:
                     seen.add(key)
                     binaries.append(compile_record(record, name, arch))
@@ -165,8 +174,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", type=Path, metavar="TABLE.json", help="save the table here")
     parser.add_argument("--only", metavar="OP", help="compile only ops whose name contains this")
+    parser.add_argument(
+        "--brief", action="store_true", help="of architectures other than sm_90 one case of each kernel"
+    )
     arguments = parser.parse_args()
-    binaries = compile_all(arguments.only)
+    binaries = compile_all(arguments.only, arguments.brief)
     print(
         f"{'kernel':34} {'case':52} {'arch':>5} {'regs':>5} {'spill':>5} {'shared':>7}"
         f" {'instr':>6} {'widest':>6} {'bytes moved':>14}"

@@ -46,11 +46,16 @@ def regressions(now: dict[tuple, dict], committed: dict[tuple, dict]) -> list[st
 
 @pytest.mark.slow
 def test_no_kernel_spills_or_needs_more_than_committed(tmp_path):
-    """The table is rewritten by ``python -m soflow_fast.kernels._aot --write tests/aot_table.json``."""
-    printed = _run("-m", "soflow_fast.kernels._aot", "--write", "table.json", cwd=tmp_path)
+    """All binaries for sm_90, and one of each kernel for the other two.
+
+    The table is rewritten by ``python -m soflow_fast.kernels._aot --write tests/aot_table.json``.
+    """
+    printed = _run("-m", "soflow_fast.kernels._aot", "--brief", "--write", "table.json", cwd=tmp_path)
     assert " 0 refused" in printed
     now, committed = (table(json.loads(path.read_text())) for path in (tmp_path / "table.json", TABLE))
-    assert now.keys() == committed.keys()
+    assert {key for key in now if key[2] == 90} == {key for key in committed if key[2] == 90}
+    assert now.keys() <= committed.keys()
+    assert {(kernel, arch) for kernel, _, arch in now} == {(kernel, arch) for kernel, _, arch in committed}
     assert regressions(now, committed) == []
     assert {arch for *_, arch in committed} == {80, 90, 100}
 
