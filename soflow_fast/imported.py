@@ -37,7 +37,8 @@ def check_arguments(setting: str, name: str, arguments: dict[str, Any]) -> None:
 def build_imported(setting: str, path: str, arguments: dict[str, Any]) -> Any:
     """What the class or function at an import path returns for keyword arguments.
 
-    Modules are looked for where Python looks, and by the command ``soflow`` in the current folder too.
+    Modules are looked for where Python looks, and by the command ``soflow`` in the current folder too. This runs
+    whatever the path names: a configuration, also that of a run, is to be trusted like a program.
 
     Args:
         setting: the name of the value, such as ``model.preset``.
@@ -57,6 +58,6 @@ def build_imported(setting: str, path: str, arguments: dict[str, Any]) -> Any:
     section = setting.partition(".")[0]
     try:
         signature(made_by).bind(**arguments)
-    except TypeError as error:
+    except (TypeError, ValueError) as error:
         raise ValueError(f"{section}.init_args={arguments!r} does not fit {path}: {error}") from None
     return made_by(**arguments)

@@ -149,6 +149,7 @@ def test_a_dry_run_counts_what_it_can(tmp_path, module, capsys):
         ("{}..Net", {}, "cannot be imported"),
         ("{}.shape", {}, "is a tuple; give a class or a function"),
         ("{}.number", {}, "makes a int; it must make a torch.nn.Module"),
+        ("torch.zeros", {}, "model.init_args={} does not fit torch.zeros: no signature found"),
         ("{}.Net", {"depth": 3}, "model.init_args={'depth': 3} does not fit .*Net: got an unexpected .* 'depth'"),
         ("torch.nn.ReLU", {}, "the network ReLU has num_classes=None; set it to the number of classes"),
     ],
