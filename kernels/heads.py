@@ -49,7 +49,8 @@ def _load(ptr, sample, token, stride_b, stride_n, columns, mask, like_ptr):
     """A tile of (GROUPS, TOKENS, VECTOR) values as they are, 0 where masked; zeros where nothing arrives."""
     if ptr is None:
         return tl.zeros(mask.shape, like_ptr.dtype.element_ty)
-    return tl.load(ptr + (sample * stride_b + token * stride_n) * mask.shape[2] + columns, mask=mask, other=0.0)
+    else:  # after a return in an `if` that it decides, Triton would compile on
+        return tl.load(ptr + (sample * stride_b + token * stride_n) * mask.shape[2] + columns, mask=mask, other=0.0)
 
 
 _STRIDES = [f"{part}stride_{axis}" for part in "qkv" for axis in "bhn"]

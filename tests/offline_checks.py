@@ -14,7 +14,7 @@ import triton.language as tl
 from torch._inductor.exc import OperatorIssue
 
 from soflow_fast.kernels import _aot, fused
-from soflow_fast.kernels._cases import Inputs
+from soflow_fast.kernels._cases import Inputs, as_tuple
 from soflow_fast.kernels._launch import Launch, Record, recording
 
 ARCH = 90
@@ -78,6 +78,30 @@ def one_binary_for_every_number_of_tokens():
     # with and without a part of a block left over
     assert all(attention_hashes(tokens) == attention_hashes(256) for tokens in (64, 1024, 4096))
     assert all(attention_hashes(tokens) == attention_hashes(260) for tokens in (1, 7, 16, 65, 4097))
+
+
+def kernels_compile_whichever_gradients_arrive():
+    """The backward of each op, of its first case, with the gradient of one output alone, and of all but that.
+
+    What the interpreter runs the compiler may refuse: it goes on after a return in an ``if`` that it decides.
+    """
+    first_cases = {case.op: case for case in reversed(fused.cases()) if case.gradients}
+    compiled = 0
+    for case in first_cases.values():
+        arguments = case.inputs(Inputs("meta", torch.bfloat16))
+        for name in case.gradients:
+            arguments[name].requires_grad_()
+        outputs = [o for o in as_tuple(getattr(fused, case.op)(**arguments, **case.options)) if o.requires_grad]
+        for one in outputs:
+            for some in ([one], [o for o in outputs if o is not one]):
+                if not some:
+                    continue
+                with recording() as records:
+                    torch.autograd.backward(some, [torch.empty_like(o) for o in some], retain_graph=True)
+                for record in records:
+                    _aot.compile_launch(record, ARCH)
+                    compiled += 1
+    assert compiled > 20, compiled
 
 
 def program_ids_are_widened_before_they_are_multiplied():

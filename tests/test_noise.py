@@ -186,7 +186,8 @@ def test_ends_of_the_path():
     x_t, v_t = fused.noisy_sample(**arguments, seed=1, path="linear")
     assert torch.equal(x_t[0], arguments["data"][0])
     assert torch.equal(x_t[1], epsilon[1])
-    assert torch.equal(v_t, epsilon - arguments["data"])
+    # where it is compiled, the last product of the draw and the difference are rounded once
+    torch.testing.assert_close(v_t, epsilon - arguments["data"], rtol=3e-7, atol=5e-7)
 
 
 def test_strided_inputs():
