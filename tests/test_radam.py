@@ -65,7 +65,7 @@ def test_equals_torch_in_float64_and_ema(impl, options, grad_clip):
     assert_equal([average.double() for average in ema.averages.values()], averages, rtol=2e-6, atol=2e-7)
     for name in ("exp_avg", "exp_avg_sq", "step"):
         ours, theirs = ([state[name].double() for state in one.state.values()] for one in (optimizer, reference))
-        assert_equal(ours, theirs, atol=1e-7)
+        assert_equal(ours, theirs, atol=5e-7)
     for p, c in zip(net.weights, copy.copies.values(), strict=True):
         assert (c.float() - p.detach()).abs().max() <= 2**-7 * p.detach().abs().max()
 
