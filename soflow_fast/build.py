@@ -1,9 +1,8 @@
 """From a configuration to its objects: device, network, objective, data."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, fields, replace
 from inspect import signature
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,9 +15,10 @@ from soflow_fast.config import GIVEN, OBJECTIVE_SECTIONS, ModelConfig, TrainConf
 from soflow_fast.config_model import UNET_PRESET
 from soflow_fast.data import CIFAR10, ImageFolder, LatentMoments, MomentsFolder, digits, find_moments_folder
 from soflow_fast.data.checks import require_pair, warn_of_unused_classes
+from soflow_fast.data.loader import caller_keeps_generators, seed_generators
 from soflow_fast.dit import PRESETS, DiT
 from soflow_fast.fingerprint import labels_of
-from soflow_fast.imported import build_imported, is_import_path
+from soflow_fast.imported import import_maker, is_import_path
 from soflow_fast.objectives.alphaflow import AlphaFlow
 from soflow_fast.objectives.flow_matching import FlowMatching
 from soflow_fast.objectives.improved_meanflow import ImprovedMeanFlow
@@ -109,19 +109,12 @@ def build_model(config: TrainConfig, given: nn.Module | None = None) -> nn.Modul
     section = {**asdict(config.objective_section), "impl": config.model.impl}
     if config.model.impl == "auto" and resolve_device(config.device).type == "cpu":
         section["impl"] = "torch"  # the fused kernels are for GPUs, also where there is one that is not used
-    with _drawn_from(config.seed):
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(config.seed)
         if given is None:
             model = replace(config.model, impl=section["impl"])
             given = build_network(model, section["label_drop"], objective.condition_dim)
         return objective(given, **section)
-
-
-@contextmanager
-def _drawn_from(seed: int) -> Iterator[None]:
-    """Weights that are drawn within are functions of the seed; the caller's random state stays as it was."""
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
-        yield
 
 
 def runnable(config: TrainConfig) -> TrainConfig:
@@ -163,7 +156,7 @@ def build_dataset(config: TrainConfig) -> Dataset:
         raise ValueError("data.kind='given' stands for Trainer(config, dataset=...); choose another data.kind")
     if is_import_path(data.kind):
         path = {} if data.path is None else {"path": data.path}
-        return build_imported("data.kind", data.kind, {**path, **data.init_args})
+        return _imported("data.kind", data.kind, path | data.init_args, config.seed)
     if data.kind == "digits":
         return digits("train")
     if data.path is None:
@@ -245,13 +238,22 @@ def with_given(
     preset = GIVEN
     if model is None and config.model.is_imported:
         preset = config.model.preset
-        with _drawn_from(config.seed):
-            model = build_imported("model.preset", preset, config.model.init_args)
+        model = _imported("model.preset", preset, config.model.init_args, config.seed)
         if not isinstance(model, nn.Module):
-            raise ValueError(f"model.preset={preset!r} makes a {type(model).__name__}; it must make a torch.nn.Module")
+            raise ValueError(
+                f"model.preset={preset!r} makes an object of class {type(model).__name__}; make a torch.nn.Module"
+            )
     if dataset is not None:
         config = replace(config, data=replace(config.data, kind=GIVEN, init_args={}))
     return (config if model is None else _with_values_of(config, model, preset)), model
+
+
+def _imported(setting: str, path: str, arguments: dict[str, Any], seed: int) -> Any:
+    """What is at an import path; what it draws is a function of the seed, and the caller's generators stay."""
+    with caller_keeps_generators():
+        make = import_maker(setting, path, arguments)  # which may draw too, but once a process
+        seed_generators(f"{seed},{setting}")
+        return make()
 
 
 def _with_values_of(config: TrainConfig, model: nn.Module, preset: str) -> TrainConfig:

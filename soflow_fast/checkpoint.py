@@ -20,6 +20,7 @@ from torch import Tensor, nn
 CHECKPOINTS = "checkpoints"
 
 _MARKER = "COMMITTED"
+_STAYS = "KEEP"
 _WRITING = ".writing-"
 
 
@@ -52,8 +53,10 @@ def committed(folder: Path) -> list[Path]:
 
 
 def save(folder: Path, state: State, keep: int, keep_every: int = 0) -> Path:
-    """Writes a checkpoint, then removes all but the newest ``keep`` and those of every ``keep_every``-th step, 0 for
-    none; returns its path."""
+    """Writes a checkpoint, then removes all but the newest ``keep`` and those marked to stay; returns its path.
+
+    Those of every ``keep_every``-th step, 0 for none, are marked by an empty file ``KEEP``, as a user may mark others.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     for unfinished in folder.glob(f"{_WRITING}*"):
         shutil.rmtree(unfinished)
@@ -65,6 +68,8 @@ def save(folder: Path, state: State, keep: int, keep_every: int = 0) -> Path:
     if state.posthoc:
         save_file(on_host(state.posthoc), temporary / "posthoc.safetensors")
     torch.save(state.optimizer, temporary / "optimizer.pt")
+    if keep_every and state.step % keep_every == 0:
+        (temporary / _STAYS).touch()
     rest = {"step": state.step, "ema_updates": state.ema_updates, "skipped_steps": state.skipped_steps}
     (temporary / "state.json").write_text(json.dumps(rest))
     sizes = {}
@@ -78,7 +83,7 @@ def save(folder: Path, state: State, keep: int, keep_every: int = 0) -> Path:
     os.rename(temporary, final)
     flush(folder)
     whole = committed(folder)
-    kept = whole[-keep:] + [path for path in whole if keep_every and step_of(path) % keep_every == 0]
+    kept = whole[-keep:] + [path for path in whole if (path / _STAYS).exists()]
     for old in step_folders(folder):
         if old not in kept:
             _remove(old)

@@ -6,6 +6,8 @@ SIGTERM or SIGUSR1 stops in 128 + the signal's number.
 
 import argparse
 import json
+import os
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -33,6 +35,7 @@ from soflow_fast.images import (
     save_samples,
     vae_decoder,
 )
+from soflow_fast.imported import of_imported_code
 from soflow_fast.interop import public_words
 from soflow_fast.precision import PRECISIONS
 from soflow_fast.sample import SAMPLE_PRECISIONS, Decoder, Sampler
@@ -62,14 +65,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(overrides)}")
     args.overrides = overrides
     if "" not in sys.path:
-        sys.path.append("")  # as of `python -m`: networks and data sets that a configuration names
+        sys.path.insert(0, "")  # as of `python -m`: networks and data sets that a configuration names
     try:
         args.command(args)
     except (ValueError, OSError, FloatingPointError) as error:
+        if of_imported_code(error):
+            raise
         print(f"soflow: {distributed.whose()}{' '.join(str(error).split())}", file=sys.stderr)
         return 1 if isinstance(error, FloatingPointError) else 2
     except KeyboardInterrupt:
-        print("soflow: interrupted; the same command goes on from what was last saved", file=sys.stderr)
+        goes_on = "; the same command goes on from what was last saved" if args.command in (_train, _encode) else ""
+        print(f"soflow: interrupted{goes_on}", file=sys.stderr)
         return 130
     except StoppedBySignal as stopped:
         distributed.leave()
@@ -215,7 +221,8 @@ def _sample(args: argparse.Namespace) -> None:
         compile=args.compile,
     )
     decode = _decoder(_with_vae(config, args.vae), model)
-    path = _destination(args, decode is not None or are_images(config.model.in_channels))
+    of_images = decode is not None or are_images(config.model.in_channels)
+    path = _destination(args, of_images)
     untimed = ""
     if sampler.compile:
         started = time.perf_counter()
@@ -227,8 +234,11 @@ def _sample(args: argparse.Namespace) -> None:
     elif args.format == "npz":
         save_npz(parts, args.count, labels, path)
     else:
-        save_folder(parts, path)
-    what = "latents (no autoencoder is set: --vae)" if path.suffix == ".npy" else "samples"
+        unfinished = path.with_name(f".{path.name}.writing")
+        shutil.rmtree(unfinished, ignore_errors=True)
+        save_folder(parts, unfinished)
+        os.replace(unfinished, path)
+    what = "samples" if of_images else "latents (no autoencoder is set: --vae)"
     rate = f"{args.count / parts.seconds:.4g} images/s in {sampler.precision}{untimed}"
     print(f"{args.count} {what} in {args.steps} step(s), {rate}: {path}")
 
@@ -241,10 +251,12 @@ def _destination(args: argparse.Namespace, of_images: bool) -> Path:
         return path
     if not of_images:
         raise ValueError(f"--format {args.format} is for images, and these are latents; give --vae, or leave it out")
+    if path.name in ("", ".."):
+        raise ValueError(f"--out {args.out!r} is no name of a file or folder; give one")
     if args.format == "npz":
-        return path.with_name(f"{path.name.removesuffix('.npz')}.npz")
-    if path.exists() and (path.is_file() or any(path.iterdir())):
-        raise ValueError(f"{path} exists and is not an empty folder; remove it, or choose another by --out")
+        path = path.with_name(f"{path.name.removesuffix('.npz')}.npz")
+    if path.exists() and (args.format == "npz" or path.is_file() or any(path.iterdir())):
+        raise ValueError(f"{path} exists already; choose another by --out, or remove it")
     return path
 
 
@@ -318,7 +330,7 @@ def _labels(text: str | None, count: int, num_classes: int) -> torch.Tensor | No
         return balanced_labels(count, num_classes)
     parts = [part.strip() for part in text.split(",")]
     if not all(part.isdecimal() for part in parts):
-        raise ValueError(f"--labels {text!r} is not a list of classes, such as 1,5,7")
+        raise ValueError(f"--labels {text!r} is not a list of classes in 0..{num_classes - 1}, such as 1,5,7")
     return labels_in_turn([int(part) for part in parts], count, num_classes, f"--labels {text!r}")
 
 

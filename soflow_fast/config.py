@@ -84,6 +84,10 @@ class DataConfig(Section, section="data."):
         )
         check_arguments("data.", self.kind, self.init_args)
         require(
+            self.path is None or "path" not in self.init_args,
+            f"data.path={self.path!r} and data.init_args both give path; leave one out",
+        )
+        require(
             not self.flip or self.kind == "folder",
             f"data.flip=True does nothing with data.kind={self.kind!r}; leave it out (latents: soflow encode --flip)",
         )

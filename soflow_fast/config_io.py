@@ -4,7 +4,7 @@ import difflib
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin
@@ -12,6 +12,20 @@ from typing import Any, Literal, Union, get_args, get_origin
 import yaml
 
 from soflow_fast.interop import PUBLIC_NAMES
+
+
+class _Loader(yaml.SafeLoader):
+    """Reads 1e-3 as a number too, as YAML 1.2 has it and PyYAML does not."""
+
+
+class _Dumper(yaml.SafeDumper):
+    """Puts texts that the loader would take for numbers in quotes."""
+
+
+for _class in (_Loader, _Dumper):
+    _class.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), [*"-+0123456789"]
+    )
 
 # How like a known key an unknown one must be for the known one to be suggested, 1 for the same.
 _LIKE = 0.6
@@ -69,6 +83,7 @@ def parse(cls: type, raw: dict, overrides: Sequence[str] = ()) -> dict[str, Any]
     known = leaves(cls)
     _require_known(flatten(raw, whole=mappings(cls)), set(known))
     require_known_overrides(cls, overrides)
+    raw, overrides, taken = _take_mappings(raw, overrides, mappings(cls))
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(cls)
     try:
@@ -81,7 +96,43 @@ def parse(cls: type, raw: dict, overrides: Sequence[str] = ()) -> dict[str, Any]
         if type(None) not in get_args(annotation):
             require(namespace[name] is not None, f"{name} has no value; give one, or leave the key out")
     built = parser.instantiate(namespace)
+    for name, value in taken.items():
+        require(value is not None, f"{name} has no value; give one, or leave the key out")
+        section, key = name.split(".")
+        built[section] = replace(built[section], **{key: value})
     return {f.name: built[f.name] for f in fields(cls)}
+
+
+def _take_mappings(raw: dict, overrides: Sequence[str], names: set[str]) -> tuple[dict, list[str], dict[str, Any]]:
+    """The mapping and arguments without the values of these dotted names, and those; a parser would read texts anew."""
+    raw = {section: dict(values) if isinstance(values, dict) else values for section, values in raw.items()}
+    taken, rest, arguments = {}, [], iter(overrides)
+    for name in names:
+        section, key = name.split(".")
+        if isinstance(raw.get(section), dict) and key in raw[section]:
+            taken[name] = raw[section].pop(key)
+    for argument in arguments:
+        path, equals, text = argument.removeprefix("--").partition("=")
+        name = next((name for name in names if f"{path}.".startswith(f"{name}.")), None)
+        if name is None or not argument.startswith("--"):
+            rest.append(argument)
+            continue
+        text = text if equals else next(arguments, "--")
+        require(equals == "=" or not text.startswith("--"), f"{argument} has no value; give one")
+        try:
+            value = yaml.load(text, _Loader)
+        except yaml.YAMLError:
+            value = text
+        key = path[len(name) + 1 :]
+        require("." not in key, f"{argument} is not possible; give all of --{name}.{key.partition('.')[0]}")
+        if key:
+            before = taken.get(name, {})
+            require(
+                isinstance(before, dict), f"{name}={before!r} does not fit; it must be a mapping of names to values"
+            )
+            value = {**before, key: value}
+        taken[name] = value
+    return raw, rest, taken
 
 
 def require_known_overrides(cls: type, overrides: Sequence[str]) -> None:
@@ -95,7 +146,7 @@ def read_yaml(path: Path) -> dict:
     """The mapping in a YAML file; ValueError if it is missing, empty, malformed or not a mapping."""
     require(path.is_file(), f"the config file {path} does not exist; give the path of a YAML file")
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        raw = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
@@ -221,7 +272,7 @@ def _expected(annotation: Any) -> str:
 
 def dump_yaml(nested: dict) -> str:
     """The text of a YAML file; keys keep their order."""
-    return yaml.safe_dump(nested, sort_keys=False)
+    return yaml.dump(nested, Dumper=_Dumper, sort_keys=False)
 
 
 def lists(value: Any) -> Any:

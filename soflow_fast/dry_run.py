@@ -21,7 +21,7 @@ class Plan(NamedTuple):
         choices: by name, what the configuration leaves to the machine. parameters: weights, the fixed position
             embedding included. flops: floating point operations of one training step, matrix products and attention,
             forward and backward; None of a network of the user's that fails on tensors without storage. bytes: of a
-        process's memory, estimated by :func:`~soflow_fast.memory.step_bytes`.
+            process's memory, estimated by :func:`~soflow_fast.memory.step_bytes`.
     """
 
     choices: dict[str, object]
@@ -41,7 +41,7 @@ def plan(config: TrainConfig) -> Plan:
     is_dit, is_imported = config.model.is_dit, config.model.is_imported
     one_block = {"depth": 1} if is_dit else {} if is_imported else {"num_blocks": 1}
     trainer = Trainer(replace(config, model=replace(config.model, **one_block)))
-    precision, device = trainer.step.precision, trainer.processes.device
+    precision, device, impl = trainer.step.precision, trainer.processes.device, trainer.model.impl
     plain = {"impl": "torch", **({"attention": "sdpa"} if is_dit else {})}
     counted = replace(config, model=replace(config.model, **plain))
     with torch.device("meta"):
@@ -65,7 +65,7 @@ def plan(config: TrainConfig) -> Plan:
     needed = memory.step_bytes(model, rows, precision, recompute, averages)
     trainer.on_device = memory.keep_on_device(config.data.on_device, trainer.dataset, device, needed)
     return Plan(
-        choices={**trainer.choices(), **({"recompute": recompute} if is_dit else {})},
+        choices={**trainer.choices(), "impl": impl, **({"recompute": recompute} if is_dit else {})},
         parameters=sum(p.numel() for p in model.parameters()),
         flops=flops,
         bytes=needed,

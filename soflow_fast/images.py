@@ -174,15 +174,18 @@ def save_npz(parts: Iterable[Tensor], n: int, labels: Tensor | None, path: Path)
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.writing")
-    with zipfile.ZipFile(temporary, "w") as archive:
-        with archive.open("arr_0.npy", "w", force_zip64=True) as file:
-            for number, part in enumerate(parts):
-                pixels = to_uint8(part).permute(0, 2, 3, 1).contiguous().numpy()
-                if number == 0:
-                    form = {"descr": "|u1", "fortran_order": False, "shape": (n, *pixels.shape[1:])}
-                    np.lib.format.write_array_header_1_0(file, form)
-                file.write(pixels.data)
-        if labels is not None:
-            with archive.open("arr_1.npy", "w") as file:
-                np.lib.format.write_array(file, labels.numpy())
-    os.replace(temporary, path)
+    try:
+        with zipfile.ZipFile(temporary, "w") as archive:
+            with archive.open("arr_0.npy", "w", force_zip64=True) as file:
+                for number, part in enumerate(parts):
+                    pixels = to_uint8(part).permute(0, 2, 3, 1).contiguous().numpy()
+                    if number == 0:
+                        form = {"descr": "|u1", "fortran_order": False, "shape": (n, *pixels.shape[1:])}
+                        np.lib.format.write_array_header_1_0(file, form)
+                    file.write(pixels.data)
+            if labels is not None:
+                with archive.open("arr_1.npy", "w") as file:
+                    np.lib.format.write_array(file, labels.numpy())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,10 +1,16 @@
 """Networks and data sets that a configuration names by their import path, ``package.module.Class``."""
 
+import importlib.util
+import inspect
+import json
 import pkgutil
-from inspect import signature
+import traceback
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
-import yaml
+# Top-level names of what was imported.
+_PACKAGES: set[str] = set()
 
 
 def is_import_path(name: str) -> bool:
@@ -13,7 +19,7 @@ def is_import_path(name: str) -> bool:
 
 
 def check_arguments(setting: str, name: str, arguments: dict[str, Any]) -> None:
-    """ValueError for arguments that no import path takes, or that a YAML file cannot hold.
+    """ValueError for arguments that no import path takes, or that YAML and JSON do not hold as they are.
 
     Args:
         setting: the section, with its dot. name: the preset or kind.
@@ -24,18 +30,18 @@ def check_arguments(setting: str, name: str, arguments: dict[str, Any]) -> None:
             "package.module.Class; leave it out"
         )
     try:
-        same = yaml.safe_load(yaml.safe_dump(arguments)) == arguments
-    except yaml.YAMLError:
+        same = json.loads(json.dumps(arguments)) == arguments
+    except (TypeError, ValueError):
         same = False
     if not same:
         raise ValueError(
-            f"{setting}init_args={arguments!r} cannot be written to a YAML file as it is; use numbers, texts, lists "
-            "and mappings"
+            f"{setting}init_args={arguments!r} cannot be kept on record as it is; use numbers, texts, lists and "
+            "mappings of names"
         )
 
 
-def build_imported(setting: str, path: str, arguments: dict[str, Any]) -> Any:
-    """What the class or function at an import path returns for keyword arguments.
+def import_maker(setting: str, path: str, arguments: dict[str, Any]) -> Callable[[], Any]:
+    """The class or function at an import path, to be called; with the keyword arguments already.
 
     Modules are looked for where Python looks, and by the command ``soflow`` in the current folder too. This runs
     whatever the path names: a configuration, also that of a run, is to be trusted like a program.
@@ -44,20 +50,41 @@ def build_imported(setting: str, path: str, arguments: dict[str, Any]) -> Any:
         setting: the name of the value, such as ``model.preset``.
 
     Raises:
-        ValueError: if it cannot be imported or does not take the arguments; its own errors pass through.
+        ValueError: if it cannot be imported or does not take the arguments.
     """
     try:
-        made_by = pkgutil.resolve_name(path)
+        made_by = _resolve(path)
     except (ImportError, AttributeError, ValueError) as error:
         raise ValueError(
             f"{setting}={path!r} cannot be imported ({type(error).__name__}: {error}); give package.module.Class of a "
             "package that is installed or lies in the current folder or on PYTHONPATH"
         ) from error
-    if not callable(made_by):
+    _PACKAGES.add(path.partition(".")[0])
+    if not (inspect.isclass(made_by) or inspect.isroutine(made_by)):
         raise ValueError(f"{setting}={path!r} is a {type(made_by).__name__}; give a class or a function")
-    section = setting.partition(".")[0]
     try:
-        signature(made_by).bind(**arguments)
+        inspect.signature(made_by).bind(**arguments)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{section}.init_args={arguments!r} does not fit {path}: {error}") from None
-    return made_by(**arguments)
+        raise ValueError(f"{setting}={path!r} cannot be called with {arguments!r}: {error}") from None
+    return partial(made_by, **arguments)
+
+
+def of_imported_code(error: BaseException) -> bool:
+    """Whether an error came by way of code that was imported so, and is for its author to read as a whole."""
+    frames = (frame for frame, _ in traceback.walk_tb(error.__traceback__))
+    return any(frame.f_globals.get("__name__", "").partition(".")[0] in _PACKAGES for frame in frames)
+
+
+def _resolve(path: str) -> Any:
+    """As pkgutil.resolve_name, which hides why a module that there is cannot be imported."""
+    try:
+        return pkgutil.resolve_name(path)
+    except AttributeError:
+        parts = path.split(".")
+        for end in range(1, len(parts)):
+            name = ".".join(parts[:end])
+            if importlib.util.find_spec(name) is None:
+                break
+            if not hasattr(importlib.import_module(name), "__path__"):  # with its own error
+                break
+        raise

@@ -1,6 +1,7 @@
 """What a run reports: a progress bar, ``metrics.jsonl`` and TensorBoard events."""
 
 import json
+import logging
 import os
 import sys
 import time
@@ -16,6 +17,8 @@ from tqdm import tqdm
 from soflow_fast.distributed import Processes
 from soflow_fast.objectives.base import LossOutput
 from soflow_fast.step import StepStats
+
+_log = logging.getLogger(__name__)
 
 METRICS_NAME = "metrics.jsonl"
 TIME_BINS = 10
@@ -123,7 +126,10 @@ class RunLog:
             for suffix, number in _scalars(value):
                 self._writer.add_scalar(name + suffix, number, values["step"])
         if self._hook is not None:
-            self._hook(values)
+            try:
+                self._hook(dict(values))
+            except Exception as error:
+                _log.warning("on_log failed at step %d, and training goes on: %s", values["step"], error)
 
     def say(self, sentence: str) -> None:
         """A line above the progress bar."""

@@ -59,7 +59,7 @@ class Trainer:
         accept_changes: go on with a run of another configuration or other data where the weights fit, and record what
             changed.
         on_log: called with every line of ``metrics.jsonl`` as it is written, a mapping with the ``step``, in the first
-            process; such as ``wandb.log``.
+            process; such as ``wandb.log``. Its errors become warnings.
 
     Raises:
         ValueError: for a configuration that is impossible on this machine or does not fit the data.
@@ -330,6 +330,12 @@ class Trainer:
 
     def _claim_folder(self, step: int) -> None:
         self._until_the_end.enter_context(run_folder.locked(self.run_dir))
+        newest = self._newest_checkpoint()  # once more: until here another process may have trained
+        if (checkpoint.step_of(newest) if newest else 0) != step:
+            raise ValueError(
+                f"run_dir={str(self.run_dir)!r} was trained in by another process while this one read its step {step}; "
+                "give the same command again"
+            )
         run_folder.claim(self.run_dir, self.config, self._data(), self._changes, step)
 
     def _save(self, step: int, skipped: int) -> None:

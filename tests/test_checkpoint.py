@@ -50,8 +50,12 @@ def test_what_is_written_is_read_and_the_newest_stay(tmp_path):
 
 def test_those_of_every_so_many_steps_stay(tmp_path):
     for step in (5, 10, 12, 15, 20):
-        checkpoint.save(tmp_path, _state(step), keep=1, keep_every=10)
+        path = checkpoint.save(tmp_path, _state(step), keep=1, keep_every=10)
     assert [checkpoint.step_of(path) for path in checkpoint.committed(tmp_path)] == [10, 20]
+    checkpoint.save(tmp_path, _state(21), keep=1)  # also where that is no longer asked for
+    (path / "KEEP").unlink()
+    checkpoint.save(tmp_path, _state(22), keep=1)
+    assert [checkpoint.step_of(path) for path in checkpoint.committed(tmp_path)] == [10, 22]
 
 
 def test_what_others_keep_among_the_checkpoints_stays(tmp_path):

@@ -12,7 +12,7 @@ from PIL import Image
 from runs import pixel_features, soflow, tiny_config, write_config, write_images, write_latents, write_statistics
 from test_interop import IMAGENET
 
-from soflow_fast import Trainer, capture
+from soflow_fast import Trainer, capture, cli
 from soflow_fast.checkpoint import load_averages
 from soflow_fast.cli import main
 from soflow_fast.config import DataConfig, ModelConfig
@@ -244,10 +244,13 @@ def test_the_forms_of_samples_hold_the_same(run, tmp_path, capsys):
     cells = np.asarray(Image.open(tmp_path / "shown.png")).reshape(3, 34, 5, 34)[:, 1:-1:4, :, 1:-1:4]
     np.testing.assert_array_equal(cells.transpose(0, 2, 1, 3).reshape(15, 8, 8)[:12], single)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["arrays.npz", "files", "shown.png"]
-    for taken in (files, arrays):
-        said = _refused(capsys, "sample", run, "--count", 2, "--format", "folder", "--out", taken)
-        assert f"{taken} exists and is not an empty folder" in said
+    for form, taken in (("folder", files), ("folder", arrays), ("npz", arrays)):
+        said = _refused(capsys, "sample", run, "--count", 2, "--format", form, "--out", taken)
+        assert f"{taken} exists already; choose another by --out, or remove it" in said
     assert len(list(files.iterdir())) == 12
+    assert "--out '..' is no name of a file or folder" in _refused(
+        capsys, "sample", run, "--format", "npz", "--out", ".."
+    )
 
 
 def test_arrays_are_written_as_a_whole_or_not_at_all(tmp_path):
@@ -258,7 +261,23 @@ def test_arrays_are_written_as_a_whole_or_not_at_all(tmp_path):
     (tmp_path / "x.npz").write_bytes(b"earlier")
     with pytest.raises(OSError, match="full"):
         save_npz(parts(), 4, None, tmp_path / "x.npz")
-    assert (tmp_path / "x.npz").read_bytes() == b"earlier"
+    assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("x.npz", b"earlier")]
+
+
+def test_a_folder_of_samples_is_whole_or_not_there(run, tmp_path, monkeypatch, capsys):
+    def interrupted(parts, folder):
+        folder.mkdir()
+        raise KeyboardInterrupt
+
+    command = ["sample", str(run), "--count", "3", "--format", "folder", "--out", str(tmp_path / "files")]
+    with monkeypatch.context() as patched:
+        patched.setattr(cli, "save_folder", interrupted)
+        assert main(command) == 130
+    assert "goes on" not in capsys.readouterr().err
+    assert not (tmp_path / "files").exists()
+    assert main(command) == 0
+    assert len(list((tmp_path / "files").iterdir())) == 3
+    assert [path.name for path in tmp_path.iterdir()] == ["files"]
 
 
 def test_an_older_checkpoint(run, tmp_path, capsys):

@@ -1,10 +1,12 @@
 """Networks and data sets of the user's that a configuration names by their import path."""
 
+import random
 import shutil
 import sys
 from dataclasses import replace
 from itertools import count
 
+import numpy as np
 import pytest
 import torch
 from runs import final, tiny_config, write_config, write_statistics
@@ -15,6 +17,8 @@ from soflow_fast.config import DataConfig, ModelConfig, TrainConfig
 from soflow_fast.trainer import load_run
 
 _MODULE = """
+import random
+import numpy as np
 import torch
 from torch import nn
 from soflow_fast.objectives.meanflow import MeanFlow
@@ -35,14 +39,15 @@ class Net(nn.Module):
         return self.outside(nn.functional.silu(self.inside(x) + told[:, :, None, None]))
 
 class Waves(torch.utils.data.Dataset):
-    def __init__(self, n=40, path="1"):
+    def __init__(self, n=40, path="1", shift=0.0):
         self.n, self.height = n, float(path)
+        self.shift = shift + torch.rand(()) + np.random.rand() + random.random()
 
     def __len__(self):
         return self.n
 
     def __getitem__(self, i):
-        return torch.sin(torch.arange(64.) * i).view(1, 8, 8) * self.height, i % 10
+        return torch.sin(torch.arange(64.) * i).view(1, 8, 8) * self.height + self.shift, i % 10
 
 def objective(p=0.5):
     return MeanFlow(Net(), p=p)
@@ -50,7 +55,15 @@ def objective(p=0.5):
 def number():
     return 3
 
+def mistaken():
+    raise ValueError("the author's own")
+
+class Broken(Waves):
+    def __getitem__(self, i):
+        raise ValueError("the author's own")
+
 shape = (1, 8, 8)
+net = Net()
 """
 _NAMES = (f"users_module_{i}" for i in count())
 
@@ -91,15 +104,18 @@ def test_a_run_is_trained_sampled_and_scored_by_commands(tmp_path, module, monke
 
 
 def test_it_goes_on_where_it_stopped(tmp_path, module):
-    """Also by a network that is drawn anew: from the seed, whatever the caller's random state is."""
+    """Also by a network and data that are drawn anew: from the seed, whatever the caller's random state is."""
     config = _config(tmp_path, module)
     Trainer(config).fit()
     whole = final(tmp_path / "run")
     again = replace(config, run_dir=str(tmp_path / "again"))
     Trainer(again).fit()
     shutil.rmtree(tmp_path / "again" / "checkpoints" / "step-00000006")
-    torch.manual_seed(3)
+    torch.manual_seed(3), np.random.seed(3), random.seed(3)
+    states = torch.get_rng_state(), random.getstate()
     Trainer(TrainConfig.from_yaml(tmp_path / "again" / "config.yaml")).fit()
+    assert torch.equal(torch.get_rng_state(), states[0])
+    assert random.getstate() == states[1]
     for name, value in final(tmp_path / "again").model.items():
         torch.testing.assert_close(value, whole.model[name], rtol=0, atol=0)
 
@@ -111,7 +127,8 @@ def test_other_arguments_are_another_run_and_another_path_is_not(tmp_path, modul
     assert main(["train", file, "--data.path", "2.0"]) == 0
     assert main(["train", file, "--model.init_args.width", "5"]) == 2
     assert "holds a run with model.init_args={}, and this one has {'width': 5}" in capsys.readouterr().err
-    assert main(["train", file, "--data.path", "2", "--data.init_args.n", "30"]) == 2
+    assert main(["train", file, "--data.path", "2", "--data.init_args.shift", "1"]) == 2
+    assert "holds a run with data.init_args={}, and this one has {'shift': 1}" in capsys.readouterr().err
 
 
 def test_an_objective_over_a_network(tmp_path, module):
@@ -148,9 +165,10 @@ def test_a_dry_run_counts_what_it_can(tmp_path, module, capsys):
         ("nowhere_at_all.Net", {}, "ModuleNotFoundError: No module named 'nowhere_at_all'"),
         ("{}..Net", {}, "cannot be imported"),
         ("{}.shape", {}, "is a tuple; give a class or a function"),
-        ("{}.number", {}, "makes a int; it must make a torch.nn.Module"),
-        ("torch.zeros", {}, "model.init_args={} does not fit torch.zeros: no signature found"),
-        ("{}.Net", {"depth": 3}, "model.init_args={'depth': 3} does not fit .*Net: got an unexpected .* 'depth'"),
+        ("{}.net", {}, "is a Net; give a class or a function"),
+        ("{}.number", {}, "makes an object of class int; make a torch.nn.Module"),
+        ("torch.zeros", {}, "model.preset='torch.zeros' cannot be called with {}: no signature found"),
+        ("{}.Net", {"depth": 3}, "='.*Net' cannot be called with {'depth': 3}: got an unexpected .* 'depth'"),
         ("torch.nn.ReLU", {}, "the network ReLU has num_classes=None; set it to the number of classes"),
     ],
 )
@@ -164,10 +182,66 @@ def test_arguments_that_do_nothing_or_cannot_be_written_are_refused(tmp_path, mo
     config = _config(tmp_path, module)
     _refused("model.init_args={'a': 1} does nothing with 'DiT-B/4'", lambda: ModelConfig(init_args={"a": 1}))
     _refused("data.init_args={'a': 1} does nothing with 'digits'", lambda: DataConfig("digits", init_args={"a": 1}))
-    _refused("cannot be written to a YAML file", lambda: replace(config.model, init_args={"a": torch.ones(1)}))
-    _refused("cannot be written to a YAML file", lambda: replace(config.model, init_args={"a": (1, 2)}))
+    _refused("cannot be kept on record as it is", lambda: replace(config.model, init_args={"a": torch.ones(1)}))
+    _refused("cannot be kept on record as it is", lambda: replace(config.model, init_args={"a": (1, 2)}))
+    _refused("cannot be kept on record as it is", lambda: replace(config.model, init_args={"a": {1: 2}}))
     _refused("it must be: a mapping of names to values", lambda: replace(config.model, init_args={1: 2}))
+    both = {"kind": "a.B", "path": "x", "init_args": {"path": "y"}}
+    _refused("data.path='x' and data.init_args both give path; leave one out", lambda: DataConfig(**both))
     _refused("model.depth=3 does nothing with .*; give it in model.init_args", lambda: replace(config.model, depth=3))
+
+
+def test_why_a_module_cannot_be_imported_is_said(tmp_path, module):
+    package = tmp_path / f"{module}_package"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    (package / "nets.py").write_text("import nowhere_at_all\n")
+    config = _config(tmp_path, module)
+    model = replace(config.model, preset=f"{module}_package.nets.Net")
+    _refused("ModuleNotFoundError: No module named 'nowhere_at_all'", lambda: Trainer(replace(config, model=model)))
+
+
+@pytest.mark.parametrize(("preset", "kind"), [("mistaken", "Waves"), ("Net", "Broken")])
+def test_errors_of_the_users_own_code_keep_their_traceback(tmp_path, module, preset, kind):
+    config = _config(tmp_path, module)
+    config = replace(
+        config,
+        model=replace(config.model, preset=f"{module}.{preset}"),
+        data=replace(config.data, kind=f"{module}.{kind}"),
+    )
+    with pytest.raises(ValueError, match=r"^the author's own$"):
+        main(["train", str(write_config(tmp_path / "c.yaml", config))])
+
+
+_TEXTS = ("1", "007", "1.10", "yes", "null", "12:30", "[1,2]", "x: y", "1e-3", "1_0", "~", "", "--x")
+
+
+@pytest.mark.parametrize("value", [*_TEXTS, 1e-3, 1, True, None, [1, "2"], {"class_path": "torch.nn.ReLU"}])
+def test_arguments_are_what_the_file_says(tmp_path, value):
+    """And not what a parser would make of a text; also after a run has recorded them."""
+    config = TrainConfig(model=ModelConfig(preset="a.B", init_args={"tag": value, "__path__": 3}))
+    (tmp_path / "c.yaml").write_text(config.to_yaml())
+    read = TrainConfig.from_yaml(tmp_path / "c.yaml")
+    assert read.model.init_args == {"tag": value, "__path__": 3}
+    assert type(read.model.init_args["tag"]) is type(value)
+    assert not config.differences(read)
+
+
+def test_arguments_on_the_command_line():
+    raw = {"model": {"preset": "a.B", "init_args": {"width": 3, "deep": {"a": 1}}}}
+
+    def given(*overrides):
+        return TrainConfig.from_dict(raw, overrides).model.init_args
+
+    assert given("--model.init_args.width", "64") == {"width": 64, "deep": {"a": 1}}
+    assert given("--model.init_args.rate=1e-3", "--seed=3")["rate"] == 1e-3
+    assert given("--model.init_args", "{width: 5}", "--model.init_args.tag", "'007'") == {"width": 5, "tag": "007"}
+    assert raw["model"]["init_args"] == {"width": 3, "deep": {"a": 1}}
+    _refused("--model.init_args.width has no value", lambda: given("--model.init_args.width", "--seed", "3"))
+    _refused("--model.init_args.width has no value", lambda: given("--model.init_args.width"))
+    _refused("give all of --model.init_args.deep", lambda: given("--model.init_args.deep.a=3"))
+    _refused("it must be: a mapping of names to values", lambda: given("--model.init_args=3"))
+    _refused("nearest is 'model.init_args'", lambda: given("--model.init_arg.width=3"))
 
 
 def test_data_that_are_no_data_set_are_refused(tmp_path, module):

@@ -260,6 +260,26 @@ def test_a_folder_in_which_another_process_trains_is_refused_until_that_ends(tmp
     assert final(tmp_path).step == 6
 
 
+def test_what_another_process_trained_meanwhile_is_not_lost(tmp_path, monkeypatch):
+    """It came and went between the reading of the folder and its lock."""
+    locked = run_folder.locked
+
+    def late(folder):
+        monkeypatch.setattr(run_folder, "locked", locked)
+        Trainer(tiny_config(tmp_path)).fit()
+        return locked(folder)
+
+    ours = Trainer(replace(tiny_config(tmp_path), seed=1))
+    monkeypatch.setattr(run_folder, "locked", late)
+    with pytest.raises(ValueError, match="holds a run with seed=0"):
+        ours.fit()
+    shutil.rmtree(tmp_path / "checkpoints" / "step-00000006")
+    monkeypatch.setattr(run_folder, "locked", late)
+    with pytest.raises(ValueError, match="was trained in by another process while this one read its step 4; give the"):
+        Trainer(tiny_config(tmp_path)).fit()
+    assert final(tmp_path).step == 6
+
+
 def test_readers_that_outlive_a_killed_run_do_not_hold_its_folder(tmp_path):
     with run_folder.locked(tmp_path):
         reader = os.fork()

@@ -186,6 +186,12 @@ def test_every_line_of_the_metrics_goes_to_the_hook(tmp_path):
     assert [line["step"] for line in lines] == [2, 3, 4, 6, 6]
 
 
+def test_an_error_of_the_hook_costs_its_line_and_not_the_run(tmp_path, caplog):
+    Trainer(tiny_config(tmp_path), on_log=lambda line: 1 / 0).fit()
+    assert "on_log failed at step 4, and training goes on: division by zero" in caplog.text
+    assert final(tmp_path).step == 6
+
+
 def test_a_failing_evaluation_costs_its_score_and_not_the_run(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(trainer, "evaluate", lambda *_, **__: 1 / 0)
     Trainer(tiny_config(tmp_path, evaluation=EvaluationConfig(every=4))).fit()

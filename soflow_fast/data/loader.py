@@ -40,10 +40,10 @@ class _Steps(Dataset):
         return [self.dataset[index] for index in indices]
 
     def _one_by_one(self, step: int, indices: list[int]) -> list[tuple[Tensor, Tensor]]:
-        with _caller_keeps_generators():
+        with caller_keeps_generators():
             samples = []
             for row, index in zip(self.rows, indices, strict=True):
-                _seed_generators(f"{self.seed},{step},{row}")
+                seed_generators(f"{self.seed},{step},{row}")
                 samples.append(self.dataset[index])
             return samples
 
@@ -54,7 +54,7 @@ def _draws_nothing(dataset: Dataset) -> bool:
 
 
 @contextmanager
-def _caller_keeps_generators() -> Iterator[None]:
+def caller_keeps_generators() -> Iterator[None]:
     """After it the CPU's global generators are as they were before."""
     states = torch.default_generator.get_state(), np.random.get_state(), random.getstate()
     try:
@@ -65,7 +65,7 @@ def _caller_keeps_generators() -> Iterator[None]:
         random.setstate(states[2])
 
 
-def _seed_generators(key: str) -> None:
+def seed_generators(key: str) -> None:
     """Seeds the CPU's global generators; about 20 µs. ``torch.manual_seed`` would seed those of GPUs too."""
     words = int.from_bytes(hashlib.blake2b(key.encode(), digest_size=20).digest(), "little")
     torch.default_generator.manual_seed(words % 2**63)
