@@ -58,11 +58,15 @@ def require_bias(x: Tensor, bias: Tensor | None) -> Tensor | None:
 
 @triton.jit
 def row_columns(D: tl.constexpr, THREADS: tl.constexpr):
-    """The columns of a row, (THREADS, strips, 4); those beyond D are masked by the functions below."""
+    """The columns of a row, (strips, 4·THREADS); those beyond D are masked by the functions below.
+
+    That a thread holds 4 columns of every strip is the compiler's choice, from what it knows to be contiguous: 4
+    columns, by the hint, in the second dimension alone. (strips, THREADS, 4) would leave it two dimensions of 1 to
+    order, and of these Triton 3.6 and 3.9 put different ones first.
+    """
     strips: tl.constexpr = triton.next_power_of_2(triton.cdiv(D, _VECTOR * THREADS))
-    thread = tl.arange(0, THREADS)[:, None, None]
-    strip = tl.arange(0, strips)[None, :, None]
-    return strip * (_VECTOR * THREADS) + thread * _VECTOR + tl.arange(0, _VECTOR)[None, None, :]
+    column = tl.max_contiguous(tl.arange(0, _VECTOR * THREADS), _VECTOR)
+    return tl.arange(0, strips)[:, None] * (_VECTOR * THREADS) + column[None, :]
 
 
 @triton.jit
@@ -89,8 +93,9 @@ def _add_3(a0, a1, a2, b0, b1, b2):
 
 @triton.jit
 def _thread_sum(row):
-    """(THREADS,): the sum of what each thread holds."""
-    return tl.sum(tl.sum(row, 2), 1)
+    """(THREADS,): the sum of what each thread holds, first within its strips: a strip beyond the row adds one zero."""
+    vectors = tl.reshape(row, (row.shape[0], row.shape[1] // _VECTOR, _VECTOR))
+    return tl.sum(tl.sum(vectors, 2), 0)
 
 
 @triton.jit
