@@ -135,6 +135,13 @@ def require_fit(model: nn.Module, weights: dict[str, Tensor], origin: str) -> No
             )
 
 
+def replace_text(file: Path, text: str) -> None:
+    """Writes a file that is there as it was or as a whole, whenever the process is killed."""
+    temporary = file.with_name(f".{file.name}.writing")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, file)
+
+
 def flush(path: Path) -> None:
     """Asks the system to have a file or folder on the disk before it goes on."""
     descriptor = os.open(path, os.O_RDONLY)

@@ -28,8 +28,7 @@ from soflow_fast.encode import encode
 from soflow_fast.evaluate import check_evaluation, compared_with, evaluate, evaluation_name
 from soflow_fast.images import (
     are_images,
-    balanced_labels,
-    labels_in_turn,
+    chosen_labels,
     save_folder,
     save_npz,
     save_samples,
@@ -326,12 +325,10 @@ def _doctor(args: argparse.Namespace) -> None:
 
 
 def _labels(text: str | None, count: int, num_classes: int) -> torch.Tensor | None:
-    if text is None:
-        return balanced_labels(count, num_classes)
-    parts = [part.strip() for part in text.split(",")]
+    parts = [] if text is None else [part.strip() for part in text.split(",")]
     if not all(part.isdecimal() for part in parts):
         raise ValueError(f"--labels {text!r} is not a list of classes in 0..{num_classes - 1}, such as 1,5,7")
-    return labels_in_turn([int(part) for part in parts], count, num_classes, f"--labels {text!r}")
+    return chosen_labels([int(part) for part in parts], count, num_classes, f"--labels {text!r}")
 
 
 class _Timed:

@@ -94,10 +94,10 @@ def parse(cls: type, raw: dict, overrides: Sequence[str] = ()) -> dict[str, Any]
         raise ValueError(_one_sentence(cls, str(error))) from None
     for name, annotation in known.items():
         if type(None) not in get_args(annotation):
-            require(namespace[name] is not None, f"{name} has no value; give one, or leave the key out")
+            value = taken.get(name, namespace[name])
+            require(value is not None, f"{name} has no value; give one, or leave the key out")
     built = parser.instantiate(namespace)
     for name, value in taken.items():
-        require(value is not None, f"{name} has no value; give one, or leave the key out")
         section, key = name.split(".")
         built[section] = replace(built[section], **{key: value})
     return {f.name: built[f.name] for f in fields(cls)}

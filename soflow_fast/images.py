@@ -4,7 +4,6 @@ Shapes: n samples, C channels, S height and width. Images are in [-1, 1].
 """
 
 import importlib.util
-import math
 import os
 import zipfile
 from collections.abc import Iterable, Iterator, Sequence
@@ -15,7 +14,6 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from soflow_fast.config import OutputConfig
 from soflow_fast.sample import Decoder, Sampler
 
 _CHANNELS = {1: "grey", 3: "RGB"}
@@ -50,31 +48,25 @@ def balanced_labels(n: int, num_classes: int) -> Tensor | None:
     return torch.arange(n) % num_classes if n >= num_classes else torch.arange(n) * num_classes // n
 
 
-def labels_in_turn(chosen: Sequence[int], n: int, num_classes: int, setting: str) -> Tensor:
-    """The chosen classes, at least one, repeated in turn.
+def chosen_labels(chosen: Sequence[int], n: int, num_classes: int, setting: str) -> Tensor | None:
+    """The chosen classes, repeated in turn; where none is chosen, :func:`balanced_labels`.
 
     Args:
         setting: what the user calls them, with their values.
 
     Returns:
-        (n,) int64.
+        (n,) int64, or None if there are no classes.
 
     Raises:
         ValueError: for a class that there is not.
     """
+    if not chosen:
+        return balanced_labels(n, num_classes)
     for label in chosen:
         if not 0 <= label < num_classes:
             remedy = f"there are 0..{num_classes - 1}" if num_classes else "there are no classes; leave it out"
             raise ValueError(f"{setting} has the class {label}, and {remedy}")
     return torch.tensor(chosen)[torch.arange(n) % len(chosen)]
-
-
-def grid_labels(output: OutputConfig, num_classes: int) -> Tensor | None:
-    """Of a run's sample grids, (rows · columns,) int64, or None if there are no classes; ValueError as above."""
-    n, chosen = math.prod(output.sample_shape), output.sample_labels
-    if not chosen:
-        return balanced_labels(n, num_classes)
-    return labels_in_turn(chosen, n, num_classes, f"output.sample_labels={list(chosen)}")
 
 
 def load_vae(name: str, setting: str = "data.vae") -> nn.Module:

@@ -2,7 +2,6 @@
 
 import json
 import logging
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -14,6 +13,7 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from soflow_fast.checkpoint import replace_text
 from soflow_fast.distributed import Processes
 from soflow_fast.objectives.base import LossOutput
 from soflow_fast.step import StepStats
@@ -158,9 +158,7 @@ class RunLog:
             except json.JSONDecodeError:  # the line that a kill cut short
                 break
             kept.append(line + "\n")
-        temporary = self.path.with_suffix(".writing")
-        temporary.write_text("".join(kept))
-        os.replace(temporary, self.path)
+        replace_text(self.path, "".join(kept))
 
 
 class Quiet:

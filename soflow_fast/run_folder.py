@@ -165,10 +165,10 @@ def claim(
     lines = [json.dumps({"step": step, **change}) for change in changed]
     new = [line for line in lines if line not in history.splitlines()]  # a kill may have come before the records below
     if new:
-        _replace(run_dir / CHANGES_NAME, history + "".join(f"{line}\n" for line in new))
+        checkpoint.replace_text(run_dir / CHANGES_NAME, history + "".join(f"{line}\n" for line in new))
     if _read_data(run_dir) != data:
-        _replace(run_dir / DATA_NAME, json.dumps(data, indent=1) + "\n")
-    _replace(run_dir / CONFIG_NAME, config.to_yaml())
+        checkpoint.replace_text(run_dir / DATA_NAME, json.dumps(data, indent=1) + "\n")
+    checkpoint.replace_text(run_dir / CONFIG_NAME, config.to_yaml())
 
 
 def _other_path(before: str | None, after: str | None) -> tuple[str | None, dict[str, object]]:
@@ -185,9 +185,3 @@ def _read_data(run_dir: Path) -> dict[str, object] | None:
 
 def _text(file: Path) -> str | None:
     return file.read_text(encoding="utf-8") if file.is_file() else None
-
-
-def _replace(file: Path, text: str) -> None:
-    temporary = file.with_name(f".{file.name}.writing")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, file)

@@ -23,7 +23,7 @@ from soflow_fast.dit import DiT
 from soflow_fast.ema import EMA, PowerEMA
 from soflow_fast.evaluate import check_evaluation, evaluate, why_unscored
 from soflow_fast.fingerprint import fingerprint
-from soflow_fast.images import are_images, generate, grid_labels, save_samples, vae_decoder
+from soflow_fast.images import are_images, chosen_labels, generate, save_samples, vae_decoder
 from soflow_fast.logs import Meter, Quiet, RunLog
 from soflow_fast.optim import OPTIMIZERS
 from soflow_fast.run_folder import load_run
@@ -86,7 +86,8 @@ class Trainer:
             Augment.check(build.network_of(planned if model is None else model))
         self.dataset = build.build_dataset(config) if dataset is None else dataset
         latent_scale = build.check_dataset(config, self.dataset)
-        self._grid_labels = grid_labels(config.output, config.model.num_classes)
+        chosen, n = config.output.sample_labels, math.prod(config.output.sample_shape)
+        self._grid_labels = chosen_labels(chosen, n, config.model.num_classes, f"output.sample_labels={list(chosen)}")
         if config.evaluation.every:
             check_evaluation(config)
         self.processes = distributed.join(device)
@@ -167,9 +168,10 @@ class Trainer:
     def _fit(self, stop: StopSignal) -> Path:
         config, output = self.config, self.config.output
         last_checkpoint = checkpoint.path_of(self.checkpoints, config.total_steps)
-        start, skipped = self._restore()
+        data = fingerprint(self.dataset, config.model.num_classes) if self.processes.is_first else None
+        start, skipped = self._restore(data)
         origin = self._load_initial_weights() if start == 0 else None
-        self.processes.of_first(partial(self._claim_folder, start))
+        self.processes.of_first(partial(self._claim_folder, start, data))
         if start == config.total_steps:
             return last_checkpoint
         meter = Meter(self.processes, skipped)
@@ -282,9 +284,9 @@ class Trainer:
         self.ema.load_state_dict(self.model.state_dict(), updates=0)
         return origin
 
-    def _restore(self) -> tuple[int, int]:
+    def _restore(self, data: dict[str, object] | None) -> tuple[int, int]:
         """Loads the newest checkpoint, if there is one; steps done and steps skipped."""
-        path = self.processes.of_first(self._newest_checkpoint)
+        path = self.processes.of_first(partial(self._newest_checkpoint, data))
         if path is None:
             return 0, 0
         if not path.is_dir():
@@ -320,23 +322,20 @@ class Trainer:
                     "or choose another run_dir"
                 )
 
-    def _newest_checkpoint(self) -> Path | None:
-        self._changes = run_folder.changes(self.run_dir, self.config, self._data(), self._accept_changes)
+    def _newest_checkpoint(self, data: dict[str, object]) -> Path | None:
+        self._changes = run_folder.changes(self.run_dir, self.config, data, self._accept_changes)
         found = checkpoint.committed(self.checkpoints)
         return found[-1] if found else None
 
-    def _data(self) -> dict[str, object]:
-        return fingerprint(self.dataset, self.config.model.num_classes)
-
-    def _claim_folder(self, step: int) -> None:
+    def _claim_folder(self, step: int, data: dict[str, object]) -> None:
         self._until_the_end.enter_context(run_folder.locked(self.run_dir))
-        newest = self._newest_checkpoint()  # once more: until here another process may have trained
+        newest = self._newest_checkpoint(data)  # once more: until here another process may have trained
         if (checkpoint.step_of(newest) if newest else 0) != step:
             raise ValueError(
                 f"run_dir={str(self.run_dir)!r} was trained in by another process while this one read its step {step}; "
                 "give the same command again"
             )
-        run_folder.claim(self.run_dir, self.config, self._data(), self._changes, step)
+        run_folder.claim(self.run_dir, self.config, data, self._changes, step)
 
     def _save(self, step: int, skipped: int) -> None:
         state = checkpoint.State(

@@ -237,8 +237,9 @@ def test_a_record_with_sections_of_all_objectives_is_read_without_a_warning(tmp_
 
 _HOLD = """
 import sys
+from pathlib import Path
 from soflow_fast.run_folder import locked
-with locked(__import__("pathlib").Path(sys.argv[1])):
+with locked(Path(sys.argv[1])):
     print("held", flush=True)
     sys.stdin.read()
 """
