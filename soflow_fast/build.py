@@ -6,9 +6,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
+from soflow_fast import conditions
 from soflow_fast.attention import OF_A_GPU
 from soflow_fast.augment import AUGMENT_DIM
 from soflow_fast.config import GIVEN, OBJECTIVE_SECTIONS, ModelConfig, TrainConfig
@@ -171,14 +172,31 @@ def build_dataset(config: TrainConfig) -> Dataset:
     return LatentMoments(data.path, **form) if folder is None else MomentsFolder(folder, **form)
 
 
-def check_dataset(config: TrainConfig, dataset: Dataset) -> float | None:
+def dataset_of_conditions(config: TrainConfig, network: nn.Module) -> Dataset | None:
+    """The training data of a run, where its network is told the conditions that they hold.
+
+    Raises:
+        ValueError: if they were given to the Trainer as an object.
+    """
+    if conditions.null_condition(network) is None:
+        return None
+    if config.data.kind == GIVEN:
+        raise ValueError(
+            "this run's samples have the conditions of its data set's items, and that was given to the Trainer as an "
+            "object; name its class in data.kind, or draw in Python: model.sample(noise, conditions)"
+        )
+    return build_dataset(config)
+
+
+def check_dataset(config: TrainConfig, dataset: Dataset, null_condition: Tensor | None = None) -> float | None:
     """The scale of latent moments if that is what a data set holds, None if it holds samples.
 
     Warns of classes that no sample is of, where the labels are at hand.
 
     Raises:
         ValueError: if it has no length, no index or no full batch, its items are not pairs of a floating-point tensor
-            and a label, its labels seem to start at 1, or its samples are neither (C, S, S) nor (2C, S, S).
+            and a label, or where there is a null condition, a condition of its form, its labels seem to start at 1, or
+            its samples are neither (C, S, S) nor (2C, S, S).
     """
     if isinstance(dataset, DataLoader):
         raise ValueError(
@@ -197,7 +215,8 @@ def check_dataset(config: TrainConfig, dataset: Dataset) -> float | None:
             f"batch_size={config.batch_size} is more than the {len(dataset)} samples of the data; "
             f"choose at most {len(dataset)}"
         )
-    shape, (channels, *size) = require_pair(dataset[0], config.model.num_classes), sample_shape(config)
+    shape = require_pair(dataset[0], config.model.num_classes, null_condition)
+    channels, *size = sample_shape(config)
     _require_labels_from_0(dataset, config.model.num_classes)
     warn_of_unused_classes(dataset, config.model.num_classes)
     if shape == (channels, *size):
@@ -258,13 +277,18 @@ def _imported(setting: str, path: str, arguments: dict[str, Any], seed: int) -> 
 
 def _with_values_of(config: TrainConfig, model: nn.Module, preset: str) -> TrainConfig:
     network = network_of(model)
-    num_classes = getattr(network, "num_classes", None)
-    if not isinstance(num_classes, int) or num_classes < 0:
+    num_classes, null = getattr(network, "num_classes", None), conditions.null_condition(network)
+    if null is not None and not torch.is_tensor(null):
+        raise ValueError(
+            f"the network {type(network).__name__} has a null_condition of class {type(null).__name__}; make it a "
+            "buffer of the shape and dtype of a sample's condition"
+        )
+    if null is None and (not isinstance(num_classes, int) or num_classes < 0):
         raise ValueError(
             f"the network {type(network).__name__} has num_classes={num_classes!r}; set it to the number of classes, "
-            "which is also the label that means 'no label'"
+            "which is also the label that means 'no label', or give it a null_condition (see soflow_fast.conditions)"
         )
-    if config.model.num_classes == 0:
+    if null is not None or config.model.num_classes == 0:
         num_classes = 0
     arguments = {} if preset == GIVEN else config.model.init_args
     config = replace(config, model=replace(config.model, preset=preset, init_args=arguments, num_classes=num_classes))

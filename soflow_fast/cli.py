@@ -19,8 +19,8 @@ from typing import Any
 import torch
 import yaml
 
-from soflow_fast import distributed, doctor
-from soflow_fast.build import sample_shape
+from soflow_fast import build, distributed, doctor
+from soflow_fast.conditions import OfItems
 from soflow_fast.config import TrainConfig
 from soflow_fast.config_io import read_yaml
 from soflow_fast.dry_run import describe
@@ -28,7 +28,7 @@ from soflow_fast.encode import encode
 from soflow_fast.evaluate import check_evaluation, compared_with, evaluate, evaluation_name
 from soflow_fast.images import (
     are_images,
-    chosen_labels,
+    labels_of_samples,
     save_folder,
     save_npz,
     save_samples,
@@ -209,10 +209,10 @@ def _sample(args: argparse.Namespace) -> None:
     _require_positive("--steps", args.steps)
     config, model, _ = load_run(args.run, args.device, ema_std=args.ema_std, step=args.step)
     _set_sampling(model, config.objective, args)
-    labels = _labels(args.labels, args.count, config.model.num_classes)
+    labels = _labels(args.labels, args.count, config, model)
     sampler = Sampler(
         model,
-        sample_shape(config),
+        build.sample_shape(config),
         steps=args.steps,
         seed=args.seed,
         batch=min(config.evaluation.batch_size, args.count),
@@ -279,6 +279,7 @@ def _eval(args: argparse.Namespace) -> None:
         model,
         config,
         folder,
+        dataset=build.dataset_of_conditions(config, model.network),
         decode=_decoder(config, model),
         seed=args.seed,
         precision=precision,
@@ -324,11 +325,13 @@ def _doctor(args: argparse.Namespace) -> None:
     print(doctor.report())
 
 
-def _labels(text: str | None, count: int, num_classes: int) -> torch.Tensor | None:
+def _labels(text: str | None, count: int, config: TrainConfig, model: torch.nn.Module) -> torch.Tensor | OfItems | None:
     parts = [] if text is None else [part.strip() for part in text.split(",")]
+    num_classes = config.model.num_classes
     if not all(part.isdecimal() for part in parts):
         raise ValueError(f"--labels {text!r} is not a list of classes in 0..{num_classes - 1}, such as 1,5,7")
-    return chosen_labels([int(part) for part in parts], count, num_classes, f"--labels {text!r}")
+    dataset, setting = build.dataset_of_conditions(config, model.network), f"--labels {text!r}"
+    return labels_of_samples(model.network, dataset, [int(part) for part in parts], count, num_classes, setting)
 
 
 class _Timed:

@@ -13,7 +13,7 @@ GIVEN = "given"
 UNET_PRESET = "UNet"
 
 # What only one of the two has.
-_OF_DIT = ("patch_size", "hidden_size", "depth", "num_heads", "mlp_ratio", "attention", "recompute")
+_OF_DIT = ("patch_size", "hidden_size", "depth", "num_heads", "mlp_ratio", "embedding_dim", "attention", "recompute")
 _OF_UNET = ("model_channels", "channel_mult", "num_blocks", "attention_resolutions", "dropout")
 
 
@@ -25,8 +25,9 @@ class ModelConfig(Section, section="model."):
     Attributes:
         preset: such as ``DiT-B/4``; ``UNet``; or the import path of a class or function, such as ``my_package.Net``,
             that makes the network from init_args. input_size, in_channels, num_classes: of the data.
-        patch_size, hidden_size, depth, num_heads, mlp_ratio, attention: of a DiT. recompute: see there, or ``auto``:
-            ``elementwise``, or ``block`` where that is estimated not to fit the GPU's memory; ``none`` on a CPU.
+        patch_size, hidden_size, depth, num_heads, mlp_ratio, embedding_dim, attention: of a DiT; embedding_dim needs
+            num_classes=0. recompute: see there, or ``auto``: ``elementwise``, or ``block`` where that is estimated not
+            to fit the GPU's memory; ``none`` on a CPU.
         model_channels, channel_mult, num_blocks, attention_resolutions, dropout: of a UNet.
         impl: of the fused ops, see :func:`soflow_fast.kernels.resolve_impl`; for attention see
             :func:`soflow_fast.attention.resolve_attention`.
@@ -41,6 +42,7 @@ class ModelConfig(Section, section="model."):
     depth: int | None = None
     num_heads: int | None = None
     mlp_ratio: float = 4.0
+    embedding_dim: int | None = None
     model_channels: int | None = None
     channel_mult: tuple[int, ...] | None = None
     num_blocks: int | None = None
@@ -55,7 +57,8 @@ class ModelConfig(Section, section="model."):
         super().__post_init__()
         for name in ("input_size", "in_channels"):
             require_count(f"model.{name}", getattr(self, name))
-        for name in ("patch_size", "hidden_size", "depth", "num_heads", "model_channels", "num_blocks"):
+        sizes = ("patch_size", "hidden_size", "depth", "num_heads", "embedding_dim", "model_channels", "num_blocks")
+        for name in sizes:
             if getattr(self, name) is not None:
                 require_count(f"model.{name}", getattr(self, name))
         for factor in self.channel_mult or ():
@@ -71,6 +74,11 @@ class ModelConfig(Section, section="model."):
                     f"model.{name}={getattr(self, name)!r} does nothing with model.preset={self.preset!r}; {remedy}"
                 )
         check_arguments("model.", self.preset, self.init_args)
+        require(
+            self.embedding_dim is None or self.num_classes == 0,
+            f"model.embedding_dim={self.embedding_dim} stands in place of classes, and model.num_classes is "
+            f"{self.num_classes}; set model.num_classes=0",
+        )
         require(self.mlp_ratio > 0, f"model.mlp_ratio={self.mlp_ratio} must be greater than 0")
 
     @property

@@ -60,6 +60,8 @@ class DiT(nn.Module):
         class_dropout_prob: only whether it is positive counts: then the label table has a row for "no label". Which
             labels are dropped is decided by the objective, never here.
         num_classes: the index of "no label"; 0 for unconditional models.
+        embedding_dim: size k of an embedding, such as of a text, that a row is conditioned on in place of a class, see
+            :mod:`soflow_fast.conditions`; 0 for classes. Its ``null_condition`` is 0 until it is set.
         condition_dim: how many numbers, of about [0, 1], a row is conditioned on beside its label, such as the guidance
             of :class:`~soflow_fast.objectives.improved_meanflow.ImprovedMeanFlow`; 0 for none.
         impl: ``auto``, ``torch`` or ``triton``, see :func:`soflow_fast.kernels.resolve_impl`.
@@ -85,6 +87,7 @@ class DiT(nn.Module):
         class_dropout_prob: float = 0.1,
         num_classes: int = 1000,
         *,
+        embedding_dim: int = 0,
         condition_dim: int = 0,
         impl: str = "auto",
         attention: str = "auto",
@@ -99,7 +102,8 @@ class DiT(nn.Module):
             raise ValueError(f"hidden_size={hidden_size} is not a multiple of 4, which the position embedding needs")
         self.input_size, self.patch_size, self.in_channels = input_size, patch_size, in_channels
         self.hidden_size, self.depth, self.num_heads = hidden_size, depth, num_heads
-        self.mlp_ratio, self.num_classes, self.condition_dim = mlp_ratio, num_classes, condition_dim
+        self.mlp_ratio, self.num_classes = mlp_ratio, 0 if embedding_dim else num_classes
+        self.embedding_dim, self.condition_dim = embedding_dim, condition_dim
         self.impl = kernels.resolve_impl(impl)
         self.attention = resolve_attention(attention, hidden_size // num_heads, compute_dtype)
         if self.attention == "triton" and self.impl == "torch":
@@ -114,8 +118,13 @@ class DiT(nn.Module):
         self.x_embedder = PatchEmbed(patch_size, in_channels, hidden_size)
         self.t_embedder = TimestepEmbedder(hidden_size)
         self.s_embedder = TimestepEmbedder(hidden_size)
-        self.y_embedder = LabelEmbedder(num_classes, hidden_size, class_dropout_prob)
-        self.condition_embedder = TimestepEmbedder(hidden_size, condition_dim) if condition_dim else None
+        if embedding_dim:
+            self.y_embedder = TimestepEmbedder(hidden_size, embedding_dim)
+            self.register_buffer("null_condition", torch.zeros(embedding_dim))
+        else:
+            self.y_embedder = LabelEmbedder(num_classes, hidden_size, class_dropout_prob)
+        numbers = condition_dim * SINUSOID_WIDTH
+        self.condition_embedder = TimestepEmbedder(hidden_size, numbers) if condition_dim else None
         self.blocks = nn.ModuleList(DiTBlock(hidden_size, num_heads, mlp_ratio) for _ in range(depth))
         self.final_layer = FinalLayer(hidden_size, patch_size, in_channels)
         self._initialize()
@@ -134,8 +143,12 @@ class DiT(nn.Module):
             if isinstance(module, (nn.Linear, nn.Conv2d)):
                 nn.init.xavier_uniform_(module.weight.data.flatten(1))
                 nn.init.zeros_(module.bias)
-        nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
-        for embedder in filter(None, (self.t_embedder, self.condition_embedder)):
+        by_features = [self.t_embedder, self.condition_embedder]
+        if self.embedding_dim:
+            by_features.append(self.y_embedder)
+        else:
+            nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
+        for embedder in filter(None, by_features):
             nn.init.normal_(embedder.mlp[0].weight, std=0.02)
             nn.init.normal_(embedder.mlp[2].weight, std=0.02)
         for layer in (*self._modulation_layers(), self.final_layer.linear):
@@ -148,7 +161,7 @@ class DiT(nn.Module):
         Raises:
             ValueError: if the table was built without one (class_dropout_prob=0).
         """
-        if self.y_embedder.embedding_table.num_embeddings <= self.num_classes:
+        if not self.embedding_dim and self.y_embedder.embedding_table.num_embeddings <= self.num_classes:
             raise ValueError(
                 "this DiT has no row for 'no label', because it was built with class_dropout_prob=0; "
                 "pass labels, or build it with class_dropout_prob > 0"
@@ -162,7 +175,8 @@ class DiT(nn.Module):
             x: (B, C, input_size, input_size) floating point. t, s: (B,) in [0, 1], s <= t, float32 (float64 for a
                 float64 model).
             labels: (B,) int64 in [0, num_classes]; or (B, 1 + condition_dim) floating point, the label and then the
-                numbers that the row is conditioned on, without which they are 0; or None for "no label".
+                numbers that the row is conditioned on, without which they are 0; (B, embedding_dim) floating point
+                where there are no classes; or None for "no label" and "no condition".
 
         Returns:
             (B, C, input_size, input_size), dtype of x.
@@ -254,13 +268,12 @@ class DiT(nn.Module):
         layer: the first two, (B, 2, D), normalise the input of the blocks, and six, (B, 6, D), go to each block.
         """
         ops, rows = call.ops, call.rows
-        labels, numbers = self._split(labels, t)
+        table, labels, numbers = self._told(labels, t, dtype)
         features = ops.time_sinusoids(t, s, width=SINUSOID_WIDTH, dtype=dtype)
         t_embedding, u_t = self.t_embedder(features[0])
         s_embedding, u_s = self.s_embedder(features[1])
         if self.condition_embedder is not None:
             s_embedding = s_embedding + self.condition_embedder(_sinusoids(numbers).flatten(1).to(dtype))[0]
-        table = self.y_embedder.embedding_table.weight
         c, active = ops.condition(t_embedding, s_embedding, table, labels)
         layers = self._modulation_layers()
         weight = torch.cat([layer.weight.to(dtype) for layer in layers])
@@ -279,19 +292,28 @@ class DiT(nn.Module):
             dmodulation = nn.functional.linear(d_active, weight).unflatten(1, (-1, self.hidden_size)).split(sizes, 1)
         return modulation, dmodulation
 
-    def _split(self, labels: Tensor | None, t: Tensor) -> tuple[Tensor, Tensor]:
-        """The classes (B,), and the numbers (B, condition_dim) that a row is conditioned on."""
+    def _told(self, labels: Tensor | None, t: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+        """A table of embeddings (K, D), which of them is each row's (B,), and the numbers (B, condition_dim)."""
         numbers = t.new_zeros(len(t), self.condition_dim)
+        if self.embedding_dim:
+            embeddings = self.null_condition.expand(len(t), -1) if labels is None else labels
+            if embeddings.shape != (len(t), self.embedding_dim):
+                raise ValueError(
+                    f"labels of shape {tuple(embeddings.shape)} do not fit a DiT with "
+                    f"embedding_dim={self.embedding_dim}; give (B, {self.embedding_dim})"
+                )
+            return self.y_embedder(embeddings.to(dtype))[0], torch.arange(len(t), device=t.device), numbers
+        table = self.y_embedder.embedding_table.weight
         if labels is None:
-            return torch.full(t.shape, self.null_label, device=t.device), numbers
+            return table, torch.full(t.shape, self.null_label, device=t.device), numbers
         if labels.dim() == 1:
-            return labels, numbers
+            return table, labels, numbers
         if labels.shape[1] != 1 + self.condition_dim:
             raise ValueError(
                 f"labels of shape {tuple(labels.shape)} do not fit a DiT with condition_dim={self.condition_dim}; "
                 f"give (B,) or (B, {1 + self.condition_dim})"
             )
-        return labels[:, 0].long(), labels[:, 1:].to(t)
+        return table, labels[:, 0].long(), labels[:, 1:].to(t)
 
     def _unpatchify(self, tokens: Tensor) -> Tensor:
         p, grid = self.patch_size, self.input_size // self.patch_size

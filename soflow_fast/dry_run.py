@@ -8,6 +8,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from soflow_fast import build, checkpoint, memory
+from soflow_fast.conditions import null_condition
 from soflow_fast.config import TrainConfig
 from soflow_fast.paths import row_order
 from soflow_fast.trainer import Trainer
@@ -93,6 +94,8 @@ def _count_step(model: nn.Module, config: TrainConfig) -> int:
     batch = config.batch_size // config.optimizer.accumulation
     order, n_velocity = row_order(batch, model.velocity_share)
     labels = torch.zeros(batch, dtype=torch.int64) if config.model.num_classes else None
+    if (null := null_condition(model.network)) is not None:
+        labels = null.detach().expand(batch, *null.shape)
     samples = torch.zeros(batch, *build.sample_shape(config))
     if n_velocity < batch:
         model.prepare(samples[n_velocity:], labels)  # is no part of a step

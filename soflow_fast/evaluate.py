@@ -14,11 +14,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 
 from soflow_fast.build import sample_shape
 from soflow_fast.config import TrainConfig
 from soflow_fast.data import CIFAR10, digits
-from soflow_fast.images import Decoder, are_images, balanced_labels, generate, save_folder
+from soflow_fast.images import Decoder, are_images, generate, labels_of_samples, save_folder
 
 _log = logging.getLogger(__name__)
 
@@ -114,6 +115,7 @@ def evaluate(
     config: TrainConfig,
     folder: Path,
     *,
+    dataset: Dataset | None = None,
     decode: Decoder | None = None,
     seed: int = 0,
     precision: str | None = None,
@@ -133,6 +135,7 @@ def evaluate(
     Args:
         model: an objective, its weights already those to score. folder: for the samples of images and latents, in
             place of any that are there.
+        dataset: whose items' conditions are drawn for, evenly spread, where the network is told conditions.
         decode: from latents to images, see :func:`soflow_fast.images.vae_decoder`. seed: of the noise.
         precision, compile: of the sampling, see :class:`~soflow_fast.sample.Sampler`.
 
@@ -140,7 +143,7 @@ def evaluate(
         The scores by name, and under ``samples`` where the samples were written.
     """
     wanted = config.evaluation
-    labels = balanced_labels(wanted.samples, config.model.num_classes)
+    labels = labels_of_samples(model.network, dataset, (), wanted.samples, config.model.num_classes)
     parts = generate(
         model,
         labels,

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from soflow_fast import build
+from soflow_fast.conditions import null_condition
 from soflow_fast.config import TrainConfig
 from soflow_fast.dit import DiT
 from soflow_fast.objectives.base import Objective
@@ -29,7 +30,9 @@ def check(model: Objective, config: TrainConfig) -> None:
     num_classes = config.model.num_classes
     try:
         net = copy.deepcopy(net).cpu()
-        found = _call(net, x, *times, torch.zeros(1, dtype=torch.int64) if num_classes else None)
+        null = null_condition(net)
+        labels = torch.zeros(1, dtype=torch.int64) if num_classes else None
+        found = _call(net, x, *times, labels if null is None else null[None])
     except Exception:
         return
     name = type(net).__name__

@@ -13,7 +13,9 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 
+from soflow_fast.conditions import OfItems, null_condition
 from soflow_fast.sample import Decoder, Sampler
 
 _CHANNELS = {1: "grey", 3: "RGB"}
@@ -21,7 +23,7 @@ _CHANNELS = {1: "grey", 3: "RGB"}
 
 def generate(
     model: nn.Module,
-    labels: Tensor | None,
+    labels: Tensor | OfItems | None,
     n: int,
     shape: tuple[int, ...],
     *,
@@ -48,11 +50,11 @@ def balanced_labels(n: int, num_classes: int) -> Tensor | None:
     return torch.arange(n) % num_classes if n >= num_classes else torch.arange(n) * num_classes // n
 
 
-def chosen_labels(chosen: Sequence[int], n: int, num_classes: int, setting: str) -> Tensor | None:
+def chosen_labels(chosen: Sequence[int], n: int, num_classes: int, setting: str, what: str = "class") -> Tensor | None:
     """The chosen classes, repeated in turn; where none is chosen, :func:`balanced_labels`.
 
     Args:
-        setting: what the user calls them, with their values.
+        setting: what the user calls them, with their values. what: each is.
 
     Returns:
         (n,) int64, or None if there are no classes.
@@ -65,8 +67,25 @@ def chosen_labels(chosen: Sequence[int], n: int, num_classes: int, setting: str)
     for label in chosen:
         if not 0 <= label < num_classes:
             remedy = f"there are 0..{num_classes - 1}" if num_classes else "there are no classes; leave it out"
-            raise ValueError(f"{setting} has the class {label}, and {remedy}")
+            raise ValueError(f"{setting} has the {what} {label}, and {remedy}")
     return torch.tensor(chosen)[torch.arange(n) % len(chosen)]
+
+
+def labels_of_samples(
+    network: nn.Module, dataset: Dataset | None, chosen: Sequence[int], n: int, num_classes: int, setting: str = ""
+) -> Tensor | OfItems | None:
+    """What a network is told of n samples to draw: classes, or the conditions of items of a data set.
+
+    Args:
+        dataset: needed where the network takes conditions. chosen: the classes or items, repeated in turn; by default
+            as evenly spread as they fit. num_classes, setting: as in :func:`chosen_labels`.
+
+    Raises:
+        ValueError: for a class or item that there is not.
+    """
+    if null_condition(network) is None:
+        return chosen_labels(chosen, n, num_classes, setting)
+    return OfItems(dataset, chosen_labels(chosen, n, len(dataset), setting, "item"))
 
 
 def load_vae(name: str, setting: str = "data.vae") -> nn.Module:
@@ -157,9 +176,10 @@ def save_folder(parts: Iterable[Tensor], folder: Path) -> int:
     return image.shape[-1]
 
 
-def save_npz(parts: Iterable[Tensor], n: int, labels: Tensor | None, path: Path) -> None:
+def save_npz(parts: Iterable[Tensor], n: int, labels: Tensor | OfItems | None, path: Path) -> None:
     """Writes n images, part by part, as ADM's evaluation reads them: ``arr_0`` (n, H, W, C) uint8, and ``arr_1`` (n,)
-    int64, their labels if they have any. The file is there once it is whole.
+    int64, their labels, or of conditions the numbers of their items, if they have any. The file is there once it is
+    whole.
 
     Args:
         parts: (at most B, C, H, W). path: the file, with its suffix ``.npz``.
@@ -177,7 +197,8 @@ def save_npz(parts: Iterable[Tensor], n: int, labels: Tensor | None, path: Path)
                     file.write(pixels.data)
             if labels is not None:
                 with archive.open("arr_1.npy", "w") as file:
-                    np.lib.format.write_array(file, labels.numpy())
+                    numbers = labels.items if isinstance(labels, OfItems) else labels
+                    np.lib.format.write_array(file, numbers.numpy())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

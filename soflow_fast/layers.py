@@ -59,11 +59,11 @@ class PatchEmbed(nn.Module):
 
 
 class TimestepEmbedder(nn.Module):
-    """Linear–SiLU–Linear on the sinusoids of a time, or of several numbers."""
+    """Linear–SiLU–Linear on the sinusoids of a time, or on other features."""
 
-    def __init__(self, hidden_size: int, numbers: int = 1):
+    def __init__(self, hidden_size: int, features: int = SINUSOID_WIDTH):
         super().__init__()
-        first = nn.Linear(numbers * SINUSOID_WIDTH, hidden_size)
+        first = nn.Linear(features, hidden_size)
         self.mlp = nn.Sequential(first, nn.SiLU(), nn.Linear(hidden_size, hidden_size))
 
     def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:

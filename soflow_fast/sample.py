@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from soflow_fast.capture import Captured, compiled, on_side_stream
+from soflow_fast.conditions import OfItems, null_condition
 from soflow_fast.kernels.reference import Stream, normal
 from soflow_fast.paths import path_coefficients
 from soflow_fast.precision import ComputeCopy, tensor_cores
@@ -38,8 +39,8 @@ def sample(
     (seed, i, global row), so samples do not depend on how rows are split into batches. Others jump to the next time.
 
     Args:
-        model: an objective. noise: (B, C, H, W) standard normal. labels: (B,) int64, (B, 1+k) floating point
-            or None.
+        model: an objective. noise: (B, C, H, W) standard normal. labels: (B,) int64, (B, 1+k) floating point,
+            (B, ...) conditions, or None for no class or condition.
         steps: jumps, at least 1, each of one network call (of flow matching ``ode_steps``).
         generator: draws the seed if none is given; None is torch's own. seed: of the noise that is added.
         first_row: global row of noise[0]; a 0-d int64 tensor is not read on the host.
@@ -51,6 +52,9 @@ def sample(
         raise ValueError(f"steps={steps} is not a number of sampling steps; it must be at least 1")
     if seed is None and steps > 1 and model.renoises:
         seed = int(torch.randint(2**62, (), generator=generator, device=generator and generator.device))
+    null = null_condition(getattr(model, "network", None))
+    if labels is None and null is not None:
+        labels = null.expand(len(noise), *null.shape)
     rows = first_row + torch.arange(noise.shape[0], device=noise.device)
     time_dtype = torch.promote_types(noise.dtype, torch.float32)
     ones = torch.ones(noise.shape[0], device=noise.device, dtype=time_dtype)
@@ -143,12 +147,12 @@ class Sampler:
         self._graph: Captured | None = None
         self._first_row = torch.zeros((), dtype=torch.int64, device=self.device)
 
-    def draw(self, labels: Tensor | None, n: int, decode: Decoder | None = None) -> Iterator[Tensor]:
+    def draw(self, labels: Tensor | OfItems | None, n: int, decode: Decoder | None = None) -> Iterator[Tensor]:
         """Samples 0 to n-1, in batches.
 
         Args:
-            labels: (n,) int64; (n, 1+k) floating point, the label and what else the network is told of a sample; or
-                None for "no label". decode: from latents to images, see
+            labels: (n,) int64; (n, 1+k) floating point, the label and what else the network is told of a sample;
+                (n, ...) conditions; or None for "no label". decode: from latents to images, see
                 :func:`soflow_fast.images.vae_decoder`.
 
         Yields:

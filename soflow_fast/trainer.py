@@ -17,13 +17,14 @@ from torch.utils.data import Dataset
 from soflow_fast import build, checkpoint, distributed, given, memory, posthoc, run_folder, stopping, weights
 from soflow_fast.augment import Augment
 from soflow_fast.checkpoint import CHECKPOINTS
+from soflow_fast.conditions import null_condition
 from soflow_fast.config import TrainConfig
 from soflow_fast.data import batches, load_resident
 from soflow_fast.dit import DiT
 from soflow_fast.ema import EMA, PowerEMA
 from soflow_fast.evaluate import check_evaluation, evaluate, why_unscored
 from soflow_fast.fingerprint import fingerprint
-from soflow_fast.images import are_images, chosen_labels, generate, save_samples, vae_decoder
+from soflow_fast.images import are_images, generate, labels_of_samples, save_samples, vae_decoder
 from soflow_fast.logs import Meter, Quiet, RunLog
 from soflow_fast.optim import OPTIMIZERS
 from soflow_fast.run_folder import load_run
@@ -54,8 +55,9 @@ class Trainer:
         config: see :class:`~soflow_fast.TrainConfig`.
         model: a network ``net(x, t, s, labels)`` with ``net.num_classes`` to train instead of the configuration's
             own, or an objective such as :class:`~soflow_fast.SoFlow` over one; its values replace the configuration's.
-        dataset: map-style, of (sample, label), to train on instead of the configuration's data; samples (C, H, W)
-            floating point, or (2C, H, W) latent moments.
+            One that is told other conditions than classes has ``null_condition``, see :mod:`soflow_fast.conditions`.
+        dataset: map-style, of (sample, label) or (sample, condition), to train on instead of the configuration's data;
+            samples (C, H, W) floating point, or (2C, H, W) latent moments.
         accept_changes: go on with a run of another configuration or other data where the weights fit, and record what
             changed.
         on_log: called with every line of ``metrics.jsonl`` as it is written, a mapping with the ``step``, in the first
@@ -82,12 +84,14 @@ class Trainer:
         if model is None:
             with torch.device("meta"):  # a value that cannot be is found before large weights are drawn
                 planned = build.build_model(config)
+        network = build.network_of(planned if model is None else model)
         if config.data.augment:
-            Augment.check(build.network_of(planned if model is None else model))
+            Augment.check(network)
         self.dataset = build.build_dataset(config) if dataset is None else dataset
-        latent_scale = build.check_dataset(config, self.dataset)
+        latent_scale = build.check_dataset(config, self.dataset, null_condition(network))
         chosen, n = config.output.sample_labels, math.prod(config.output.sample_shape)
-        self._grid_labels = chosen_labels(chosen, n, config.model.num_classes, f"output.sample_labels={list(chosen)}")
+        classes, setting = config.model.num_classes, f"output.sample_labels={list(chosen)}"
+        self._grid_labels = labels_of_samples(network, self.dataset, chosen, n, classes, setting)
         if config.evaluation.every:
             check_evaluation(config)
         self.processes = distributed.join(device)
@@ -176,6 +180,7 @@ class Trainer:
             return last_checkpoint
         meter = Meter(self.processes, skipped)
         first, num_classes = self.processes.is_first, config.model.num_classes
+        null = null_condition(self.model.network)
         log = Quiet()
         if first:
             log = RunLog(self.run_dir, start, config.total_steps, config.batch_size, self._on_log)
@@ -187,7 +192,7 @@ class Trainer:
             log.say(f"initial weights: {origin}")
         dataset = self.dataset
         if self.on_device:
-            dataset = load_resident(dataset, self.processes.device, num_classes, show=first)
+            dataset = load_resident(dataset, self.processes.device, num_classes, null_condition=null, show=first)
         steps = batches(
             dataset,
             batch=config.batch_size,
@@ -198,6 +203,7 @@ class Trainer:
             workers=self.workers,
             prefetch=config.data.prefetch,
             device=self.processes.device,
+            null_condition=null,
         )
         if self._decode is None and not are_images(config.model.in_channels):
             log.say("no autoencoder is set (data.vae), so samples stay latents: arrays in .npy files")
@@ -388,7 +394,7 @@ class Trainer:
         folder = self.run_dir / "evaluation" / "during-training"  # the next one overwrites its samples
         try:
             with self.ema.applied():
-                scores = evaluate(self.model, self.config, folder, decode=self._decode)
+                scores = evaluate(self.model, self.config, folder, dataset=self.dataset, decode=self._decode)
         except Exception as error:
             _log.warning("the evaluation at step %d failed, and training goes on: %s", step, error, exc_info=error)
             return

@@ -13,22 +13,25 @@ from torch.utils.data import Dataset, TensorDataset
 _log = logging.getLogger(__name__)
 
 
-def require_pair(item: Any, num_classes: int) -> tuple[int, ...]:
+def require_pair(item: Any, num_classes: int, null_condition: Tensor | None = None) -> tuple[int, ...]:
     """The shape of the sample in an item of a map-style data set.
 
     Raises:
         ValueError: unless it is (sample, label), the sample a floating-point tensor and, where there are classes, the
-            label an integer.
+            label an integer; or where there is a null condition, (sample, condition).
     """
     parts = item if isinstance(item, (tuple, list)) else [item]
     if len(parts) == 2 and torch.is_tensor(parts[0]):
         require_floating_point(parts[0])
+        if null_condition is not None:
+            checked_conditions(torch.as_tensor(parts[1])[None], null_condition)
+            return tuple(parts[0].shape)
         if not num_classes or _is_integer(parts[1]):
             return tuple(parts[0].shape)
     found = ", ".join(type(part).__name__ for part in parts)
     raise ValueError(
         f"the data set yields ({found}); each item must be a pair of a floating-point tensor (C, H, W) and an integer "
-        "label"
+        "label, or the condition of a network that has null_condition"
     )
 
 
@@ -55,6 +58,21 @@ def checked_labels(labels: Tensor, num_classes: int) -> Tensor:
             "labels start at 0, and model.num_classes, or that of the network given, is how many there are"
         )
     return labels.long()
+
+
+def checked_conditions(conditions: Tensor, null_condition: Tensor) -> Tensor:
+    """The conditions (n, ...) themselves.
+
+    Raises:
+        ValueError: unless each is of the shape and dtype of the null condition.
+    """
+    found, wanted = ((tuple(z.shape), z.dtype) for z in (conditions[0], null_condition))
+    if found != wanted:
+        raise ValueError(
+            f"the data set yields conditions of shape {found[0]} and {found[1]}, and the network's null_condition has "
+            f"shape {wanted[0]} and {wanted[1]}; they must be the same"
+        )
+    return conditions
 
 
 def warn_of_unused_classes(dataset: Dataset, num_classes: int) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset, default_collate
 
-from soflow_fast.data.checks import checked_labels, require_floating_point
+from soflow_fast.data.checks import checked_conditions, checked_labels, require_floating_point
 from soflow_fast.data.order import batch_indices
 from soflow_fast.data.resident import Resident, is_in_pieces
 
@@ -84,6 +84,7 @@ def batches(
     workers: int = 0,
     prefetch: int = 2,
     device: torch.device,
+    null_condition: Tensor | None = None,
 ) -> Iterator[tuple[Tensor, Tensor | None]]:
     """The batch of each step, on the device; the same one however it is read.
 
@@ -92,13 +93,14 @@ def batches(
             may draw from the global generators of torch, numpy and Python's ``random``, which are seeded before it
             from (seed, step, global row), and afterwards as they were. One with ``read``, see :func:`load_resident`,
             must not draw; only of such a one ``__getitems__`` is called. A :class:`Resident` one, on the device, needs
-            no loader.
+            no loader. Of (sample, condition) where there is a null condition.
         batch: rows of the global batch. steps: the steps wanted. seed: of the order.
         num_classes: 0 yields labels None. rows: which of the global batch are wanted, by default all.
         workers: loader processes. prefetch: batches each of them reads ahead, into pinned memory for a GPU.
+        null_condition: of a network that is told conditions, see :mod:`soflow_fast.conditions`.
 
     Yields:
-        ``(x, labels)``: (rows, C, H, W) float32 and (rows,) int64 or None.
+        ``(x, labels)``: (rows, C, H, W) float32 and (rows,) int64, (rows, ...) conditions, or None.
 
     Raises:
         ValueError: for labels outside the classes, samples that are not floating point and images that cannot be read.
@@ -120,7 +122,11 @@ def batches(
             raise item
         x, labels = item
         require_floating_point(x)
-        if num_classes:
-            labels = checked_labels(labels, num_classes).to(device, non_blocking=True)
+        if null_condition is not None:
+            labels = checked_conditions(labels, null_condition)
+        else:
+            labels = checked_labels(labels, num_classes) if num_classes else None
+        if labels is not None:
+            labels = labels.to(device, non_blocking=True)
         # In its own dtype to the device, where it is widened: half the bytes, and no copy on the host.
-        yield x.to(device, non_blocking=True).float(), labels if num_classes else None
+        yield x.to(device, non_blocking=True).float(), labels

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, TensorDataset
 from tqdm import tqdm
 
-from soflow_fast.data.checks import checked_labels, require_floating_point
+from soflow_fast.data.checks import checked_conditions, checked_labels, require_floating_point
 from soflow_fast.data.order import permutation
 
 # Host memory that loading takes at a time.
@@ -19,7 +19,8 @@ class Resident(NamedTuple):
     """Samples and labels on one device.
 
     Attributes:
-        samples: (n, C, H, W), in the data set's dtype. labels: (n,) int64, or None without classes.
+        samples: (n, C, H, W), in the data set's dtype. labels: (n,) int64, (n, ...) conditions, or
+            None without classes.
     """
 
     samples: Tensor
@@ -40,7 +41,8 @@ def resident_bytes(dataset: Dataset) -> int | None:
     """What :func:`load_resident` would take on the device, or None if the data set cannot be read in pieces."""
     if not is_in_pieces(dataset):
         return None
-    return len(dataset) * (dataset[0][0].nbytes + torch.int64.itemsize)
+    sample, label = dataset[0]
+    return len(dataset) * (sample.nbytes + max(torch.int64.itemsize, getattr(label, "nbytes", 0)))
 
 
 def is_in_pieces(dataset: Dataset) -> bool:
@@ -48,27 +50,39 @@ def is_in_pieces(dataset: Dataset) -> bool:
     return hasattr(dataset, "read") or _is_pair_of_tensors(dataset)
 
 
-def load_resident(dataset: Dataset, device: torch.device, num_classes: int, *, show: bool = True) -> Resident:
+def load_resident(
+    dataset: Dataset,
+    device: torch.device,
+    num_classes: int,
+    *,
+    null_condition: Tensor | None = None,
+    show: bool = True,
+) -> Resident:
     """Reads a whole data set to a device, piece by piece.
 
     Args:
         dataset: with ``read(start, stop)``, the samples and labels of that range as two tensors; or a
-            ``TensorDataset`` of the two. num_classes: 0 ignores the labels. show: a progress bar.
+            ``TensorDataset`` of the two. num_classes: 0 ignores the labels. null_condition: the labels are conditions
+            of its form. show: a progress bar.
 
     Raises:
         ValueError: for labels outside the classes and samples that are not floating point.
     """
-    n, sample = len(dataset), dataset[0][0]
+    n, (sample, label) = len(dataset), dataset[0]
     require_floating_point(sample)
     samples = torch.empty((n, *sample.shape), dtype=sample.dtype, device=device)
     labels = torch.empty(n, dtype=torch.int64, device=device) if num_classes else None
+    if null_condition is not None:
+        labels = torch.empty((n, *label.shape), dtype=label.dtype, device=device)
     size = max(1, _CHUNK_BYTES // sample.nbytes)
     with tqdm(total=n, unit="sample", desc=f"data to {device}", disable=not show, delay=1) as bar:
         for start in range(0, n, size):
             stop = min(start + size, n)
             piece, piece_labels = dataset[start:stop] if _is_pair_of_tensors(dataset) else dataset.read(start, stop)
             samples[start:stop] = piece.to(device)
-            if labels is not None:
+            if null_condition is not None:
+                labels[start:stop] = checked_conditions(piece_labels, null_condition).to(device)
+            elif num_classes:
                 labels[start:stop] = checked_labels(piece_labels, num_classes).to(device)
             bar.update(stop - start)
     return Resident(samples, labels)

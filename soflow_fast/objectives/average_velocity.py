@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from soflow_fast import paths
+from soflow_fast.conditions import takes_labels
 from soflow_fast.kernels.reference import Stream
 from soflow_fast.objectives.base import LossOutput, Objective, TotalLoss, combine, require_choice, require_range
 
@@ -117,7 +118,7 @@ class AverageVelocity(Objective):
         if not torch.compiler.is_compiling():
             self.prepare(z[n:], labels)
         labels = self._conditioned(labels, rows, n, seed, step)
-        guided = self.guided and labels is not None and self.network.num_classes > 0
+        guided = self.guided and labels is not None and takes_labels(self.network)
         v_average, u_null, u_own = v[n:], None, None
         if guided:
             u_null, u_own = self._guidance(z, t, labels, n)

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from soflow_fast import kernels, paths
+from soflow_fast.conditions import null_condition
 from soflow_fast.differencing import ForwardDifference, draws
 from soflow_fast.kernels.reference import Stream
 from soflow_fast.sample import evaluating, sample
@@ -43,7 +44,8 @@ class Objective(nn.Module):
     A subclass sets ``path`` and implements :meth:`loss_of_rows` and :meth:`solution`.
 
     Args:
-        net: module with ``net(x, t, s, labels)`` and ``net.num_classes``, the index that means "no label".
+        net: module with ``net(x, t, s, labels)`` and ``net.num_classes``, the index that means "no label"; or with
+            ``net.null_condition``, see :mod:`soflow_fast.conditions`.
         velocity_share: share of rows that train the velocity, ordered first.
         impl: of the fused ops; by default the network's own, see :func:`soflow_fast.kernels.resolve_impl`.
 
@@ -138,7 +140,7 @@ class Objective(nn.Module):
         Args:
             x0: (B, C, H, W). progress: of the training, in [0, 1].
             labels: (B,) int64; (B, 1+k) floating point, the label and what else the network is told of a row, such as
-                how it was augmented; or None.
+                how it was augmented; (B, ...) conditions, of a network that takes these; or None.
             seed, step: of the draws.
             first_row: index of x0[0] in the global batch. Parts of a batch, on other processes or as micro-batches,
                 need theirs, or they draw the same numbers.
@@ -174,7 +176,8 @@ class Objective(nn.Module):
         """Where a sample x at time t is at time s.
 
         Args:
-            x: (B, C, H, W). t, s: (B,) in [0, 1], s <= t. labels: (B,) int64, or None for "no label".
+            x: (B, C, H, W). t, s: (B,) in [0, 1], s <= t. labels: (B,) int64 or (B, ...) conditions, or None for "no
+                label".
 
         Returns:
             (B, C, H, W).
@@ -198,7 +201,7 @@ class Objective(nn.Module):
     def draw_drop(self, rows: Tensor, labels: Tensor | None, seed: int | Tensor, step: int | Tensor) -> Tensor:
         """(B,) bool, the rows trained without label: those drawn, and those that have none."""
         drop = self.ops.uniform(rows, 1, seed=seed, step=step, stream=Stream.DROP)[:, 0] <= self.label_drop
-        if labels is None:
+        if labels is None or null_condition(self.network) is not None:
             return drop
         return drop | ((labels if labels.dim() == 1 else labels[:, 0]) == self.network.num_classes)
 
@@ -206,10 +209,13 @@ class Objective(nn.Module):
         """The labels the network sees: "no label" on the dropped rows."""
         if labels is None or drop is None:
             return labels
-        return torch.where(drop if labels.dim() == 1 else drop[:, None], self.no_label(labels), labels)
+        return torch.where(drop.view(-1, *(1,) * (labels.dim() - 1)), self.no_label(labels), labels)
 
     def no_label(self, labels: Tensor) -> Tensor:
         """ "No label" in place of every label; what else the network is told of a row stays."""
+        null = null_condition(self.network)
+        if null is not None:
+            return null.to(labels).expand_as(labels)
         if labels.dim() == 1:
             return torch.full_like(labels, self.network.num_classes)
         return torch.cat([torch.full_like(labels[:, :1], self.network.num_classes), labels[:, 1:]], 1)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from soflow_fast import paths
+from soflow_fast.conditions import takes_labels
 from soflow_fast.kernels.reference import Stream
 from soflow_fast.objectives.base import (
     LossOutput,
@@ -44,7 +45,8 @@ class SoFlow(Objective):
     sample. The state_dict holds the network alone, under ``network.``.
 
     Args:
-        net: module with ``net(x, t, s, labels)`` and ``net.num_classes``, the index that means "no label".
+        net: module with ``net(x, t, s, labels)`` and ``net.num_classes``, the index that means "no label"; or with
+            ``net.null_condition``, see :mod:`soflow_fast.conditions`.
         path: ``linear`` or ``trig``. parameterization: ``euler`` or ``trig``.
         guidance_scale: ω; 1 is no guidance. guidance_mix: m in [0, 1]. guidance_decay_time: τ, 1 or more is no decay.
         label_drop: share of rows trained without label. p, eps: the adaptive weight ``(error + eps)^(−p)``.
@@ -272,7 +274,7 @@ class SoFlow(Objective):
         return Times(torch.cat([velocity_t, t]), s, gap)
 
     def _guided(self, labels: Tensor | None) -> bool:
-        return labels is not None and self.guidance_scale != 1 and self.network.num_classes > 0
+        return labels is not None and self.guidance_scale != 1 and takes_labels(self.network)
 
     def _null_output(self, x_t: Tensor, t: Tensor, labels: Tensor) -> Tensor:
         with torch.no_grad():

@@ -1,0 +1,270 @@
+"""Networks that are told a condition of a sample, such as a text's embedding, in place of its class."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from foreign_networks import UNet
+from runs import StopError, final, stop_at, tiny_config
+from torch import nn
+from torch.utils.data import Dataset, TensorDataset
+
+from soflow_fast import DiT, SoFlow, Trainer, trainer
+from soflow_fast.cli import main
+from soflow_fast.conditions import OfItems
+from soflow_fast.config import DataConfig, ModelConfig
+from soflow_fast.data import digits
+from soflow_fast.images import save_png
+from soflow_fast.objectives.alphaflow import AlphaFlow
+from soflow_fast.objectives.flow_matching import FlowMatching
+from soflow_fast.objectives.improved_meanflow import ImprovedMeanFlow
+from soflow_fast.objectives.meanflow import MeanFlow
+
+CLASSES, WIDTH = 10, 16
+
+
+class ByClass(UNet):
+    """A network told the class, whose embedding is fixed."""
+
+    def __init__(self):
+        super().__init__(channels=1)
+        table = torch.randn(CLASSES + 1, WIDTH, generator=torch.Generator().manual_seed(1))
+        self.label = nn.Embedding.from_pretrained(table)
+
+
+class ByEmbedding(ByClass):
+    """The same network, told that embedding."""
+
+    num_classes = None
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("null_condition", self.label.weight[CLASSES].clone())
+        self.label = nn.Identity()
+
+
+class ByTokens(ByClass):
+    """Told two tokens, of which the second changes nothing."""
+
+    num_classes = None
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("null_condition", torch.tensor([CLASSES, 0]))
+
+    def forward(self, x, t, s, labels):
+        return super().forward(x, t, s, labels[:, 0])
+
+
+def _conditions(labels, net):
+    if isinstance(net, ByTokens):
+        return torch.stack([labels, labels % 3], 1)
+    return ByClass().label.weight.detach()[labels]
+
+
+def _data(net, n=32):
+    images, labels = digits()[:n]
+    return TensorDataset(images, _conditions(labels, net))
+
+
+class Items(Dataset):
+    """Not held by the device: read by the loader, its caption drawn from two that are the same."""
+
+    def __init__(self, n=32, kind="ByEmbedding"):
+        self.pairs = _data(globals()[kind](), n)
+
+    def __len__(self):
+        return len(self.pairs)
+
+    def __getitem__(self, item):
+        image, condition = self.pairs[item]
+        return image, [condition, condition.clone()][int(torch.randint(2, ()))]
+
+
+def _seeded(make, *arguments, **keywords):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return make(*arguments, **keywords)
+
+
+@pytest.mark.parametrize("make", [SoFlow, MeanFlow, AlphaFlow, FlowMatching])
+@pytest.mark.parametrize("told", [ByEmbedding, ByTokens])
+def test_conditions_train_as_the_classes_that_they_stand_for(make, told):
+    x0, labels = digits()[:16]
+    found = []
+    for net in (_seeded(ByClass), _seeded(told)):
+        model = make(net, guidance_scale=2.0, label_drop=0.3)
+        given = labels if type(net) is ByClass else _conditions(labels, net)
+        for merged in (False, True):
+            order = torch.arange(16)
+            out = model.loss_of_rows(x0, given, order, round(16 * model.velocity_share), 0.5, 3, 7, merged=merged)
+            out.loss.backward()
+        grads = {name: p.grad for name, p in net.named_parameters() if p.requires_grad}
+        noise = torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(2))
+        found.append((out.loss, grads, model.sample(noise, given[:4], seed=0), model.sample(noise, None, seed=0)))
+    assert found[0][0] == found[1][0]
+    assert found[0][1].keys() == found[1][1].keys()
+    assert all(torch.equal(found[0][1][name], found[1][1][name]) for name in found[0][1])
+    for of_class, of_condition in zip(found[0][2:], found[1][2:], strict=True):
+        assert torch.equal(of_class, of_condition)
+    assert not torch.equal(*found[0][2:])
+
+
+@pytest.mark.parametrize("told", [ByEmbedding, ByTokens])
+@pytest.mark.parametrize("held", [False, True])
+def test_a_run_is_that_of_the_classes(tmp_path, monkeypatch, told, held):
+    def run(name, net, dataset, **changes):
+        config = tiny_config(tmp_path / name, total_steps=4, **changes)
+        config = replace(config, output=replace(config.output, sample_every=2, sample_labels=(3, 1)))
+        return Trainer(config, model=net, dataset=dataset)
+
+    images, labels = digits()[:32]
+    by_class = run("class", _seeded(ByClass), TensorDataset(images, labels))
+    by_class._grid_labels = labels[torch.tensor([3, 1] * 5)]  # the classes of items 3 and 1
+    by_class.fit()
+    net = _seeded(told)
+    data = _data(net) if held else Items(kind=told.__name__)
+    workers = DataConfig(workers=0 if held else 1)
+    with monkeypatch.context() as patch:
+        stop_at(patch, 4)
+        with pytest.raises(StopError):
+            run("condition", net, data, data=workers).fit()
+    again = run("condition", _seeded(told), data, data=workers)
+    assert again.on_device == held
+    again.fit()
+    of_class, of_condition = (final(tmp_path / name, 4) for name in ("class", "condition"))
+    for part in ("model", "ema"):
+        ours, theirs = (getattr(one, part) for one in (of_condition, of_class))
+        assert all(torch.equal(ours[name], value) for name, value in theirs.items() if "label" not in name)
+    grids = [(tmp_path / name / "samples" / "step-00000004.png").read_bytes() for name in ("class", "condition")]
+    assert grids[0] == grids[1]
+    config, model, _ = trainer.load_run(tmp_path / "condition", "cpu", model=_seeded(told))
+    assert config.model.num_classes == 0
+    assert torch.equal(model.network.null_condition, net.null_condition)
+
+
+def test_the_whole_way_by_the_commands(tmp_path, capsys):
+    """A network and data named in a file: planned, trained, sampled with the conditions of items, scored."""
+    pytest.importorskip("torch_fidelity")
+    model = ModelConfig(preset="test_conditions.ByEmbedding", input_size=8, in_channels=1)
+    config = tiny_config(tmp_path / "run", total_steps=2, model=model)
+    config = replace(config, data=DataConfig(kind="test_conditions.Items", workers=0))
+    images = tmp_path / "real"
+    images.mkdir()
+    for i, image in enumerate(digits()[:20][0]):
+        save_png(image, images / f"{i}.png")
+    evaluation = replace(config.evaluation, every=2, features="pixels", reference=str(images))
+    config = replace(config, evaluation=evaluation)
+    (tmp_path / "config.yaml").write_text(config.to_yaml())
+    assert main(["train", str(tmp_path / "config.yaml"), "--dry-run"]) == 0
+    assert "G per image)" in capsys.readouterr().out
+    assert main(["train", str(tmp_path / "config.yaml")]) == 0
+    metrics = (tmp_path / "run" / "metrics.jsonl").read_text()
+    assert "evaluation/frechet" in metrics
+    assert main(["eval", str(tmp_path / "run"), "--device", "cpu"]) == 0
+    printed = capsys.readouterr().out
+    score = next(line.split()[1] for line in printed.splitlines() if line.startswith("frechet"))
+    assert f'"evaluation/frechet": {score[:5]}' in metrics
+    arguments = ["sample", str(tmp_path / "run"), "--device", "cpu", "--count", "5", "--labels", "4,2"]
+    assert main([*arguments, "--format", "npz", "--out", str(tmp_path / "drawn")]) == 0
+    drawn = np.load(tmp_path / "drawn.npz")
+    assert drawn["arr_1"].tolist() == [4, 2, 4, 2, 4]
+    assert main([*arguments[:-1], "32", "--out", str(tmp_path / "other")]) == 2
+    assert "has the item 32, and there are 0..31" in capsys.readouterr().err
+
+
+def test_a_run_of_data_given_as_an_object_says_how_to_sample(tmp_path, capsys):
+    config = tiny_config(tmp_path, total_steps=1, model=ModelConfig("test_conditions.ByEmbedding", 8, 1))
+    Trainer(config, dataset=_data(ByEmbedding())).fit()
+    assert main(["sample", str(tmp_path), "--device", "cpu"]) == 2
+    assert "name its class in data.kind, or draw in Python" in capsys.readouterr().err
+
+
+def test_conditions_of_items_are_read_when_they_are_needed():
+    class Counted(Items):
+        reads = 0
+
+        def __getitem__(self, item):
+            self.reads += 1
+            return super().__getitem__(item)
+
+    data = Counted()
+    state = torch.get_rng_state()
+    conditions = OfItems(data, torch.tensor([5, 3, 3, 8]))
+    assert (len(conditions), data.reads) == (4, 0)
+    assert torch.equal(conditions[1:3], torch.stack([data.pairs[3][1]] * 2))
+    assert data.reads == 2
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize(
+    ("condition", "found"),
+    [(torch.zeros(5), r"shape \(5,\) and torch.float32"), (torch.zeros(WIDTH).double(), "torch.float64"), (3, "int64")],
+)
+def test_conditions_of_another_form_are_refused(tmp_path, condition, found):
+    data = [(image, condition) for image in digits()[:16][0]]
+    with pytest.raises(ValueError, match=f"conditions of .*{found}.* null_condition has"):
+        Trainer(tiny_config(tmp_path), model=ByEmbedding(), dataset=data)
+
+
+def test_what_cannot_be_told_conditions_says_so(tmp_path):
+    net = ByEmbedding()
+    del net.null_condition
+    net.null_condition = [0.0] * WIDTH
+    with pytest.raises(ValueError, match="has a null_condition of class list; make it a buffer"):
+        Trainer(tiny_config(tmp_path), model=net, dataset=_data(ByEmbedding()))
+    with pytest.raises(ValueError, match=r"set model\.num_classes=0"):
+        ModelConfig(embedding_dim=8)
+    with pytest.raises(ValueError, match="guides by classes"):
+        ImprovedMeanFlow(DiT(8, 4, 1, 16, 1, 2, embedding_dim=8, condition_dim=3))
+    with pytest.raises(ValueError, match=r"labels of shape \(2, 5\) do not fit a DiT with embedding_dim=8"):
+        DiT(8, 4, 1, 16, 1, 2, embedding_dim=8)(torch.zeros(2, 1, 8, 8), *torch.zeros(2, 2), torch.zeros(2, 5))
+
+
+def _told_dit(impl="torch"):
+    net = _seeded(DiT, 8, 4, 1, 16, 2, 2, embedding_dim=WIDTH, impl=impl)
+    with torch.no_grad():
+        for p in net.parameters():
+            p += 0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel()))
+    return net
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_a_dit_told_embeddings(impl):
+    """It is the DiT whose label table has them embedded; its gradients and its difference too."""
+    net, conditions = _told_dit(impl), ByClass().label.weight.detach()
+    by_class = DiT(8, 4, 1, 16, 2, 2, num_classes=CLASSES)
+    state = {name: value for name, value in net.state_dict().items() if name not in ("null_condition",)}
+    state = {name: value for name, value in state.items() if not name.startswith("y_embedder")}
+    table = torch.cat([net.y_embedder(conditions[:CLASSES])[0], net.y_embedder(net.null_condition[None])[0]]).detach()
+    by_class.load_state_dict({**state, "y_embedder.embedding_table.weight": table})
+    generator = torch.Generator().manual_seed(0)
+    x, dx = torch.randn(2, 6, 1, 8, 8, generator=generator)
+    t, dt = torch.linspace(0.5, 0.9, 6), torch.full((6,), -1e-3)
+    labels = torch.tensor([3, 1, 4, 1, 5, 9])
+    found = net.forward_difference(x, t, t / 2, conditions[labels], 1e-3 * dx, dt)
+    wanted = by_class.forward_difference(x, t, t / 2, labels, 1e-3 * dx, dt)
+    for ours, theirs in zip(found, wanted, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(net(x, t, t, None), by_class(x, t, t, None), rtol=1e-4, atol=1e-6)
+    found[0].square().sum().backward()
+    wanted[0].square().sum().backward()
+    gradient = by_class.y_embedder.embedding_table.weight.grad
+    bias = net.y_embedder.mlp[2].bias.grad  # the sum over rows, as is that of the table
+    torch.testing.assert_close(bias, gradient.sum(0), rtol=1e-3, atol=1e-5)
+    assert net.y_embedder.mlp[0].weight.grad.abs().sum() > 0
+
+
+def test_a_dit_told_embeddings_trains_in_low_precision_from_a_configuration(tmp_path):
+    config = tiny_config(tmp_path, total_steps=4)
+    config = replace(config, model=replace(config.model, embedding_dim=WIDTH, num_classes=0))
+    config = replace(config, compute=replace(config.compute, precision="bf16"))
+    run = Trainer(config, dataset=_data(ByEmbedding()))
+    assert run.step.copy is not None
+    before = run.model.network.y_embedder.mlp[2].bias.detach().clone()
+    run.fit()
+    assert not torch.equal(run.model.network.y_embedder.mlp[2].bias, before)
+    assert "embedding_dim: 16" in (tmp_path / "config.yaml").read_text()
+    _, model, step = trainer.load_run(tmp_path, "cpu")
+    assert (model.network.num_classes, step) == (0, 4)
