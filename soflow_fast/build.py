@@ -150,8 +150,8 @@ def sample_shape(config: TrainConfig) -> tuple[int, int, int]:
     return config.model.in_channels, config.model.input_size, config.model.input_size
 
 
-def build_dataset(config: TrainConfig) -> Dataset:
-    """The training data of a configuration."""
+def build_dataset(config: TrainConfig, null_condition: Tensor | None = None) -> Dataset:
+    """The training data of a configuration; latents with conditions in place of labels where there is a null one."""
     data, model = config.data, config.model
     if data.kind == GIVEN:
         raise ValueError("data.kind='given' stands for Trainer(config, dataset=...); choose another data.kind")
@@ -169,7 +169,9 @@ def build_dataset(config: TrainConfig) -> Dataset:
         return ImageFolder(data.path, **form, flip=data.flip)
     form |= {"scale": data.latent_scale, "dtype": torch.bfloat16 if data.latent_precision == "bf16" else torch.float32}
     folder = find_moments_folder(data.path)
-    return LatentMoments(data.path, **form) if folder is None else MomentsFolder(folder, **form)
+    if folder is not None:
+        return MomentsFolder(folder, **form)
+    return LatentMoments(data.path, **form, with_conditions=null_condition is not None)
 
 
 def dataset_of_conditions(config: TrainConfig, network: nn.Module) -> Dataset | None:
@@ -178,14 +180,15 @@ def dataset_of_conditions(config: TrainConfig, network: nn.Module) -> Dataset | 
     Raises:
         ValueError: if they were given to the Trainer as an object.
     """
-    if conditions.null_condition(network) is None:
+    null = conditions.null_condition(network)
+    if null is None:
         return None
     if config.data.kind == GIVEN:
         raise ValueError(
             "this run's samples have the conditions of its data set's items, and that was given to the Trainer as an "
             "object; name its class in data.kind, or draw in Python: model.sample(noise, conditions)"
         )
-    return build_dataset(config)
+    return build_dataset(config, null)
 
 
 def check_dataset(config: TrainConfig, dataset: Dataset, null_condition: Tensor | None = None) -> float | None:

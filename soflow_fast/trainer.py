@@ -87,8 +87,9 @@ class Trainer:
         network = build.network_of(planned if model is None else model)
         if config.data.augment:
             Augment.check(network)
-        self.dataset = build.build_dataset(config) if dataset is None else dataset
-        latent_scale = build.check_dataset(config, self.dataset, null_condition(network))
+        null = null_condition(network)
+        self.dataset = build.build_dataset(config, null) if dataset is None else dataset
+        latent_scale = build.check_dataset(config, self.dataset, null)
         chosen, n = config.output.sample_labels, math.prod(config.output.sample_shape)
         classes, setting = config.model.num_classes, f"output.sample_labels={list(chosen)}"
         self._grid_labels = labels_of_samples(network, self.dataset, chosen, n, classes, setting)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from foreign_networks import UNet
-from runs import StopError, final, stop_at, tiny_config
+from runs import StopError, final, stop_at, tiny_config, write_latents
 from torch import nn
 from torch.utils.data import Dataset, TensorDataset
 
@@ -20,6 +20,7 @@ from soflow_fast.objectives.alphaflow import AlphaFlow
 from soflow_fast.objectives.flow_matching import FlowMatching
 from soflow_fast.objectives.improved_meanflow import ImprovedMeanFlow
 from soflow_fast.objectives.meanflow import MeanFlow
+from soflow_fast.step import TrainStep
 
 CLASSES, WIDTH = 10, 16
 
@@ -179,6 +180,32 @@ def test_a_run_of_data_given_as_an_object_says_how_to_sample(tmp_path, capsys):
     Trainer(config, dataset=_data(ByEmbedding())).fit()
     assert main(["sample", str(tmp_path), "--device", "cpu"]) == 2
     assert "name its class in data.kind, or draw in Python" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("on_device", [False, True])
+def test_latents_with_conditions_in_their_file(tmp_path, monkeypatch, on_device):
+    conditions = np.random.default_rng(0).standard_normal((40, 5)).astype(np.float32)
+    file = write_latents(tmp_path / "latents.hdf5", conditions=conditions)
+    data = DataConfig(kind="latents", path=str(file), workers=1, on_device=on_device)
+    config = tiny_config(tmp_path / "run", total_steps=4, data=data)
+    sizes = {"input_size": 8, "in_channels": 4, "patch_size": 4, "hidden_size": 16, "depth": 1, "num_heads": 2}
+    config = replace(config, model=ModelConfig(**sizes, num_classes=0, embedding_dim=5))
+    run = Trainer(config)
+    assert torch.equal(run.dataset.__getitems__([7, 3])[0][1], torch.from_numpy(conditions[7]))
+    given, step = [], TrainStep.__call__
+    monkeypatch.setattr(TrainStep, "__call__", lambda self, x, labels: given.append(labels) or step(self, x, labels))
+    run.fit()
+    rows = {tuple(row) for row in conditions.tolist()}
+    assert all(tuple(row) in rows for labels in given for row in labels.tolist())
+    assert len({tuple(row) for row in given[0].tolist()}) == 16
+    arguments = ["sample", str(tmp_path / "run"), "--device", "cpu", "--count", "2", "--labels", "1"]
+    for item in ("1", "2"):
+        assert main([*arguments[:-1], item, "--out", str(tmp_path / item)]) == 0
+    assert not np.array_equal(np.load(tmp_path / "1.npy"), np.load(tmp_path / "2.npy"))
+    shorter = write_latents(tmp_path / "shorter.hdf5", conditions=conditions[:39])
+    config = replace(config, data=replace(data, path=str(shorter)))
+    with pytest.raises(ValueError, match="has no array 'conditions' of 40 rows"):
+        Trainer(config)
 
 
 def test_conditions_of_items_are_read_when_they_are_needed():

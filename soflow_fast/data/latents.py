@@ -2,7 +2,7 @@
 
 Arrays: ``latents`` float (N, 2C, S, S), the mean and then the standard deviation of each latent, unscaled; ``labels``
 integer (N,); scalars ``amount`` = N and ``latent_size`` = S. A file of ``soflow encode`` also counts the rows that are
-there, in the scalar ``written``.
+there, in the scalar ``written``. For networks that are told conditions there is another array, ``conditions`` (N, ...).
 """
 
 import os
@@ -18,11 +18,12 @@ PUBLIC_NAME = "imagenet_latent.hdf5"
 
 
 class LatentMoments(Moments):
-    """Map-style data set of (moments, label), read from the file as it is used.
+    """Map-style data set of (moments, label), or of (moments, condition), read from the file as it is used.
 
     Args:
         path: of the file, or of the folder that holds ``imagenet_latent.hdf5``. channels: C. size: S.
         num_classes, scale, dtype: see :class:`~soflow_fast.data.moments.Moments`.
+        with_conditions: whether items have the file's conditions in place of labels.
 
     Raises:
         ValueError: for a file that is missing, damaged, incomplete or of another form, and see there.
@@ -37,8 +38,9 @@ class LatentMoments(Moments):
         num_classes: int,
         scale: float,
         dtype: torch.dtype = torch.float32,
+        with_conditions: bool = False,
     ):
-        path = Path(path)
+        path, self._with_conditions = Path(path), with_conditions
         self.path = path / PUBLIC_NAME if path.is_dir() else path
         self._file: h5py.File | None = None
         self._opened_by: int | None = None
@@ -60,9 +62,15 @@ class LatentMoments(Moments):
         super().__init__(self.path, labels, probes, num_classes=num_classes, scale=scale, dtype=dtype)
 
     def _read(self, rows: np.ndarray | slice) -> np.ndarray:
+        return self._array("latents")[rows].astype(np.float32, copy=False)
+
+    def _told(self, rows: np.ndarray | slice) -> np.ndarray:
+        return self._array("conditions")[rows] if self._with_conditions else super()._told(rows)
+
+    def _array(self, name: str) -> h5py.Dataset:
         if self._opened_by != os.getpid():  # a worker must not share the file position of the process it came from
             self._file, self._opened_by = h5py.File(self.path, "r"), os.getpid()
-        return self._file["latents"][rows].astype(np.float32, copy=False)
+        return self._file[name]
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_file": None, "_opened_by": None}
@@ -84,6 +92,12 @@ class LatentMoments(Moments):
             raise ValueError(
                 f"the labels in {self.path} are {file['labels'].dtype} of shape {file['labels'].shape}; "
                 f"they must be integers of shape ({shape[0]},), one per latent"
+            )
+        conditions = file.get("conditions")
+        if self._with_conditions and (not isinstance(conditions, h5py.Dataset) or conditions.shape[:1] != shape[:1]):
+            raise ValueError(
+                f"the latents file {self.path} has no array 'conditions' of {shape[0]} rows, and this network is told "
+                "conditions; add it with h5py, a row for each latent"
             )
         for name, value in (("amount", shape[0]), ("latent_size", size), ("written", shape[0])):
             if name in file and int(file[name][()]) != value:

@@ -85,7 +85,11 @@ class Moments(Dataset, ABC):
         return self._pair(slice(start, stop))
 
     def _pair(self, rows: np.ndarray | slice) -> tuple[Tensor, Tensor]:
-        return torch.from_numpy(self._read(rows)).to(self.dtype), torch.from_numpy(self.labels[rows])
+        return torch.from_numpy(self._read(rows)).to(self.dtype), torch.from_numpy(self._told(rows))
+
+    def _told(self, rows: np.ndarray | slice) -> np.ndarray:
+        """What the network is told of some rows."""
+        return self.labels[rows]
 
     def _check_labels(self, num_classes: int) -> None:
         labels = self.labels
