@@ -6,6 +6,7 @@ renamed, and it counts only while its marker ``COMMITTED`` exists, which is remo
 """
 
 import json
+import math
 import os
 import re
 import shutil
@@ -21,6 +22,7 @@ CHECKPOINTS = "checkpoints"
 
 _MARKER = "COMMITTED"
 _STAYS = "KEEP"
+_SCORE = "SCORE"
 _WRITING = ".writing-"
 
 
@@ -53,9 +55,11 @@ def committed(folder: Path) -> list[Path]:
 
 
 def save(folder: Path, state: State, keep: int, keep_every: int = 0) -> Path:
-    """Writes a checkpoint, then removes all but the newest ``keep`` and those marked to stay; returns its path.
+    """Writes a checkpoint, then removes all but the newest ``keep``, those marked to stay and the best; returns its
+    path.
 
     Those of every ``keep_every``-th step, 0 for none, are marked by an empty file ``KEEP``, as a user may mark others.
+    The best is the one of the lowest score among those that :func:`add_score` gave one.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for unfinished in folder.glob(f"{_WRITING}*"):
@@ -82,12 +86,36 @@ def save(folder: Path, state: State, keep: int, keep_every: int = 0) -> Path:
     _remove(final)
     os.rename(temporary, final)
     flush(folder)
-    whole = committed(folder)
-    kept = whole[-keep:] + [path for path in whole if (path / _STAYS).exists()]
-    for old in step_folders(folder):
-        if old not in kept:
-            _remove(old)
+    _prune(folder, keep)
     return final
+
+
+def add_score(path: Path, score: float, keep: int) -> None:
+    """Gives a checkpoint a score, of which the lowest is the best; then removes others as :func:`save` does.
+
+    It is a number in the checkpoint's file ``SCORE``: the former best needs no change, whenever this is killed.
+    """
+    temporary = path / f".{_SCORE}.writing"
+    temporary.write_text(f"{score!r}\n")
+    flush(temporary)
+    os.replace(temporary, path / _SCORE)
+    flush(path)
+    _prune(path.parent, keep)
+
+
+def score_of(path: Path) -> float | None:
+    """The score of a checkpoint, if it has one."""
+    try:
+        score = float((path / _SCORE).read_text())
+    except (OSError, ValueError):
+        return None
+    return None if math.isnan(score) else score
+
+
+def best(folder: Path) -> Path | None:
+    """The checkpoint of the lowest score, of equal ones the oldest; None where none has a score."""
+    scores = {path: score_of(path) for path in committed(folder)}
+    return min((path for path in scores if scores[path] is not None), key=scores.get, default=None)
 
 
 def load(path: Path, device: torch.device | str = "cpu") -> State:
@@ -174,6 +202,14 @@ def step_of(path: Path) -> int:
 def on_host(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Copies on the CPU, as safetensors takes them: no two in one memory, as tied parameters are."""
     return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
+
+
+def _prune(folder: Path, keep: int) -> None:
+    whole = committed(folder)
+    kept = [*whole[-keep:], *(path for path in whole if (path / _STAYS).exists()), best(folder)]
+    for old in step_folders(folder):
+        if old not in kept:
+            _remove(old)
 
 
 def _remove(path: Path) -> None:

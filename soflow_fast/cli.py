@@ -19,38 +19,22 @@ from typing import Any
 import torch
 import yaml
 
-from soflow_fast import build, distributed, doctor
+from soflow_fast import build, distributed, doctor, sampling_options
+from soflow_fast.build import resolve_device
 from soflow_fast.conditions import OfItems
 from soflow_fast.config import TrainConfig
 from soflow_fast.config_io import read_yaml
 from soflow_fast.dry_run import describe
 from soflow_fast.encode import encode
 from soflow_fast.evaluate import check_evaluation, compared_with, evaluate, evaluation_name
-from soflow_fast.images import (
-    are_images,
-    labels_of_samples,
-    save_folder,
-    save_npz,
-    save_samples,
-    vae_decoder,
-)
+from soflow_fast.images import are_images, labels_of_samples, save_folder, save_npz, save_samples
 from soflow_fast.imported import of_imported_code
 from soflow_fast.interop import public_words
 from soflow_fast.precision import PRECISIONS
-from soflow_fast.sample import SAMPLE_PRECISIONS, Decoder, Sampler
+from soflow_fast.sample import Sampler
+from soflow_fast.sampling_options import EVAL_VARIANTS, SAMPLE_VARIANTS, decoder, set_sampling, variant, with_vae
 from soflow_fast.stopping import StoppedBySignal
 from soflow_fast.trainer import Trainer, load_run
-
-# What a run's samples can be drawn with beside its own, and how files of them are called.
-_VARIANTS = {
-    "ema_std": "ema",
-    "guidance_scale": "guidance",
-    "guidance_interval": "interval",
-    "renoise": "renoise",
-}
-_SAMPLE_VARIANTS = {"step": "at", **_VARIANTS}
-_EVAL_VARIANTS = {**_VARIANTS, "vae": "vae", "precision": "precision"}
-_NOT_IN_NAMES = str.maketrans("./", "_-")
 
 _STEPS = "sampling steps, each of one network call, or of flow_matching.ode_steps for flow_matching"
 _OVERRIDES = "any value of the configuration by its name, such as --optimizer.learning_rate 3e-4"
@@ -67,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.path.insert(0, "")  # as of `python -m`: networks and data sets that a configuration names
     try:
         args.command(args)
-    except (ValueError, OSError, FloatingPointError) as error:
+    except (ValueError, OSError, FloatingPointError, distributed.OtherProcessError) as error:
         if of_imported_code(error):
             raise
         print(f"soflow: {distributed.whose()}{' '.join(str(error).split())}", file=sys.stderr)
@@ -151,34 +135,7 @@ def _parser() -> argparse.ArgumentParser:
     for sub in (encoder, sample, score, demo):
         sub.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default auto)")
     for sub in (sample, score):
-        sub.add_argument(
-            "--step", type=int, help="of the training: an older checkpoint that was kept (default: the newest)"
-        )
-        sub.add_argument(
-            "--ema-std",
-            type=float,
-            help="of a run with ema.posthoc: the average of this relative standard deviation, such as 0.08 "
-            "(default: the average of ema.decay)",
-        )
-        sub.add_argument("--guidance-scale", type=float, help="of a run of improved_meanflow (default: as configured)")
-        sub.add_argument(
-            "--guidance-interval",
-            type=_two_times,
-            help="the times that are guided, such as 0.3,0.8; likewise (default: as configured)",
-        )
-        sub.add_argument(
-            "--renoise",
-            action=argparse.BooleanOptionalAction,
-            help="in several steps, jump to data and add noise again, or go from time to time (default: as published "
-            "for the objective: soflow renoises)",
-        )
-        sub.add_argument("--vae", help="autoencoder that decodes latents (default: data.vae of the run)")
-        sub.add_argument("--precision", choices=SAMPLE_PRECISIONS, help="default bf16 on a GPU, else fp32")
-        sub.add_argument(
-            "--compile",
-            action=argparse.BooleanOptionalAction,
-            help="compile the sampling, and make it a CUDA graph on a GPU (default on a GPU)",
-        )
+        sampling_options.add(sub)
     add("doctor", _doctor, "what is installed, which GPU there is, and what would be chosen")
     return parser
 
@@ -198,6 +155,7 @@ def _train(args: argparse.Namespace) -> None:
 
 
 def _encode(args: argparse.Namespace) -> None:
+    distributed.require_alone("soflow encode")
     names = ("vae", "size", "batch", "device", "precision", "workers", "flip")
     done = encode(args.images, args.out, **{name: getattr(args, name) for name in names})
     print(f"{done.rows} latents {done.shape} of {done.num_classes or 'no'} classes: {done.path}; in the configuration:")
@@ -205,10 +163,12 @@ def _encode(args: argparse.Namespace) -> None:
 
 
 def _sample(args: argparse.Namespace) -> None:
+    distributed.require_alone("soflow sample")
     _require_positive("--count", args.count)
     _require_positive("--steps", args.steps)
-    config, model, _ = load_run(args.run, args.device, ema_std=args.ema_std, step=args.step)
-    _set_sampling(model, config.objective, args)
+    config, model, loaded = load_run(args.run, args.device, ema_std=args.ema_std, step=args.step)
+    args.step = loaded if args.step == "best" else args.step  # as files are called
+    set_sampling(model, config.objective, args)
     labels = _labels(args.labels, args.count, config, model)
     sampler = Sampler(
         model,
@@ -219,7 +179,7 @@ def _sample(args: argparse.Namespace) -> None:
         precision=args.precision,
         compile=args.compile,
     )
-    decode = _decoder(_with_vae(config, args.vae), model)
+    decode = decoder(with_vae(config, args.vae), model)
     of_images = decode is not None or are_images(config.model.in_channels)
     path = _destination(args, of_images)
     untimed = ""
@@ -244,7 +204,7 @@ def _sample(args: argparse.Namespace) -> None:
 
 def _destination(args: argparse.Namespace, of_images: bool) -> Path:
     """Where samples are to be written, of a grid without suffix; ValueError, before any is drawn, if they cannot be."""
-    default = Path(args.run) / "samples" / f"{args.steps}-step{_variant(args, _SAMPLE_VARIANTS)}"
+    default = Path(args.run) / "samples" / f"{args.steps}-step{variant(args, SAMPLE_VARIANTS)}"
     path = Path(args.out) if args.out else default
     if args.format == "grid":
         return path
@@ -260,8 +220,14 @@ def _destination(args: argparse.Namespace, of_images: bool) -> Path:
 
 
 def _eval(args: argparse.Namespace) -> None:
-    config, model, step = load_run(args.run, args.device, ema_std=args.ema_std, step=args.step)
-    _set_sampling(model, config.objective, args)
+    processes = distributed.join(resolve_device(args.device))
+    config, model, step = load_run(args.run, str(processes.device), ema_std=args.ema_std, step=args.step)
+    if len(set(processes.of_all(lambda: step))) > 1:
+        raise ValueError(
+            f"the run {args.run} went on while its weights were read, and not all processes have the same step; "
+            "choose it by --step"
+        )
+    set_sampling(model, config.objective, args)
     given = {
         "samples": args.count,
         "steps": args.steps,
@@ -270,9 +236,9 @@ def _eval(args: argparse.Namespace) -> None:
         "weights": args.weights,
     }
     wanted = replace(config.evaluation, **{name: value for name, value in given.items() if value is not None})
-    config = replace(_with_vae(config, args.vae), evaluation=wanted)
-    check_evaluation(config)
-    name = f"{evaluation_name(config, step, args.seed)}{_variant(args, _EVAL_VARIANTS)}"
+    config = replace(with_vae(config, args.vae), evaluation=wanted)
+    processes.of_all(lambda: check_evaluation(config) if processes.is_first else None)
+    name = f"{evaluation_name(config, step, args.seed)}{variant(args, EVAL_VARIANTS)}"
     folder = Path(args.run) / "evaluation" / name
     precision = args.precision or ("bf16" if next(model.parameters()).is_cuda else "fp32")
     scores = evaluate(
@@ -280,11 +246,15 @@ def _eval(args: argparse.Namespace) -> None:
         config,
         folder,
         dataset=build.dataset_of_conditions(config, model.network),
-        decode=_decoder(config, model),
+        decode=decoder(config, model),
         seed=args.seed,
         precision=precision,
         compile=args.compile,
+        processes=processes,
     )
+    distributed.leave()
+    if not processes.is_first:
+        return
     folder.parent.mkdir(parents=True, exist_ok=True)
     path = folder.with_suffix(".json")
     about = {
@@ -308,6 +278,7 @@ def _eval(args: argparse.Namespace) -> None:
 
 
 def _demo(args: argparse.Namespace) -> None:
+    distributed.require_alone("soflow demo")
     missing = [name for name in ("matplotlib", "sklearn", "torch_fidelity") if find_spec(name) is None]
     if missing:
         raise ValueError(f"the demo needs {', '.join(missing)}, not installed; run pip install 'soflow-fast[demo]'")
@@ -349,46 +320,6 @@ class _Timed:
             return next(self._items)
         finally:
             self.seconds += time.perf_counter() - started
-
-
-def _variant(args: argparse.Namespace, options: dict[str, str]) -> str:
-    """What tells files of other options apart from those of the run's own; a dot would begin a suffix."""
-    given = {short: getattr(args, name) for name, short in options.items() if getattr(args, name) is not None}
-    values = {short: "-".join(map(str, x)) if isinstance(x, tuple) else x for short, x in given.items()}
-    return "".join(f"-{short}-{value}" for short, value in values.items()).lower().translate(_NOT_IN_NAMES)
-
-
-def _set_sampling(model: torch.nn.Module, objective: str, args: argparse.Namespace) -> None:
-    if args.renoise is not None:
-        model.renoises = args.renoise
-    scale, interval = args.guidance_scale, args.guidance_interval
-    if scale is None and interval is None:
-        return
-    if not hasattr(model, "set_sample_guidance"):
-        name = "--guidance-interval" if scale is None else "--guidance-scale"
-        raise ValueError(
-            f"{name} is for runs of improved_meanflow; the guidance of this run, of {objective}, is in its weights"
-        )
-    model.require_trained(scale, interval, ("--guidance-scale ", "--guidance-interval "))
-    model.set_sample_guidance(scale, interval)
-
-
-def _two_times(text: str) -> tuple[float, float]:
-    try:
-        start, end = (float(part) for part in text.split(","))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not two times, such as 0.3,0.8") from None
-    return start, end
-
-
-def _with_vae(config: TrainConfig, vae: str | None) -> TrainConfig:
-    return replace(config, data=replace(config.data, vae=vae or config.data.vae))
-
-
-def _decoder(config: TrainConfig, model: torch.nn.Module) -> Decoder | None:
-    if config.data.vae is None:
-        return None
-    return vae_decoder(config.data.vae, config.data.latent_scale, next(model.parameters()).device)
 
 
 def _require_positive(name: str, value: int) -> None:

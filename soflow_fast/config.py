@@ -145,6 +145,9 @@ class OutputConfig(Section, section="output."):
         log_every: metrics. sample_every: sample grids, of sample_shape (rows, columns) in sample_steps sampling steps;
             sample_labels: their classes, repeated in turn, by default as evenly as they fit. checkpoint_every:
             checkpoints, of which the newest keep_checkpoints stay, and those whose step is a multiple of keep_every.
+        keep_best: whether the one with the lowest Fréchet distance in the evaluations during training stays too, by
+            ``frechet``, or of the digits ``frechet_all``; it is compared as it is, also where the evaluation's settings
+            changed within the run.
     """
 
     log_every: int = 100
@@ -155,6 +158,7 @@ class OutputConfig(Section, section="output."):
     checkpoint_every: int = 10_000
     keep_checkpoints: int = 3
     keep_every: int = 0
+    keep_best: bool = False
 
     def __post_init__(self):
         super().__post_init__()
@@ -279,6 +283,12 @@ class TrainConfig(Section):
             "choose one that does",
         )
         self.optimizer.check_total_steps(self.total_steps)
+        scored, saved = self.evaluation.every, self.output.checkpoint_every
+        require(
+            not self.output.keep_best or (scored and saved and scored % saved == 0),
+            f"output.keep_best=True needs a checkpoint of every step that is evaluated: evaluation.every={scored} must "
+            f"be a multiple of output.checkpoint_every={saved}, and both greater than 0",
+        )
 
     @property
     def objective_section(self) -> Any:

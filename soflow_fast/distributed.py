@@ -23,6 +23,10 @@ _LONGEST_WAIT = timedelta(days=1)
 _LAST_WORK_SECONDS = 0.2
 
 
+class OtherProcessError(RuntimeError):
+    """What another process failed in, which raises its own error."""
+
+
 class Processes:
     """This process among those of a run.
 
@@ -53,6 +57,14 @@ class Processes:
         n = batch // self.world_size
         return slice(self.rank * n, (self.rank + 1) * n)
 
+    def share(self, n: int, batch: int) -> range:
+        """This process's part of samples 0 to n-1, in whole batches, so that each is that of one process; the first's
+        is never empty.
+        """
+        batches = -(-n // batch)
+        start, stop = (-(-rank * batches // self.world_size) * batch for rank in (self.rank, self.rank + 1))
+        return range(min(start, n), min(stop, n))
+
     def sum(self, values: Tensor) -> Tensor:
         """The sum over the processes; ``values`` may be overwritten."""
         if self.world_size > 1:
@@ -71,6 +83,28 @@ class Processes:
         if self.world_size > 1:
             dist.broadcast_object_list(result, src=0, group=self._host)
         return result[0]
+
+    def of_all(self, work: Callable[[], Any]) -> list[Any]:
+        """What ``work`` returns in each process, by rank; where it fails in one, all of them raise.
+
+        Raises:
+            OtherProcessError: where it failed in another process only; its own error where it failed in this one.
+        """
+        if self.world_size == 1:
+            return [work()]
+        result = error = failure = None
+        try:
+            result = work()
+        except Exception as caught:
+            error, failure = caught, f"process {self.rank} failed with {type(caught).__name__}: {caught}"
+        found = [None] * self.world_size
+        dist.all_gather_object(found, (result, failure), group=self._host)
+        if error is not None:
+            raise error
+        for _, theirs in found:
+            if theirs is not None:
+                raise OtherProcessError(theirs)
+        return [theirs for theirs, _ in found]
 
 
 def join(device: torch.device) -> Processes:
@@ -98,6 +132,16 @@ def join(device: torch.device) -> Processes:
             dist.init_process_group("gloo")
     atexit.register(time.sleep, _LAST_WORK_SECONDS)
     return Processes(dist.get_rank(), world_size, device)
+
+
+def require_alone(command: str) -> None:
+    """ValueError if torchrun started several processes, for a command that works in one."""
+    world_size = os.environ.get("WORLD_SIZE", "1")
+    if world_size != "1":
+        raise ValueError(
+            f"{command} works in one process, and WORLD_SIZE={world_size} says that there are more; start it without "
+            "torchrun"
+        )
 
 
 def whose() -> str:

@@ -8,8 +8,10 @@ import importlib.util
 import itertools
 import logging
 import re
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,12 +21,15 @@ from torch.utils.data import Dataset
 from soflow_fast.build import sample_shape
 from soflow_fast.config import TrainConfig
 from soflow_fast.data import CIFAR10, digits
+from soflow_fast.distributed import Processes
 from soflow_fast.images import Decoder, are_images, generate, labels_of_samples, save_folder
 
 _log = logging.getLogger(__name__)
 
 _INCEPTION = "inception-v3-compat"
 _IMAGE_SUFFIXES = "png,jpg,jpeg,bmp,webp"
+# How long a network file system may take to show the first process what the others wrote.
+_SEEN_WITHIN_SECONDS = 60
 _REFERENCES = "a folder of real images or a .npz file of their statistics"
 
 
@@ -120,6 +125,7 @@ def evaluate(
     seed: int = 0,
     precision: str | None = None,
     compile: bool | None = None,
+    processes: Processes | None = None,
 ) -> dict[str, float | str]:
     """Draws samples and scores them as the configuration's ``evaluation`` section says.
 
@@ -132,38 +138,76 @@ def evaluate(
     :func:`soflow_fast.fidelity.distance_to_statistics`; nothing is resized then: the samples are scored at their own
     size, and that of the real images is not known. Grey samples count as RGB with three equal channels.
 
+    Several processes, all of which must call this, each draw, decode and write a share of the images, which are those
+    of one process. The first scores them, and does alone what is no image file: the digits, and latents.
+
     Args:
         model: an objective, its weights already those to score. folder: for the samples of images and latents, in
             place of any that are there.
         dataset: whose items' conditions are drawn for, evenly spread, where the network is told conditions.
         decode: from latents to images, see :func:`soflow_fast.images.vae_decoder`. seed: of the noise.
         precision, compile: of the sampling, see :class:`~soflow_fast.sample.Sampler`.
+        processes: of the run; by default this one is alone.
 
     Returns:
-        The scores by name, and under ``samples`` where the samples were written.
+        The scores by name, and under ``samples`` where the samples were written; in all processes.
+
+    Raises:
+        OtherProcessError: where another process failed; whatever fails in one ends this in all of them.
     """
     wanted = config.evaluation
     labels = labels_of_samples(model.network, dataset, (), wanted.samples, config.model.num_classes)
-    parts = generate(
-        model,
-        labels,
-        wanted.samples,
-        sample_shape(config),
-        steps=wanted.steps,
-        seed=seed,
-        batch=wanted.batch_size,
-        decode=decode,
-        precision=precision,
-        compile=compile,
-    )
+    processes = processes or Processes(0, 1, next(model.parameters()).device)
+    share = processes.share(wanted.samples, wanted.batch_size)
+
+    def draw(rows: range | None = None) -> Iterator[Tensor]:
+        return generate(
+            model,
+            labels,
+            wanted.samples,
+            sample_shape(config),
+            steps=wanted.steps,
+            seed=seed,
+            batch=wanted.batch_size,
+            decode=decode,
+            precision=precision,
+            compile=compile,
+            rows=rows,
+        )
+
+    def of_first(work: Callable[[], Any]) -> Any:  # with a failure that all notice
+        return processes.of_all(lambda: work() if processes.is_first else None)[0]
+
     if config.data.kind == "digits":
-        return digit_scores(torch.cat(list(parts)), labels)
+        return of_first(lambda: digit_scores(torch.cat(list(draw())), labels))
     if decode is None and not _are_pixels(config):
-        return {"samples": str(_write_latents(parts, wanted.samples, config, folder))}
+        return of_first(lambda: {"samples": str(_write_latents(draw(), wanted.samples, config, folder))})
+    of_first(lambda: _empty(folder))
+    size = processes.of_all(lambda: save_folder(draw(share), folder, share.start) if share else None)[0]
+    if processes.world_size > 1:
+        of_first(lambda: _await_samples(folder, wanted.samples))
+    return of_first(lambda: _image_scores(folder, size, config))
+
+
+def _empty(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for earlier in folder.glob("*.png"):
         earlier.unlink()
-    size = save_folder(parts, folder)
+
+
+def _await_samples(folder: Path, n: int) -> None:
+    """ValueError if this process does not see what the others wrote."""
+    until = time.monotonic() + _SEEN_WITHIN_SECONDS
+    while (found := sum(1 for _ in folder.glob("*.png"))) < n:
+        if time.monotonic() > until:
+            raise ValueError(
+                f"the first process sees {found} of the {n} samples in {folder}, and not those of the others; choose a "
+                "run_dir in a file system that all processes share"
+            )
+        time.sleep(1)
+
+
+def _image_scores(folder: Path, size: int, config: TrainConfig) -> dict[str, float | str]:
     scores: dict[str, float | str] = {"samples": str(folder)}
     reference = _reference(config)
     if reference is None:

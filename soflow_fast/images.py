@@ -33,10 +33,13 @@ def generate(
     decode: Decoder | None = None,
     precision: str | None = "fp32",
     compile: bool | None = False,
+    rows: range | None = None,
 ) -> Iterator[Tensor]:
-    """Samples 0 to n-1 of a model; arguments and results are those of :class:`~soflow_fast.sample.Sampler`."""
+    """Samples 0 to n-1 of a model, or ``rows`` of them; arguments and results are those of
+    :class:`~soflow_fast.sample.Sampler`.
+    """
     options = {"steps": steps, "seed": seed, "batch": min(batch, n), "precision": precision, "compile": compile}
-    return Sampler(model, shape, **options).draw(labels, n, decode)
+    return Sampler(model, shape, **options).draw(labels, n, decode, rows)
 
 
 def balanced_labels(n: int, num_classes: int) -> Tensor | None:
@@ -168,10 +171,14 @@ def save_samples(samples: Tensor, stem: Path, columns: int) -> Path:
     return path
 
 
-def save_folder(parts: Iterable[Tensor], folder: Path) -> int:
-    """Writes every image, of parts (at most B, C, H, W), to ``000000.png`` and so on; returns how many pixels wide."""
+def save_folder(parts: Iterable[Tensor], folder: Path, first: int = 0) -> int:
+    """Writes every image, of parts (at most B, C, H, W), to ``000000.png`` and so on; returns how many pixels wide.
+
+    Args:
+        first: number of the first image.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    for number, image in enumerate(image for part in parts for image in part):
+    for number, image in enumerate((image for part in parts for image in part), first):
         save_png(image, folder / f"{number:06d}.png")
     return image.shape[-1]
 

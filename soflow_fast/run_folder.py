@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 from torch import nn
 
@@ -89,7 +90,7 @@ def load_run(
     *,
     model: nn.Module | None = None,
     ema_std: float | None = None,
-    step: int | None = None,
+    step: int | Literal["best"] | None = None,
 ) -> tuple[TrainConfig, nn.Module, int]:
     """The configuration of a run, its model with the averaged weights of a checkpoint, and the step.
 
@@ -98,7 +99,8 @@ def load_run(
         model: the network or objective of a run that was given one as an object; it takes the weights.
         ema_std: takes in place of those averages, and at the step of the newest snapshot, the ones of this relative
             standard deviation, see :func:`soflow_fast.posthoc.reconstruct`.
-        step: of the checkpoint, or with ``ema_std`` of the snapshots; by default the newest.
+        step: of the checkpoint, or with ``ema_std`` of the snapshots; by default the newest; ``best`` for the one that
+            ``output.keep_best`` keeps.
 
     Raises:
         ValueError: if there is no such run, no checkpoint in it or none of that step, the run was of another model, or
@@ -113,6 +115,14 @@ def load_run(
     found = checkpoint.committed(run_dir / CHECKPOINTS)
     if not found:
         raise ValueError(f"the run {run_dir} has no checkpoint yet; let it train to its first one")
+    if step == "best":
+        best = checkpoint.best(run_dir / CHECKPOINTS)
+        if best is None:
+            raise ValueError(
+                f"the run {run_dir} has no best checkpoint, as none has a score; train it with output.keep_best and "
+                "evaluation.every, or give a step"
+            )
+        step = checkpoint.step_of(best)
     path = next((path for path in found if checkpoint.step_of(path) == step), found[-1])
     if ema_std is None and step not in (None, checkpoint.step_of(path)):
         steps = ", ".join(str(checkpoint.step_of(path)) for path in found)

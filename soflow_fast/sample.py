@@ -147,22 +147,26 @@ class Sampler:
         self._graph: Captured | None = None
         self._first_row = torch.zeros((), dtype=torch.int64, device=self.device)
 
-    def draw(self, labels: Tensor | OfItems | None, n: int, decode: Decoder | None = None) -> Iterator[Tensor]:
-        """Samples 0 to n-1, in batches.
+    def draw(
+        self, labels: Tensor | OfItems | None, n: int, decode: Decoder | None = None, rows: range | None = None
+    ) -> Iterator[Tensor]:
+        """Samples 0 to n-1, in batches, or those of them in ``rows``.
 
         Args:
             labels: (n,) int64; (n, 1+k) floating point, the label and what else the network is told of a sample;
                 (n, ...) conditions; or None for "no label". decode: from latents to images, see
-                :func:`soflow_fast.images.vae_decoder`.
+                :func:`soflow_fast.images.vae_decoder`. rows: by default all; from a multiple of B on they are bitwise
+                those of all.
 
         Yields:
             (at most B, C, H, W) float32, or what decode makes of them, on the CPU.
         """
         if self._copy is not None:
             self._copy.write()  # also after weights were exchanged by their .data, which counts as no new version
-        for first in range(0, n, self.batch):
+        rows = range(n) if rows is None else rows
+        for first in range(rows.start, rows.stop, self.batch):
             some = None if labels is None else labels[first : first + self.batch].to(self.device)
-            samples = self(some, first)[: n - first]
+            samples = self(some, first)[: rows.stop - first]
             yield (samples if decode is None else decode(samples)).float().cpu()
 
     def __call__(self, labels: Tensor | None, first_row: int = 0) -> Tensor:

@@ -1,6 +1,5 @@
 """The training run: steps, metrics, sample grids, checkpoints, and going on where it stopped."""
 
-import logging
 import math
 import os
 from collections.abc import Callable, Iterator
@@ -22,18 +21,17 @@ from soflow_fast.config import TrainConfig
 from soflow_fast.data import batches, load_resident
 from soflow_fast.dit import DiT
 from soflow_fast.ema import EMA, PowerEMA
-from soflow_fast.evaluate import check_evaluation, evaluate, why_unscored
+from soflow_fast.evaluate import check_evaluation
 from soflow_fast.fingerprint import fingerprint
 from soflow_fast.images import are_images, generate, labels_of_samples, save_samples, vae_decoder
 from soflow_fast.logs import Meter, Quiet, RunLog
 from soflow_fast.optim import OPTIMIZERS
 from soflow_fast.run_folder import load_run
+from soflow_fast.scoring import Scoring
 from soflow_fast.step import TrainStep
 from soflow_fast.stopping import StoppedBySignal, StopSignal
 
 __all__ = ["Trainer", "load_run"]
-
-_log = logging.getLogger(__name__)
 
 
 class Trainer:
@@ -47,9 +45,9 @@ class Trainer:
     Such steps, and any whose loss is not finite, are counted on the device and looked at whenever metrics or a
     checkpoint are written; more than ``max_skipped_steps`` of them stop the run, before anything is saved.
 
-    Started by torchrun, every process takes its rows of each batch and the first alone writes; a run may go on with
-    another number of processes, which only changes what the network draws by itself, such as dropout. The folder must
-    be in a file system that all of them see.
+    Started by torchrun, every process takes its rows of each batch and its share of the samples of an evaluation, and
+    the first alone writes the rest; a run may go on with another number of processes, which only changes what the
+    network draws by itself, such as dropout. The folder must be in a file system that all of them see.
 
     Args:
         config: see :class:`~soflow_fast.TrainConfig`.
@@ -177,7 +175,9 @@ class Trainer:
         start, skipped = self._restore(data)
         origin = self._load_initial_weights() if start == 0 else None
         self.processes.of_first(partial(self._claim_folder, start, data))
-        if start == config.total_steps:
+        scoring = Scoring(config, self.model, self.ema, self.dataset, self.processes, self._decode)
+        owed = scoring.owed(start)
+        if start == config.total_steps and not owed:
             return last_checkpoint
         meter = Meter(self.processes, skipped)
         first, num_classes = self.processes.is_first, config.model.num_classes
@@ -208,11 +208,13 @@ class Trainer:
         )
         if self._decode is None and not are_images(config.model.in_channels):
             log.say("no autoencoder is set (data.vae), so samples stay latents: arrays in .npy files")
-        unscored = why_unscored(config)
-        if config.evaluation.every and unscored:
-            log.say(f"no evaluation during training: {unscored}")
+        if scoring.lacking:
+            log.say(f"no evaluation during training: {scoring.lacking}")
         steps = stop.kept_from_workers(steps)
         try:
+            if owed:
+                with log.off_the_clock():
+                    scoring(start, log)
             for done, (x, labels) in enumerate(steps, start + 1):
                 learning_rate = self._set_learning_rate(done - 1)
                 with self._draws_of_the_network(done):
@@ -240,8 +242,8 @@ class Trainer:
                         raise StoppedBySignal(stopped)
                     if _due(done, output.sample_every):
                         self.processes.of_first(partial(self._write_samples, done))
-                    if not unscored and _due(done, config.evaluation.every):
-                        self.processes.of_first(partial(self._evaluate, done, log))
+                    if scoring.due(done):
+                        scoring(done, log)
         finally:
             steps.close()
             log.close()
@@ -389,17 +391,6 @@ class Trainer:
             )
             samples = torch.cat(list(parts))
         save_samples(samples, self.run_dir / "samples" / f"step-{step:08d}", output.sample_shape[1])
-
-    def _evaluate(self, step: int, log: RunLog | Quiet) -> None:
-        """Scores the averaged weights; a failure costs this score and not the training."""
-        folder = self.run_dir / "evaluation" / "during-training"  # the next one overwrites its samples
-        try:
-            with self.ema.applied():
-                scores = evaluate(self.model, self.config, folder, dataset=self.dataset, decode=self._decode)
-        except Exception as error:
-            _log.warning("the evaluation at step %d failed, and training goes on: %s", step, error, exc_info=error)
-            return
-        log.append({"step": step, **{f"evaluation/{name}": value for name, value in scores.items()}})
 
 
 def _due(step: int, every: int) -> bool:

@@ -16,11 +16,14 @@ FLOORS = [
         "difference_nonlinear", "difference_rules", "differencing", "imported", "interop", "paths",
     ],
     [
-        "attention", "augment", "build", "capture", "checkpoint", "conditions", "data", "dit", "ema", "encode",
-        "evaluate", "fidelity", "fingerprint", "given", "images", "layers", "memory", "objectives", "optim", "pair",
-        "posthoc", "precision", "sample", "unet", "weights",
+        "attention", "augment", "build", "capture", "checkpoint", "conditions", "data", "distributed", "dit", "ema",
+        "encode", "evaluate", "fidelity", "fingerprint", "given", "images", "layers", "memory", "objectives", "optim",
+        "pair", "posthoc", "precision", "sample", "unet", "weights",
     ],
-    ["cli", "demo", "distributed", "doctor", "dry_run", "logs", "run_folder", "step", "stopping", "trainer"],
+    [
+        "cli", "demo", "doctor", "dry_run", "logs", "run_folder", "sampling_options", "scoring", "step", "stopping",
+        "trainer",
+    ],
 ]  # fmt: skip
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
 

@@ -24,7 +24,7 @@ from runs import (
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from soflow_fast import DiT, Trainer, checkpoint, trainer
+from soflow_fast import DiT, Trainer, checkpoint, scoring, trainer
 from soflow_fast.config import (
     DataConfig,
     EMAConfig,
@@ -193,7 +193,7 @@ def test_an_error_of_the_hook_costs_its_line_and_not_the_run(tmp_path, caplog):
 
 
 def test_a_failing_evaluation_costs_its_score_and_not_the_run(tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(trainer, "evaluate", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr(scoring, "evaluate", lambda *_, **__: 1 / 0)
     Trainer(tiny_config(tmp_path, evaluation=EvaluationConfig(every=4))).fit()
     assert "the evaluation at step 4 failed, and training goes on: division by zero" in caplog.text
     assert final(tmp_path).step == 6
