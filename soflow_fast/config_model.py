@@ -5,6 +5,7 @@ from typing import Any
 
 from soflow_fast.config_io import Section, require, require_count
 from soflow_fast.imported import check_arguments, is_import_path
+from soflow_fast.size import Size, as_size, height_and_width
 
 #: Stands for a network, an objective or a data set that was given to the Trainer as an object.
 GIVEN = "given"
@@ -24,7 +25,8 @@ class ModelConfig(Section, section="model."):
 
     Attributes:
         preset: such as ``DiT-B/4``; ``UNet``; or the import path of a class or function, such as ``my_package.Net``,
-            that makes the network from init_args. input_size, in_channels, num_classes: of the data.
+            that makes the network from init_args. in_channels, num_classes: of the data.
+        input_size: of the data, one number or [height, width].
         patch_size, hidden_size, depth, num_heads, mlp_ratio, attention: of a DiT. recompute: see there, or ``auto``:
             ``elementwise``, or ``block`` where that is estimated not to fit the GPU's memory; ``none`` on a CPU.
         model_channels, channel_mult, num_blocks, attention_resolutions, dropout: of a UNet.
@@ -33,7 +35,7 @@ class ModelConfig(Section, section="model."):
     """
 
     preset: str = "DiT-B/4"
-    input_size: int = 32
+    input_size: Size = 32
     in_channels: int = 4
     num_classes: int = 1000
     patch_size: int | None = None
@@ -53,8 +55,8 @@ class ModelConfig(Section, section="model."):
 
     def __post_init__(self):
         super().__post_init__()
-        for name in ("input_size", "in_channels"):
-            require_count(f"model.{name}", getattr(self, name))
+        self.input_size = as_size(*height_and_width(self.input_size, "model.input_size="))
+        require_count("model.in_channels", self.in_channels)
         for name in ("patch_size", "hidden_size", "depth", "num_heads", "model_channels", "num_blocks"):
             if getattr(self, name) is not None:
                 require_count(f"model.{name}", getattr(self, name))

@@ -13,12 +13,12 @@ FLOORS = [
     ["kernels"],
     [
         "config", "config_io", "config_model", "config_objective", "config_optimizer", "derivation",
-        "difference_nonlinear", "difference_rules", "differencing", "imported", "interop", "paths",
+        "difference_nonlinear", "difference_rules", "differencing", "imported", "interop", "paths", "size",
     ],
     [
         "attention", "augment", "build", "capture", "checkpoint", "data", "dit", "ema", "encode", "evaluate",
-        "fidelity", "fingerprint", "given", "images", "layers", "memory", "objectives", "optim", "pair", "posthoc",
-        "precision", "sample", "unet", "weights",
+        "fidelity", "fingerprint", "given", "images", "layers", "memory", "objectives", "optim", "pair", "positions",
+        "posthoc", "precision", "sample", "unet", "weights",
     ],
     ["cli", "demo", "distributed", "doctor", "dry_run", "logs", "run_folder", "step", "stopping", "trainer"],
 ]  # fmt: skip
