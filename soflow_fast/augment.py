@@ -91,7 +91,7 @@ class Augment:
         source = _product(_rotation(angle), _product(_rotation(-direction), stretching)) * factor[:, None, None]
         height, width = x.shape[2:]
         axis = torch.arange(2, device=x.device).to(x)
-        source = source * (height / width) ** (axis - axis[:, None])  # so far its unit was one, for both axes
+        source = source * (height / width) ** (axis - axis[:, None])  # which is in pixels, and each side its own unit
         across, down = ((2 * torch.arange(n, device=x.device).to(x) + 1) / n - 1 for n in (width, height))
         result = torch.stack(torch.meshgrid(across, down, indexing="xy")).flatten(1)[None]  # (1, 2, H·W)
         grid = _product(source, result - 2 * _SHIFT_STD * shift[:, :, None]).mT.unflatten(1, x.shape[2:])

@@ -27,17 +27,8 @@ SIZES = {"model_channels": 16, "channel_mult": (1, 2), "num_blocks": 1, "attenti
 
 def _network(**options):
     torch.manual_seed(0)
-    net = UNet(
-        **{
-            "input_size": 8,
-            "in_channels": 2,
-            "num_classes": 10,
-            **SIZES,
-            "dropout": 0.0,
-            "augment_dim": AUGMENT_DIM,
-            **options,
-        }
-    )
+    form = {"input_size": 8, "in_channels": 2, "num_classes": 10, "dropout": 0.0, "augment_dim": AUGMENT_DIM}
+    net = UNet(**{**form, **SIZES, **options})
     for p in net.parameters():  # whose branches start out as nearly nothing
         p.data.add_(torch.randn_like(p), alpha=0.1)
     return net
