@@ -143,9 +143,7 @@ def _parser() -> argparse.ArgumentParser:
     encoder.add_argument("images", help="folder of class folders, or of images without classes")
     encoder.add_argument("out", help="HDF5 file to write; OUT.partial until it is complete")
     encoder.add_argument("--vae", required=True, help="diffusers AutoencoderKL: name of a published one, or its folder")
-    encoder.add_argument(
-        "--size", default="256", help="of the images, or height,width; cropped in ADM's way (default 256)"
-    )
+    encoder.add_argument("--size", default="256", help="of images, or height,width; cropped as by ADM (default 256)")
     encoder.add_argument("--batch", type=int, default=32, help="images at a time (default 32)")
     encoder.add_argument("--flip", action="store_true", help="each image's mirror image too, as samples of their own")
     encoder.add_argument("--precision", choices=PRECISIONS, help="of the encoder (default tf32 on a GPU, else fp32)")
