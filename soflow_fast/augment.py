@@ -85,13 +85,14 @@ class Augment:
         )
         x = _where(mirrored, x.flip(3), x)
         x = _where(upside_down, x.flip(2), x)
-        # From where in the image a pixel of the result comes; the unit is half a side.
+        # From where in the image a pixel of the result comes; images are turned and stretched in pixels, and the
+        # coordinates' unit is half a side, of its own for each.
         factor, squeeze = torch.exp2(-_SCALE_STD * scale), torch.exp2(-_STRETCH_STD * stretch)
         stretching = torch.stack([squeeze, 1 / squeeze], 1)[:, :, None] * _rotation(direction)
         source = _product(_rotation(angle), _product(_rotation(-direction), stretching)) * factor[:, None, None]
         height, width = x.shape[2:]
         axis = torch.arange(2, device=x.device).to(x)
-        source = source * (height / width) ** (axis - axis[:, None])  # which is in pixels, and each side its own unit
+        source = source * (height / width) ** (axis - axis[:, None])
         across, down = ((2 * torch.arange(n, device=x.device).to(x) + 1) / n - 1 for n in (width, height))
         result = torch.stack(torch.meshgrid(across, down, indexing="xy")).flatten(1)[None]  # (1, 2, H·W)
         grid = _product(source, result - 2 * _SHIFT_STD * shift[:, :, None]).mT.unflatten(1, x.shape[2:])
@@ -102,7 +103,7 @@ class Augment:
         """The label, or "no label", and what tells of the augmentation: (B, 1 + AUGMENT_DIM), dtype of x.
 
         Args:
-            x: (B, C, S, S) float32 or wider. told: (B, AUGMENT_DIM), by default nothing.
+            x: (B, C, H, W) float32 or wider. told: (B, AUGMENT_DIM), by default nothing.
         """
         label = x.new_full((len(x), 1), self.num_classes) if labels is None else labels[:, None].to(x)
         return torch.cat([label, x.new_zeros(len(x), AUGMENT_DIM) if told is None else told], 1)

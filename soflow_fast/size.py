@@ -17,7 +17,7 @@ def height_and_width(size: Size, setting: str = "input_size=") -> tuple[int, int
     """
     sides = (size, size) if isinstance(size, Integral) else tuple(size) if isinstance(size, (tuple, list)) else ()
     if len(sides) != 2 or not all(isinstance(side, Integral) and not isinstance(side, bool) for side in sides):
-        raise ValueError(f"{setting}{in_words(size)} is not a size; give a whole number, or height and width as two")
+        raise ValueError(f"{setting}{in_words(size)} is not a size; give a whole number, or [height, width]")
     if min(sides) < 1:
         raise ValueError(f"{setting}{in_words(size)} is not possible; it must be at least 1")
     return sides

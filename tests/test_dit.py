@@ -268,7 +268,7 @@ def test_initialisation():
         ({"patch_size": 0}, "patch_size=0 does not divide input_size=8"),
         ({"input_size": (8, 7)}, r"patch_size=2 does not divide input_size=\[8, 7\]; choose a patch_size"),
         ({"input_size": (8, 0)}, r"input_size=\[8, 0\] is not possible; it must be at least 1"),
-        ({"input_size": (8, 8, 8)}, r"input_size=\[8, 8, 8\] is not a size; give a whole number, or height"),
+        ({"input_size": (8, 8, 8)}, r"input_size=\[8, 8, 8\] is not a size; give a whole number, or"),
         ({"input_size": 8.0}, r"input_size=8\.0 is not a size"),
         ({"num_heads": 5}, "num_heads=5 does not divide hidden_size=24"),
         ({"hidden_size": 18}, "hidden_size=18 is not a multiple of 4"),
