@@ -4,7 +4,7 @@ Which changes there are, how likely and how large, and the nine numbers that tel
 table 6), which the published CIFAR-10 recipe takes over; here pixels between pixels are bicubic and beyond the border
 mirrored. Every draw is of (seed, step, global row).
 
-Shapes: B rows of square images (B, C, S, S).
+Shapes: B rows of images (B, C, H, W). A row is rotated and stretched in pixels, and shifted by parts of H and W.
 """
 
 import math
@@ -21,7 +21,7 @@ from soflow_fast.kernels.reference import Stream
 #: direction, times its logarithm; the shifts. Logarithms and shifts in standard deviations.
 AUGMENT_DIM = 9
 
-_SCALE_STD, _STRETCH_STD, _SHIFT_STD = 0.2, 0.2, 0.125  # of log2, of log2, of the image's size
+_SCALE_STD, _STRETCH_STD, _SHIFT_STD = 0.2, 0.2, 0.125  # of log2, of log2, of the image's sides
 
 
 class Augment:
@@ -56,10 +56,10 @@ class Augment:
     def __call__(
         self, x: Tensor, labels: Tensor | None, rows: Tensor, seed: int | Tensor, step: int | Tensor
     ) -> tuple[Tensor, Tensor]:
-        """The augmented images (B, C, S, S), in float32 or wider, and :meth:`conditions` of them.
+        """The augmented images (B, C, H, W), in float32 or wider, and :meth:`conditions` of them.
 
         Args:
-            x: (B, C, S, S) floating point. labels: (B,) int64 or None. rows: (B,) int64 global rows.
+            x: (B, C, H, W) floating point. labels: (B,) int64 or None. rows: (B,) int64 global rows.
         """
         x = x.to(torch.promote_types(x.dtype, torch.float32))
         u = self.ops.uniform(rows, 10, seed=seed, step=step, stream=Stream.AUGMENT)
@@ -85,12 +85,16 @@ class Augment:
         )
         x = _where(mirrored, x.flip(3), x)
         x = _where(upside_down, x.flip(2), x)
-        # From where in the image a pixel of the result comes; the unit is half the image.
+        # From where in the image a pixel of the result comes; images are turned and stretched in pixels, and the
+        # coordinates' unit is half a side, of its own for each.
         factor, squeeze = torch.exp2(-_SCALE_STD * scale), torch.exp2(-_STRETCH_STD * stretch)
         stretching = torch.stack([squeeze, 1 / squeeze], 1)[:, :, None] * _rotation(direction)
         source = _product(_rotation(angle), _product(_rotation(-direction), stretching)) * factor[:, None, None]
-        at = (2 * torch.arange(x.shape[2], device=x.device).to(x) + 1) / x.shape[2] - 1
-        result = torch.stack(torch.meshgrid(at, at, indexing="xy")).flatten(1)[None]  # (1, 2, S²)
+        height, width = x.shape[2:]
+        axis = torch.arange(2, device=x.device).to(x)
+        source = source * (height / width) ** (axis - axis[:, None])
+        across, down = ((2 * torch.arange(n, device=x.device).to(x) + 1) / n - 1 for n in (width, height))
+        result = torch.stack(torch.meshgrid(across, down, indexing="xy")).flatten(1)[None]  # (1, 2, H·W)
         grid = _product(source, result - 2 * _SHIFT_STD * shift[:, :, None]).mT.unflatten(1, x.shape[2:])
         moved = F.grid_sample(x, grid, mode="bicubic", padding_mode="reflection", align_corners=False)
         return _where(scaled | rotated | stretched | shifted, moved, x), self.conditions(x, labels, told)
@@ -99,7 +103,7 @@ class Augment:
         """The label, or "no label", and what tells of the augmentation: (B, 1 + AUGMENT_DIM), dtype of x.
 
         Args:
-            x: (B, C, S, S) float32 or wider. told: (B, AUGMENT_DIM), by default nothing.
+            x: (B, C, H, W) float32 or wider. told: (B, AUGMENT_DIM), by default nothing.
         """
         label = x.new_full((len(x), 1), self.num_classes) if labels is None else labels[:, None].to(x)
         return torch.cat([label, x.new_zeros(len(x), AUGMENT_DIM) if told is None else told], 1)

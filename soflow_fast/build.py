@@ -25,6 +25,7 @@ from soflow_fast.objectives.flow_matching import FlowMatching
 from soflow_fast.objectives.improved_meanflow import ImprovedMeanFlow
 from soflow_fast.objectives.meanflow import MeanFlow
 from soflow_fast.objectives.soflow import SoFlow
+from soflow_fast.size import height_and_width
 from soflow_fast.unet import UNet
 
 #: The class of each objective; its section of the configuration holds its arguments.
@@ -146,8 +147,8 @@ def is_objective(module: nn.Module | None) -> bool:
 
 
 def sample_shape(config: TrainConfig) -> tuple[int, int, int]:
-    """(C, S, S) of a sample."""
-    return config.model.in_channels, config.model.input_size, config.model.input_size
+    """(C, H, W) of a sample."""
+    return config.model.in_channels, *height_and_width(config.model.input_size)
 
 
 def build_dataset(config: TrainConfig, null_condition: Tensor | None = None) -> Dataset:
@@ -199,7 +200,7 @@ def check_dataset(config: TrainConfig, dataset: Dataset, null_condition: Tensor 
     Raises:
         ValueError: if it has no length, no index or no full batch, its items are not pairs of a floating-point tensor
             and a label, or where there is a null condition, a condition of its form, its labels seem to start at 1, or
-            its samples are neither (C, S, S) nor (2C, S, S).
+            its samples are neither (C, H, W) nor (2C, H, W).
     """
     if isinstance(dataset, DataLoader):
         raise ValueError(

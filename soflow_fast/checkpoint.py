@@ -17,6 +17,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from soflow_fast.positions import are_of_one_grid
+
 #: The folder of a run that holds its checkpoints.
 CHECKPOINTS = "checkpoints"
 
@@ -155,6 +157,11 @@ def require_fit(model: nn.Module, weights: dict[str, Tensor], origin: str) -> No
     own = model.state_dict()
     for name in sorted(own.keys() | weights.keys()):
         ours, theirs = (tuple(state[name].shape) if name in state else None for state in (own, weights))
+        if ours == theirs and name.endswith("pos_embed") and not are_of_one_grid(own[name], weights[name]):
+            raise ValueError(
+                f"{origin} is of a model of another input_size: {name} is the table of another grid of as many tokens; "
+                "choose the size it was trained with, or start a run with it as initial_weights"
+            )
         if ours != theirs:
             raise ValueError(
                 f"{origin} is of another model: {name} is "

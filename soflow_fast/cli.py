@@ -33,6 +33,7 @@ from soflow_fast.interop import public_words
 from soflow_fast.precision import PRECISIONS
 from soflow_fast.sample import Sampler
 from soflow_fast.sampling_options import EVAL_VARIANTS, SAMPLE_VARIANTS, decoder, set_sampling, variant, with_vae
+from soflow_fast.size import parse_size
 from soflow_fast.stopping import StoppedBySignal
 from soflow_fast.trainer import Trainer, load_run
 
@@ -126,7 +127,7 @@ def _parser() -> argparse.ArgumentParser:
     encoder.add_argument("images", help="folder of class folders, or of images without classes")
     encoder.add_argument("out", help="HDF5 file to write; OUT.partial until it is complete")
     encoder.add_argument("--vae", required=True, help="diffusers AutoencoderKL: name of a published one, or its folder")
-    encoder.add_argument("--size", type=int, default=256, help="of the images, cropped in ADM's way (default 256)")
+    encoder.add_argument("--size", default="256", help="of images, or height,width; cropped as by ADM (default 256)")
     encoder.add_argument("--batch", type=int, default=32, help="images at a time (default 32)")
     encoder.add_argument("--flip", action="store_true", help="each image's mirror image too, as samples of their own")
     encoder.add_argument("--precision", choices=PRECISIONS, help="of the encoder (default tf32 on a GPU, else fp32)")
@@ -157,6 +158,7 @@ def _train(args: argparse.Namespace) -> None:
 def _encode(args: argparse.Namespace) -> None:
     distributed.require_alone("soflow encode")
     names = ("vae", "size", "batch", "device", "precision", "workers", "flip")
+    args.size = parse_size(args.size, "--size ")
     done = encode(args.images, args.out, **{name: getattr(args, name) for name in names})
     print(f"{done.rows} latents {done.shape} of {done.num_classes or 'no'} classes: {done.path}; in the configuration:")
     print(yaml.safe_dump(done.configuration(), default_flow_style=None, sort_keys=False, width=10_000), end="")

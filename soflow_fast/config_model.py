@@ -5,6 +5,7 @@ from typing import Any
 
 from soflow_fast.config_io import Section, require, require_count
 from soflow_fast.imported import check_arguments, is_import_path
+from soflow_fast.size import Size, as_size, height_and_width
 
 #: Stands for a network, an objective or a data set that was given to the Trainer as an object.
 GIVEN = "given"
@@ -24,7 +25,8 @@ class ModelConfig(Section, section="model."):
 
     Attributes:
         preset: such as ``DiT-B/4``; ``UNet``; or the import path of a class or function, such as ``my_package.Net``,
-            that makes the network from init_args. input_size, in_channels, num_classes: of the data.
+            that makes the network from init_args. in_channels, num_classes: of the data.
+        input_size: of the data, one number or [height, width].
         patch_size, hidden_size, depth, num_heads, mlp_ratio, embedding_dim, attention: of a DiT; embedding_dim needs
             num_classes=0. recompute: see there, or ``auto``: ``elementwise``, or ``block`` where that is estimated not
             to fit the GPU's memory; ``none`` on a CPU.
@@ -34,7 +36,7 @@ class ModelConfig(Section, section="model."):
     """
 
     preset: str = "DiT-B/4"
-    input_size: int = 32
+    input_size: Size = 32
     in_channels: int = 4
     num_classes: int = 1000
     patch_size: int | None = None
@@ -55,8 +57,8 @@ class ModelConfig(Section, section="model."):
 
     def __post_init__(self):
         super().__post_init__()
-        for name in ("input_size", "in_channels"):
-            require_count(f"model.{name}", getattr(self, name))
+        self.input_size = as_size(*height_and_width(self.input_size, "model.input_size="))
+        require_count("model.in_channels", self.in_channels)
         sizes = ("patch_size", "hidden_size", "depth", "num_heads", "embedding_dim", "model_channels", "num_blocks")
         for name in sizes:
             if getattr(self, name) is not None:

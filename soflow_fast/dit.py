@@ -1,6 +1,6 @@
 """Diffusion transformer with adaLN-Zero (Peebles & Xie 2023) conditioned on two times, and its difference forward.
 
-Shapes: B rows, b rows that carry a difference, N tokens, D width, C channels, p patch size. The
+Shapes: B rows, b rows that carry a difference, N tokens, D width, C channels, H×W pixels, p patch size. The
 state_dict keys are those of the public SoFlow checkpoints.
 """
 
@@ -25,6 +25,8 @@ from soflow_fast.layers import (
     linear,
     product,
 )
+from soflow_fast.positions import position_table
+from soflow_fast.size import Size, as_size, height_and_width, in_words
 
 RECOMPUTE = ("none", "elementwise", "block")
 
@@ -40,22 +42,13 @@ PRESETS = {
 }
 
 
-def _sincos_position_embedding(hidden_size: int, grid: int) -> Tensor:
-    """Fixed 2-D sin-cos embedding, (1, grid², D): half the width per axis, the column first, ``[sin, cos]``."""
-    omega = 10000.0 ** (-torch.arange(hidden_size // 4, dtype=torch.float64) / (hidden_size // 4))
-    phase = torch.arange(grid, dtype=torch.float64)[:, None] * omega
-    axis = torch.cat([phase.sin(), phase.cos()], dim=1)
-    column, row = axis.expand(grid, -1, -1), axis[:, None].expand(-1, grid, -1)
-    return torch.cat([column, row], dim=-1).reshape(1, grid * grid, hidden_size).float()
-
-
 class DiT(nn.Module):
     """Diffusion transformer ``F(x, t, s, label)`` over images or latents.
 
     The conditioning is ``embed_t(t) + embed_s(t−s) + embed_y(label)``; times are not scaled. It may have another term.
 
     Args:
-        input_size: height and width of x. patch_size: divides it. in_channels: of x and of the output.
+        input_size: of x, one number or (H, W). patch_size: divides both. in_channels: of x and of the output.
         hidden_size: width D, a multiple of 4 and of num_heads. depth: blocks. mlp_ratio: MLP width over D.
         class_dropout_prob: only whether it is positive counts: then the label table has a row for "no label". Which
             labels are dropped is decided by the objective, never here.
@@ -77,7 +70,7 @@ class DiT(nn.Module):
 
     def __init__(
         self,
-        input_size: int = 32,
+        input_size: Size = 32,
         patch_size: int = 4,
         in_channels: int = 4,
         hidden_size: int = 768,
@@ -100,7 +93,8 @@ class DiT(nn.Module):
         _require_divides("num_heads", num_heads, "hidden_size", hidden_size)
         if hidden_size % 4:
             raise ValueError(f"hidden_size={hidden_size} is not a multiple of 4, which the position embedding needs")
-        self.input_size, self.patch_size, self.in_channels = input_size, patch_size, in_channels
+        height, width = height_and_width(input_size)
+        self.input_size, self.patch_size, self.in_channels = as_size(height, width), patch_size, in_channels
         self.hidden_size, self.depth, self.num_heads = hidden_size, depth, num_heads
         self.mlp_ratio, self.num_classes = mlp_ratio, 0 if embedding_dim else num_classes
         self.embedding_dim, self.condition_dim = embedding_dim, condition_dim
@@ -113,8 +107,8 @@ class DiT(nn.Module):
             raise ValueError(f"recompute={recompute!r} is not known; choose one of {', '.join(RECOMPUTE)}")
         self.recompute = recompute
 
-        grid = input_size // patch_size
-        self.pos_embed = nn.Parameter(_sincos_position_embedding(hidden_size, grid), requires_grad=False)
+        self.grid = (height // patch_size, width // patch_size)
+        self.pos_embed = nn.Parameter(position_table(hidden_size, *self.grid), requires_grad=False)
         self.x_embedder = PatchEmbed(patch_size, in_channels, hidden_size)
         self.t_embedder = TimestepEmbedder(hidden_size)
         self.s_embedder = TimestepEmbedder(hidden_size)
@@ -172,14 +166,14 @@ class DiT(nn.Module):
         """``F(x, t, s, labels)``.
 
         Args:
-            x: (B, C, input_size, input_size) floating point. t, s: (B,) in [0, 1], s <= t, float32 (float64 for a
+            x: (B, C, H, W) floating point. t, s: (B,) in [0, 1], s <= t, float32 (float64 for a
                 float64 model).
             labels: (B,) int64 in [0, num_classes]; or (B, 1 + condition_dim) floating point, the label and then the
                 numbers that the row is conditioned on, without which they are 0; (B, embedding_dim) floating point
                 where there are no classes; or None for "no label" and "no condition".
 
         Returns:
-            (B, C, input_size, input_size), dtype of x.
+            (B, C, H, W), dtype of x.
 
         Raises:
             ValueError: for labels of another width.
@@ -205,12 +199,12 @@ class DiT(nn.Module):
 
         Args:
             x, t, s, labels: as in :meth:`forward`.
-            dx: (b, C, input_size, input_size). dt: (b,) the shift of t and of t−s.
+            dx: (b, C, H, W). dt: (b,) the shift of t and of t−s.
             rows: the b rows that carry the difference, by default all.
             mode: ``difference``, or ``tangent`` for the exact derivative of F along (dx, dt).
 
         Returns:
-            ``(F, dF)``; F is differentiable, dF (b, C, input_size, input_size) is not.
+            ``(F, dF)``; F is differentiable, dF (b, C, H, W) is not.
         """
         if mode not in ("difference", "tangent"):
             raise ValueError(f"mode={mode!r} is not known; choose 'difference' or 'tangent'")
@@ -236,6 +230,11 @@ class DiT(nn.Module):
         dtype = self.compute_dtype or self.x_embedder.proj.weight.dtype
         residual_dtype = torch.promote_types(self.residual_dtype or dtype, dtype)
         ops, rows = call.ops, call.rows
+        if x.shape[2:] != height_and_width(self.input_size):  # another grid may have as many tokens
+            raise ValueError(
+                f"x of shape {tuple(x.shape)} does not fit a DiT of input_size={in_words(self.input_size)}; give x of "
+                "that size"
+            )
         tokens = self.x_embedder(x.to(dtype)).to(residual_dtype) + self.pos_embed.to(residual_dtype)
         (first, *modulation), (d_first, *dmodulation) = self._modulation(t, s, labels, dtype, call, dt)
         shift, scale = first.unbind(1)
@@ -316,8 +315,8 @@ class DiT(nn.Module):
         return table, labels[:, 0].long(), labels[:, 1:].to(t)
 
     def _unpatchify(self, tokens: Tensor) -> Tensor:
-        p, grid = self.patch_size, self.input_size // self.patch_size
-        pixels = tokens.unflatten(2, (p, p, -1)).unflatten(1, (grid, grid))
+        p = self.patch_size
+        pixels = tokens.unflatten(2, (p, p, -1)).unflatten(1, self.grid)
         return pixels.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)
 
 
@@ -327,6 +326,7 @@ def _sinusoids(numbers: Tensor) -> Tensor:
     return torch.cat([phase.cos(), phase.sin()], -1)
 
 
-def _require_divides(name: str, divisor: int, of: str, value: int) -> None:
-    if divisor < 1 or value % divisor:
-        raise ValueError(f"{name}={divisor} does not divide {of}={value}; choose a {name} that does")
+def _require_divides(name: str, divisor: int, of: str, value: Size) -> None:
+    sides = height_and_width(value, f"{of}=")
+    if divisor < 1 or any(side % divisor for side in sides):
+        raise ValueError(f"{name}={divisor} does not divide {of}={in_words(value)}; choose a {name} that does")

@@ -1,6 +1,6 @@
 """From a folder of images to a file of latent moments, as fast as the autoencoder goes.
 
-Shapes: b images of a batch, C channels and S height and width of a latent.
+Shapes: b images of a batch, C channels, H height and W width of a latent.
 """
 
 import hashlib
@@ -13,19 +13,21 @@ from typing import NamedTuple
 import h5py
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from soflow_fast.build import resolve_device
 from soflow_fast.config import DataConfig
+from soflow_fast.config_io import lists
+from soflow_fast.data.crop import centre_crop
 from soflow_fast.data.folder import class_folders, labelled_images, read_image
 from soflow_fast.data.latents import LatentMoments
 from soflow_fast.data.moments import fits, probe_rows, spread
 from soflow_fast.data.writer import Contents, LatentsWriter, is_complete
 from soflow_fast.images import load_vae, shift_of
 from soflow_fast.precision import PRECISIONS, tensor_cores
+from soflow_fast.size import Size, as_size, height_and_width, in_words
 
 _log = logging.getLogger(__name__)
 
@@ -36,7 +38,7 @@ class Encoded(NamedTuple):
     """A file of latent moments, and what a configuration has to say to train on it.
 
     Attributes:
-        path: of the file. rows: samples in it. shape: (C, S, S) of a latent. num_classes: 0 for images without
+        path: of the file. rows: samples in it. shape: (C, H, W) of a latent. num_classes: 0 for images without
             classes. scale: what makes the latents' standard deviation about 1. vae: name of the autoencoder.
     """
 
@@ -49,11 +51,12 @@ class Encoded(NamedTuple):
 
     def configuration(self) -> dict[str, dict]:
         """The sections ``model`` and ``data`` as far as the file determines them."""
-        model = {"input_size": self.shape[1], "in_channels": self.shape[0], "num_classes": self.num_classes}
+        size = as_size(*self.shape[1:])
+        model = {"input_size": size, "in_channels": self.shape[0], "num_classes": self.num_classes}
         data = {"kind": "latents", "path": str(self.path), "vae": self.vae}
         if self.scale != DataConfig().latent_scale:
             data["latent_scale"] = self.scale
-        return {"model": model, "data": data}
+        return {"model": lists(model), "data": data}
 
 
 def encode(
@@ -61,7 +64,7 @@ def encode(
     out: str | Path,
     *,
     vae: str,
-    size: int = 256,
+    size: Size = 256,
     batch: int = 32,
     device: str = "auto",
     precision: str | None = None,
@@ -71,14 +74,14 @@ def encode(
     """Writes the latent moments of a folder of images as HDF5, see :mod:`soflow_fast.data.latents`.
 
     It can be killed at any instant; the same call goes on where it stopped, and on a CPU ends with bitwise the same
-    file. Images are cropped as by :func:`centre_crop` and given to the autoencoder in [-1, 1]. Of an autoencoder with
+    file. Images are cropped as by :func:`~.data.crop.centre_crop` and given to the autoencoder in [-1, 1]. Of one with
     a shift, as SD3's and FLUX's, the means are stored less that, so that only the scale is left to apply.
 
     Args:
         images: folder of class folders, whose sorted names are classes 0, 1, ..; or of images without classes.
         out: the file; until it is complete it lies beside it as ``OUT.partial``.
         vae: name of a published diffusers ``AutoencoderKL``, or a folder that holds one.
-        size: height and width of the images. batch: images at a time; it changes the result by rounding only.
+        size: of the images, one number or (H, W). batch: images at a time; it changes the result by rounding only.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         precision: ``tf32``, the default on a GPU, as is torch's own for convolutions and so that of the published
             scripts; ``fp32``, the default on a CPU; ``bf16``, with errors of about 2^-8 of the means, which may be more
@@ -92,7 +95,8 @@ def encode(
             least, and a file there already that was made of other images or in another way.
     """
     images, out = Path(images), Path(out)
-    for name, value, least in (("size", size, 1), ("batch", batch, 1), ("workers", workers, 0)):
+    sides = height_and_width(size, "--size ")
+    for name, value, least in (("batch", batch, 1), ("workers", workers, 0)):
         if value is not None and value < least:
             raise ValueError(f"--{name} {value} is not possible; it must be at least {least}")
     if precision not in (None, *PRECISIONS):
@@ -103,14 +107,15 @@ def encode(
     precision = precision or ("tf32" if place.type == "cuda" else "fp32")
     classes, samples = _samples(images)
     network = load_vae(vae, "--vae")
-    channels, latent_size = _latent_shape(network, vae, size)
+    shape = _latent_shape(network, vae, sides)
     copies = 1 + flip
+    size = lists(as_size(*sides))
     settings = {"size": size, "flip": flip, "precision": precision, "autoencoder weights": _digest(network)}
     if shift_of(network):  # without it as ever, so that files begun earlier are gone on with
         settings["shift"] = shift_of(network)
     contents = Contents(
         settings,
-        (2 * channels, latent_size, latent_size),
+        (2 * shape[0], *shape[1:]),
         np.repeat(np.array([label for _, label in samples], np.int64), copies),
         np.repeat(_fingerprints(images, samples), copies),
     )
@@ -119,36 +124,19 @@ def encode(
     else:
         writer = LatentsWriter(out, contents)
         with writer:
-            _write(writer, network.to(place), samples, size, batch, precision, workers, copies)
+            _write(writer, network.to(place), samples, sides, batch, precision, workers, copies)
         writer.finish()
     scale = _scale(network, out)
-    form = {"channels": channels, "size": latent_size, "num_classes": classes}
+    form = {"channels": shape[0], "size": shape[1:], "num_classes": classes}
     rows = len(LatentMoments(out, **form, scale=scale))
-    return Encoded(out, rows, (channels, latent_size, latent_size), classes, scale, vae)
-
-
-def centre_crop(image: Image.Image, size: int) -> Image.Image:
-    """The centred square of an image as ADM takes it, and DiT, SiT and the published SoFlow code after it.
-
-    The image is halved, each pixel the mean of four, while its shorter side is at least twice the size; resized until
-    that side is the size, bicubic; and cropped.
-
-    Args:
-        image: of any size. size: height and width of the result.
-    """
-    while min(image.size) >= 2 * size:
-        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
-    factor = size / min(image.size)
-    image = image.resize((round(image.width * factor), round(image.height * factor)), Image.Resampling.BICUBIC)
-    left, top = (image.width - size) // 2, (image.height - size) // 2
-    return image.crop((left, top, left + size, top + size))
+    return Encoded(out, rows, shape, classes, scale, vae)
 
 
 class _Batches(Dataset):
-    """The images of each batch, (b, 3, size, size) uint8, or as a value the error that keeps one from being read."""
+    """The images of each batch, (b, 3, height, width) uint8, or as a value the error that keeps one from being read."""
 
-    def __init__(self, files: list[Path], size: int, batch: int):
-        self.files, self.size, self.batch = files, size, batch
+    def __init__(self, files: list[Path], sides: tuple[int, int], batch: int):
+        self.files, self.sides, self.batch = files, sides, batch
 
     def __len__(self) -> int:
         return -(-len(self.files) // self.batch)
@@ -156,7 +144,7 @@ class _Batches(Dataset):
     def __getitem__(self, index: int) -> Tensor | ValueError:
         files = self.files[index * self.batch : (index + 1) * self.batch]
         try:
-            pixels = np.stack([np.asarray(centre_crop(read_image(file, "RGB"), self.size)) for file in files])
+            pixels = np.stack([np.asarray(centre_crop(read_image(file, "RGB"), self.sides)) for file in files])
         except ValueError as error:  # a worker would wrap it in a traceback; as a value it stays one sentence
             return error
         return torch.from_numpy(pixels).permute(0, 3, 1, 2)
@@ -170,15 +158,16 @@ def _samples(images: Path) -> tuple[int, list[tuple[Path, int]]]:
     return len(classes), labelled_images(images, classes or [""])
 
 
-def _latent_shape(vae: nn.Module, name: str, size: int) -> tuple[int, int]:
-    """C and S."""
+def _latent_shape(vae: nn.Module, name: str, sides: tuple[int, int]) -> tuple[int, int, int]:
+    """(C, H, W)."""
     config = vae.config
     if config.in_channels != 3:
         raise ValueError(f"--vae {name} takes images of {config.in_channels} channels; choose one for RGB images")
     factor = 2 ** (len(config.block_out_channels) - 1)
-    if size % factor:
+    if any(side % factor for side in sides):
+        size = in_words(as_size(*sides))
         raise ValueError(f"--size {size} is not possible with this autoencoder; choose a multiple of {factor}")
-    return config.latent_channels, size // factor
+    return config.latent_channels, *(side // factor for side in sides)
 
 
 def _digest(vae: nn.Module) -> str:
@@ -196,12 +185,12 @@ def _fingerprints(images: Path, samples: list[tuple[Path, int]]) -> np.ndarray:
     return np.frombuffer(b"".join(digests), dtype="<u8")
 
 
-def _write(writer, vae, samples, size, batch, precision, workers, copies) -> None:
+def _write(writer, vae, samples, sides, batch, precision, workers, copies) -> None:
     """Encodes the images that the writer has not, ``copies`` rows of each."""
     device, done = next(vae.parameters()).device, writer.written // copies
     cores = len(os.sched_getaffinity(0))
     loader = DataLoader(
-        _Batches([file for file, _ in samples[done:]], size, batch),
+        _Batches([file for file, _ in samples[done:]], sides, batch),
         batch_size=None,
         num_workers=min(cores, _MOST_WORKERS) if workers is None else workers,
         pin_memory=device.type == "cuda",
@@ -227,7 +216,7 @@ def _write(writer, vae, samples, size, batch, precision, workers, copies) -> Non
 
 
 def _moments(vae, loader, device: torch.device, precision: str, *, mirrored: bool) -> Iterator[np.ndarray]:
-    """Of each batch (rows, 2C, S, S) float32 on the host, which is had while the device is at the next one.
+    """Of each batch (rows, 2C, H, W) float32 on the host, which is had while the device is at the next one.
 
     Raises:
         ValueError: for an image that cannot be read, when everything before its batch has been had.

@@ -1,6 +1,6 @@
 """Scores of a trained model: Fréchet distances by torch-fidelity, and on the digits recognition and memorisation.
 
-Shapes: n samples, C channels, S height and width. Images are in [-1, 1].
+Shapes: n samples, C channels, H height, W width. Images are in [-1, 1].
 """
 
 import hashlib
@@ -10,6 +10,7 @@ import logging
 import re
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,10 @@ from torch.utils.data import Dataset
 from soflow_fast.build import sample_shape
 from soflow_fast.config import TrainConfig
 from soflow_fast.data import CIFAR10, digits
+from soflow_fast.data.crop import centre_crop, centred
 from soflow_fast.distributed import Processes
 from soflow_fast.images import Decoder, are_images, generate, labels_of_samples, save_folder
+from soflow_fast.size import as_size
 
 _log = logging.getLogger(__name__)
 
@@ -133,10 +136,12 @@ def evaluate(
     with ``evaluation.reference``, or with the training data where they are a folder or CIFAR-10, as in arXiv
     2512.15657; latents without an autoencoder are written as one array.
 
-    A folder of real images is resized and cropped to the size of the samples. The statistics of real images are kept
-    next to ``folder`` for the next time. A ``.npz`` file of statistics must be of the same features, see
-    :func:`soflow_fast.fidelity.distance_to_statistics`; nothing is resized then: the samples are scored at their own
-    size, and that of the real images is not known. Grey samples count as RGB with three equal channels.
+    A folder of real images is resized and cropped to the size of the samples: by torch-fidelity to a square, otherwise
+    as ``data.kind=folder`` or ``soflow encode`` do it to train on them. Inception squeezes all of them into a square of
+    its own. The statistics of real images are kept next to ``folder`` for the next time. A ``.npz`` file of statistics
+    must be of the same features, see :func:`soflow_fast.fidelity.distance_to_statistics`; nothing is resized then: the
+    samples are scored at their own size, and that of the real images is not known. Grey samples count as RGB with three
+    equal channels.
 
     Several processes, all of which must call this, each draw, decode and write a share of the images, which are those
     of one process. The first scores them, and does alone what is no image file: the digits, and latents.
@@ -183,10 +188,10 @@ def evaluate(
     if decode is None and not _are_pixels(config):
         return of_first(lambda: {"samples": str(_write_latents(draw(), wanted.samples, config, folder))})
     of_first(lambda: _empty(folder))
-    size = processes.of_all(lambda: save_folder(draw(share), folder, share.start) if share else None)[0]
+    sides = processes.of_all(lambda: save_folder(draw(share), folder, share.start) if share else None)[0]
     if processes.world_size > 1:
         of_first(lambda: _await_samples(folder, wanted.samples))
-    return of_first(lambda: _image_scores(folder, size, config))
+    return of_first(lambda: _image_scores(folder, sides, config))
 
 
 def _empty(folder: Path) -> None:
@@ -207,13 +212,13 @@ def _await_samples(folder: Path, n: int) -> None:
         time.sleep(1)
 
 
-def _image_scores(folder: Path, size: int, config: TrainConfig) -> dict[str, float | str]:
+def _image_scores(folder: Path, sides: tuple[int, int], config: TrainConfig) -> dict[str, float | str]:
     scores: dict[str, float | str] = {"samples": str(folder)}
     reference = _reference(config)
     if reference is None:
         _log.warning("no score: set evaluation.reference to %s", _REFERENCES)
         return scores
-    scores["frechet"] = _frechet(folder, reference, size, config)
+    scores["frechet"] = _frechet(folder, reference, sides, config)
     return scores
 
 
@@ -274,8 +279,9 @@ def _image_files(folder: Path) -> Iterator[Path]:
     return (file for file in folder.rglob("*") if file.suffix.lower().removeprefix(".") in _IMAGE_SUFFIXES.split(","))
 
 
-def _frechet(samples: Path, reference: Path, size: int, config: TrainConfig) -> float:
-    weights = config.evaluation.weights
+def _frechet(samples: Path, reference: Path, sides: tuple[int, int], config: TrainConfig) -> float:
+    weights, size = config.evaluation.weights, as_size(*sides)
+    is_square = isinstance(size, int)
     options = {
         "features": config.evaluation.features or _INCEPTION,
         "cuda": torch.cuda.is_available() and config.device != "cpu",
@@ -287,7 +293,8 @@ def _frechet(samples: Path, reference: Path, size: int, config: TrainConfig) -> 
         real = CIFAR10(reference).images
         depends_on = ("cifar10", hashlib.sha256(real.numpy()).hexdigest(), weights)
     elif reference.is_dir():
-        real = reference
+        crop = partial(centre_crop if config.data.kind == "latents" else centred, size=size)
+        real = reference if is_square else _fidelity().CroppedImages(sorted(_image_files(reference)), crop)
         files = sorted((str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in _image_files(reference))
         depends_on = (str(reference.resolve()), files, size, weights)
     else:
@@ -297,7 +304,7 @@ def _frechet(samples: Path, reference: Path, size: int, config: TrainConfig) -> 
         real,
         cache_folder=samples.parent / "reference",
         second_name=hashlib.sha256(repr(depends_on).encode()).hexdigest()[:16],
-        samples_resize_and_crop=size,
+        samples_resize_and_crop=size if is_square else 0,
         **options,
     )
 

@@ -6,18 +6,23 @@ package torch-fidelity.
 
 import zipfile
 import zlib
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from pickle import UnpicklingError
 
 import numpy as np
 import torch
 import torch_fidelity
+from PIL import Image
 from torch import Tensor, is_tensor
 from torch.utils.data import Dataset
 from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 from torch_fidelity.metric_fid import fid_input_id_to_statistics, fid_statistics_to_metric
 from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
 from torch_fidelity.utils import create_feature_extractor, resolve_feature_layer_for_metric
+
+from soflow_fast.data.folder import read_image
+from soflow_fast.size import Size, height_and_width
 
 PIXELS = "pixels"
 _DEFAULTS = {"cuda": False, "save_cpu_ram": True, "verbose": False}
@@ -42,7 +47,7 @@ class PixelFeatures(FeatureExtractorBase):
         return False
 
     def forward(self, images: Tensor) -> tuple[Tensor]:
-        """(n, C, S, S), uint8 or floating point in [-1, 1], to ((n, C·S·S) float64,)."""
+        """(n, C, H, W), uint8 or floating point in [-1, 1], to ((n, C·H·W) float64,)."""
         values = images.double() if images.is_floating_point() else images.double() / 127.5 - 1
         return (values.flatten(1),)
 
@@ -61,6 +66,19 @@ class _Images(Dataset):
 
     def __getitem__(self, index: int) -> Tensor:
         return self.images[index]
+
+
+class CroppedImages(Dataset):
+    """The images of some files as RGB, (3, H, W) uint8, each cropped; torch-fidelity itself crops to squares only."""
+
+    def __init__(self, files: Sequence[Path], crop: Callable[[Image.Image], Image.Image]):
+        self.files, self.crop = files, crop
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> Tensor:
+        return torch.from_numpy(np.array(self.crop(read_image(self.files[index], "RGB")))).permute(2, 0, 1)
 
 
 def load_extractor(name: str, weights: str | None) -> FeatureExtractorBase:
@@ -115,10 +133,10 @@ def load_statistics(file: Path) -> dict[str, np.ndarray]:
     return {name: array.astype(np.float64) for name, array in read.items()}
 
 
-def count_features(extractor: FeatureExtractorBase, size: int) -> int:
-    """How many features F an extractor gives of an RGB image (3, size, size)."""
+def count_features(extractor: FeatureExtractorBase, size: Size) -> int:
+    """How many features F an extractor gives of an RGB image of a size."""
     with torch.no_grad():
-        (features,) = extractor(torch.zeros(1, 3, size, size, dtype=torch.uint8))
+        (features,) = extractor(torch.zeros(1, 3, *height_and_width(size), dtype=torch.uint8))
     return features.shape[1]
 
 
@@ -134,7 +152,7 @@ def require_length(file: Path, statistics: dict[str, np.ndarray], features: str,
 
 def frechet_distance(
     first: Tensor | Path,
-    second: Tensor | Path,
+    second: Tensor | Path | Dataset,
     *,
     features: str = PIXELS,
     cache_folder: Path | None = None,
@@ -144,8 +162,9 @@ def frechet_distance(
     """Fréchet distance of two sets of images.
 
     Args:
-        first, second: (n, C, S, S) images in [-1, 1] or uint8, or folders of image files. features: ``pixels``, or a
-            feature extractor that torch-fidelity knows; all but ``pixels`` need uint8.
+        first, second: (n, C, H, W) images in [-1, 1] or uint8, folders of image files, or a data set of such images.
+            features: ``pixels``, for which all must have one size, or a feature extractor that torch-fidelity knows;
+            all but ``pixels`` need uint8.
         cache_folder: where the statistics of the second are kept, under ``second_name``, and used again.
         options: of ``torch_fidelity.calculate_metrics``.
     """
@@ -189,8 +208,8 @@ def distance_to_statistics(images: Tensor | Path, file: Path, *, features: str =
     return fid_statistics_to_metric(found, statistics, verbose=False)[torch_fidelity.KEY_METRIC_FID]
 
 
-def _input(images: Tensor | Path) -> Dataset | str:
-    return _Images(images) if is_tensor(images) else str(images)
+def _input(images: Tensor | Path | Dataset) -> Dataset | str:
+    return _Images(images) if is_tensor(images) else str(images) if isinstance(images, Path) else images
 
 
 def _named(file: Path) -> str:

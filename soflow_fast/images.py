@@ -1,6 +1,6 @@
 """From a trained model to files: any number of samples, decoded latents, PNG grids.
 
-Shapes: n samples, C channels, S height and width. Images are in [-1, 1].
+Shapes: n samples, C channels, H height, W width. Images are in [-1, 1].
 """
 
 import importlib.util
@@ -121,7 +121,7 @@ def shift_of(vae: nn.Module) -> float:
 
 
 def vae_decoder(name: str, scale: float, device: torch.device) -> Decoder:
-    """The function from scaled latents (n, C, S, S) to images (n, 3, 8S, 8S) of a diffusers ``AutoencoderKL``.
+    """The function from scaled latents (n, C, H, W) to images (n, 3, 8H, 8W) of a diffusers ``AutoencoderKL``.
 
     Its own shift, if it has one, is added to the unscaled latents: ``soflow encode`` stores them without it.
 
@@ -150,8 +150,8 @@ def save_png(image: Tensor, path: Path) -> None:
 
 
 def grid(images: Tensor, columns: int, least_size: int = 32) -> Tensor:
-    """Images (n, C, S, S) row by row as one image (C, H, W), small ones enlarged to at least ``least_size`` pixels."""
-    factor = max(1, least_size // images.shape[-1])
+    """Images (n, C, H, W) row by row as one, small ones enlarged so that their longer side is about ``least_size``."""
+    factor = max(1, least_size // max(images.shape[2:]))
     images = images.repeat_interleave(factor, dim=2).repeat_interleave(factor, dim=3)
     images = nn.functional.pad(images, (1, 1, 1, 1), value=-1.0)
     blank = images.new_full((-len(images) % columns, *images.shape[1:]), -1.0)
@@ -160,7 +160,7 @@ def grid(images: Tensor, columns: int, least_size: int = 32) -> Tensor:
 
 
 def save_samples(samples: Tensor, stem: Path, columns: int) -> Path:
-    """Writes a PNG grid, or of what is no image, an array ``.npy`` (n, C, S, S) float32; returns its path."""
+    """Writes a PNG grid, or of what is no image, an array ``.npy`` (n, C, H, W) float32; returns its path."""
     stem.parent.mkdir(parents=True, exist_ok=True)
     if are_images(samples.shape[1]):
         path = stem.with_suffix(".png")
@@ -171,8 +171,8 @@ def save_samples(samples: Tensor, stem: Path, columns: int) -> Path:
     return path
 
 
-def save_folder(parts: Iterable[Tensor], folder: Path, first: int = 0) -> int:
-    """Writes every image, of parts (at most B, C, H, W), to ``000000.png`` and so on; returns how many pixels wide.
+def save_folder(parts: Iterable[Tensor], folder: Path, first: int = 0) -> tuple[int, int]:
+    """Writes every image, of parts (at most B, C, H, W), to ``000000.png`` and so on; returns (H, W).
 
     Args:
         first: number of the first image.
@@ -180,7 +180,7 @@ def save_folder(parts: Iterable[Tensor], folder: Path, first: int = 0) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     for number, image in enumerate((image for part in parts for image in part), first):
         save_png(image, folder / f"{number:06d}.png")
-    return image.shape[-1]
+    return tuple(image.shape[1:])
 
 
 def save_npz(parts: Iterable[Tensor], n: int, labels: Tensor | OfItems | None, path: Path) -> None:

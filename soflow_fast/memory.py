@@ -36,7 +36,7 @@ def step_bytes(model: nn.Module, rows: int, precision: str, recompute: str = "no
     net = model.network
     if not isinstance(net, DiT):
         return state
-    element = rows * (net.input_size // net.patch_size) ** 2 * net.hidden_size * (1 if precision == "bf16" else 2)
+    element = rows * math.prod(net.grid) * net.hidden_size * (1 if precision == "bf16" else 2)
     kept = net.depth * _SAVED_BYTES[recompute] + (_SAVED_BYTES["none"] if recompute == "block" else 0)
     return state + element * kept
 

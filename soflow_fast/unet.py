@@ -1,7 +1,7 @@
 """The UNet of DDPM++ (Song et al. 2021, arXiv 2011.13456), on which the papers compare on CIFAR-10, for two times.
 
-Shapes: B rows, C channels, S height and width, E width of the embedding. Layers are named as in EDM's code (Karras et
-al. 2022, arXiv 2206.00364), which the published SoFlow code adapts, but for that of the second time, ``map_layer0_s``.
+Shapes: B rows, C channels, H×W pixels, E width of the embedding. Layers are named as in EDM's code (Karras et al. 2022,
+arXiv 2206.00364), which the published SoFlow code adapts, but for that of the second time, ``map_layer0_s``.
 """
 
 import math
@@ -9,6 +9,8 @@ import math
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from soflow_fast.size import Size, as_size, height_and_width, in_words
 
 _EPS, _MAX_GROUPS, _GROUP_CHANNELS = 1e-6, 32, 4
 _EMBEDDING_MULT = 4
@@ -29,12 +31,12 @@ class UNet(nn.Module):
     the published ones for CIFAR-10, without classes.
 
     Args:
-        input_size: height and width S of x, a multiple of 2^(levels−1). in_channels: C of x and of the output.
+        input_size: of x, one number or (H, W), multiples of 2^(levels−1). in_channels: C of x and of the output.
         num_classes: the index of "no label", which embeds as nothing; 0 for unconditional models.
         model_channels: the width of level i is ``channel_mult[i]`` times as much; each has half the size of the last.
         num_blocks: residual blocks of a level on the way down; on the way up there is one more.
-        attention_resolutions: sizes at which the blocks attend, one head as wide as the level; by default 16, where
-            there is such a level. dropout: in each block.
+        attention_resolutions: sizes, by their shorter side, at which the blocks attend, one head as wide as the level;
+            by default 16, where there is such a level. dropout: in each block.
         augment_dim: how many numbers say how a row was augmented, see :mod:`soflow_fast.augment`; 0 for none.
 
     Raises:
@@ -43,7 +45,7 @@ class UNet(nn.Module):
 
     def __init__(
         self,
-        input_size: int = 32,
+        input_size: Size = 32,
         in_channels: int = 3,
         num_classes: int = 0,
         *,
@@ -55,19 +57,20 @@ class UNet(nn.Module):
         augment_dim: int = 0,
     ):
         super().__init__()
-        sizes = [input_size >> level for level in range(len(channel_mult))]
+        sides = height_and_width(input_size)
+        sizes = [tuple(side >> level for side in sides) for level in range(len(channel_mult))]
         if not sizes:
             raise ValueError("channel_mult=() has no level; give a factor for each, such as (2, 2, 2)")
-        if input_size % 2 ** (len(sizes) - 1):
+        if any(side % 2 ** (len(sizes) - 1) for side in sides):
             raise ValueError(
-                f"input_size={input_size} cannot be halved for each of channel_mult={tuple(channel_mult)} after the "
-                f"first; choose a multiple of {2 ** (len(sizes) - 1)}, or another number of levels"
+                f"input_size={in_words(input_size)} cannot be halved for each of channel_mult={tuple(channel_mult)} "
+                f"after the first; choose a multiple of {2 ** (len(sizes) - 1)}, or another number of levels"
             )
         for size in attention_resolutions or ():
-            if size not in sizes:
+            if size not in map(min, sizes):
                 raise ValueError(
                     f"attention_resolutions={tuple(attention_resolutions)} has {size}, and the levels of this UNet "
-                    f"are {', '.join(map(str, sizes))}; choose among them"
+                    f"are {', '.join(map(str, map(min, sizes)))}; choose among them"
                 )
         attention_resolutions = _ATTENTION if attention_resolutions is None else attention_resolutions
         widths = [model_channels * mult for mult in channel_mult]
@@ -75,7 +78,7 @@ class UNet(nn.Module):
             raise ValueError(f"model_channels={model_channels} must be even and at least 4, for sines and cosines")
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout={dropout} is outside [0, 1)")
-        self.input_size, self.in_channels, self.num_classes = input_size, in_channels, num_classes
+        self.input_size, self.in_channels, self.num_classes = as_size(*sides), in_channels, num_classes
         self.model_channels, self.augment_dim = model_channels, augment_dim
 
         embedding = _EMBEDDING_MULT * model_channels
@@ -88,30 +91,30 @@ class UNet(nn.Module):
         def block(channels: int, out: int, **form) -> _Block:
             return _Block(channels, out, embedding, dropout, **form)
 
-        self.enc = nn.ModuleDict({f"{input_size}x{input_size}_conv": _conv(in_channels, model_channels, 3)})
+        names = ["x".join(map(str, size)) for size in sizes]
+        levels = list(zip(names, widths, [min(size) in attention_resolutions for size in sizes], strict=True))
+        self.enc = nn.ModuleDict({f"{names[0]}_conv": _conv(in_channels, model_channels, 3)})
         channels, kept = model_channels, [model_channels]
-        for size, width in zip(sizes, widths, strict=True):
-            if size != input_size:
-                self.enc[f"{size}x{size}_down"] = block(channels, channels, resample="down")
+        for name, width, attends in levels:
+            if name != names[0]:
+                self.enc[f"{name}_down"] = block(channels, channels, resample="down")
                 kept.append(channels)
             for i in range(num_blocks):
-                attends = size in attention_resolutions
-                self.enc[f"{size}x{size}_block{i}"] = block(channels, width, attends=attends)
+                self.enc[f"{name}_block{i}"] = block(channels, width, attends=attends)
                 channels = width
                 kept.append(channels)
         self.dec = nn.ModuleDict()
-        for size, width in reversed(list(zip(sizes, widths, strict=True))):
-            if size == sizes[-1]:
-                self.dec[f"{size}x{size}_in0"] = block(channels, channels, attends=True)
-                self.dec[f"{size}x{size}_in1"] = block(channels, channels)
+        for name, width, attends in reversed(levels):
+            if name == names[-1]:
+                self.dec[f"{name}_in0"] = block(channels, channels, attends=True)
+                self.dec[f"{name}_in1"] = block(channels, channels)
             else:
-                self.dec[f"{size}x{size}_up"] = block(channels, channels, resample="up")
+                self.dec[f"{name}_up"] = block(channels, channels, resample="up")
             for i in range(num_blocks + 1):
-                attends = i == num_blocks and size in attention_resolutions
-                self.dec[f"{size}x{size}_block{i}"] = block(channels + kept.pop(), width, attends=attends)
+                self.dec[f"{name}_block{i}"] = block(channels + kept.pop(), width, attends=attends and i == num_blocks)
                 channels = width
-        self.dec[f"{input_size}x{input_size}_aux_norm"] = _norm(channels)
-        self.dec[f"{input_size}x{input_size}_aux_conv"] = _conv(channels, in_channels, 3)
+        self.dec[f"{names[0]}_aux_norm"] = _norm(channels)
+        self.dec[f"{names[0]}_aux_conv"] = _conv(channels, in_channels, 3)
         self._initialize()
 
     def _initialize(self) -> None:
@@ -133,12 +136,12 @@ class UNet(nn.Module):
         """``F(x, t, s, labels)``.
 
         Args:
-            x: (B, C, S, S) floating point. t, s: (B,) in [0, 1], s <= t.
+            x: (B, C, H, W) floating point. t, s: (B,) in [0, 1], s <= t.
             labels: (B,) int64 in [0, num_classes]; or (B, 1 + augment_dim) floating point, the label and then how the
                 row was augmented; or None for "no label". Without the augmentation a row counts as not augmented.
 
         Returns:
-            (B, C, S, S), dtype of x.
+            (B, C, H, W), dtype of x.
 
         Raises:
             ValueError: for labels of another width.
@@ -183,7 +186,7 @@ class UNet(nn.Module):
 
 
 class _Block(nn.Module):
-    """A residual block ``(B, channels, S, S) → (B, out, S', S')``, resampled ``up``, ``down`` or not; it may attend."""
+    """A residual block ``(B, channels, H, W) → (B, out, H', W')``, resampled ``up``, ``down`` or not; it may attend."""
 
     def __init__(
         self,
@@ -218,7 +221,7 @@ class _Block(nn.Module):
         return F.interpolate(x, scale_factor=2, mode="nearest") if self.resample == "up" else x
 
     def _attention(self, x: Tensor) -> Tensor:
-        q, k, v = self.qkv(self.norm2(x)).unflatten(1, (-1, 3)).flatten(3).transpose(1, 3).unbind(2)  # (B, S², out)
+        q, k, v = self.qkv(self.norm2(x)).unflatten(1, (-1, 3)).flatten(3).transpose(1, 3).unbind(2)  # (B, H·W, out)
         attended = F.scaled_dot_product_attention(*(z.unsqueeze(1) for z in (q, k, v))).squeeze(1)
         return self.proj(attended.mT.unflatten(2, x.shape[2:]))
 

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from soflow_fast import checkpoint
+from soflow_fast.positions import are_of_one_grid
 
 # Under which names trainings keep weights beside other things; the averages first, as they are the better ones.
 _USUAL = ("ema", "ema_state_dict", "ema_model", "model_ema", "state_dict_ema")
@@ -27,7 +28,7 @@ def load_weights(model: nn.Module, path: str | Path, keep: Sequence[str] = ()) -
 def read_weights(model: nn.Module, path: str | Path, keep: Sequence[str] = ()) -> tuple[dict[str, Tensor], str]:
     """Weights that fit a model, on the host; a file is mapped into memory where its form allows that.
 
-    The model's own are what ``keep`` names, and a fixed ``pos_embed`` of another size: it is a function of the size.
+    The model's own are what ``keep`` names, and a fixed ``pos_embed`` of another grid: it is a function of that.
 
     Args:
         model: an objective such as :class:`~soflow_fast.SoFlow`, or a network.
@@ -54,9 +55,8 @@ def read_weights(model: nn.Module, path: str | Path, keep: Sequence[str] = ()) -
     weights: dict[str, Tensor] = {}
     for part in reversed([_renamed(part, own) for part in parts]):  # averages may be of parameters alone
         weights = {name: value for name, value in weights.items() if name in own} | part
-    fixed = {
-        name for name in own & weights.keys() if _is_fixed(model, name) and state[name].shape != weights[name].shape
-    }
+    tables = (name for name in own & weights.keys() if _is_fixed(model, name))
+    fixed = {name for name in tables if not are_of_one_grid(state[name], weights[name])}
     weights = {name: value for name, value in weights.items() if not _is_of(name, keep)}
     weights |= {name: state[name] for name in kept | fixed}
     # "the averages are" would not fit the sentence

@@ -22,6 +22,7 @@ from soflow_fast.config import (
     SoFlowConfig,
     TrainConfig,
 )
+from soflow_fast.size import height_and_width
 
 
 def tiny_config(run_dir, **changes) -> TrainConfig:
@@ -64,7 +65,7 @@ def soflow(*args: str, environment: dict[str, str] | None = None, processes: int
 def write_latents(path: Path, n=40, channels=4, size=8, classes=10, **changes) -> Path:
     """An HDF5 file of the published form with made-up, unscaled latents; an array given as None is left out."""
     generator = np.random.default_rng(0)
-    mean = 5.5 * generator.standard_normal((n, channels, size, size))
+    mean = 5.5 * generator.standard_normal((n, channels, *height_and_width(size)))
     std = generator.uniform(0.01, 0.1, mean.shape)
     arrays = {
         "latents": np.concatenate([mean, std], axis=1).astype(np.float32),
@@ -80,9 +81,9 @@ def write_latents(path: Path, n=40, channels=4, size=8, classes=10, **changes) -
     return path
 
 
-def write_images(folder: Path, n=30) -> np.ndarray:
-    """(n, 8, 8, 3) random bytes, and two class folders of them as PNG."""
-    levels = np.random.default_rng(0).integers(0, 256, (n, 8, 8, 3), dtype=np.uint8)
+def write_images(folder: Path, n=30, size=(8, 8)) -> np.ndarray:
+    """(n, *size, 3) random bytes, and two class folders of them as PNG."""
+    levels = np.random.default_rng(0).integers(0, 256, (n, *size, 3), dtype=np.uint8)
     for number, image in enumerate(levels):
         (folder / f"class{number % 2}").mkdir(parents=True, exist_ok=True)
         Image.fromarray(image).save(folder / f"class{number % 2}" / f"{number}.png")

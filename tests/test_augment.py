@@ -20,17 +20,17 @@ from soflow_fast.step import TrainStep
 SIZE = 32
 
 
-def _ramp(n):
-    """Rows of ``2 + 3u − 5v`` at the pixels' centres, u to the right and v down from the middle of the image."""
-    at = torch.arange(SIZE, dtype=torch.float64) - (SIZE - 1) / 2
-    return (2 + 3 * at[None, :] - 5 * at[:, None]).expand(n, 3, SIZE, SIZE), at
+def _ramp(n, height, width):
+    """Rows of ``2 + 3u − 5v`` at the pixels' centres, u to the right and v down from the middle of the image; u, v."""
+    u, v = (torch.arange(side, dtype=torch.float64) - (side - 1) / 2 for side in (width, height))
+    return (2 + 3 * u[None, :] - 5 * v[:, None]).expand(n, 3, height, width), u, v
 
 
 def _rotation(angle):
     return torch.tensor([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]], dtype=torch.float64)
 
 
-def _sources(told):
+def _sources(told, height, width):
     """Where in the image the pixels (u, v) of the result come from, (2, 2) and (2,), by what was told of a row.
 
     A stretching and its inverse across are told alike, so there are two candidates.
@@ -42,27 +42,28 @@ def _sources(told):
         direction = math.atan2(sign * across, sign * along) if stretch else 0.0
         axes = torch.tensor([2 ** (-0.2 * stretch), 2 ** (0.2 * stretch)], dtype=torch.float64).diag()
         source = 2 ** (-0.2 * scale) * rotation @ _rotation(-direction) @ axes @ _rotation(direction)
-        yield source, -source @ torch.tensor(shift, dtype=torch.float64) * 0.125 * SIZE
+        yield source, -source @ (torch.tensor(shift, dtype=torch.float64) * 0.125 * torch.tensor([width, height]))
 
 
-def test_pixels_come_from_where_the_labels_say():
+@pytest.mark.parametrize(("height", "width"), [(SIZE, SIZE), (24, 64), (48, 20)])
+def test_pixels_come_from_where_the_labels_say(height, width):
     """Of a ramp, away from the border: torch's bicubic interpolation is exact to a tenth of a pixel."""
     n = 64
-    x, at = _ramp(n)
+    x, across, down = _ramp(n, height, width)
     moved, labels = Augment(0.7, 0)(x, None, torch.arange(n), 3, 4)
-    result = torch.stack(torch.meshgrid(at, at, indexing="xy")).flatten(1)  # (2, S²) of (u, v)
+    result = torch.stack(torch.meshgrid(across, down, indexing="xy")).flatten(1)  # (2, H·W) of (u, v)
     checked = 0
     for image, told in zip(moved, labels[:, 1:], strict=True):
         errors = []
-        for source, origin in _sources(told):
+        for source, origin in _sources(told, height, width):
             u, v = source @ result + origin[:, None]
-            inside = (u.abs() < SIZE / 2 - 2) & (v.abs() < SIZE / 2 - 2)
+            inside = (u.abs() < width / 2 - 2) & (v.abs() < height / 2 - 2)
             u, v = (1 - 2 * told[0]) * u, (1 - 2 * told[1]) * v  # the image was mirrored before it was moved
             wanted = (2 + 3 * u - 5 * v)[inside]
             errors.append((image[0].flatten()[inside] - wanted).abs().max().item() if len(wanted) else 0.0)
             checked += len(wanted)
         assert min(errors) < 0.1 * (3 + 5)
-    assert checked > 20 * SIZE**2
+    assert checked > 20 * height * width
 
 
 def test_rows_that_are_only_mirrored_keep_their_pixels():

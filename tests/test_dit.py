@@ -1,5 +1,6 @@
 """The DiT against a plain implementation written here, its weights' names and sizes, and its initialisation."""
 
+import itertools
 import math
 
 import pytest
@@ -10,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from soflow_fast import DiT, SoFlow, dit
 from soflow_fast.dit import PRESETS
 from soflow_fast.kernels import reference
+from soflow_fast.size import height_and_width
 
 SMALL = {"input_size": 8, "patch_size": 2, "in_channels": 3, "hidden_size": 24, "depth": 2, "num_heads": 3}
 
@@ -30,7 +32,7 @@ def _net(**overrides):
 
 def _inputs(b=4, size=8, channels=3, classes=5):
     generator = torch.Generator().manual_seed(1)
-    x = torch.randn(b, channels, size, size, generator=generator, dtype=torch.float64)
+    x = torch.randn(b, channels, *height_and_width(size), generator=generator, dtype=torch.float64)
     t = torch.rand(b, generator=generator, dtype=torch.float64)
     return x, t, t * torch.rand(b, generator=generator, dtype=torch.float64), torch.arange(b) % (classes + 1)
 
@@ -83,6 +85,8 @@ def plain_dit(w, x, t, s, labels, *, patch, heads, depth):
         ({}, {}),
         ({"patch_size": 4, "hidden_size": 72, "num_heads": 1, "mlp_ratio": 2.0}, {}),
         ({"input_size": 6, "in_channels": 1, "depth": 3, "num_heads": 6}, {"size": 6, "channels": 1}),
+        ({"input_size": (4, 10)}, {"size": (4, 10)}),
+        ({"input_size": [16, 4], "patch_size": 4}, {"size": (16, 4)}),
     ],
 )
 @pytest.mark.parametrize("attention", ["sdpa", "math"])
@@ -227,13 +231,16 @@ def test_preset_names():
 
 
 def test_position_embedding():
-    grid, d = 3, 16
-    net = DiT(input_size=6, patch_size=2, hidden_size=d, depth=1, num_heads=2)
-    for row in range(grid):
-        for column in range(grid):
+    d = 16
+    for rows, columns in ((3, 3), (2, 5)):
+        net = DiT(input_size=(2 * rows, 2 * columns), patch_size=2, hidden_size=d, depth=1, num_heads=2)
+        assert net.pos_embed.shape == (1, rows * columns, d)
+        for row, column in itertools.product(range(rows), range(columns)):
             omega = [10000 ** (-i / (d // 4)) for i in range(d // 4)]
             expected = [f(at * w) for at in (column, row) for f in (math.sin, math.cos) for w in omega]
-            torch.testing.assert_close(net.pos_embed[0, row * grid + column], torch.tensor(expected), rtol=0, atol=1e-7)
+            torch.testing.assert_close(
+                net.pos_embed[0, row * columns + column], torch.tensor(expected), rtol=0, atol=1e-7
+            )
 
 
 def test_initialisation():
@@ -259,6 +266,10 @@ def test_initialisation():
     [
         ({"patch_size": 3}, "patch_size=3 does not divide input_size=8"),
         ({"patch_size": 0}, "patch_size=0 does not divide input_size=8"),
+        ({"input_size": (8, 7)}, r"patch_size=2 does not divide input_size=\[8, 7\]; choose a patch_size"),
+        ({"input_size": (8, 0)}, r"input_size=\[8, 0\] is not possible; it must be at least 1"),
+        ({"input_size": (8, 8, 8)}, r"input_size=\[8, 8, 8\] is not a size; give a whole number, or"),
+        ({"input_size": 8.0}, r"input_size=8\.0 is not a size"),
         ({"num_heads": 5}, "num_heads=5 does not divide hidden_size=24"),
         ({"hidden_size": 18}, "hidden_size=18 is not a multiple of 4"),
         ({"impl": "cuda"}, "impl='cuda' is not known; choose one of auto, torch, triton"),
@@ -268,6 +279,12 @@ def test_initialisation():
 def test_impossible_settings(sizes, sentence):
     with pytest.raises(ValueError, match=sentence):
         DiT(**{**SMALL, **sizes})
+
+
+def test_samples_of_another_grid_with_as_many_tokens():
+    x, t, s, labels = _inputs(size=(4, 16))
+    with pytest.raises(ValueError, match=r"x of shape \(4, 3, 4, 16\) does not fit a DiT of input_size=8; give x of"):
+        _net()(x, t, s, labels)
 
 
 # --------------------------------------------------------------------------------------------------- compilation

@@ -19,10 +19,10 @@ def _net(**overrides):
     return net
 
 
-def _inputs(step, b=4):
+def _inputs(step, b=4, size=(8, 8)):
     """``x, t, s, labels, dx, dt``, the shifts of size ``step``, all of them exact in float32."""
     generator = torch.Generator().manual_seed(1)
-    x, v = torch.randn(2, b, 3, 8, 8, generator=generator)
+    x, v = torch.randn(2, b, 3, *size, generator=generator)
     t = 0.3 + 0.7 * torch.rand(b, generator=generator)
     s = 0.8 * t * torch.rand(b, generator=generator)
     gap = step * (t - s)
@@ -39,10 +39,10 @@ def _relative(ours, truth):
 
 
 @pytest.mark.parametrize("step", [0.5, 1e-1, 1e-3, 1e-6])
-@pytest.mark.parametrize("attention", ["sdpa", "math"])
-def test_difference_is_the_subtraction_in_float64(step, attention):
-    net = _net(attention=attention)
-    x, t, s, labels, dx, dt = _inputs(step)
+@pytest.mark.parametrize(("attention", "size"), [("sdpa", (8, 8)), ("math", (8, 8)), ("sdpa", (4, 10))])
+def test_difference_is_the_subtraction_in_float64(step, attention, size):
+    net = _net(attention=attention, input_size=size)
+    x, t, s, labels, dx, dt = _inputs(step, size=size)
     F, dF = net.forward_difference(x, t, s, labels, dx, dt)
     plain = net(x, t, s, labels)
     assert torch.equal(F, plain)

@@ -163,6 +163,32 @@ def test_from_images_to_a_decoded_run_by_the_command(tmp_path, pictures, vae, ca
     torch.testing.assert_close(images, expected, rtol=1e-4, atol=1e-4)
 
 
+def test_images_of_a_height_and_a_width(tmp_path, pictures, vae, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    command = ["encode", str(pictures), "out.hdf5", "--vae", vae, "--workers", "0", "--device", "cpu", "--size"]
+    assert main([*command, "16,24"]) == 0
+    first, *lines = capsys.readouterr().out.splitlines()
+    assert first.startswith("7 latents (4, 8, 12) of 2 classes: out.hdf5")
+    assert lines[:2] == ["model:", "  input_size: [8, 12]"]
+    found = read_arrays("out.hdf5")
+    assert found["latent_size"].tolist() == [8, 12]
+    image = np.asarray(centre_crop(Image.open(pictures / "a" / "0.png"), (16, 24)))
+    with torch.no_grad():
+        x = torch.from_numpy(image.copy()).permute(2, 0, 1)[None] / 255 * 2 - 1
+        mean = AutoencoderKL.from_pretrained(vae, low_cpu_mem_usage=False).encode(x).latent_dist.mean
+    np.testing.assert_allclose(found["latents"][:1, :4], mean, rtol=1e-4, atol=1e-4)
+    assert main([*command, "24,16"]) == 2
+    assert "made with size [16, 24], and this command has [24, 16]" in capsys.readouterr().err
+    settings = yaml.safe_load(tiny_config("run", batch_size=4, total_steps=1).to_yaml())
+    given = yaml.safe_load("\n".join(lines))
+    settings["model"] |= given["model"]
+    settings["data"] = given["data"] | {"workers": 0}
+    settings["output"]["sample_every"] = 1
+    Path("config.yaml").write_text(yaml.safe_dump(settings))
+    assert main(["train", "config.yaml"]) == 0
+    assert Image.open("run/samples/step-00000001.png").size == (5 * 26, 2 * 18)  # decoded, with a border
+
+
 # ------------------------------------------------------------------------------------------------------- bad input
 
 
@@ -170,6 +196,10 @@ def test_from_images_to_a_decoded_run_by_the_command(tmp_path, pictures, vae, ca
     ("changes", "words"),
     [
         ({"--size": 0}, ["--size 0 is not possible", "at least 1"]),
+        ({"--size": "16,0"}, ["--size [16, 0] is not possible", "at least 1"]),
+        ({"--size": "16,16,16"}, ["--size 16,16,16 is not a size; give a whole number, or height,width such as"]),
+        ({"--size": "16x24"}, ["--size 16x24 is not a size; give"]),
+        ({"--size": "16,17"}, ["--size [16, 17] is not possible with this autoencoder", "a multiple of 2"]),
         ({"--size": 17}, ["--size 17 is not possible with this autoencoder", "a multiple of 2"]),
         ({"--batch": 0}, ["--batch 0", "at least 1"]),
         ({"--workers": -1}, ["--workers -1", "at least 0"]),

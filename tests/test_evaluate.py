@@ -15,7 +15,8 @@ from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
 
 from soflow_fast import SoFlow, build, evaluate, fidelity
 from soflow_fast.config import DataConfig, EvaluationConfig, ModelConfig, SoFlowConfig
-from soflow_fast.data import digits
+from soflow_fast.data import ImageFolder, digits
+from soflow_fast.data.crop import centre_crop
 from soflow_fast.fidelity import distance_to_statistics, frechet_distance
 from soflow_fast.images import balanced_labels, generate, grid, save_samples, to_uint8, vae_decoder
 from soflow_fast.kernels.reference import Stream, normal
@@ -134,6 +135,30 @@ def test_folder_scores_equal_those_of_the_images(tmp_path):
     real = torch.from_numpy(levels).permute(0, 3, 1, 2)
     assert scores["frechet"] == pytest.approx(frechet_distance(to_uint8(samples), real), rel=1e-3)
     assert len(list((tmp_path / "samples").iterdir())) == 30
+
+
+@pytest.mark.parametrize("kind", ["folder", "latents"])
+def test_a_reference_is_cropped_to_a_height_and_a_width_as_the_training_data_are(tmp_path, kind):
+    write_images(tmp_path / "real", size=(40, 37))
+    channels, decode = (3, None) if kind == "folder" else (4, lambda latents: latents[:, :3])
+    config = _folder_config(tmp_path, tmp_path / "real", reference=str(tmp_path / "real"))
+    sizes = replace(config.model, input_size=(8, 12), in_channels=channels)
+    config = replace(config, model=sizes, data=replace(config.data, kind=kind, vae=None if decode is None else "x"))
+    evaluate.check_evaluation(config)
+    model = build.build_model(config)
+    scores = [evaluate.evaluate(model, config, tmp_path / "samples", decode=decode)["frechet"] for _ in range(2)]
+    shape, options = (channels, 8, 12), {"steps": 1, "seed": 0, "batch": 30, "decode": decode}
+    samples = to_uint8(torch.cat(list(generate(model, balanced_labels(30, 10), 30, shape, **options))))
+    if kind == "folder":
+        data = ImageFolder(tmp_path / "real", channels=3, size=(8, 12), num_classes=10)
+        real = to_uint8(torch.stack([image for image, _ in data]))
+    else:
+        files = sorted((tmp_path / "real").rglob("*.png"))
+        real = np.stack([np.asarray(centre_crop(Image.open(file), (8, 12))) for file in files])
+        real = torch.from_numpy(real).permute(0, 3, 1, 2)
+    assert real.shape == samples.shape == (30, 3, 8, 12)
+    assert scores == pytest.approx([frechet_distance(samples, real)] * 2, rel=1e-6)
+    assert {Image.open(file).size for file in (tmp_path / "samples").iterdir()} == {(12, 8)}
 
 
 def test_the_reference_is_read_again_only_if_it_changed(tmp_path, monkeypatch):

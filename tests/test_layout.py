@@ -13,12 +13,12 @@ FLOORS = [
     ["kernels"],
     [
         "config", "config_io", "config_model", "config_objective", "config_optimizer", "derivation",
-        "difference_nonlinear", "difference_rules", "differencing", "imported", "interop", "paths",
+        "difference_nonlinear", "difference_rules", "differencing", "imported", "interop", "paths", "size",
     ],
     [
         "attention", "augment", "build", "capture", "checkpoint", "conditions", "data", "distributed", "dit", "ema",
         "encode", "evaluate", "fidelity", "fingerprint", "given", "images", "layers", "memory", "objectives", "optim",
-        "pair", "posthoc", "precision", "sample", "unet", "weights",
+        "pair", "positions", "posthoc", "precision", "sample", "unet", "weights",
     ],
     [
         "cli", "demo", "doctor", "dry_run", "logs", "run_folder", "sampling_options", "scoring", "step", "stopping",

@@ -17,9 +17,9 @@ FORM = {"channels": 4, "size": 8, "num_classes": 10, "scale": 0.18215}
 CPU = torch.device("cpu")
 
 
-def _moments(n=70):
+def _moments(n=70, size=(8, 8)):
     generator = np.random.default_rng(0)
-    mean = 5.5 * generator.standard_normal((n, 4, 8, 8))
+    mean = 5.5 * generator.standard_normal((n, 4, *size))
     return np.concatenate([mean, generator.uniform(0.01, 0.1, mean.shape)], axis=1).astype(np.float32)
 
 
@@ -60,6 +60,14 @@ def test_it_is_recognised_and_read_as_it_is_on_the_disk(tmp_path, inside, precis
     for (x, y), (x_held, y_held) in zip(batches(data, workers=2, **options), batches(held, **options), strict=True):
         assert torch.equal(x, x_held)
         assert torch.equal(y, y_held)
+
+
+def test_of_a_height_and_a_width(tmp_path):
+    moments = _moments(3, (8, 12))
+    _write(tmp_path, moments)
+    assert np.array_equal(MomentsFolder(tmp_path, **{**FORM, "size": (8, 12)}).read(0, 3)[0].numpy(), moments)
+    with pytest.raises(ValueError, match=r"of shape \(8, 8, 12\), and this model needs floats of shape \(8, 12, 8\)"):
+        MomentsFolder(tmp_path, **{**FORM, "size": (12, 8)})
 
 
 def test_without_labels(tmp_path):

@@ -27,7 +27,8 @@ SIZES = {"model_channels": 16, "channel_mult": (1, 2), "num_blocks": 1, "attenti
 
 def _network(**options):
     torch.manual_seed(0)
-    net = UNet(8, 2, 10, **{**SIZES, "dropout": 0.0, "augment_dim": AUGMENT_DIM, **options})
+    form = {"input_size": 8, "in_channels": 2, "num_classes": 10, "dropout": 0.0, "augment_dim": AUGMENT_DIM}
+    net = UNet(**{**form, **SIZES, **options})
     for p in net.parameters():  # whose branches start out as nearly nothing
         p.data.add_(torch.randn_like(p), alpha=0.1)
     return net
@@ -92,6 +93,20 @@ def test_a_block_is_its_formula(resample, attends):
         attended = torch.einsum("bqk,bck->bcq", weights, v).reshape(out.shape)
         out = (out + block.proj(attended)) / math.sqrt(2)
     torch.testing.assert_close(block(x, e), out, rtol=1e-10, atol=1e-12)
+
+
+def test_of_another_height_it_is_the_same_network():
+    """Kernels and images transposed, the output is; its levels are named by both sides, as EDM's are."""
+    wide, high = (_network(input_size=size).double() for size in ((8, 16), (16, 8)))
+    assert list(wide.enc) == ["8x16_conv", "8x16_block0", "4x8_down", "4x8_block0"]
+    attend = [name for name, block in wide.named_modules() if isinstance(block, _Block) and block.qkv is not None]
+    assert attend == ["enc.4x8_block0", "dec.4x8_in0", "dec.4x8_block1"]  # 4 is the shorter side
+    weights = zip(high.state_dict(), wide.state_dict().values(), strict=True)
+    high.load_state_dict({name: value.mT if value.dim() == 4 else value for name, value in weights})
+    x, t = torch.randn(3, 2, 8, 16).double(), torch.rand(3).double()
+    out = wide(x, t, t / 2)
+    assert out.shape == x.shape
+    torch.testing.assert_close(high(x.mT, t, t / 2).mT, out)
 
 
 def test_what_it_is_told():
@@ -213,6 +228,8 @@ def test_dry_run_counts_four_forwards(tmp_path):
     ("options", "words"),
     [
         ({"input_size": 30}, r"input_size=30 cannot be halved for each of channel_mult=\(2, 2, 2\).*multiple of 4"),
+        ({"input_size": (32, 30)}, r"input_size=\[32, 30\] cannot be halved for each of.*multiple of 4"),
+        ({"input_size": (32, 64), "attention_resolutions": (64,)}, "has 64, .* are 32, 16, 8; choose"),
         ({"model_channels": 36}, "144 channels wide, which 32 groups do not divide; choose model_channels=32"),
         ({"model_channels": 3}, "model_channels=3 must be even"),
         ({"dropout": 1.0}, r"dropout=1\.0 is outside \[0, 1\)"),

@@ -284,6 +284,36 @@ def test_fine_tuning_to_another_resolution(tmp_path, monkeypatch, capsys):
         assert torch.equal(value, table if name == "network.pos_embed" else averages[name])
 
 
+def test_another_grid_of_as_many_tokens(tmp_path, monkeypatch, capsys):
+    """2×2 and 1×4 tokens have tables of one shape, and not of one content."""
+    first = tiny_config(tmp_path / "first")
+    Trainer(first).fit()
+    averages, data = final(tmp_path / "first").ema, Blobs(shape=(1, 4, 16))
+    config = _other(tmp_path, first, input_size=(4, 16))
+    table = Trainer(config, dataset=data).model.network.pos_embed.clone()
+    assert table.shape == averages["network.pos_embed"].shape
+    run = _stopped_before(monkeypatch, 1, Trainer(config, dataset=data))
+    assert "kept as initialised: pos_embed\n" in capsys.readouterr().err
+    for name, value in run.model.state_dict().items():
+        assert torch.equal(value, table if name == "network.pos_embed" else averages[name])
+    goes_on = Trainer(replace(config, run_dir=first.run_dir, initial_weights=None), dataset=data, accept_changes=True)
+    with pytest.raises(ValueError, match=r"network\.pos_embed is the table of another grid .* as initial_weights"):
+        goes_on.fit()
+
+
+@pytest.mark.parametrize("error", [0.0, 2e-3])
+def test_a_table_is_that_of_its_grid_or_of_none(tmp_path, error):
+    """Rounded it still is; a table of another kind that is not trained is taken as it is."""
+    ours, theirs = (DiT(8, 2, 1, 16, 1, 2, num_classes=10) for _ in range(2))
+    theirs.pos_embed.data += error * torch.randn(theirs.pos_embed.shape)
+    file = _save(tmp_path / "x.pt", theirs.state_dict())
+    load_weights(ours, file)
+    assert torch.equal(ours.pos_embed, theirs.pos_embed)
+    other = theirs.state_dict() | {"pos_embed": theirs.pos_embed.flip(2)}  # the row first
+    load_weights(ours, _save(tmp_path / "y.pt", other))
+    assert torch.equal(ours.pos_embed, other["pos_embed"])
+
+
 class _Positions(nn.Module):
     def __init__(self, n):
         super().__init__()

@@ -9,6 +9,9 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from soflow_fast.data.crop import centred
+from soflow_fast.size import Size, height_and_width
+
 _SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".webp"}
 _MODES = {1: "L", 3: "RGB"}
 
@@ -79,10 +82,10 @@ def _in_bytes(image: Image.Image) -> Image.Image:
 
 
 class ImageFolder(Dataset):
-    """Map-style data set of (image, label) in pixel space: the largest centred square, resized, in [-1, 1].
+    """Map-style data set of (image, label) in pixel space, in [-1, 1]: of each image what :func:`~.crop.centred` takes.
 
     Args:
-        path: of the folder. channels: 1 (grey) or 3 (RGB). size: height and width of the result.
+        path: of the folder. channels: 1 (grey) or 3 (RGB). size: of the result, one number or (H, W).
         num_classes: at least as many as there are class folders; 0 takes every image below the folder, of class 0.
         flip: mirrors an image with probability 1/2, drawn from torch's global generator.
 
@@ -94,8 +97,8 @@ class ImageFolder(Dataset):
             folders than classes.
     """
 
-    def __init__(self, path: str | Path, *, channels: int, size: int, num_classes: int, flip: bool = False):
-        self.path, self.size, self.flip = Path(path), size, flip
+    def __init__(self, path: str | Path, *, channels: int, size: Size, num_classes: int, flip: bool = False):
+        self.path, self.sides, self.flip = Path(path), height_and_width(size), flip
         if not self.path.is_dir():
             raise ValueError(f"the image folder {self.path} does not exist; set data.path to a folder of class folders")
         if channels not in _MODES:
@@ -120,16 +123,10 @@ class ImageFolder(Dataset):
         return len(self._files)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        """(channels, size, size) float32 in [-1, 1], and the label."""
+        """(channels, H, W) float32 in [-1, 1], and the label."""
         file = self.path / os.fsdecode(self._files[index])
-        square = _centre_square(read_image(file, self.mode)).resize((self.size, self.size), Image.Resampling.LANCZOS)
+        image = centred(read_image(file, self.mode), self.sides)
         if self.flip and torch.rand(()) < 0.5:
-            square = square.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        pixels = torch.from_numpy(np.array(square, dtype=np.float32)) / 127.5 - 1
-        return pixels.view(self.size, self.size, -1).permute(2, 0, 1), int(self.labels[index])
-
-
-def _centre_square(image: Image.Image) -> Image.Image:
-    side = min(image.size)
-    left, top = (image.width - side) // 2, (image.height - side) // 2
-    return image.crop((left, top, left + side, top + side))
+            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        pixels = torch.from_numpy(np.array(image, dtype=np.float32)) / 127.5 - 1
+        return pixels.view(*self.sides, -1).permute(2, 0, 1), int(self.labels[index])

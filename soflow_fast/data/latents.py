@@ -1,8 +1,9 @@
 """Latent moments in HDF5, in the form the published SoFlow code writes, and ``soflow encode``.
 
-Arrays: ``latents`` float (N, 2C, S, S), the mean and then the standard deviation of each latent, unscaled; ``labels``
-integer (N,); scalars ``amount`` = N and ``latent_size`` = S. A file of ``soflow encode`` also counts the rows that are
-there, in the scalar ``written``. For networks that are told conditions there is another array, ``conditions`` (N, ...).
+Arrays: ``latents`` float (N, 2C, H, W), the mean and then the standard deviation of each latent, unscaled; ``labels``
+integer (N,); scalars ``amount`` = N and ``latent_size`` = H = W, or both, (2,). A file of ``soflow encode`` also counts
+the rows that are there, in the scalar ``written``. For networks that are told conditions there is another array,
+``conditions`` (N, ...).
 """
 
 import os
@@ -13,6 +14,7 @@ import numpy as np
 import torch
 
 from soflow_fast.data.moments import Moments, probe_rows
+from soflow_fast.size import Size, as_size, height_and_width
 
 PUBLIC_NAME = "imagenet_latent.hdf5"
 
@@ -21,8 +23,8 @@ class LatentMoments(Moments):
     """Map-style data set of (moments, label), or of (moments, condition), read from the file as it is used.
 
     Args:
-        path: of the file, or of the folder that holds ``imagenet_latent.hdf5``. channels: C. size: S.
-        num_classes, scale, dtype: see :class:`~soflow_fast.data.moments.Moments`.
+        path: of the file, or of the folder that holds ``imagenet_latent.hdf5``. channels: C. size: one number or
+            (H, W). num_classes, scale, dtype: see :class:`~soflow_fast.data.moments.Moments`.
         with_conditions: whether items have the file's conditions in place of labels.
 
     Raises:
@@ -34,7 +36,7 @@ class LatentMoments(Moments):
         path: str | Path,
         *,
         channels: int,
-        size: int,
+        size: Size,
         num_classes: int,
         scale: float,
         dtype: torch.dtype = torch.float32,
@@ -51,7 +53,7 @@ class LatentMoments(Moments):
             )
         try:
             with h5py.File(self.path, "r") as file:
-                self._check_form(file, channels, size)
+                self._check_form(file, channels, *height_and_width(size))
                 labels = file["labels"][:]
                 probes = file["latents"][probe_rows(len(labels))]
         except OSError as error:
@@ -75,18 +77,18 @@ class LatentMoments(Moments):
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_file": None, "_opened_by": None}
 
-    def _check_form(self, file: h5py.File, channels: int, size: int) -> None:
+    def _check_form(self, file: h5py.File, channels: int, height: int, width: int) -> None:
         for name in ("latents", "labels"):
             if not isinstance(file.get(name), h5py.Dataset):
                 raise ValueError(
                     f"the latents file {self.path} has no array {name!r}; it needs 'latents' (N, {2 * channels}, "
-                    f"{size}, {size}) and 'labels' (N,)"
+                    f"{height}, {width}) and 'labels' (N,)"
                 )
-        shape, expected = file["latents"].shape, (2 * channels, size, size)
+        shape, expected = file["latents"].shape, (2 * channels, height, width)
         if len(shape) != 4 or shape[1:] != expected:
             raise ValueError(
-                f"the latents in {self.path} have shape {shape}, and this model needs (N, {2 * channels}, {size}, "
-                f"{size}): {channels} channels of mean, then {channels} of standard deviation"
+                f"the latents in {self.path} have shape {shape}, and this model needs (N, {2 * channels}, {height}, "
+                f"{width}): {channels} channels of mean, then {channels} of standard deviation"
             )
         if file["labels"].shape != shape[:1] or file["labels"].dtype.kind not in "iu":
             raise ValueError(
@@ -99,9 +101,11 @@ class LatentMoments(Moments):
                 f"the latents file {self.path} has no array 'conditions' of {shape[0]} rows, and this network is told "
                 "conditions; add it with h5py, a row for each latent"
             )
-        for name, value in (("amount", shape[0]), ("latent_size", size), ("written", shape[0])):
-            if name in file and int(file[name][()]) != value:
+        for name, value in (("amount", shape[0]), ("latent_size", as_size(height, width)), ("written", shape[0])):
+            found = list(map(int, np.ravel(file[name][()]))) if name in file else None
+            if found not in (None, list(np.ravel(value))):
                 raise ValueError(
-                    f"the latents file {self.path} says {name}={int(file[name][()])} and holds {value}; "
+                    f"the latents file {self.path} says {name}={'x'.join(map(str, found))} and holds "
+                    f"{'x'.join(map(str, np.ravel(value)))}; "
                     "it is incomplete or of another size: write it again"
                 )

@@ -1,6 +1,6 @@
 """Latent moments of an autoencoder: what every form in which they are stored has in common.
 
-The moments of a sample are (2C, S, S): the mean and then the standard deviation of each latent, unscaled.
+The moments of a sample are (2C, H, W): the mean and then the standard deviation of each latent, unscaled.
 """
 
 from abc import ABC, abstractmethod
@@ -22,7 +22,7 @@ def probe_rows(n: int) -> np.ndarray:
 
 
 def spread(moments: np.ndarray) -> float:
-    """The standard deviation of latents drawn from moments (n, 2C, S, S)."""
+    """The standard deviation of latents drawn from moments (n, 2C, H, W)."""
     mean, std = np.split(moments.astype(np.float64), 2, axis=1)
     return float(np.sqrt(mean.var() + np.square(std).mean()))
 
@@ -36,7 +36,7 @@ class Moments(Dataset, ABC):
     """Map-style data set of (moments, label); a subclass says how the moments of some rows are read.
 
     Args:
-        path: of the file or folder. labels: (n,) of the samples. probes: (m, 2C, S, S), the samples that
+        path: of the file or folder. labels: (n,) of the samples. probes: (m, 2C, H, W), the samples that
             :func:`probe_rows` names. num_classes: labels must lie in [0, num_classes); 0 does not look at them.
         scale: what the unscaled latents will be multiplied by. dtype: of the moments; bfloat16 rounds them by at most
             2^-8 of their size and halves the memory they take.
@@ -66,7 +66,7 @@ class Moments(Dataset, ABC):
 
     @abstractmethod
     def _read(self, rows: np.ndarray | slice) -> np.ndarray:
-        """The moments of some rows, given in ascending order: (n, 2C, S, S) float32."""
+        """The moments of some rows, given in ascending order: (n, 2C, H, W) float32."""
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -75,13 +75,13 @@ class Moments(Dataset, ABC):
         return self.__getitems__([index])[0]
 
     def __getitems__(self, indices: list[int]) -> list[tuple[Tensor, Tensor]]:
-        """The samples of a batch in the order asked for: (2C, S, S) in ``dtype`` and 0-d int64."""
+        """The samples of a batch in the order asked for: (2C, H, W) in ``dtype`` and 0-d int64."""
         ascending, back = np.unique(np.asarray(indices), return_inverse=True)
         moments, labels = self._pair(ascending)
         return list(zip(moments[back], labels[back], strict=True))
 
     def read(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
-        """The samples from start to stop as two tensors: (n, 2C, S, S) in ``dtype`` and (n,) int64."""
+        """The samples from start to stop as two tensors: (n, 2C, H, W) in ``dtype`` and (n,) int64."""
         return self._pair(slice(start, stop))
 
     def _pair(self, rows: np.ndarray | slice) -> tuple[Tensor, Tensor]:

@@ -1,6 +1,6 @@
 """Latent moments as one file per image, in the form that EDM2's and REPA's preprocessing write.
 
-``<number>/img-mean-std-<number>.npy`` are float (2C, S, S), the mean and then the standard deviation of each latent,
+``<number>/img-mean-std-<number>.npy`` are float (2C, H, W), the mean and then the standard deviation of each latent,
 unscaled; ``dataset.json`` is ``{"labels": [["00000/img-mean-std-00000000.npy", 6], ...]}``, or has null there where
 there are no classes.
 
@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from soflow_fast.data.moments import Moments, probe_rows
+from soflow_fast.size import Size, height_and_width
 
 _INDEX = "dataset.json"
 _REPA_FOLDER = "vae-sd"
@@ -37,8 +38,8 @@ class MomentsFolder(Moments):
     """Map-style data set of (moments, label), in the order of the files' names, read as they are used.
 
     Args:
-        path: of the folder that holds ``dataset.json``. channels: C. size: S. num_classes, scale, dtype: see
-            :class:`~soflow_fast.data.moments.Moments`.
+        path: of the folder that holds ``dataset.json``. channels: C. size: one number or (H, W). num_classes, scale,
+            dtype: see :class:`~soflow_fast.data.moments.Moments`.
 
     Raises:
         ValueError: for an index that is not of this form or has no labels where there are classes, files that are
@@ -51,12 +52,12 @@ class MomentsFolder(Moments):
         path: str | Path,
         *,
         channels: int,
-        size: int,
+        size: Size,
         num_classes: int,
         scale: float,
         dtype: torch.dtype = torch.float32,
     ):
-        self.path, self._shape = Path(path), (2 * channels, size, size)
+        self.path, self._shape = Path(path), (2 * channels, *height_and_width(size))
         names, labels = self._read_index(num_classes)
         self._names = np.array([os.fsencode(name) for name in names])  # without a Python object per file
         probes = self._read(probe_rows(len(names)))

@@ -15,6 +15,7 @@ import h5py
 import numpy as np
 
 from soflow_fast.checkpoint import flush
+from soflow_fast.size import as_size
 
 # What a kill may cost; and the bytes copied at a time where a file is laid out anew.
 _FLUSH_SECONDS = 10.0
@@ -25,7 +26,7 @@ class Contents(NamedTuple):
     """What a file of latents is to hold.
 
     Attributes:
-        settings: by name, what the moments depend on besides the images. shape: (2C, S, S) of a row.
+        settings: by name, what the moments depend on besides the images. shape: (2C, H, W) of a row.
         labels: (n,) int64. sources: (n,) uint64, a fingerprint of each row's image, its class included.
     """
 
@@ -72,7 +73,7 @@ class LatentsWriter:
             os.close(self._file)
 
     def append(self, moments: np.ndarray) -> None:
-        """Writes the next rows, (m, 2C, S, S) float32, and records them every ten seconds.
+        """Writes the next rows, (m, 2C, H, W) float32, and records them every ten seconds.
 
         Raises:
             OSError: if the disk is full or fails; the rows before these count.
@@ -118,7 +119,7 @@ def _lay_out(path: Path, contents: Contents, earlier: Path | None = None) -> Non
     with h5py.File(new, "w") as file:
         file.attrs["settings"] = json.dumps(contents.settings)
         file["labels"], file["sources"] = contents.labels, contents.sources
-        file["amount"], file["latent_size"] = np.int64(len(contents.labels)), np.int64(contents.shape[-1])
+        file["amount"], file["latent_size"] = np.int64(len(contents.labels)), np.int64(as_size(*contents.shape[1:]))
         file["written"] = np.int64(0)
         latents = _reserve(file, "latents", (len(contents.labels), *contents.shape))
         if earlier is not None:
