@@ -237,7 +237,8 @@ class TrainConfig(Section):
         initial_weights: what the first step starts from, network and averages: a file of weights or the folder of a
             run, see :func:`~soflow_fast.weights.load_weights`; drawn from the seed where there is none.
         initial_weights_except: parts of the network that are drawn all the same, such as ``y_embedder`` for other
-            classes.
+            classes. initial_weights_form: ``own``; or ``sit`` or ``repa`` for weights of those flow matching
+            transformers, see :mod:`soflow_fast.flow_weights`.
     """
 
     run_dir: str = "runs/soflow"
@@ -249,6 +250,7 @@ class TrainConfig(Section):
     max_skipped_steps: int = 0
     initial_weights: str | None = None
     initial_weights_except: tuple[str, ...] = ()
+    initial_weights_form: Literal["own", "sit", "repa"] = "own"
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -271,11 +273,13 @@ class TrainConfig(Section):
         for name in ("batch_size", "total_steps"):
             require_count(name, getattr(self, name))
         require_count("max_skipped_steps", self.max_skipped_steps, least=0)
-        require(
-            self.initial_weights is not None or not self.initial_weights_except,
-            f"initial_weights_except={list(self.initial_weights_except)} does nothing without initial_weights; "
-            "set that, or leave it out",
-        )
+        for name, default in (("initial_weights_except", ()), ("initial_weights_form", "own")):
+            value = getattr(self, name)
+            require(
+                self.initial_weights is not None or value == default,
+                f"{name}={list(value) if isinstance(value, tuple) else value!r} does nothing without initial_weights; "
+                "set that, or leave it out",
+            )
         require(0 <= self.seed < 2**63, f"seed={self.seed} must be in [0, 2^63)")
         require(
             self.batch_size % self.optimizer.accumulation == 0,

@@ -58,7 +58,7 @@ def plan(config: TrainConfig) -> Plan:
                 raise
             flops = None
     if config.initial_weights is not None and not checkpoint.committed(trainer.checkpoints):
-        read_weights(model, config.initial_weights, config.initial_weights_except)
+        read_weights(model, config.initial_weights, config.initial_weights_except, config.initial_weights_form)
     rows = (trainer.rows.stop - trainer.rows.start) // config.optimizer.accumulation
     recompute, averages = config.model.recompute, len(config.ema.posthoc)
     if is_dit and recompute == "auto":

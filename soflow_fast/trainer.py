@@ -284,12 +284,12 @@ class Trainer:
 
     def _load_initial_weights(self) -> str | None:
         """Starts network and averages from the weights of the configuration, if it has any; says what they are."""
-        path = self.config.initial_weights
+        config, path = self.config, self.config.initial_weights
         if path is None:
             return None
         # one answer for all processes: a run that is given may just be writing another checkpoint
         path = self.processes.of_first(partial(weights.locate, path))
-        origin = weights.load_weights(self.model, path, self.config.initial_weights_except)
+        origin = weights.load_weights(self.model, path, config.initial_weights_except, config.initial_weights_form)
         self.ema.load_state_dict(self.model.state_dict(), updates=0)
         return origin
 

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from soflow_fast import checkpoint
+from soflow_fast import checkpoint, flow_weights
 from soflow_fast.positions import are_of_one_grid
 
 # Under which names trainings keep weights beside other things; the averages first, as they are the better ones.
@@ -18,14 +18,16 @@ _USUAL = ("ema", "ema_state_dict", "ema_model", "model_ema", "state_dict_ema")
 _USUAL += ("model", "model_state_dict", "state_dict", "network", "net")
 
 
-def load_weights(model: nn.Module, path: str | Path, keep: Sequence[str] = ()) -> str:
+def load_weights(model: nn.Module, path: str | Path, keep: Sequence[str] = (), form: str = "own") -> str:
     """Copies the weights of :func:`read_weights` into a model, on whichever device it is; says what they are."""
-    weights, origin = read_weights(model, path, keep)
+    weights, origin = read_weights(model, path, keep, form)
     model.load_state_dict(weights)
     return origin
 
 
-def read_weights(model: nn.Module, path: str | Path, keep: Sequence[str] = ()) -> tuple[dict[str, Tensor], str]:
+def read_weights(
+    model: nn.Module, path: str | Path, keep: Sequence[str] = (), form: str = "own"
+) -> tuple[dict[str, Tensor], str]:
     """Weights that fit a model, on the host; a file is mapped into memory where its form allows that.
 
     The model's own are what ``keep`` names, and a fixed ``pos_embed`` of another grid: it is a function of that.
@@ -39,6 +41,8 @@ def read_weights(model: nn.Module, path: str | Path, keep: Sequence[str] = ()) -
             network, with a prefix that a wrapper put before every name.
         keep: parts of the network that stay as they are, such as ``y_embedder`` or ``blocks.3``, whatever the weights
             have there.
+        form: ``own``: of this network; ``sit`` or ``repa``: of those flow matching transformers, see
+            :mod:`soflow_fast.flow_weights`.
 
     Returns:
         ``(weights, origin)``: by the model's names, and what was taken, in words.
@@ -55,6 +59,9 @@ def read_weights(model: nn.Module, path: str | Path, keep: Sequence[str] = ()) -
     weights: dict[str, Tensor] = {}
     for part in reversed([_renamed(part, own) for part in parts]):  # averages may be of parameters alone
         weights = {name: value for name, value in weights.items() if name in own} | part
+    if form != "own":
+        weights = flow_weights.converted(weights, form, model)
+        origin = f"{origin}, converted from {form}"
     tables = (name for name in own & weights.keys() if _is_fixed(model, name))
     fixed = {name for name in tables if not are_of_one_grid(state[name], weights[name])}
     weights = {name: value for name, value in weights.items() if not _is_of(name, keep)}

@@ -1,0 +1,73 @@
+"""Published weights of flow matching transformers as those of a :class:`~soflow_fast.DiT`, to start from.
+
+Of the same blocks are SiT (arXiv 2401.08740) and the SiT of REPA (arXiv 2410.06940). They predict the velocity and know
+one time, so that the converted ``F(x, t, s, y)`` is, at every s, their velocity at x and t:
+
+* The second time's embedding begins at 0: the last layer of ``s_embedder`` is 0, and the one before it as drawn.
+* SiT's time is 1−t, and its velocity points to the data. That time's features are those of t turned and mirrored,
+  ``cos ω(1−t) = cos ω·cos ωt + sin ω·sin ωt`` and ``sin ω(1−t) = sin ω·cos ωt − cos ω·sin ωt``, which the first layer
+  of ``t_embedder`` takes in; the last layer changes its sign.
+* The outputs that SiT does not use ("sigma") and REPA's projectors are left out.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from soflow_fast import paths
+from soflow_fast.dit import DiT
+from soflow_fast.kernels.reference import frequencies
+from soflow_fast.layers import SINUSOID_WIDTH
+
+FORMS = ("sit", "repa")
+
+
+def converted(weights: Mapping[str, Tensor], form: str, model: nn.Module) -> dict[str, Tensor]:
+    """The weights by the names and in the shapes of a model.
+
+    Args:
+        weights: by the names of the model, as far as it has them. form: ``sit`` or ``repa``.
+        model: a DiT, or an objective over one; it has the s_embedder that is drawn.
+
+    Raises:
+        ValueError: for a form that is not known, and another network.
+    """
+    net = getattr(model, "network", model)
+    if form not in FORMS:
+        raise ValueError(f"initial_weights_form={form!r} is not known; choose one of {', '.join(FORMS)}, or own")
+    if not isinstance(net, DiT):
+        raise ValueError(
+            f"initial_weights_form={form!r} is of transformers, and this network is a {type(net).__name__}; choose a "
+            "DiT preset"
+        )
+    prefix = "" if net is model else "network."
+    found = {name.removeprefix(prefix): value for name, value in weights.items()}
+    found = {name: value for name, value in found.items() if not name.startswith("projectors.")}
+    scale = 1 / paths.velocity_scale(getattr(model, "parameterization", "euler"))
+    first, last = "t_embedder.mlp.0.weight", ("final_layer.linear.weight", "final_layer.linear.bias")
+    if form == "sit":
+        scale = -scale
+        if first in found:
+            found[first] = _reversed_time(found[first])
+    for name in last:
+        if name in found:
+            found[name] = scale * _without_sigma(found[name], net.patch_size**2, net.in_channels)
+    for name, value in net.s_embedder.state_dict().items():
+        found[f"s_embedder.{name}"] = torch.zeros_like(value) if name.startswith("mlp.2.") else value
+    return {prefix + name: value for name, value in found.items()}
+
+
+def _reversed_time(weight: Tensor) -> Tensor:
+    """(D, width) of a layer on the features of 1−t, as of one on those of t."""
+    omega = frequencies(SINUSOID_WIDTH, torch.empty(0, dtype=torch.float64))
+    cos, sin = omega.cos(), omega.sin()
+    of_cos, of_sin = weight.double().chunk(2, 1)
+    return torch.cat([of_cos * cos + of_sin * sin, of_cos * sin - of_sin * cos], 1).to(weight.dtype)
+
+
+def _without_sigma(rows: Tensor, positions: int, channels: int) -> Tensor:
+    """Of (p·p·2C, ...) those of the first C channels; the channel is the fastest."""
+    if len(rows) != 2 * positions * channels:
+        return rows
+    return rows.unflatten(0, (positions, 2 * channels))[:, :channels].flatten(0, 1)
