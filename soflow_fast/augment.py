@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from soflow_fast import kernels
+from soflow_fast.conditions import null_condition
 from soflow_fast.kernels.reference import Stream
 
 #: How many numbers tell of a row's augmentation, all 0 where there was none: whether it is mirrored left to right and
@@ -46,6 +47,11 @@ class Augment:
         """ValueError where samples cannot be augmented, or the network would not be told."""
         if latent_scale is not None:
             raise ValueError("augmentation is of images, and the data are latents; set data.augment=0")
+        if null_condition(network) is not None:
+            raise ValueError(
+                f"augmentation is told beside a class, and this {type(network).__name__} is told conditions "
+                "(null_condition); set data.augment=0"
+            )
         if getattr(network, "augment_dim", 0) != AUGMENT_DIM:
             raise ValueError(
                 f"augmentation needs a network with augment_dim={AUGMENT_DIM}, which is told of it in labels (B, "

@@ -130,9 +130,10 @@ def runnable(config: TrainConfig) -> TrainConfig:
 def _require_classes(config: TrainConfig, objective: nn.Module | type[nn.Module]) -> None:
     if config.model.num_classes == 0 and getattr(objective, "condition_dim", 0):
         name = getattr(objective, "__name__", type(objective).__name__)
+        instead = "" if config.model.embedding_dim is None else ", and leave model.embedding_dim out"
         raise ValueError(
             f"model.num_classes=0 trains without labels, and {name} needs them to guide with; set model.num_classes to "
-            "the number of classes"
+            f"the number of classes{instead}"
         )
 
 
@@ -282,10 +283,15 @@ def _imported(setting: str, path: str, arguments: dict[str, Any], seed: int) -> 
 def _with_values_of(config: TrainConfig, model: nn.Module, preset: str) -> TrainConfig:
     network = network_of(model)
     num_classes, null = getattr(network, "num_classes", None), conditions.null_condition(network)
-    if null is not None and not torch.is_tensor(null):
+    if null is not None and not any(null is kept for kept in (*network.buffers(), *network.parameters())):
         raise ValueError(
-            f"the network {type(network).__name__} has a null_condition of class {type(null).__name__}; make it a "
-            "buffer of the shape and dtype of a sample's condition"
+            f"the network {type(network).__name__} has a null_condition of class {type(null).__name__} that is not "
+            "saved with its weights; make it a buffer, or a parameter, of the shape and dtype of a sample's condition"
+        )
+    if null is not None and num_classes:
+        raise ValueError(
+            f"the network {type(network).__name__} has num_classes={num_classes} and a null_condition; set the first "
+            "to None if it is told conditions, and the second if it is told classes"
         )
     if null is None and (not isinstance(num_classes, int) or num_classes < 0):
         raise ValueError(

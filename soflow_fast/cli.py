@@ -302,7 +302,7 @@ def _labels(text: str | None, count: int, config: TrainConfig, model: torch.nn.M
     parts = [] if text is None else [part.strip() for part in text.split(",")]
     num_classes = config.model.num_classes
     if not all(part.isdecimal() for part in parts):
-        raise ValueError(f"--labels {text!r} is not a list of classes in 0..{num_classes - 1}, such as 1,5,7")
+        raise ValueError(f"--labels {text!r} is not a list of numbers, such as 1,5,7")
     dataset, setting = build.dataset_of_conditions(config, model.network), f"--labels {text!r}"
     return labels_of_samples(model.network, dataset, [int(part) for part in parts], count, num_classes, setting)
 

@@ -184,7 +184,8 @@ def evaluate(
         return processes.of_all(lambda: work() if processes.is_first else None)[0]
 
     if config.data.kind == "digits":
-        return of_first(lambda: digit_scores(torch.cat(list(draw())), labels))
+        classes = labels if torch.is_tensor(labels) else None
+        return of_first(lambda: digit_scores(torch.cat(list(draw())), classes))
     if decode is None and not _are_pixels(config):
         return of_first(lambda: {"samples": str(_write_latents(draw(), wanted.samples, config, folder))})
     of_first(lambda: _empty(folder))

@@ -5,19 +5,26 @@ import os
 from collections.abc import Iterable
 
 import numpy as np
+import torch
+from torch import Tensor
 from torch.utils.data import Dataset, TensorDataset
 
 from soflow_fast.data import CIFAR10, ImageFolder, LatentMoments, MomentsFolder
+from soflow_fast.data.moments import probe_rows
 
 
-def fingerprint(dataset: Dataset, num_classes: int) -> dict[str, object]:
+def fingerprint(dataset: Dataset, num_classes: int, null_condition: Tensor | None = None) -> dict[str, object]:
     """``samples``, how many; and of this package's data sets and a ``TensorDataset``, of what is known without reading.
 
     ``shape`` of a sample, ``classes``, the folders in the order of their numbers, and ``sha256`` of the relative names
-    and labels. Labels count where there are classes. What the files hold does not enter.
+    and labels. Labels count where there are classes. Where there is a null condition, ``conditions`` is the sha256 of
+    the conditions, of latents that of some. What else the files hold does not enter.
     """
     found: dict[str, object] = {"samples": len(dataset)}
     labels, names = labels_of(dataset), _names_of(dataset)
+    conditions = None if null_condition is None else _conditions_of(dataset)
+    if conditions is not None:
+        found["conditions"] = hashlib.sha256(conditions.contiguous().view(torch.uint8).numpy()).hexdigest()
     if labels is None:
         return found
     found["shape"] = list(dataset[0][0].shape)
@@ -42,6 +49,13 @@ def labels_of(dataset: Dataset) -> np.ndarray | None:
     return dataset.labels if isinstance(dataset, (ImageFolder, LatentMoments, MomentsFolder)) else None
 
 
+def _conditions_of(dataset: Dataset) -> Tensor | None:
+    """(m, ...) conditions on the host, of which others would not be the same data; None where they are not at hand."""
+    if isinstance(dataset, TensorDataset) and len(dataset.tensors) == 2:
+        return dataset.tensors[1].detach().cpu()
+    return dataset.conditions(probe_rows(len(dataset)).tolist()) if isinstance(dataset, LatentMoments) else None
+
+
 def difference(before: dict[str, object], after: dict[str, object]) -> str | None:
     """How the data of two fingerprints differ, in words, or None."""
     if before == after:
@@ -56,6 +70,8 @@ def difference(before: dict[str, object], after: dict[str, object]) -> str | Non
     for name, unit in (("samples", "samples"), ("shape", "as the shape of a sample")):
         if before.get(name) != after.get(name):
             return f"{after.get(name)} {unit} in place of {before.get(name)}"
+    if before.get("conditions") != after.get("conditions"):
+        return "other conditions"
     return "other names of files or other labels"
 
 

@@ -4,9 +4,10 @@ import copy
 
 import torch
 from torch import nn
+from torch.utils.data import Dataset
 
 from soflow_fast import build
-from soflow_fast.conditions import null_condition
+from soflow_fast.conditions import OfItems, null_condition
 from soflow_fast.config import TrainConfig
 from soflow_fast.dit import DiT
 from soflow_fast.objectives.base import Objective
@@ -14,7 +15,7 @@ from soflow_fast.sample import evaluating
 from soflow_fast.unet import UNet
 
 
-def check(model: Objective, config: TrainConfig) -> None:
+def check(model: Objective, config: TrainConfig, dataset: Dataset) -> None:
     """ValueError for an objective that lacks a method, and a network that does not do what this package's need.
 
     A copy of the network is called on the CPU: a label without a row is an error there, and on a GPU the end of the
@@ -31,8 +32,10 @@ def check(model: Objective, config: TrainConfig) -> None:
     try:
         net = copy.deepcopy(net).cpu()
         null = null_condition(net)
-        labels = torch.zeros(1, dtype=torch.int64) if num_classes else None
-        found = _call(net, x, *times, labels if null is None else null[None])
+        labels = OfItems(dataset, torch.zeros(1, dtype=torch.int64))[:] if null is not None else None
+        if num_classes:
+            labels = torch.zeros(1, dtype=torch.int64)
+        found = _call(net, x, *times, labels)
     except Exception:
         return
     name = type(net).__name__
@@ -42,11 +45,16 @@ def check(model: Objective, config: TrainConfig) -> None:
             f"the network {name} returns {what} for x of shape {tuple(x.shape)}; net(x, t, s, labels) must return one "
             "tensor of the shape of x"
         )
-    if not num_classes or not model.label_drop:
+    if labels is None or not model.label_drop:
         return
     try:
-        _call(net, x, *times, torch.full((1,), num_classes))
+        _call(net, x, *times, model.no_label(labels))
     except Exception as error:
+        if null is not None:
+            raise ValueError(
+                f"the network {name} fails for its null_condition ({' '.join(str(error).split())}), and not for the "
+                "condition of the data set's first item; choose another, or make room for it"
+            ) from None
         raise ValueError(
             f"the network {name} fails for the label {num_classes}, its num_classes, which means 'no label' "
             f"({' '.join(str(error).split())}); give its embedding num_classes + 1 rows, or set label_drop=0 and "

@@ -84,10 +84,12 @@ def labels_of_samples(
             as evenly spread as they fit. num_classes, setting: as in :func:`chosen_labels`.
 
     Raises:
-        ValueError: for a class or item that there is not.
+        ValueError: for a class or item that there is not, and conditions without a data set.
     """
     if null_condition(network) is None:
         return chosen_labels(chosen, n, num_classes, setting)
+    if dataset is None:
+        raise ValueError("the network is told conditions, and there is no data set to take them from; give dataset=")
     return OfItems(dataset, chosen_labels(chosen, n, len(dataset), setting, "item"))
 
 

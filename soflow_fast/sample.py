@@ -161,6 +161,8 @@ class Sampler:
         Yields:
             (at most B, C, H, W) float32, or what decode makes of them, on the CPU.
         """
+        if labels is not None and len(labels) < n:
+            raise ValueError(f"there are {len(labels)} labels for {n} samples; give one for each")
         if self._copy is not None:
             self._copy.write()  # also after weights were exchanged by their .data, which counts as no new version
         rows = range(n) if rows is None else rows

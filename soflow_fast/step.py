@@ -225,7 +225,8 @@ class TrainStep:
         """One step.
 
         Args:
-            x0: (B, C, H, W) this process's rows of the global batch, in their global order. labels: (B,) int64 or None.
+            x0: (B, C, H, W) this process's rows of the global batch, in their global order.
+            labels: (B,) int64, (B, ...) conditions, or None.
         """
         if self.copy is not None:
             self.copy.refresh()

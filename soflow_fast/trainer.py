@@ -97,7 +97,7 @@ class Trainer:
         self.rows = self.processes.rows(config.batch_size)
         self.model = build.build_model(config, model)
         if model is not None:
-            given.check(self.model, config)
+            given.check(self.model, config, self.dataset)
         self.model.to(self.processes.device)
         wanted = config.optimizer
         self.optimizer = OPTIMIZERS[wanted.name](
@@ -171,7 +171,8 @@ class Trainer:
     def _fit(self, stop: StopSignal) -> Path:
         config, output = self.config, self.config.output
         last_checkpoint = checkpoint.path_of(self.checkpoints, config.total_steps)
-        data = fingerprint(self.dataset, config.model.num_classes) if self.processes.is_first else None
+        null, num_classes = null_condition(self.model.network), config.model.num_classes
+        data = fingerprint(self.dataset, num_classes, null) if self.processes.is_first else None
         start, skipped = self._restore(data)
         origin = self._load_initial_weights() if start == 0 else None
         self.processes.of_first(partial(self._claim_folder, start, data))
@@ -180,8 +181,7 @@ class Trainer:
         if start == config.total_steps and not owed:
             return last_checkpoint
         meter = Meter(self.processes, skipped)
-        first, num_classes = self.processes.is_first, config.model.num_classes
-        null = null_condition(self.model.network)
+        first = self.processes.is_first
         log = Quiet()
         if first:
             log = RunLog(self.run_dir, start, config.total_steps, config.batch_size, self._on_log)

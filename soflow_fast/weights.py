@@ -65,6 +65,8 @@ def read_weights(
     tables = (name for name in own & weights.keys() if _is_fixed(model, name))
     fixed = {name for name in tables if not are_of_one_grid(state[name], weights[name])}
     weights = {name: value for name, value in weights.items() if not _is_of(name, keep)}
+    # of weights of classes there is none
+    kept |= {name for name in own - weights.keys() if name.split(".")[-1] == "null_condition"}
     weights |= {name: state[name] for name in kept | fixed}
     # "the averages are" would not fit the sentence
     checkpoint.require_fit(model, weights, f"the checkpoint {path}" if path.is_dir() else origin)

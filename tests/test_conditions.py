@@ -20,7 +20,9 @@ from soflow_fast.objectives.alphaflow import AlphaFlow
 from soflow_fast.objectives.flow_matching import FlowMatching
 from soflow_fast.objectives.improved_meanflow import ImprovedMeanFlow
 from soflow_fast.objectives.meanflow import MeanFlow
+from soflow_fast.sample import Sampler
 from soflow_fast.step import TrainStep
+from soflow_fast.weights import load_weights
 
 CLASSES, WIDTH = 10, 16
 
@@ -238,9 +240,17 @@ def test_conditions_of_another_form_are_refused(tmp_path, condition, found):
 def test_what_cannot_be_told_conditions_says_so(tmp_path):
     net = ByEmbedding()
     del net.null_condition
-    net.null_condition = [0.0] * WIDTH
-    with pytest.raises(ValueError, match="has a null_condition of class list; make it a buffer"):
-        Trainer(tiny_config(tmp_path), model=net, dataset=_data(ByEmbedding()))
+    for null in ([0.0] * WIDTH, torch.zeros(WIDTH)):
+        net.null_condition = null
+        with pytest.raises(ValueError, match="that is not saved with its weights; make it a buffer"):
+            Trainer(tiny_config(tmp_path), model=net, dataset=_data(ByEmbedding()))
+    net = ByEmbedding()
+    net.num_classes = 10
+    with pytest.raises(ValueError, match="has num_classes=10 and a null_condition; set the first to None if"):
+        Trainer(tiny_config(tmp_path), model=net, dataset=_data(net))
+    net.num_classes, net.augment_dim = None, 9
+    with pytest.raises(ValueError, match=r"is told conditions \(null_condition\); set data.augment=0"):
+        Trainer(tiny_config(tmp_path, data=DataConfig(augment=0.1)), model=net, dataset=_data(net))
     with pytest.raises(ValueError, match=r"set model\.num_classes=0"):
         ModelConfig(embedding_dim=8)
     with pytest.raises(ValueError, match="guides by classes"):
@@ -281,6 +291,113 @@ def test_a_dit_told_embeddings(impl):
     bias = net.y_embedder.mlp[2].bias.grad  # the sum over rows, as is that of the table
     torch.testing.assert_close(bias, gradient.sum(0), rtol=1e-3, atol=1e-5)
     assert net.y_embedder.mlp[0].weight.grad.abs().sum() > 0
+
+
+def test_rows_that_hold_the_null_are_dropped():
+    """As rows of the label num_classes are: their velocity is not guided."""
+    x0, labels = digits()[:16]
+    labels = torch.where(torch.arange(16) % 4 == 0, CLASSES, labels)
+    for make in (SoFlow, MeanFlow):
+        losses = []
+        for net in (_seeded(ByClass), _seeded(ByEmbedding), _seeded(ByTokens)):
+            given = labels
+            if type(net) is not ByClass:
+                given = (
+                    ByClass().label.weight[labels] if type(net) is ByEmbedding else torch.stack([labels, 0 * labels], 1)
+                )
+            model = make(net, guidance_scale=3.0)
+            losses.append(model.loss(x0, given, 0.5, 0, 1).loss)
+            drop = model.draw_drop(torch.arange(16), given, 0, 1)
+            assert drop[::4].all()
+            assert not drop.all()
+        assert losses[0] == losses[1] == losses[2]
+
+
+@pytest.mark.parametrize("of_latents", [False, True])
+def test_other_conditions_are_other_data(tmp_path, of_latents):
+    def run(seed):
+        drawn = np.random.default_rng(seed).standard_normal((40, WIDTH)).astype(np.float32)
+        config = tiny_config(tmp_path / "run", total_steps=1)
+        config = replace(config, model=replace(config.model, embedding_dim=WIDTH, num_classes=0))
+        if not of_latents:
+            return Trainer(config, dataset=TensorDataset(digits()[:40][0], torch.from_numpy(drawn)))
+        file = write_latents(tmp_path / f"{seed}.hdf5", channels=1, conditions=drawn)
+        return Trainer(replace(config, data=DataConfig(kind="latents", path=str(file), workers=0)))
+
+    run(0).fit()
+    run(0).fit()
+    with pytest.raises(ValueError, match="holds a run of other data: other conditions"):
+        run(1).fit()
+
+
+def test_a_dit_told_embeddings_starts_from_one_told_classes(tmp_path):
+    by_class = DiT(8, 4, 1, 16, 2, 2, num_classes=CLASSES)
+    torch.save(by_class.state_dict(), tmp_path / "x.pt")
+    net = _told_dit()
+    origin = load_weights(SoFlow(net), tmp_path / "x.pt", ["y_embedder"])
+    assert "kept as initialised: y_embedder" in origin
+    assert torch.equal(net.x_embedder.proj.weight, by_class.x_embedder.proj.weight)
+
+
+class _Listed(ByEmbedding):
+    """Told three numbers, which data sets yield in other forms than tensors too."""
+
+    def __init__(self):
+        super().__init__()
+        self.null_condition, self.label = torch.zeros(3), nn.Linear(3, WIDTH)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("of", [np.float32, torch.tensor, lambda x: nn.Parameter(torch.tensor(x)), list])
+def test_conditions_that_are_no_tensors_yet(tmp_path, workers, of):
+    data = [(image, of([i / 8, 0.5, 1.0])) for i, image in enumerate(digits()[:16][0])]
+    config = tiny_config(tmp_path, total_steps=2, data=DataConfig(workers=workers))
+    Trainer(config, model=_seeded(_Listed), dataset=data).fit()
+    assert final(tmp_path, 2).step == 2
+
+
+def test_an_item_of_another_form_is_found_when_it_is_read(tmp_path):
+    data = [(image, torch.zeros(3)) for image in digits()[:16][0]]
+    data[5] = (data[5][0], torch.zeros(3, dtype=torch.int64))
+    with pytest.raises(ValueError, match=r"conditions of shape \(3,\) and torch.int64"):
+        Trainer(tiny_config(tmp_path, data=DataConfig(workers=1)), model=_seeded(_Listed), dataset=data).fit()
+
+
+def test_a_null_without_an_embedding_is_found_before_the_training(tmp_path):
+    net = ByTokens()
+    net.null_condition[0] = CLASSES + 1
+    with pytest.raises(ValueError, match="the network ByTokens fails for its null_condition"):
+        Trainer(tiny_config(tmp_path), model=net, dataset=_data(net))
+
+
+class _ByLabel(ByClass):
+    """Told the class as if it were a condition."""
+
+    num_classes = None
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("null_condition", torch.tensor(CLASSES))
+
+
+def test_digits_are_scored_without_recognition_of_classes(tmp_path):
+    pytest.importorskip("torch_fidelity")
+    config = tiny_config(tmp_path, total_steps=1)
+    config = replace(config, evaluation=replace(config.evaluation, every=1, samples=70))
+    Trainer(config, model=_seeded(_ByLabel)).fit()
+    metrics = (tmp_path / "metrics.jsonl").read_text()
+    assert "evaluation/frechet_all" in metrics
+    assert "recognised" not in metrics
+
+
+def test_conditions_of_another_form_than_the_null_in_a_loop_of_ones_own():
+    x0 = digits()[:4][0]
+    with pytest.raises(
+        ValueError, match=r"conditions of shape \(4, 5\) .* do not fit a null_condition of shape \(16,\)"
+    ):
+        SoFlow(ByEmbedding()).loss(x0, torch.zeros(4, 5), 0.5)
+    with pytest.raises(ValueError, match="there are 3 labels for 4 samples"):
+        list(Sampler(SoFlow(ByEmbedding()), (1, 8, 8)).draw(torch.zeros(3, WIDTH), 4))
 
 
 def test_a_dit_told_embeddings_trains_in_low_precision_from_a_configuration(tmp_path):

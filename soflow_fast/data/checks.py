@@ -24,7 +24,7 @@ def require_pair(item: Any, num_classes: int, null_condition: Tensor | None = No
     if len(parts) == 2 and torch.is_tensor(parts[0]):
         require_floating_point(parts[0])
         if null_condition is not None:
-            checked_conditions(torch.as_tensor(parts[1])[None], null_condition)
+            as_condition(parts[1], null_condition)
             return tuple(parts[0].shape)
         if not num_classes or _is_integer(parts[1]):
             return tuple(parts[0].shape)
@@ -60,19 +60,26 @@ def checked_labels(labels: Tensor, num_classes: int) -> Tensor:
     return labels.long()
 
 
-def checked_conditions(conditions: Tensor, null_condition: Tensor) -> Tensor:
-    """The conditions (n, ...) themselves.
+def as_condition(value: Any, null_condition: Tensor) -> Tensor:
+    """What a data set yields as a sample's condition, as a tensor without gradient.
 
     Raises:
-        ValueError: unless each is of the shape and dtype of the null condition.
+        ValueError: unless it is of the shape and dtype of the null condition.
     """
-    found, wanted = ((tuple(z.shape), z.dtype) for z in (conditions[0], null_condition))
-    if found != wanted:
+    wanted = f"shape {tuple(null_condition.shape)} and {null_condition.dtype}"
+    try:
+        condition = torch.as_tensor(value).detach()
+    except (TypeError, ValueError, RuntimeError):
         raise ValueError(
-            f"the data set yields conditions of shape {found[0]} and {found[1]}, and the network's null_condition has "
-            f"shape {wanted[0]} and {wanted[1]}; they must be the same"
+            f"the data set yields a condition of class {type(value).__name__} that is no tensor; the network's "
+            f"null_condition has {wanted}, and each condition must too"
+        ) from None
+    if (condition.shape, condition.dtype) != (null_condition.shape, null_condition.dtype):
+        raise ValueError(
+            f"the data set yields conditions of shape {tuple(condition.shape)} and {condition.dtype}, and the "
+            f"network's null_condition has {wanted}; they must be the same"
         )
-    return conditions
+    return condition
 
 
 def warn_of_unused_classes(dataset: Dataset, num_classes: int) -> None:

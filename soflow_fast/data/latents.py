@@ -12,6 +12,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 import torch
+from torch import Tensor
 
 from soflow_fast.data.moments import Moments, probe_rows
 from soflow_fast.size import Size, as_size, height_and_width
@@ -67,7 +68,15 @@ class LatentMoments(Moments):
         return self._array("latents")[rows].astype(np.float32, copy=False)
 
     def _told(self, rows: np.ndarray | slice) -> np.ndarray:
-        return self._array("conditions")[rows] if self._with_conditions else super()._told(rows)
+        if not self._with_conditions:
+            return super()._told(rows)
+        conditions = self._array("conditions")[rows]
+        return conditions.astype(conditions.dtype.newbyteorder("="), copy=False)
+
+    def conditions(self, items: list[int]) -> Tensor:
+        """The conditions of some items, (n, ...)."""
+        ascending, back = np.unique(np.asarray(items), return_inverse=True)
+        return torch.from_numpy(self._told(ascending)[back])
 
     def _array(self, name: str) -> h5py.Dataset:
         if self._opened_by != os.getpid():  # a worker must not share the file position of the process it came from

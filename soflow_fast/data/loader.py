@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset, default_collate
 
-from soflow_fast.data.checks import checked_conditions, checked_labels, require_floating_point
+from soflow_fast.data.checks import as_condition, checked_labels, require_floating_point
 from soflow_fast.data.order import batch_indices
 from soflow_fast.data.resident import Resident, is_in_pieces
 
@@ -21,15 +21,19 @@ class _Steps(Dataset):
     What an item draws from the global generators of torch, numpy and Python depends on (seed, step, global row).
     """
 
-    def __init__(self, dataset: Dataset, batch: int, seed: int, rows: slice):
+    def __init__(self, dataset: Dataset, batch: int, seed: int, rows: slice, null_condition: Tensor | None):
         self.dataset, self.batch, self.seed = dataset, batch, seed
+        # only its form is of interest, and workers cannot have a tensor of a GPU
+        self.null = None if null_condition is None else null_condition.detach().to("meta")
         self.rows = range(batch)[rows]
 
     def __getitem__(self, step: int) -> tuple[Tensor, Tensor] | ValueError:
         indices = batch_indices(len(self.dataset), self.batch, step, self.seed)
         indices = [indices[row] for row in self.rows]
         try:
-            samples = self._all_at_once(indices) if _draws_nothing(self.dataset) else self._one_by_one(step, indices)
+            samples = self._all_at_once(indices) if draws_nothing(self.dataset) else self._one_by_one(step, indices)
+            if self.null is not None:
+                samples = [(x, as_condition(condition, self.null)) for x, condition in samples]
         except ValueError as error:  # a worker would wrap it in a traceback; as a value it stays one sentence
             return error
         return default_collate(samples)
@@ -48,9 +52,9 @@ class _Steps(Dataset):
             return samples
 
 
-def _draws_nothing(dataset: Dataset) -> bool:
+def draws_nothing(dataset: Dataset) -> bool:
     """Whether items are the same whenever they are read; otherwise each has to be fetched on its own, being seeded."""
-    return is_in_pieces(dataset) or (isinstance(dataset, Subset) and _draws_nothing(dataset.dataset))
+    return is_in_pieces(dataset) or (isinstance(dataset, Subset) and draws_nothing(dataset.dataset))
 
 
 @contextmanager
@@ -109,7 +113,7 @@ def batches(
         yield from dataset.batches(batch=batch, steps=steps, seed=seed, rows=rows)
         return
     loader = DataLoader(
-        _Steps(dataset, batch, seed, rows),
+        _Steps(dataset, batch, seed, rows, null_condition),
         batch_size=None,
         sampler=steps,
         num_workers=workers,
@@ -122,9 +126,7 @@ def batches(
             raise item
         x, labels = item
         require_floating_point(x)
-        if null_condition is not None:
-            labels = checked_conditions(labels, null_condition)
-        else:
+        if null_condition is None:
             labels = checked_labels(labels, num_classes) if num_classes else None
         if labels is not None:
             labels = labels.to(device, non_blocking=True)

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, TensorDataset
 from tqdm import tqdm
 
-from soflow_fast.data.checks import checked_conditions, checked_labels, require_floating_point
+from soflow_fast.data.checks import as_condition, checked_labels, require_floating_point
 from soflow_fast.data.order import permutation
 
 # Host memory that loading takes at a time.
@@ -72,16 +72,19 @@ def load_resident(
     require_floating_point(sample)
     samples = torch.empty((n, *sample.shape), dtype=sample.dtype, device=device)
     labels = torch.empty(n, dtype=torch.int64, device=device) if num_classes else None
+    item_bytes = sample.nbytes
     if null_condition is not None:
-        labels = torch.empty((n, *label.shape), dtype=label.dtype, device=device)
-    size = max(1, _CHUNK_BYTES // sample.nbytes)
+        condition = as_condition(label, null_condition)
+        labels = torch.empty((n, *condition.shape), dtype=condition.dtype, device=device)
+        item_bytes += condition.nbytes
+    size = max(1, _CHUNK_BYTES // item_bytes)
     with tqdm(total=n, unit="sample", desc=f"data to {device}", disable=not show, delay=1) as bar:
         for start in range(0, n, size):
             stop = min(start + size, n)
             piece, piece_labels = dataset[start:stop] if _is_pair_of_tensors(dataset) else dataset.read(start, stop)
             samples[start:stop] = piece.to(device)
             if null_condition is not None:
-                labels[start:stop] = checked_conditions(piece_labels, null_condition).to(device)
+                labels[start:stop] = piece_labels.detach().to(device)
             elif num_classes:
                 labels[start:stop] = checked_labels(piece_labels, num_classes).to(device)
             bar.update(stop - start)

@@ -140,7 +140,8 @@ class Objective(nn.Module):
         Args:
             x0: (B, C, H, W). progress: of the training, in [0, 1].
             labels: (B,) int64; (B, 1+k) floating point, the label and what else the network is told of a row, such as
-                how it was augmented; (B, ...) conditions, of a network that takes these; or None.
+                how it was augmented; (B, ...) conditions, of a network that takes these; or None, of one that is told
+                nothing.
             seed, step: of the draws.
             first_row: index of x0[0] in the global batch. Parts of a batch, on other processes or as micro-batches,
                 need theirs, or they draw the same numbers.
@@ -201,8 +202,10 @@ class Objective(nn.Module):
     def draw_drop(self, rows: Tensor, labels: Tensor | None, seed: int | Tensor, step: int | Tensor) -> Tensor:
         """(B,) bool, the rows trained without label: those drawn, and those that have none."""
         drop = self.ops.uniform(rows, 1, seed=seed, step=step, stream=Stream.DROP)[:, 0] <= self.label_drop
-        if labels is None or null_condition(self.network) is not None:
+        if labels is None:
             return drop
+        if null_condition(self.network) is not None:
+            return drop | (labels == self.no_label(labels)).reshape(len(labels), -1).all(1)
         return drop | ((labels if labels.dim() == 1 else labels[:, 0]) == self.network.num_classes)
 
     def input_labels(self, labels: Tensor | None, drop: Tensor | None) -> Tensor | None:
@@ -215,6 +218,11 @@ class Objective(nn.Module):
         """ "No label" in place of every label; what else the network is told of a row stays."""
         null = null_condition(self.network)
         if null is not None:
+            if (labels.shape[1:], labels.is_floating_point()) != (null.shape, null.is_floating_point()):
+                raise ValueError(
+                    f"conditions of shape {tuple(labels.shape)} and {labels.dtype} do not fit a null_condition of "
+                    f"shape {tuple(null.shape)} and {null.dtype}; give (B, *shape) of such"
+                )
             return null.to(labels).expand_as(labels)
         if labels.dim() == 1:
             return torch.full_like(labels, self.network.num_classes)
