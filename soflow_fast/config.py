@@ -237,8 +237,8 @@ class TrainConfig(Section):
         initial_weights: what the first step starts from, network and averages: a file of weights or the folder of a
             run, see :func:`~soflow_fast.weights.load_weights`; drawn from the seed where there is none.
         initial_weights_except: parts of the network that are drawn all the same, such as ``y_embedder`` for other
-            classes. initial_weights_form: ``own``; or ``sit`` or ``repa`` for weights of those flow matching
-            transformers, see :mod:`soflow_fast.flow_weights`.
+            classes. initial_weights_form: ``own``; or ``sit``, ``repa`` or ``meanflow`` for weights of those
+            trainings, see :mod:`soflow_fast.flow_weights`.
     """
 
     run_dir: str = "runs/soflow"
@@ -250,7 +250,7 @@ class TrainConfig(Section):
     max_skipped_steps: int = 0
     initial_weights: str | None = None
     initial_weights_except: tuple[str, ...] = ()
-    initial_weights_form: Literal["own", "sit", "repa"] = "own"
+    initial_weights_form: Literal["own", "sit", "repa", "meanflow"] = "own"
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)

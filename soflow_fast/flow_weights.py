@@ -1,13 +1,15 @@
-"""Published weights of flow matching transformers as those of a :class:`~soflow_fast.DiT`, to start from.
+"""Weights of other trainings' transformers of the same blocks, as those of a :class:`~soflow_fast.DiT`.
 
-Of the same blocks are SiT (arXiv 2401.08740) and the SiT of REPA (arXiv 2410.06940). They predict the velocity and know
-one time, so that the converted ``F(x, t, s, y)`` is, at every s, their velocity at x and t:
+``meanflow``, as github.com/zhuyu-cs/MeanFlow trains it in PyTorch, knows both times: ``F(x, t, s, y)`` is its average
+velocity, and only names differ. ``sit`` (arXiv 2401.08740) and ``repa`` (REPA's, arXiv 2410.06940) are of flow
+matching; they predict the velocity and know one time, and F is, at every s, their velocity at x and t:
 
 * The second time's embedding begins at 0: the last layer of ``s_embedder`` is 0, and the one before it as drawn.
 * SiT's time is 1−t, and its velocity points to the data. That time's features are those of t turned and mirrored,
   ``cos ω(1−t) = cos ω·cos ωt + sin ω·sin ωt`` and ``sin ω(1−t) = sin ω·cos ωt − cos ω·sin ωt``, which the first layer
   of ``t_embedder`` takes in; the last layer changes its sign.
-* The outputs that SiT does not use ("sigma") and REPA's projectors are left out.
+
+Outputs that are not used ("sigma") and REPA's projectors are left out.
 """
 
 from collections.abc import Mapping
@@ -20,14 +22,14 @@ from soflow_fast.dit import DiT
 from soflow_fast.kernels.reference import frequencies
 from soflow_fast.layers import SINUSOID_WIDTH
 
-FORMS = ("sit", "repa")
+FORMS = ("sit", "repa", "meanflow")
 
 
 def converted(weights: Mapping[str, Tensor], form: str, model: nn.Module) -> dict[str, Tensor]:
     """The weights by the names and in the shapes of a model.
 
     Args:
-        weights: by the names of the model, as far as it has them. form: ``sit`` or ``repa``.
+        weights: by the names of the model, as far as it has them. form: one of FORMS.
         model: a DiT, or an objective over one; it has the s_embedder that is drawn.
 
     Raises:
@@ -53,6 +55,8 @@ def converted(weights: Mapping[str, Tensor], form: str, model: nn.Module) -> dic
     for name in last:
         if name in found:
             found[name] = scale * _without_sigma(found[name], net.patch_size**2, net.in_channels)
+    if form == "meanflow":
+        return {prefix + name.replace("r_embedder", "s_embedder"): value for name, value in found.items()}
     for name, value in net.s_embedder.state_dict().items():
         found[f"s_embedder.{name}"] = torch.zeros_like(value) if name.startswith("mlp.2.") else value
     return {prefix + name: value for name, value in found.items()}

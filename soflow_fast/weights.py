@@ -41,7 +41,7 @@ def read_weights(
             network, with a prefix that a wrapper put before every name.
         keep: parts of the network that stay as they are, such as ``y_embedder`` or ``blocks.3``, whatever the weights
             have there.
-        form: ``own``: of this network; ``sit`` or ``repa``: of those flow matching transformers, see
+        form: ``own``: of this network; ``sit``, ``repa`` or ``meanflow``: of those trainings' transformers, see
             :mod:`soflow_fast.flow_weights`.
 
     Returns:

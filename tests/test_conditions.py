@@ -299,13 +299,9 @@ def test_rows_that_hold_the_null_are_dropped():
     labels = torch.where(torch.arange(16) % 4 == 0, CLASSES, labels)
     for make in (SoFlow, MeanFlow):
         losses = []
-        for net in (_seeded(ByClass), _seeded(ByEmbedding), _seeded(ByTokens)):
-            given = labels
-            if type(net) is not ByClass:
-                given = (
-                    ByClass().label.weight[labels] if type(net) is ByEmbedding else torch.stack([labels, 0 * labels], 1)
-                )
-            model = make(net, guidance_scale=3.0)
+        tokens = torch.stack([labels, 0 * labels], 1)
+        for told, given in ((ByClass, labels), (ByEmbedding, ByClass().label.weight[labels]), (ByTokens, tokens)):
+            model = make(_seeded(told), guidance_scale=3.0)
             losses.append(model.loss(x0, given, 0.5, 0, 1).loss)
             drop = model.draw_drop(torch.arange(16), given, 0, 1)
             assert drop[::4].all()

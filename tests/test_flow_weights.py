@@ -20,7 +20,10 @@ WIDTH, HEADS, DEPTH, PATCH, CHANNELS, CLASSES = 16, 2, 2, 4, 1, 10
 def _weights(form, sigma):
     """As those trainings save them, with weights drawn at random."""
     state = dict(DiT(8, PATCH, CHANNELS, WIDTH, DEPTH, HEADS, num_classes=CLASSES).state_dict())
-    state = {name: value for name, value in state.items() if not name.startswith("s_embedder")}
+    if form == "meanflow":
+        state = {name.replace("s_embedder", "r_embedder"): value for name, value in state.items()}
+    else:
+        state = {name: value for name, value in state.items() if not name.startswith("s_embedder")}
     out = PATCH**2 * CHANNELS * (2 if sigma else 1)
     state |= {"final_layer.linear.weight": torch.empty(out, WIDTH), "final_layer.linear.bias": torch.empty(out)}
     if form == "repa":
@@ -30,8 +33,8 @@ def _weights(form, sigma):
     return drawn | {"pos_embed": state["pos_embed"]}
 
 
-def _velocity(w, x, t, y):
-    """SiT: (B, C, H, W), (B,) and (B,) to the first C channels of what it predicts."""
+def _velocity(w, x, t, y, r=None):
+    """SiT: (B, C, H, W), (B,) and (B,) to the first C channels of what it predicts; MeanFlow's has a second time."""
 
     def linear(name, z):
         return z @ w[f"{name}.weight"].T + w[f"{name}.bias"]
@@ -39,9 +42,12 @@ def _velocity(w, x, t, y):
     def modulated(z, shift, scale):
         return nnf.layer_norm(z, (WIDTH,), eps=1e-6) * (1 + scale[:, None]) + shift[:, None]
 
-    omega = torch.exp(-math.log(10000) * torch.arange(128) / 128)
-    features = torch.cat([torch.cos(t[:, None] * omega), torch.sin(t[:, None] * omega)], 1)
-    c = linear("t_embedder.mlp.2", nnf.silu(linear("t_embedder.mlp.0", features)))
+    def embedded(name, time):
+        phase = time[:, None] * torch.exp(-math.log(10000) * torch.arange(128) / 128)
+        features = torch.cat([torch.cos(phase), torch.sin(phase)], 1)
+        return linear(f"{name}.mlp.2", nnf.silu(linear(f"{name}.mlp.0", features)))
+
+    c = embedded("t_embedder", t) + (0 if r is None else embedded("r_embedder", t - r))
     c = nnf.silu(c + w["y_embedder.embedding_table.weight"][y])
     h = nnf.conv2d(x, w["x_embedder.proj.weight"], w["x_embedder.proj.bias"], stride=PATCH)
     h = h.flatten(2).mT + w["pos_embed"]
@@ -82,6 +88,17 @@ def test_the_velocity_is_theirs_at_every_second_time(tmp_path, form, make, optio
     assert model.network.s_embedder.mlp[0].weight.std() > 0.01  # so that its last layer has a gradient
 
 
+@pytest.mark.parametrize("sigma", [False, True])
+def test_the_average_velocity_is_theirs(tmp_path, sigma):
+    theirs = _weights("meanflow", sigma)
+    torch.save({"ema": theirs}, tmp_path / "x.pt")
+    model = MeanFlow(DiT(8, PATCH, CHANNELS, WIDTH, DEPTH, HEADS, num_classes=CLASSES))
+    load_weights(model, tmp_path / "x.pt", form="meanflow")
+    noise, y = torch.randn(3, CHANNELS, 8, 8, generator=torch.Generator().manual_seed(2)), torch.tensor([3, 1, 4])
+    wanted = noise - _velocity(theirs, noise, torch.ones(3), y, torch.zeros(3))
+    torch.testing.assert_close(model.sample(noise, y), wanted, rtol=1e-4, atol=1e-5)
+
+
 def test_a_run_starts_from_them_and_its_second_time_is_trained(tmp_path):
     torch.save(_weights("sit", True), tmp_path / "SiT.pt")
     config = tiny_config(tmp_path / "run", initial_weights=str(tmp_path / "SiT.pt"), initial_weights_form="sit")
@@ -98,7 +115,7 @@ def test_what_is_no_such_transformer_is_refused(tmp_path):
     with pytest.raises(ValueError, match="this network is a UNet; choose a DiT preset"):
         load_weights(UNet(input_size=8, in_channels=1, model_channels=8, num_classes=0), tmp_path / "x.pt", form="sit")
     net = DiT(8, PATCH, CHANNELS, WIDTH, DEPTH, HEADS, num_classes=CLASSES)
-    with pytest.raises(ValueError, match="'dit' is not known; choose one of sit, repa, or own"):
+    with pytest.raises(ValueError, match="'dit' is not known; choose one of sit, repa, meanflow, or own"):
         load_weights(net, tmp_path / "x.pt", form="dit")
     with pytest.raises(ValueError, match=r"final_layer.linear.bias is \(32,\) there and \(16,\) in this model"):
         load_weights(net, tmp_path / "x.pt")
