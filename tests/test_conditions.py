@@ -5,16 +5,29 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from foreign_networks import UNet
+from conditioned import (
+    CLASSES,
+    WIDTH,
+    ByClass,
+    ByEmbedding,
+    ByLabel,
+    ByTokens,
+    Items,
+    Listed,
+    conditions_of,
+    data_of,
+    seeded,
+)
 from runs import StopError, final, stop_at, tiny_config, write_latents
 from torch import nn
-from torch.utils.data import Dataset, TensorDataset
+from torch.utils.data import TensorDataset
 
 from soflow_fast import DiT, SoFlow, Trainer, trainer
 from soflow_fast.cli import main
 from soflow_fast.conditions import OfItems
 from soflow_fast.config import DataConfig, ModelConfig
 from soflow_fast.data import digits
+from soflow_fast.dry_run import plan
 from soflow_fast.images import save_png
 from soflow_fast.objectives.alphaflow import AlphaFlow
 from soflow_fast.objectives.flow_matching import FlowMatching
@@ -22,73 +35,6 @@ from soflow_fast.objectives.improved_meanflow import ImprovedMeanFlow
 from soflow_fast.objectives.meanflow import MeanFlow
 from soflow_fast.sample import Sampler
 from soflow_fast.step import TrainStep
-from soflow_fast.weights import load_weights
-
-CLASSES, WIDTH = 10, 16
-
-
-class ByClass(UNet):
-    """A network told the class, whose embedding is fixed."""
-
-    def __init__(self):
-        super().__init__(channels=1)
-        table = torch.randn(CLASSES + 1, WIDTH, generator=torch.Generator().manual_seed(1))
-        self.label = nn.Embedding.from_pretrained(table)
-
-
-class ByEmbedding(ByClass):
-    """The same network, told that embedding."""
-
-    num_classes = None
-
-    def __init__(self):
-        super().__init__()
-        self.register_buffer("null_condition", self.label.weight[CLASSES].clone())
-        self.label = nn.Identity()
-
-
-class ByTokens(ByClass):
-    """Told two tokens, of which the second changes nothing."""
-
-    num_classes = None
-
-    def __init__(self):
-        super().__init__()
-        self.register_buffer("null_condition", torch.tensor([CLASSES, 0]))
-
-    def forward(self, x, t, s, labels):
-        return super().forward(x, t, s, labels[:, 0])
-
-
-def _conditions(labels, net):
-    if isinstance(net, ByTokens):
-        return torch.stack([labels, labels % 3], 1)
-    return ByClass().label.weight.detach()[labels]
-
-
-def _data(net, n=32):
-    images, labels = digits()[:n]
-    return TensorDataset(images, _conditions(labels, net))
-
-
-class Items(Dataset):
-    """Not held by the device: read by the loader, its caption drawn from two that are the same."""
-
-    def __init__(self, n=32, kind="ByEmbedding"):
-        self.pairs = _data(globals()[kind](), n)
-
-    def __len__(self):
-        return len(self.pairs)
-
-    def __getitem__(self, item):
-        image, condition = self.pairs[item]
-        return image, [condition, condition.clone()][int(torch.randint(2, ()))]
-
-
-def _seeded(make, *arguments, **keywords):
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return make(*arguments, **keywords)
 
 
 @pytest.mark.parametrize("make", [SoFlow, MeanFlow, AlphaFlow, FlowMatching])
@@ -96,9 +42,9 @@ def _seeded(make, *arguments, **keywords):
 def test_conditions_train_as_the_classes_that_they_stand_for(make, told):
     x0, labels = digits()[:16]
     found = []
-    for net in (_seeded(ByClass), _seeded(told)):
+    for net in (seeded(ByClass), seeded(told)):
         model = make(net, guidance_scale=2.0, label_drop=0.3)
-        given = labels if type(net) is ByClass else _conditions(labels, net)
+        given = labels if type(net) is ByClass else conditions_of(labels, net)
         for merged in (False, True):
             order = torch.arange(16)
             out = model.loss_of_rows(x0, given, order, round(16 * model.velocity_share), 0.5, 3, 7, merged=merged)
@@ -123,17 +69,17 @@ def test_a_run_is_that_of_the_classes(tmp_path, monkeypatch, told, held):
         return Trainer(config, model=net, dataset=dataset)
 
     images, labels = digits()[:32]
-    by_class = run("class", _seeded(ByClass), TensorDataset(images, labels))
+    by_class = run("class", seeded(ByClass), TensorDataset(images, labels))
     by_class._grid_labels = labels[torch.tensor([3, 1] * 5)]  # the classes of items 3 and 1
     by_class.fit()
-    net = _seeded(told)
-    data = _data(net) if held else Items(kind=told.__name__)
+    net = seeded(told)
+    data = data_of(net) if held else Items(kind=told.__name__)
     workers = DataConfig(workers=0 if held else 1)
     with monkeypatch.context() as patch:
         stop_at(patch, 4)
         with pytest.raises(StopError):
             run("condition", net, data, data=workers).fit()
-    again = run("condition", _seeded(told), data, data=workers)
+    again = run("condition", seeded(told), data, data=workers)
     assert again.on_device == held
     again.fit()
     of_class, of_condition = (final(tmp_path / name, 4) for name in ("class", "condition"))
@@ -142,7 +88,7 @@ def test_a_run_is_that_of_the_classes(tmp_path, monkeypatch, told, held):
         assert all(torch.equal(ours[name], value) for name, value in theirs.items() if "label" not in name)
     grids = [(tmp_path / name / "samples" / "step-00000004.png").read_bytes() for name in ("class", "condition")]
     assert grids[0] == grids[1]
-    config, model, _ = trainer.load_run(tmp_path / "condition", "cpu", model=_seeded(told))
+    config, model, _ = trainer.load_run(tmp_path / "condition", "cpu", model=seeded(told))
     assert config.model.num_classes == 0
     assert torch.equal(model.network.null_condition, net.null_condition)
 
@@ -150,9 +96,9 @@ def test_a_run_is_that_of_the_classes(tmp_path, monkeypatch, told, held):
 def test_the_whole_way_by_the_commands(tmp_path, capsys):
     """A network and data named in a file: planned, trained, sampled with the conditions of items, scored."""
     pytest.importorskip("torch_fidelity")
-    model = ModelConfig(preset="test_conditions.ByEmbedding", input_size=8, in_channels=1)
+    model = ModelConfig(preset="conditioned.ByEmbedding", input_size=8, in_channels=1)
     config = tiny_config(tmp_path / "run", total_steps=2, model=model)
-    config = replace(config, data=DataConfig(kind="test_conditions.Items", workers=0))
+    config = replace(config, data=DataConfig(kind="conditioned.Items", workers=0))
     images = tmp_path / "real"
     images.mkdir()
     for i, image in enumerate(digits()[:20][0]):
@@ -178,8 +124,8 @@ def test_the_whole_way_by_the_commands(tmp_path, capsys):
 
 
 def test_a_run_of_data_given_as_an_object_says_how_to_sample(tmp_path, capsys):
-    config = tiny_config(tmp_path, total_steps=1, model=ModelConfig("test_conditions.ByEmbedding", 8, 1))
-    Trainer(config, dataset=_data(ByEmbedding())).fit()
+    config = tiny_config(tmp_path, total_steps=1, model=ModelConfig("conditioned.ByEmbedding", 8, 1))
+    Trainer(config, dataset=data_of(ByEmbedding())).fit()
     assert main(["sample", str(tmp_path), "--device", "cpu"]) == 2
     assert "name its class in data.kind, or draw in Python" in capsys.readouterr().err
 
@@ -243,54 +189,20 @@ def test_what_cannot_be_told_conditions_says_so(tmp_path):
     for null in ([0.0] * WIDTH, torch.zeros(WIDTH)):
         net.null_condition = null
         with pytest.raises(ValueError, match="that is not saved with its weights; make it a buffer"):
-            Trainer(tiny_config(tmp_path), model=net, dataset=_data(ByEmbedding()))
+            Trainer(tiny_config(tmp_path), model=net, dataset=data_of(ByEmbedding()))
     net = ByEmbedding()
     net.num_classes = 10
     with pytest.raises(ValueError, match="has num_classes=10 and a null_condition; set the first to None if"):
-        Trainer(tiny_config(tmp_path), model=net, dataset=_data(net))
+        Trainer(tiny_config(tmp_path), model=net, dataset=data_of(net))
     net.num_classes, net.augment_dim = None, 9
     with pytest.raises(ValueError, match=r"is told conditions \(null_condition\); set data.augment=0"):
-        Trainer(tiny_config(tmp_path, data=DataConfig(augment=0.1)), model=net, dataset=_data(net))
+        Trainer(tiny_config(tmp_path, data=DataConfig(augment=0.1)), model=net, dataset=data_of(net))
     with pytest.raises(ValueError, match=r"set model\.num_classes=0"):
         ModelConfig(embedding_dim=8)
     with pytest.raises(ValueError, match="guides by classes"):
         ImprovedMeanFlow(DiT(8, 4, 1, 16, 1, 2, embedding_dim=8, condition_dim=3))
     with pytest.raises(ValueError, match=r"labels of shape \(2, 5\) do not fit a DiT with embedding_dim=8"):
         DiT(8, 4, 1, 16, 1, 2, embedding_dim=8)(torch.zeros(2, 1, 8, 8), *torch.zeros(2, 2), torch.zeros(2, 5))
-
-
-def _told_dit(impl="torch"):
-    net = _seeded(DiT, 8, 4, 1, 16, 2, 2, embedding_dim=WIDTH, impl=impl)
-    with torch.no_grad():
-        for p in net.parameters():
-            p += 0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel()))
-    return net
-
-
-@pytest.mark.parametrize("impl", ["torch", "triton"])
-def test_a_dit_told_embeddings(impl):
-    """It is the DiT whose label table has them embedded; its gradients and its difference too."""
-    net, conditions = _told_dit(impl), ByClass().label.weight.detach()
-    by_class = DiT(8, 4, 1, 16, 2, 2, num_classes=CLASSES)
-    state = {name: value for name, value in net.state_dict().items() if name not in ("null_condition",)}
-    state = {name: value for name, value in state.items() if not name.startswith("y_embedder")}
-    table = torch.cat([net.y_embedder(conditions[:CLASSES])[0], net.y_embedder(net.null_condition[None])[0]]).detach()
-    by_class.load_state_dict({**state, "y_embedder.embedding_table.weight": table})
-    generator = torch.Generator().manual_seed(0)
-    x, dx = torch.randn(2, 6, 1, 8, 8, generator=generator)
-    t, dt = torch.linspace(0.5, 0.9, 6), torch.full((6,), -1e-3)
-    labels = torch.tensor([3, 1, 4, 1, 5, 9])
-    found = net.forward_difference(x, t, t / 2, conditions[labels], 1e-3 * dx, dt)
-    wanted = by_class.forward_difference(x, t, t / 2, labels, 1e-3 * dx, dt)
-    for ours, theirs in zip(found, wanted, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
-    torch.testing.assert_close(net(x, t, t, None), by_class(x, t, t, None), rtol=1e-4, atol=1e-6)
-    found[0].square().sum().backward()
-    wanted[0].square().sum().backward()
-    gradient = by_class.y_embedder.embedding_table.weight.grad
-    bias = net.y_embedder.mlp[2].bias.grad  # the sum over rows, as is that of the table
-    torch.testing.assert_close(bias, gradient.sum(0), rtol=1e-3, atol=1e-5)
-    assert net.y_embedder.mlp[0].weight.grad.abs().sum() > 0
 
 
 def test_rows_that_hold_the_null_are_dropped():
@@ -301,7 +213,7 @@ def test_rows_that_hold_the_null_are_dropped():
         losses = []
         tokens = torch.stack([labels, 0 * labels], 1)
         for told, given in ((ByClass, labels), (ByEmbedding, ByClass().label.weight[labels]), (ByTokens, tokens)):
-            model = make(_seeded(told), guidance_scale=3.0)
+            model = make(seeded(told), guidance_scale=3.0)
             losses.append(model.loss(x0, given, 0.5, 0, 1).loss)
             drop = model.draw_drop(torch.arange(16), given, 0, 1)
             assert drop[::4].all()
@@ -326,21 +238,14 @@ def test_other_conditions_are_other_data(tmp_path, of_latents):
         run(1).fit()
 
 
-def test_a_dit_told_embeddings_starts_from_one_told_classes(tmp_path):
-    by_class = DiT(8, 4, 1, 16, 2, 2, num_classes=CLASSES)
-    torch.save(by_class.state_dict(), tmp_path / "x.pt")
-    net = _told_dit()
-    origin = load_weights(SoFlow(net), tmp_path / "x.pt", ["y_embedder"])
-    assert "kept as initialised: y_embedder" in origin
-    assert torch.equal(net.x_embedder.proj.weight, by_class.x_embedder.proj.weight)
-
-
-class _Listed(ByEmbedding):
-    """Told three numbers, which data sets yield in other forms than tensors too."""
-
-    def __init__(self):
-        super().__init__()
-        self.null_condition, self.label = torch.zeros(3), nn.Linear(3, WIDTH)
+def test_a_null_that_is_a_parameter_is_trained(tmp_path):
+    config = tiny_config(tmp_path, total_steps=2, model=ModelConfig("conditioned.Learned", 8, 1))
+    config = replace(config, data=DataConfig(kind="conditioned.Items", workers=0))
+    assert plan(config).flops > 0
+    run = Trainer(config)
+    before = run.model.network.null_condition.detach().clone()
+    run.fit()
+    assert not torch.equal(run.model.network.null_condition, before)
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -348,7 +253,7 @@ class _Listed(ByEmbedding):
 def test_conditions_that_are_no_tensors_yet(tmp_path, workers, of):
     data = [(image, of([i / 8, 0.5, 1.0])) for i, image in enumerate(digits()[:16][0])]
     config = tiny_config(tmp_path, total_steps=2, data=DataConfig(workers=workers))
-    Trainer(config, model=_seeded(_Listed), dataset=data).fit()
+    Trainer(config, model=seeded(Listed), dataset=data).fit()
     assert final(tmp_path, 2).step == 2
 
 
@@ -356,31 +261,21 @@ def test_an_item_of_another_form_is_found_when_it_is_read(tmp_path):
     data = [(image, torch.zeros(3)) for image in digits()[:16][0]]
     data[5] = (data[5][0], torch.zeros(3, dtype=torch.int64))
     with pytest.raises(ValueError, match=r"conditions of shape \(3,\) and torch.int64"):
-        Trainer(tiny_config(tmp_path, data=DataConfig(workers=1)), model=_seeded(_Listed), dataset=data).fit()
+        Trainer(tiny_config(tmp_path, data=DataConfig(workers=1)), model=seeded(Listed), dataset=data).fit()
 
 
 def test_a_null_without_an_embedding_is_found_before_the_training(tmp_path):
     net = ByTokens()
     net.null_condition[0] = CLASSES + 1
     with pytest.raises(ValueError, match="the network ByTokens fails for its null_condition"):
-        Trainer(tiny_config(tmp_path), model=net, dataset=_data(net))
-
-
-class _ByLabel(ByClass):
-    """Told the class as if it were a condition."""
-
-    num_classes = None
-
-    def __init__(self):
-        super().__init__()
-        self.register_buffer("null_condition", torch.tensor(CLASSES))
+        Trainer(tiny_config(tmp_path), model=net, dataset=data_of(net))
 
 
 def test_digits_are_scored_without_recognition_of_classes(tmp_path):
     pytest.importorskip("torch_fidelity")
     config = tiny_config(tmp_path, total_steps=1)
     config = replace(config, evaluation=replace(config.evaluation, every=1, samples=70))
-    Trainer(config, model=_seeded(_ByLabel)).fit()
+    Trainer(config, model=seeded(ByLabel)).fit()
     metrics = (tmp_path / "metrics.jsonl").read_text()
     assert "evaluation/frechet_all" in metrics
     assert "recognised" not in metrics
@@ -394,17 +289,3 @@ def test_conditions_of_another_form_than_the_null_in_a_loop_of_ones_own():
         SoFlow(ByEmbedding()).loss(x0, torch.zeros(4, 5), 0.5)
     with pytest.raises(ValueError, match="there are 3 labels for 4 samples"):
         list(Sampler(SoFlow(ByEmbedding()), (1, 8, 8)).draw(torch.zeros(3, WIDTH), 4))
-
-
-def test_a_dit_told_embeddings_trains_in_low_precision_from_a_configuration(tmp_path):
-    config = tiny_config(tmp_path, total_steps=4)
-    config = replace(config, model=replace(config.model, embedding_dim=WIDTH, num_classes=0))
-    config = replace(config, compute=replace(config.compute, precision="bf16"))
-    run = Trainer(config, dataset=_data(ByEmbedding()))
-    assert run.step.copy is not None
-    before = run.model.network.y_embedder.mlp[2].bias.detach().clone()
-    run.fit()
-    assert not torch.equal(run.model.network.y_embedder.mlp[2].bias, before)
-    assert "embedding_dim: 16" in (tmp_path / "config.yaml").read_text()
-    _, model, step = trainer.load_run(tmp_path, "cpu")
-    assert (model.network.num_classes, step) == (0, 4)

@@ -223,6 +223,8 @@ class Objective(nn.Module):
                     f"conditions of shape {tuple(labels.shape)} and {labels.dtype} do not fit a null_condition of "
                     f"shape {tuple(null.shape)} and {null.dtype}; give (B, *shape) of such"
                 )
+            # a view of a parameter that is made without gradient would still say that it requires one
+            null = null if torch.is_grad_enabled() else null.detach()
             return null.to(labels).expand_as(labels)
         if labels.dim() == 1:
             return torch.full_like(labels, self.network.num_classes)
