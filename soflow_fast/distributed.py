@@ -77,6 +77,14 @@ class Processes:
             dist.all_reduce(values, op=dist.ReduceOp.MAX)
         return values
 
+    def largest(self, number: int) -> int:
+        """Of the processes' numbers, without a wait for the device."""
+        if self.world_size == 1:
+            return number
+        found = torch.tensor(number)
+        dist.all_reduce(found, op=dist.ReduceOp.MAX, group=self._host)
+        return int(found)
+
     def of_first(self, work: Callable[[], Any]) -> Any:
         """What ``work`` returns in the first process, in all of them; only the first runs it."""
         result = [work() if self.is_first else None]

@@ -154,7 +154,7 @@ class Trainer:
         """Trains to the last step, from the newest checkpoint of the run's folder if there is one.
 
         SIGTERM and SIGUSR1, where this is the main thread, end it after the step, with several processes after the next
-        metrics, with a checkpoint; their handlers are put back at the end.
+        that ten divides, with a checkpoint; their handlers are put back at the end.
 
         Returns:
             The path of the last checkpoint.
@@ -223,7 +223,7 @@ class Trainer:
                 log.advance()
                 last = done == config.total_steps
                 logs = last or done % output.log_every == 0
-                stopped = 0 if last else stop.agreed(self.processes, logs)
+                stopped = 0 if last else stop.agreed(self.processes, done)
                 if logs or stopped:
                     self._require_finite(meter)
                     log.write(done, {**meter.read(), "learning_rate": learning_rate})

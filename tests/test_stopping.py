@@ -1,5 +1,6 @@
 """A run that is told to stop saves a checkpoint first, and going on from it is exact."""
 
+import json
 import multiprocessing
 import os
 import signal
@@ -141,7 +142,9 @@ open(sys.argv[1] + "." + os.environ["RANK"], "w").write(str(code))
 
 
 def test_several_processes_stop_after_the_same_step(tmp_path):
-    path, script = write_config(tmp_path / "config.yaml", _config(tmp_path / "run")), tmp_path / "script.py"
+    config = _config(tmp_path / "run", total_steps=20)
+    config = replace(config, output=replace(config.output, log_every=100))
+    path, script = write_config(tmp_path / "config.yaml", config), tmp_path / "script.py"
     script.write_text(_ONE_OF_TWO)
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     done = subprocess.run(
@@ -154,8 +157,9 @@ def test_several_processes_stop_after_the_same_step(tmp_path):
     assert done.returncode == 0, done.stderr
     assert [(tmp_path / f"config.yaml.{rank}").read_text() for rank in (0, 1)] == ["143", "143"]
     (saved,) = checkpoint.committed(tmp_path / "run" / "checkpoints")
-    assert saved.name == "step-00000004"  # the metrics after the third
-    assert done.stderr.count("stopped by SIGTERM after step 4") == 1
+    assert saved.name == "step-00000010"  # when they ask each other
+    assert done.stderr.count("stopped by SIGTERM after step 10") == 1
+    assert [json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").open()] == [10]
 
 
 class _Sleeper(torch.utils.data.Dataset):
