@@ -6,7 +6,6 @@ renamed, and it counts only while its marker ``COMMITTED`` exists, which is remo
 """
 
 import json
-import math
 import os
 import re
 import shutil
@@ -92,32 +91,36 @@ def save(folder: Path, state: State, keep: int, keep_every: int = 0) -> Path:
     return final
 
 
-def add_score(path: Path, score: float, keep: int) -> None:
+def add_score(path: Path, score: float, of: dict, keep: int) -> None:
     """Gives a checkpoint a score, of which the lowest is the best; then removes others as :func:`save` does.
 
-    It is a number in the checkpoint's file ``SCORE``: the former best needs no change, whenever this is killed.
+    It is in the checkpoint's file ``SCORE``: the former best needs no change, whenever this is killed.
+
+    Args:
+        of: how it was scored; only scores of the same kind as the newest one's compete.
     """
     temporary = path / f".{_SCORE}.writing"
-    temporary.write_text(f"{score!r}\n")
+    temporary.write_text(json.dumps({"score": score, "of": of}) + "\n")
     flush(temporary)
     os.replace(temporary, path / _SCORE)
     flush(path)
     _prune(path.parent, keep)
 
 
-def score_of(path: Path) -> float | None:
-    """The score of a checkpoint, if it has one."""
+def score_of(path: Path) -> tuple[float, dict] | None:
+    """The score of a checkpoint and how it was scored, if it was."""
     try:
-        score = float((path / _SCORE).read_text())
-    except (OSError, ValueError):
+        found = json.loads((path / _SCORE).read_text())
+    except (FileNotFoundError, json.JSONDecodeError):  # others may pass, and the best must not be removed for them
         return None
-    return None if math.isnan(score) else score
+    return found["score"], found["of"]
 
 
 def best(folder: Path) -> Path | None:
-    """The checkpoint of the lowest score, of equal ones the oldest; None where none has a score."""
-    scores = {path: score_of(path) for path in committed(folder)}
-    return min((path for path in scores if scores[path] is not None), key=scores.get, default=None)
+    """The checkpoint of the lowest score among those scored as the newest one; of equal ones the oldest; or None."""
+    scores = {path: score for path in committed(folder) if (score := score_of(path)) is not None}
+    of = next((score[1] for score in reversed(scores.values())), None)
+    return min((path for path in scores if scores[path][1] == of), key=lambda path: scores[path][0], default=None)
 
 
 def load(path: Path, device: torch.device | str = "cpu") -> State:

@@ -52,7 +52,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.path.insert(0, "")  # as of `python -m`: networks and data sets that a configuration names
     try:
         args.command(args)
-    except (ValueError, OSError, FloatingPointError, distributed.OtherProcessError) as error:
+    except distributed.OtherProcessError:  # which says why
+        return 2
+    except (ValueError, OSError, FloatingPointError) as error:
         if of_imported_code(error):
             raise
         print(f"soflow: {distributed.whose()}{' '.join(str(error).split())}", file=sys.stderr)

@@ -27,6 +27,10 @@ class OtherProcessError(RuntimeError):
     """What another process failed in, which raises its own error."""
 
 
+class LostProcessError(RuntimeError):
+    """Another process has ended, or cannot be reached."""
+
+
 class Processes:
     """This process among those of a run.
 
@@ -97,6 +101,7 @@ class Processes:
 
         Raises:
             OtherProcessError: where it failed in another process only; its own error where it failed in this one.
+            LostProcessError: where another process is no longer there.
         """
         if self.world_size == 1:
             return [work()]
@@ -106,9 +111,15 @@ class Processes:
         except Exception as caught:
             error, failure = caught, f"process {self.rank} failed with {type(caught).__name__}: {caught}"
         found = [None] * self.world_size
-        dist.all_gather_object(found, (result, failure), group=self._host)
+        try:
+            dist.all_gather_object(found, (result, failure), group=self._host)
+        except RuntimeError as lost:
+            raise LostProcessError(str(lost)) from lost
         if error is not None:
-            raise error
+            try:
+                raise error
+            finally:
+                del error  # whose traceback has this frame, and so would keep what the work held
         for _, theirs in found:
             if theirs is not None:
                 raise OtherProcessError(theirs)

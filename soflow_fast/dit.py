@@ -89,11 +89,11 @@ class DiT(nn.Module):
         recompute: str = "none",
     ):
         super().__init__()
-        _require_divides("patch_size", patch_size, "input_size", input_size)
-        _require_divides("num_heads", num_heads, "hidden_size", hidden_size)
+        height, width = height_and_width(input_size)
+        _require_divides("patch_size", patch_size, f"input_size={in_words(input_size)}", height, width)
+        _require_divides("num_heads", num_heads, f"hidden_size={hidden_size}", hidden_size)
         if hidden_size % 4:
             raise ValueError(f"hidden_size={hidden_size} is not a multiple of 4, which the position embedding needs")
-        height, width = height_and_width(input_size)
         self.input_size, self.patch_size, self.in_channels = as_size(height, width), patch_size, in_channels
         self.hidden_size, self.depth, self.num_heads = hidden_size, depth, num_heads
         self.mlp_ratio, self.num_classes = mlp_ratio, 0 if embedding_dim else num_classes
@@ -326,7 +326,6 @@ def _sinusoids(numbers: Tensor) -> Tensor:
     return torch.cat([phase.cos(), phase.sin()], -1)
 
 
-def _require_divides(name: str, divisor: int, of: str, value: Size) -> None:
-    sides = height_and_width(value, f"{of}=")
-    if divisor < 1 or any(side % divisor for side in sides):
-        raise ValueError(f"{name}={divisor} does not divide {of}={in_words(value)}; choose a {name} that does")
+def _require_divides(name: str, divisor: int, of: str, *values: int) -> None:
+    if divisor < 1 or any(value % divisor for value in values):
+        raise ValueError(f"{name}={divisor} does not divide {of}; choose a {name} that does")

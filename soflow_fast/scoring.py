@@ -2,7 +2,6 @@
 
 import logging
 import math
-from contextlib import ExitStack
 from pathlib import Path
 
 from torch import nn
@@ -10,9 +9,9 @@ from torch.utils.data import Dataset
 
 from soflow_fast import checkpoint
 from soflow_fast.config import TrainConfig
-from soflow_fast.distributed import OtherProcessError, Processes
+from soflow_fast.distributed import LostProcessError, OtherProcessError, Processes
 from soflow_fast.ema import EMA
-from soflow_fast.evaluate import evaluate, why_unscored
+from soflow_fast.evaluate import compared_with, evaluate, why_unscored
 from soflow_fast.logs import Quiet, RunLog
 from soflow_fast.sample import Decoder
 
@@ -51,33 +50,33 @@ class Scoring:
         every = self._config.evaluation.every
         return step > 0 and every > 0 and step % every == 0 and self.lacking is None
 
-    def owed(self, step: int) -> bool:
-        """Whether the best is to be known and this step's checkpoint, from which the run goes on, has no score yet."""
-        if not (self._config.output.keep_best and self.due(step)):
-            return False
-        return self._processes.of_first(lambda: checkpoint.score_of(self._checkpoint(step)) is None)
-
     def __call__(self, step: int, log: RunLog | Quiet) -> None:
         """Draws, scores, writes the scores among the metrics, and keeps the best checkpoint where that is asked for."""
         folder = self._run_dir / "evaluation" / "during-training"  # the next one overwrites its samples
-        try:
-            with ExitStack() as stack:
-                self._processes.of_all(lambda: stack.enter_context(self._ema.applied()))
+        with self._ema.applied():
+            try:
                 scores = evaluate(self._model, self._config, folder, **self._drawing)
-            if self._config.output.keep_best:
-                self._processes.of_all(lambda: self._keep_best(step, scores))
-        except OtherProcessError as error:
-            if self._processes.is_first:  # the one that failed says more
-                _log.warning("the evaluation at step %d failed, and training goes on: %s", step, error)
-        except Exception as error:
-            _log.warning("the evaluation at step %d failed, and training goes on: %s", step, error, exc_info=error)
-        else:
-            log.append({"step": step, **{f"evaluation/{name}": value for name, value in scores.items()}})
+            except LostProcessError:
+                raise
+            except OtherProcessError as error:
+                if self._processes.is_first:  # the one that failed says more
+                    _log.warning("the evaluation at step %d failed, and training goes on: %s", step, error)
+                return
+            except Exception as error:
+                _log.warning("the evaluation at step %d failed, and training goes on: %s", step, error, exc_info=error)
+                return
+        log.append({"step": step, **{f"evaluation/{name}": value for name, value in scores.items()}})
+        if self._config.output.keep_best and self._processes.is_first:
+            self._keep_best(step, scores)
 
     def _keep_best(self, step: int, scores: dict[str, float | str]) -> None:
         distance = scores.get("frechet", scores.get("frechet_all", math.nan))
-        if self._processes.is_first and math.isfinite(distance):
-            checkpoint.add_score(self._checkpoint(step), distance, self._config.output.keep_checkpoints)
-
-    def _checkpoint(self, step: int) -> Path:
-        return checkpoint.path_of(self._run_dir / checkpoint.CHECKPOINTS, step)
+        if not math.isfinite(distance):
+            return
+        settings = {name: getattr(self._config.evaluation, name) for name in ("samples", "steps", "weights")}
+        of = {**settings, **compared_with(self._config)}
+        path = checkpoint.path_of(self._run_dir / checkpoint.CHECKPOINTS, step)
+        try:
+            checkpoint.add_score(path, distance, of, self._config.output.keep_checkpoints)
+        except OSError as error:
+            _log.warning("the score of step %d could not be kept, and training goes on: %s", step, error)

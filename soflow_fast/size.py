@@ -34,13 +34,13 @@ def in_words(size: Size) -> str:
 
 
 def parse_size(text: str, setting: str) -> Size:
-    """The size that a command line has as ``256``, or as ``256,384`` with the height first.
+    """The size that a command line has as ``256``, or as ``256,384`` or ``[256, 384]`` with the height first.
 
     Raises:
         ValueError: for another text, and sides below 1.
     """
     try:
-        sides = tuple(int(side) for side in text.split(","))
+        sides = tuple(int(side) for side in text.strip("[]").split(","))
     except ValueError:
         sides = ()
     if len(sides) not in (1, 2):

@@ -21,7 +21,7 @@ from soflow_fast.config import TrainConfig
 from soflow_fast.data import batches, load_resident
 from soflow_fast.dit import DiT
 from soflow_fast.ema import EMA, PowerEMA
-from soflow_fast.evaluate import check_evaluation
+from soflow_fast.evaluate import check_evaluation, why_unscored
 from soflow_fast.fingerprint import fingerprint
 from soflow_fast.images import are_images, generate, labels_of_samples, save_samples, vae_decoder
 from soflow_fast.logs import Meter, Quiet, RunLog
@@ -93,6 +93,8 @@ class Trainer:
         self._grid_labels = labels_of_samples(network, self.dataset, chosen, n, classes, setting)
         if config.evaluation.every:
             check_evaluation(config)
+        if config.output.keep_best and (why := why_unscored(config)):
+            raise ValueError(f"output.keep_best=True keeps the best by its score, and there are none: {why}")
         self.processes = distributed.join(device)
         self.rows = self.processes.rows(config.batch_size)
         self.model = build.build_model(config, model)
@@ -177,8 +179,7 @@ class Trainer:
         origin = self._load_initial_weights() if start == 0 else None
         self.processes.of_first(partial(self._claim_folder, start, data))
         scoring = Scoring(config, self.model, self.ema, self.dataset, self.processes, self._decode)
-        owed = scoring.owed(start)
-        if start == config.total_steps and not owed:
+        if start == config.total_steps:
             return last_checkpoint
         meter = Meter(self.processes, skipped)
         first = self.processes.is_first
@@ -212,9 +213,6 @@ class Trainer:
             log.say(f"no evaluation during training: {scoring.lacking}")
         steps = stop.kept_from_workers(steps)
         try:
-            if owed:
-                with log.off_the_clock():
-                    scoring(start, log)
             for done, (x, labels) in enumerate(steps, start + 1):
                 learning_rate = self._set_learning_rate(done - 1)
                 with self._draws_of_the_network(done):

@@ -10,7 +10,7 @@ from functools import partial
 import pytest
 import torch
 from PIL import Image
-from runs import KilledError, StopError, killed, stop_at, tiny_config
+from runs import Blobs, KilledError, StopError, killed, stop_at, tiny_config
 from test_checkpoint import _DANGEROUS, _state
 
 from soflow_fast import Trainer, checkpoint, cli, scoring
@@ -103,34 +103,70 @@ def _steps_scored(run_dir):
     return [line["step"] for line in lines if "evaluation/frechet_all" in line]
 
 
-@pytest.mark.parametrize("at", [3, 6])
-def test_a_score_that_a_kill_took_is_made_up_for(tmp_path, distances, at):
-    """Also of the last step, by a call that has nothing else to do."""
-    values = [5.0, 4.0, 4.5, 4.5, 4.5, 4.5]
-    values[at - 1] = KilledError()
-    distances(*values)
+def test_a_kill_in_an_evaluation_costs_that_score_alone(tmp_path, distances):
+    distances(5.0, 4.0, KilledError())
     with pytest.raises(KilledError):
         Trainer(_config(tmp_path)).fit()
-    assert _kept(tmp_path) == ([2, at], 2)
-    distances(1.0, 2.0, 2.0, 2.0)
+    assert _kept(tmp_path) == ([2, 3], 2)
+    distances(4.5, 4.5, 4.5)
     Trainer(_config(tmp_path)).fit()
-    assert _kept(tmp_path) == (sorted({at, 6}), at)
-    assert _steps_scored(tmp_path) == [1, 2, 3, 4, 5, 6]
+    assert _kept(tmp_path) == ([2, 6], 2)
+    assert _steps_scored(tmp_path) == [1, 2, 4, 5, 6]
+
+
+def test_a_score_that_cannot_be_kept_is_among_the_metrics(tmp_path, monkeypatch, distances, caplog):
+    distances(5.0, 4.0, 3.0, 4.0, 4.0, 4.0)
+    add_score, left = checkpoint.add_score, [None, OSError("the disk is full")]
+
+    def add(*arguments):
+        if left and isinstance(error := left.pop(0), OSError):
+            raise error
+        add_score(*arguments)
+
+    monkeypatch.setattr(checkpoint, "add_score", add)
     Trainer(_config(tmp_path)).fit()
+    assert "the score of step 2 could not be kept, and training goes on: the disk is full" in caplog.text
     assert _steps_scored(tmp_path) == [1, 2, 3, 4, 5, 6]
+    assert _kept(tmp_path) == ([3, 6], 3)
+
+
+def test_scores_by_other_settings_do_not_compete(tmp_path, distances):
+    distances(1.0, 2.0)
+    Trainer(replace(_config(tmp_path), total_steps=2)).fit()
+    assert _kept(tmp_path) == ([1, 2], 1)
+    distances(5.0, 4.0, 6.0, 6.0)
+    config = _config(tmp_path)
+    config = replace(config, evaluation=replace(config.evaluation, samples=30))
+    Trainer(config, accept_changes=True).fit()
+    assert _kept(tmp_path) == ([4, 6], 4)
+
+
+def test_an_error_that_may_pass_removes_nothing(tmp_path, monkeypatch):
+    checkpoint.add_score(checkpoint.save(tmp_path, _state(1), keep=1), 2.0, {}, keep=1)
+    monkeypatch.setattr(checkpoint.Path, "read_text", lambda *_: (_ for _ in ()).throw(OSError("stale file handle")))
+    with pytest.raises(OSError, match="stale"):
+        checkpoint.save(tmp_path, _state(2), keep=1)
+    assert [checkpoint.step_of(path) for path in checkpoint.committed(tmp_path)] == [1, 2]
+
+
+def test_the_best_cannot_be_kept_without_scores(tmp_path):
+    config = _config(tmp_path)
+    with pytest.raises(ValueError, match=r"output\.keep_best=True keeps the best by its score, and there are none"):
+        Trainer(replace(config, data=replace(config.data, kind="given")), dataset=Blobs())
 
 
 def test_a_kill_before_any_change_of_the_disk_loses_neither_the_best_nor_the_newest(tmp_path, monkeypatch):
     def scores(folder):
-        return {checkpoint.step_of(path): checkpoint.score_of(path) for path in checkpoint.committed(folder)}
+        found = {checkpoint.step_of(path): checkpoint.score_of(path) for path in checkpoint.committed(folder)}
+        return {step: score and score[0] for step, score in found.items()}
 
     found, begun = [], tmp_path / "begun"
-    checkpoint.add_score(checkpoint.save(begun, _state(1), keep=1), 2.0, keep=1)
+    checkpoint.add_score(checkpoint.save(begun, _state(1), keep=1), 2.0, {}, keep=1)
     checkpoint.save(begun, _state(2), keep=1)
     for calls in range(100):
         folder = tmp_path / str(calls)
         shutil.copytree(begun, folder)
-        better = partial(checkpoint.add_score, checkpoint.path_of(folder, 2), 1.5, keep=1)
+        better = partial(checkpoint.add_score, checkpoint.path_of(folder, 2), 1.5, {}, keep=1)
         was_killed = killed(monkeypatch, calls, [*_DANGEROUS, (os, "replace")], better)
         left = scores(folder)
         assert left in ({1: 2.0, 2: None}, {1: 2.0, 2: 1.5}, {2: 1.5})

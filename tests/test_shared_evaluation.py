@@ -122,7 +122,7 @@ def test_samples_that_the_first_process_does_not_see_are_no_score(tmp_path, monk
 @pytest.mark.parametrize(
     ("others", "sentence"),
     [
-        ([6, OtherProcessError("process 1 failed with OSError: the disk is full")], "process 1 failed with OSError: "),
+        ([6, OtherProcessError("process 1 failed with OSError: the disk is full")], None),  # process 1 says it
         ([8], "went on while its weights were read, and not all processes have the same step; choose it by --step"),
     ],
 )
@@ -134,9 +134,12 @@ def test_what_ends_the_command_in_all_processes(tmp_path, monkeypatch, capsys, o
     monkeypatch.setattr(distributed, "join", lambda device: _FirstOfTwo(*others))
     assert cli.main(["eval", str(tmp_path / "run")]) == 2
     said = capsys.readouterr().err
-    assert said.startswith("soflow: ")
-    assert sentence in said
-    assert said.count("\n") == 1
+    if sentence is None:
+        assert said == ""
+    else:
+        assert said.startswith("soflow: ")
+        assert sentence in said
+        assert said.count("\n") == 1
     assert files(tmp_path / "run") == before
 
 
