@@ -12,8 +12,30 @@ except ModuleNotFoundError as error:
 
 from soflow_fast.config import TrainConfig
 from soflow_fast.dit import DiT
+from soflow_fast.ema import EMA
+from soflow_fast.objectives.alphaflow import AlphaFlow
+from soflow_fast.objectives.flow_matching import FlowMatching
+from soflow_fast.objectives.improved_meanflow import ImprovedMeanFlow
+from soflow_fast.objectives.meanflow import MeanFlow
 from soflow_fast.objectives.soflow import SoFlow
-from soflow_fast.trainer import Trainer
+from soflow_fast.step import TrainStep
+from soflow_fast.trainer import Trainer, load_run
 from soflow_fast.unet import UNet
+from soflow_fast.weights import load_weights
 
-__all__ = ["DiT", "SoFlow", "TrainConfig", "Trainer", "UNet", "kernels"]
+__all__ = [
+    "EMA",
+    "AlphaFlow",
+    "DiT",
+    "FlowMatching",
+    "ImprovedMeanFlow",
+    "MeanFlow",
+    "SoFlow",
+    "TrainConfig",
+    "TrainStep",
+    "Trainer",
+    "UNet",
+    "kernels",
+    "load_run",
+    "load_weights",
+]

@@ -259,6 +259,13 @@ def with_given(
     Raises:
         ValueError: for a network without ``num_classes``, and an import path of no network.
     """
+    if not isinstance(config, TrainConfig):
+        raise ValueError(
+            f"config is a {type(config).__name__}; give a TrainConfig, such as TrainConfig.from_yaml(path) or "
+            "TrainConfig.from_dict(mapping)"
+        )
+    if model is not None and not isinstance(model, nn.Module):
+        raise ValueError(f"model={model!r} is no torch.nn.Module; give an object, such as Net(), and not its class")
     preset = GIVEN
     if model is None and config.model.is_imported:
         preset = config.model.preset

@@ -9,6 +9,7 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -155,8 +156,14 @@ def load_weights(model: nn.Module, weights: dict[str, Tensor], path: Path) -> No
     model.load_state_dict(weights)
 
 
-def require_fit(model: nn.Module, weights: dict[str, Tensor], origin: str) -> None:
-    """ValueError if weights of that origin are of another model; it names the first that does not fit."""
+def require_fit(
+    model: nn.Module, weights: dict[str, Tensor], origin: str, remedies: Mapping[str, str] | None = None
+) -> None:
+    """ValueError if weights of that origin are of another model; it names the first that does not fit.
+
+    Args:
+        remedies: by parts of names, what else to do about these.
+    """
     own = model.state_dict()
     for name in sorted(own.keys() | weights.keys()):
         ours, theirs = (tuple(state[name].shape) if name in state else None for state in (own, weights))
@@ -166,10 +173,11 @@ def require_fit(model: nn.Module, weights: dict[str, Tensor], origin: str) -> No
                 "choose the size it was trained with, or start a run with it as initial_weights"
             )
         if ours != theirs:
+            remedy = next((text for part, text in (remedies or {}).items() if part in name), "")
             raise ValueError(
                 f"{origin} is of another model: {name} is "
                 f"{'missing' if theirs is None else theirs} there and {'missing' if ours is None else ours} in this "
-                "model; choose the model it was trained with"
+                f"model; choose the model it was trained with{remedy}"
             )
 
 

@@ -144,6 +144,8 @@ def require_known_overrides(cls: type, overrides: Sequence[str]) -> None:
 
 def read_yaml(path: Path) -> dict:
     """The mapping in a YAML file; ValueError if it is missing, empty, malformed or not a mapping."""
+    what = f"is a folder; give a YAML file, such as {path / 'config.yaml'}"
+    require(not path.is_dir(), f"the config file {path} {what}")
     require(path.is_file(), f"the config file {path} does not exist; give the path of a YAML file")
     try:
         raw = yaml.load(path.read_text(encoding="utf-8"), _Loader)

@@ -254,15 +254,22 @@ def _check_reference(reference: Path, config: TrainConfig) -> None:
         if statistics:
             fidelity.require_length(reference, statistics, features, length)
         _warn_of_few(config.evaluation.samples, length)
+        if reference.is_dir() and not _is_cifar10(config):
+            real = len(list(itertools.islice(_image_files(reference), length + 1)))
+            _warn_of_few(real, length, f"real images in {reference}", "give more")
 
 
-def _warn_of_few(samples: int, features: int) -> None:
-    if samples <= features:
+def _warn_of_few(
+    n: int, features: int, what: str = "samples", remedy: str = "draw more (--count, evaluation.samples)"
+) -> None:
+    if n <= features:
         _log.warning(
-            "%d samples are not more than the %d features, so their covariance has no full rank and the Fréchet "
-            "distance depends on how many there are; draw more (--count, evaluation.samples)",
-            samples,
+            "%d %s are not more than the %d features, so their covariance has no full rank and the Fréchet distance "
+            "depends on how many there are; %s",
+            n,
+            what,
             features,
+            remedy,
         )
 
 

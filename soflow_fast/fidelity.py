@@ -95,7 +95,8 @@ def load_extractor(name: str, weights: str | None) -> FeatureExtractorBase:
         return create_feature_extractor(name, layers, cuda=False, feature_extractor_weights_path=weights, verbose=False)
     except (OSError, RuntimeError, UnpicklingError) as error:  # not there, of another network, not weights at all
         raise ValueError(
-            f"the weights of {name} cannot be had ({error}); set evaluation.weights to their file"
+            f"the weights of {name} cannot be had ({error}); set evaluation.weights to their file, or "
+            "evaluation.features=pixels"
         ) from None
 
 

@@ -127,6 +127,8 @@ class TrainStep:
         rank: int | None = None,
         world_size: int | None = None,
     ):
+        if not hasattr(model, "loss_of_rows"):
+            raise ValueError(f"this {type(model).__name__} is no objective; give one over it, such as SoFlow(net)")
         if world_size is None:
             started = dist.is_available() and dist.is_initialized()
             rank, world_size = (dist.get_rank(), dist.get_world_size()) if started else (0, 1)
@@ -228,6 +230,8 @@ class TrainStep:
             x0: (B, C, H, W) this process's rows of the global batch, in their global order.
             labels: (B,) int64, (B, ...) conditions, or None.
         """
+        if not x0.is_floating_point():
+            raise ValueError(f"x0 has dtype {x0.dtype}; give samples in floating point, about in [-1, 1]")
         if self.copy is not None:
             self.copy.refresh()
         if isinstance(self.optimizer, optim.OnePass):

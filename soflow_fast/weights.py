@@ -17,6 +17,8 @@ from soflow_fast.positions import are_of_one_grid
 _USUAL = ("ema", "ema_state_dict", "ema_model", "model_ema", "state_dict_ema")
 _USUAL += ("model", "model_state_dict", "state_dict", "network", "net")
 
+_OF_OTHER_TRAININGS = ", or set initial_weights_form (sit, repa, meanflow) if it is of one of those"
+
 
 def load_weights(model: nn.Module, path: str | Path, keep: Sequence[str] = (), form: str = "own") -> str:
     """Copies the weights of :func:`read_weights` into a model, on whichever device it is; says what they are."""
@@ -69,7 +71,9 @@ def read_weights(
     kept |= {name for name in own - weights.keys() if name.split(".")[-1] == "null_condition"}
     weights |= {name: state[name] for name in kept | fixed}
     # "the averages are" would not fit the sentence
-    checkpoint.require_fit(model, weights, f"the checkpoint {path}" if path.is_dir() else origin)
+    remedies = {} if form != "own" else dict.fromkeys(("final_layer.linear", "s_embedder"), _OF_OTHER_TRAININGS)
+    remedies["y_embedder"] = ", or leave it out by initial_weights_except: [y_embedder]"
+    checkpoint.require_fit(model, weights, f"the checkpoint {path}" if path.is_dir() else origin, remedies)
     unchanged = [*keep, *sorted(name.removeprefix("network.") for name in fixed - kept)]
     return weights, origin + (f"; kept as initialised: {', '.join(unchanged)}" if unchanged else "")
 

@@ -1,9 +1,9 @@
 """Latent moments in HDF5, in the form the published SoFlow code writes, and ``soflow encode``.
 
 Arrays: ``latents`` float (N, 2C, H, W), the mean and then the standard deviation of each latent, unscaled; ``labels``
-integer (N,); scalars ``amount`` = N and ``latent_size`` = H = W, or both, (2,). A file of ``soflow encode`` also counts
-the rows that are there, in the scalar ``written``. For networks that are told conditions there is another array,
-``conditions`` (N, ...).
+integer (N,), where there are classes; scalars ``amount`` = N and ``latent_size`` = H = W, or both, (2,). A file of
+``soflow encode`` also counts the rows that are there, in the scalar ``written``. For networks that are told conditions
+there is another array, ``conditions`` (N, ...).
 """
 
 import os
@@ -54,9 +54,10 @@ class LatentMoments(Moments):
             )
         try:
             with h5py.File(self.path, "r") as file:
-                self._check_form(file, channels, *height_and_width(size))
-                labels = file["labels"][:]
-                probes = file["latents"][probe_rows(len(labels))]
+                self._check_form(file, channels, *height_and_width(size), num_classes)
+                n = len(file["latents"])
+                labels = file["labels"][:] if "labels" in file else np.zeros(n, np.int64)
+                probes = file["latents"][probe_rows(n)]
         except OSError as error:
             raise ValueError(
                 f"the latents file {self.path} cannot be read as HDF5 ({error}); it is damaged or incomplete: "
@@ -86,8 +87,8 @@ class LatentMoments(Moments):
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_file": None, "_opened_by": None}
 
-    def _check_form(self, file: h5py.File, channels: int, height: int, width: int) -> None:
-        for name in ("latents", "labels"):
+    def _check_form(self, file: h5py.File, channels: int, height: int, width: int, num_classes: int) -> None:
+        for name in ("latents", "labels") if num_classes or "labels" in file else ("latents",):
             if not isinstance(file.get(name), h5py.Dataset):
                 raise ValueError(
                     f"the latents file {self.path} has no array {name!r}; it needs 'latents' (N, {2 * channels}, "
@@ -99,7 +100,7 @@ class LatentMoments(Moments):
                 f"the latents in {self.path} have shape {shape}, and this model needs (N, {2 * channels}, {height}, "
                 f"{width}): {channels} channels of mean, then {channels} of standard deviation"
             )
-        if file["labels"].shape != shape[:1] or file["labels"].dtype.kind not in "iu":
+        if "labels" in file and (file["labels"].shape != shape[:1] or file["labels"].dtype.kind not in "iu"):
             raise ValueError(
                 f"the labels in {self.path} are {file['labels'].dtype} of shape {file['labels'].shape}; "
                 f"they must be integers of shape ({shape[0]},), one per latent"

@@ -121,14 +121,19 @@ def batches(
         pin_memory=device.type == "cuda",
         generator=torch.Generator().manual_seed(seed),  # the loader seeds its workers from it, not from the global one
     )
-    for item in loader:
-        if isinstance(item, ValueError):
-            raise item
-        x, labels = item
-        require_floating_point(x)
-        if null_condition is None:
-            labels = checked_labels(labels, num_classes) if num_classes else None
-        if labels is not None:
-            labels = labels.to(device, non_blocking=True)
-        # In its own dtype to the device, where it is widened: half the bytes, and no copy on the host.
-        yield x.to(device, non_blocking=True).float(), labels
+    items = iter(loader)
+    try:
+        for item in items:
+            if isinstance(item, ValueError):
+                raise item
+            x, labels = item
+            require_floating_point(x)
+            if null_condition is None:
+                labels = checked_labels(labels, num_classes) if num_classes else None
+            if labels is not None:
+                labels = labels.to(device, non_blocking=True)
+            # In its own dtype to the device, where it is widened: half the bytes, and no copy on the host.
+            yield x.to(device, non_blocking=True).float(), labels
+    finally:
+        if workers:  # the traceback of a worker's error would keep them, and torch raises for one that is killed later
+            items._shutdown_workers()
