@@ -133,7 +133,7 @@ def test_a_run_of_data_given_as_an_object_says_how_to_sample(tmp_path, capsys):
 @pytest.mark.parametrize("on_device", [False, True])
 def test_latents_with_conditions_in_their_file(tmp_path, monkeypatch, on_device):
     conditions = np.random.default_rng(0).standard_normal((40, 5)).astype(np.float32)
-    file = write_latents(tmp_path / "latents.hdf5", conditions=conditions)
+    file = write_latents(tmp_path / "latents.hdf5", conditions=conditions, labels=None)
     data = DataConfig(kind="latents", path=str(file), workers=1, on_device=on_device)
     config = tiny_config(tmp_path / "run", total_steps=4, data=data)
     sizes = {"input_size": 8, "in_channels": 4, "patch_size": 4, "hidden_size": 16, "depth": 1, "num_heads": 2}

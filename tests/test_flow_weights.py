@@ -119,6 +119,11 @@ def test_what_is_no_such_transformer_is_refused(tmp_path):
         load_weights(net, tmp_path / "x.pt", form="dit")
     with pytest.raises(ValueError, match=r"final_layer.linear.bias is \(32,\) there and \(16,\) in this model"):
         load_weights(net, tmp_path / "x.pt")
+    with pytest.raises(ValueError, match=r"set initial_weights_form \(sit, repa, meanflow\) if it is of one of those"):
+        load_weights(net, tmp_path / "x.pt")
+    other = DiT(8, PATCH, CHANNELS, WIDTH, DEPTH, HEADS, num_classes=CLASSES + 5)
+    with pytest.raises(ValueError, match=r"or leave it out by initial_weights_except: \[y_embedder\]"):
+        load_weights(other, tmp_path / "x.pt", form="sit")
     normed = _weights("repa", False) | {"blocks.0.attn.q_norm.weight": torch.ones(8)}
     torch.save(normed, tmp_path / "normed.pt")
     with pytest.raises(ValueError, match=r"blocks\.0\.attn\.q_norm\.weight is \(8,\) there and missing in this model"):

@@ -1,6 +1,7 @@
 """What is given to the Trainer as an object and cannot work is refused in one sentence, before or at the first step."""
 
 import copy
+import time
 from dataclasses import replace
 
 import pytest
@@ -9,8 +10,10 @@ from runs import Blobs, final, tiny_config
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
-from soflow_fast import DiT, SoFlow, Trainer
+from soflow_fast import DiT, SoFlow, Trainer, TrainStep
+from soflow_fast.config import DataConfig
 from soflow_fast.objectives.base import Objective
+from soflow_fast.optim import AdamW
 
 
 class _Net(nn.Module):
@@ -128,3 +131,49 @@ def test_labels_that_start_at_1(tmp_path):
     more = replace(config, model=replace(config.model, num_classes=11))
     Trainer(more, dataset=_From1()).fit()
     assert final(tmp_path).step == 6
+
+
+class _Varying(Blobs):
+    """One of its samples has another shape."""
+
+    def __getitem__(self, index):
+        x, label = super().__getitem__(index)
+        return (x[:, :4] if index == 9 else x), label
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_samples_of_several_shapes(tmp_path, workers):
+    config = tiny_config(tmp_path, data=DataConfig(workers=workers))
+    _refused(tmp_path, r"samples of shape \(1, .*; make all of one shape", config=config, dataset=_Varying(16))
+
+
+def test_an_error_of_the_data_leaves_the_process_as_it_was(tmp_path):
+    """The tracebacks that are kept here also keep what torch read with."""
+    kept = []
+    for i in range(2):
+        config = tiny_config(tmp_path / str(i), data=DataConfig(workers=2), total_steps=8)
+        with pytest.raises(ValueError, match="make all of one shape") as error:  # after the first batch
+            Trainer(config, dataset=_Varying(128)).fit()
+        kept.append(error)
+        time.sleep(0.2)  # a reader that is killed is noticed by a signal
+    Trainer(tiny_config(tmp_path / "good", data=DataConfig(workers=2), total_steps=2), dataset=Blobs(16)).fit()
+
+
+def test_objects_of_another_kind(tmp_path):
+    config, net = tiny_config(tmp_path), _Net()
+    for given, sentence in (
+        (lambda: Trainer("imagenet.yaml"), "config is a str; give a TrainConfig, such as TrainConfig.from_yaml"),
+        (lambda: Trainer(config, model=_Net), "no torch.nn.Module; give an object, such as Net"),
+        (
+            lambda: TrainStep(net, optimizer=None, total_steps=1),
+            r"no objective; give one over it, such as SoFlow\(net\)",
+        ),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            given()
+    model = SoFlow(net)
+    step = TrainStep(model, optimizer=AdamW(net.parameters()), total_steps=1)
+    with pytest.raises(ValueError, match=r"x0 has dtype torch\.uint8; give samples in floating point"):
+        step(torch.zeros(4, 1, 8, 8, dtype=torch.uint8), torch.zeros(4, dtype=torch.int64))
+    with pytest.raises(ValueError, match="there are 3 labels for 1 samples of noise"):
+        model.sample(torch.zeros(1, 1, 8, 8), torch.zeros(3, dtype=torch.int64))

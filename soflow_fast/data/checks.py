@@ -43,6 +43,16 @@ def require_floating_point(samples: Tensor) -> None:
         )
 
 
+def require_one_shape(samples: list[Tensor]) -> None:
+    """ValueError unless samples can be stacked."""
+    for sample in samples:
+        if sample.shape != samples[0].shape:
+            raise ValueError(
+                f"the data set yields samples of shape {tuple(samples[0].shape)} and {tuple(sample.shape)}; make all "
+                "of one shape"
+            )
+
+
 def checked_labels(labels: Tensor, num_classes: int) -> Tensor:
     """The labels (n,) as int64.
 

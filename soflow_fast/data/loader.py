@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset, default_collate
 
-from soflow_fast.data.checks import as_condition, checked_labels, require_floating_point
+from soflow_fast.data.checks import as_condition, checked_labels, require_floating_point, require_one_shape
 from soflow_fast.data.order import batch_indices
 from soflow_fast.data.resident import Resident, is_in_pieces
 
@@ -34,6 +34,7 @@ class _Steps(Dataset):
             samples = self._all_at_once(indices) if draws_nothing(self.dataset) else self._one_by_one(step, indices)
             if self.null is not None:
                 samples = [(x, as_condition(condition, self.null)) for x, condition in samples]
+            require_one_shape([sample[0] for sample in samples])
         except ValueError as error:  # a worker would wrap it in a traceback; as a value it stays one sentence
             return error
         return default_collate(samples)
