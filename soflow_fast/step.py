@@ -127,7 +127,7 @@ class TrainStep:
         rank: int | None = None,
         world_size: int | None = None,
     ):
-        if not hasattr(model, "loss_of_rows"):
+        if not hasattr(model, "velocity_share"):
             raise ValueError(f"this {type(model).__name__} is no objective; give one over it, such as SoFlow(net)")
         if world_size is None:
             started = dist.is_available() and dist.is_initialized()

@@ -37,8 +37,16 @@ from soflow_fast.sample import Sampler
 from soflow_fast.step import TrainStep
 
 
-@pytest.mark.parametrize("make", [SoFlow, MeanFlow, AlphaFlow, FlowMatching])
-@pytest.mark.parametrize("told", [ByEmbedding, ByTokens])
+@pytest.mark.parametrize(
+    ("make", "told"),
+    [
+        (SoFlow, ByEmbedding),
+        (SoFlow, ByTokens),
+        (MeanFlow, ByEmbedding),
+        (AlphaFlow, ByTokens),
+        (FlowMatching, ByEmbedding),
+    ],
+)
 def test_conditions_train_as_the_classes_that_they_stand_for(make, told):
     x0, labels = digits()[:16]
     found = []
@@ -60,8 +68,7 @@ def test_conditions_train_as_the_classes_that_they_stand_for(make, told):
     assert not torch.equal(*found[0][2:])
 
 
-@pytest.mark.parametrize("told", [ByEmbedding, ByTokens])
-@pytest.mark.parametrize("held", [False, True])
+@pytest.mark.parametrize(("told", "held"), [(ByEmbedding, False), (ByTokens, True)])
 def test_a_run_is_that_of_the_classes(tmp_path, monkeypatch, told, held):
     def run(name, net, dataset, **changes):
         config = tiny_config(tmp_path / name, total_steps=4, **changes)
@@ -248,8 +255,10 @@ def test_a_null_that_is_a_parameter_is_trained(tmp_path):
     assert not torch.equal(run.model.network.null_condition, before)
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-@pytest.mark.parametrize("of", [np.float32, torch.tensor, lambda x: nn.Parameter(torch.tensor(x)), list])
+@pytest.mark.parametrize(
+    ("of", "workers"),
+    [(np.float32, 0), (torch.tensor, 0), (lambda x: nn.Parameter(torch.tensor(x)), 0), (list, 0), (list, 1)],
+)
 def test_conditions_that_are_no_tensors_yet(tmp_path, workers, of):
     data = [(image, of([i / 8, 0.5, 1.0])) for i, image in enumerate(digits()[:16][0])]
     config = tiny_config(tmp_path, total_steps=2, data=DataConfig(workers=workers))
