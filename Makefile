@@ -11,7 +11,7 @@ demo: $(INSTALLED)
 
 # By two processes of one thread each.
 test: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal --durations 20
 
 # Saved under .benchmarks; two runs are compared by .venv/bin/pytest-benchmark compare.
 bench: $(INSTALLED)
