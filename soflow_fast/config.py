@@ -146,8 +146,7 @@ class OutputConfig(Section, section="output."):
             sample_labels: their classes, repeated in turn, by default as evenly as they fit. checkpoint_every:
             checkpoints, of which the newest keep_checkpoints stay, and those whose step is a multiple of keep_every.
         keep_best: whether the one with the lowest Fréchet distance in the evaluations during training stays too, by
-            ``frechet``, or of the digits ``frechet_all``; it is compared as it is, also where the evaluation's settings
-            changed within the run.
+            ``frechet``, or of the digits ``frechet_all``, among those that were scored in the same way.
     """
 
     log_every: int = 100

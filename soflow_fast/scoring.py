@@ -45,11 +45,6 @@ class Scoring:
         self._run_dir = Path(config.run_dir)
         self.lacking = why_unscored(config) if config.evaluation.every else None
 
-    def due(self, step: int) -> bool:
-        """Whether there is an evaluation after this step."""
-        every = self._config.evaluation.every
-        return step > 0 and every > 0 and step % every == 0 and self.lacking is None
-
     def __call__(self, step: int, log: RunLog | Quiet) -> None:
         """Draws, scores, writes the scores among the metrics, and keeps the best checkpoint where that is asked for."""
         folder = self._run_dir / "evaluation" / "during-training"  # the next one overwrites its samples

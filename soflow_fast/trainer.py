@@ -178,9 +178,9 @@ class Trainer:
         start, skipped = self._restore(data)
         origin = self._load_initial_weights() if start == 0 else None
         self.processes.of_first(partial(self._claim_folder, start, data))
-        scoring = Scoring(config, self.model, self.ema, self.dataset, self.processes, self._decode)
         if start == config.total_steps:
             return last_checkpoint
+        scoring = Scoring(config, self.model, self.ema, self.dataset, self.processes, self._decode)
         meter = Meter(self.processes, skipped)
         first = self.processes.is_first
         log = Quiet()
@@ -240,7 +240,7 @@ class Trainer:
                         raise StoppedBySignal(stopped)
                     if _due(done, output.sample_every):
                         self.processes.of_first(partial(self._write_samples, done))
-                    if scoring.due(done):
+                    if not scoring.lacking and _due(done, config.evaluation.every):
                         scoring(done, log)
         finally:
             steps.close()

@@ -138,6 +138,16 @@ def test_an_autoencoder_with_a_shift(tmp_path, pictures, vae, straight):
         encode(pictures, straight, vae=shifted, **SMALL)
 
 
+def _write_config(path, lines, steps):
+    """Of a tiny run on what was encoded, with the lines that the command printed; its last step writes samples."""
+    settings = yaml.safe_load(tiny_config("run", batch_size=4, total_steps=steps).to_yaml())
+    given = yaml.safe_load("\n".join(lines))
+    settings["model"] |= given["model"]
+    settings["data"] = given["data"] | {"workers": 0}
+    settings["output"]["sample_every"] = steps
+    Path(path).write_text(yaml.safe_dump(settings))
+
+
 def test_from_images_to_a_decoded_run_by_the_command(tmp_path, pictures, vae, capsys, caplog, monkeypatch):
     monkeypatch.chdir(tmp_path)
     command = ["encode", str(pictures), "out.hdf5", "--vae", vae, "--size", "16", "--workers", "0", "--device", "cpu"]
@@ -147,12 +157,7 @@ def test_from_images_to_a_decoded_run_by_the_command(tmp_path, pictures, vae, ca
         assert caplog.messages == [said] * bool(said)
     assert first == "7 latents (4, 8, 8) of 2 classes: out.hdf5; in the configuration:"
     assert lines[0] == "model: {input_size: 8, in_channels: 4, num_classes: 2}"
-    settings = yaml.safe_load(tiny_config("run", batch_size=4, total_steps=2).to_yaml())
-    given = yaml.safe_load("\n".join(lines))
-    settings["model"] |= given["model"]
-    settings["data"] = given["data"] | {"workers": 0}
-    settings["output"]["sample_every"] = 2
-    Path("config.yaml").write_text(yaml.safe_dump(settings))
+    _write_config("config.yaml", lines, steps=2)
     assert TrainConfig.from_yaml("config.yaml").data.vae == vae
     assert main(["train", "config.yaml"]) == 0
     assert Image.open("run/samples/step-00000002.png").size == (5 * 34, 2 * 34)
@@ -179,12 +184,7 @@ def test_images_of_a_height_and_a_width(tmp_path, pictures, vae, capsys, monkeyp
     np.testing.assert_allclose(found["latents"][:1, :4], mean, rtol=1e-4, atol=1e-4)
     assert main([*command, "24,16"]) == 2
     assert "made with size [16, 24], and this command has [24, 16]" in capsys.readouterr().err
-    settings = yaml.safe_load(tiny_config("run", batch_size=4, total_steps=1).to_yaml())
-    given = yaml.safe_load("\n".join(lines))
-    settings["model"] |= given["model"]
-    settings["data"] = given["data"] | {"workers": 0}
-    settings["output"]["sample_every"] = 1
-    Path("config.yaml").write_text(yaml.safe_dump(settings))
+    _write_config("config.yaml", lines, steps=1)
     assert main(["train", "config.yaml"]) == 0
     assert Image.open("run/samples/step-00000001.png").size == (5 * 26, 2 * 18)  # decoded, with a border
 
