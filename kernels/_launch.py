@@ -33,12 +33,17 @@ class Launch:
 
 
 class Record(NamedTuple):
-    """One launch: the kernel, its arguments (tensors included) and its compile-time options."""
+    """One launch: the kernel, its arguments (tensors included), its compile-time options and its grid."""
 
     kernel: Any
     args: tuple
     constants: dict[str, Any]
     config: Launch
+    grid: Callable[[], tuple[int, ...]] | None = None
+
+    def run(self) -> None:
+        """Launches the kernel on the current device."""
+        self.kernel[self.grid()](*self.args, **self.constants, **self.config.options)
 
     @property
     def bytes_moved(self) -> int:
@@ -51,7 +56,7 @@ _records: list[Record] | None = None
 
 @contextmanager
 def recording() -> Iterator[list[Record]]:
-    """Collects the launches that ops make on meta tensors inside the block; nothing runs."""
+    """Collects the launches that ops make inside the block; on meta and fake tensors nothing runs."""
     global _records
     outer, _records = _records, []
     try:
@@ -74,15 +79,16 @@ def launch(kernel, grid: Callable[[], tuple[int, ...]], *args, config: Launch, *
         ValueError: for a tensor on a device on which Triton cannot run here.
     """
     first = next(a for a in args if isinstance(a, Tensor))
+    record = Record(kernel, args, constants, config, grid)
+    if _records is not None:
+        _records.append(record)
     if isinstance(first, FakeTensor) or first.device.type == "meta":
-        if _records is not None:
-            _records.append(Record(kernel, args, constants, config))
         return
     if first.device.type == "cuda":
         with torch.cuda.device(first.device):
-            kernel[grid()](*args, **constants, **config.options)
+            record.run()
     elif triton.knobs.runtime.interpret:
-        kernel[grid()](*args, **constants, **config.options)
+        record.run()
     else:
         raise ValueError(
             f"impl='triton' got a tensor on {first.device}, where Triton cannot run; "

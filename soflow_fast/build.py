@@ -257,7 +257,7 @@ def with_given(
     section; of any other nothing is known.
 
     Raises:
-        ValueError: for a network without ``num_classes``, and an import path of no network.
+        ValueError: for a network without ``num_classes`` or with others, and an import path of no network.
     """
     if not isinstance(config, TrainConfig):
         raise ValueError(
@@ -307,6 +307,11 @@ def _with_values_of(config: TrainConfig, model: nn.Module, preset: str) -> Train
         )
     if null is not None or config.model.num_classes == 0:
         num_classes = 0
+    elif config.model.num_classes not in (num_classes, ModelConfig.num_classes):  # the default says nothing
+        raise ValueError(
+            f"model.num_classes={config.model.num_classes} and the network {type(network).__name__} has {num_classes}; "
+            "leave the first out, or make the network with as many"
+        )
     arguments = {} if preset == GIVEN else config.model.init_args
     config = replace(config, model=replace(config.model, preset=preset, init_args=arguments, num_classes=num_classes))
     if not is_objective(model):

@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -148,7 +149,7 @@ def _train(args: argparse.Namespace) -> None:
     config = TrainConfig.from_dict(raw, args.overrides)
     with public_words(raw):
         if args.dry_run:
-            print(describe(config))
+            print(describe(config, args.accept_changes))
             return
         trainer = Trainer(config, accept_changes=args.accept_changes)
         last = trainer.fit()
@@ -241,7 +242,7 @@ def _eval(args: argparse.Namespace) -> None:
     }
     wanted = replace(config.evaluation, **{name: value for name, value in given.items() if value is not None})
     config = replace(with_vae(config, args.vae), evaluation=wanted)
-    processes.of_all(lambda: check_evaluation(config) if processes.is_first else None)
+    processes.of_first(partial(check_evaluation, config))
     name = f"{evaluation_name(config, step, args.seed)}{variant(args, EVAL_VARIANTS)}"
     folder = Path(args.run) / "evaluation" / name
     precision = args.precision or ("bf16" if next(model.parameters()).is_cuda else "fp32")

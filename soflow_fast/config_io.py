@@ -258,7 +258,8 @@ def _one_sentence(cls: type, message: str) -> str:
 
 def _expected(annotation: Any) -> str:
     """An annotation in YAML's words."""
-    words = {bool: "true or false", type(None): "null", float: "a finite number", int: "a whole number", ...: "..."}
+    words = {bool: "true or false", type(None): "null", float: "a finite number", int: "a whole number"}
+    words |= {str: "text", ...: "..."}
     if annotation in words:
         return words[annotation]
     if get_origin(annotation) is dict:

@@ -90,11 +90,12 @@ class Processes:
         return int(found)
 
     def of_first(self, work: Callable[[], Any]) -> Any:
-        """What ``work`` returns in the first process, in all of them; only the first runs it."""
-        result = [work() if self.is_first else None]
-        if self.world_size > 1:
-            dist.broadcast_object_list(result, src=0, group=self._host)
-        return result[0]
+        """What ``work`` returns in the first process, in all of them; only the first runs it.
+
+        Raises:
+            OtherProcessError: where it failed, in the others; LostProcessError: as of :meth:`of_all`.
+        """
+        return self.of_all(lambda: work() if self.is_first else None)[0]
 
     def of_all(self, work: Callable[[], Any]) -> list[Any]:
         """What ``work`` returns in each process, by rank; where it fails in one, all of them raise.

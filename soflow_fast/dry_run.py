@@ -7,9 +7,10 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from soflow_fast import build, checkpoint, memory
+from soflow_fast import build, checkpoint, memory, run_folder
 from soflow_fast.conditions import null_condition
 from soflow_fast.config import TrainConfig
+from soflow_fast.fingerprint import fingerprint
 from soflow_fast.paths import row_order
 from soflow_fast.trainer import Trainer
 from soflow_fast.weights import read_weights
@@ -22,26 +23,34 @@ class Plan(NamedTuple):
         choices: by name, what the configuration leaves to the machine. parameters: weights, the fixed position
             embedding included. flops: floating point operations of one training step, matrix products and attention,
             forward and backward; None of a network of the user's that fails on tensors without storage. bytes: of a
-            process's memory, estimated by :func:`~soflow_fast.memory.step_bytes`.
+            process's memory, estimated by :func:`~soflow_fast.memory.step_bytes`. done: steps of the run in the folder.
+        changes: with which that would go on, see :func:`~soflow_fast.run_folder.changes`.
     """
 
     choices: dict[str, object]
     parameters: int
     flops: int | None
     bytes: int
+    done: int
+    changes: list[dict[str, object]]
 
 
-def plan(config: TrainConfig) -> Plan:
+def plan(config: TrainConfig, accept_changes: bool = False) -> Plan:
     """What training would choose, and the size of one of its steps, counted on tensors without storage.
 
     Raises:
-        ValueError: where training would: for a configuration that is impossible on this machine or does not fit the
-            data.
+        ValueError: where training would: for a configuration that is impossible on this machine, does not fit the data,
+            or is another than that of the run in its folder.
     """
     # The run's own trainer is asked, of a network of one block: only memory depends on how many there are.
     is_dit, is_imported = config.model.is_dit, config.model.is_imported
     one_block = {"depth": 1} if is_dit else {} if is_imported else {"num_blocks": 1}
     trainer = Trainer(replace(config, model=replace(config.model, **one_block)))
+    all_blocks = {name: getattr(config.model, name) for name in one_block}
+    resolved = replace(trainer.config, model=replace(trainer.config.model, **all_blocks))
+    data = fingerprint(trainer.dataset, resolved.model.num_classes, null_condition(trainer.model.network))
+    changes = run_folder.changes(trainer.run_dir, resolved, data, accept_changes)
+    found = checkpoint.committed(trainer.checkpoints)
     precision, device, impl = trainer.step.precision, trainer.processes.device, trainer.model.impl
     plain = {"impl": "torch", **({"attention": "sdpa"} if is_dit else {})}
     counted = replace(config, model=replace(config.model, **plain))
@@ -57,7 +66,7 @@ def plan(config: TrainConfig) -> Plan:
             if not is_imported:
                 raise
             flops = None
-    if config.initial_weights is not None and not checkpoint.committed(trainer.checkpoints):
+    if config.initial_weights is not None and not found:
         read_weights(model, config.initial_weights, config.initial_weights_except, config.initial_weights_form)
     rows = (trainer.rows.stop - trainer.rows.start) // config.optimizer.accumulation
     recompute, averages = config.model.recompute, len(config.ema.posthoc)
@@ -70,12 +79,14 @@ def plan(config: TrainConfig) -> Plan:
         parameters=sum(p.numel() for p in model.parameters()),
         flops=flops,
         bytes=needed,
+        done=checkpoint.step_of(found[-1]) if found else 0,
+        changes=changes,
     )
 
 
-def describe(config: TrainConfig) -> str:
+def describe(config: TrainConfig, accept_changes: bool = False) -> str:
     """The resolved configuration as YAML and the plan, for people."""
-    found = plan(config)
+    found = plan(config, accept_changes)
     flops = "not known: this network cannot be called on torch's meta device"
     if found.flops is not None:
         flops = f"{found.flops / 1e12:,.4g} T ({found.flops / config.batch_size / 1e9:,.4g} G per image)"
@@ -86,6 +97,10 @@ def describe(config: TrainConfig) -> str:
         "FLOPs per step": flops,
         "memory, estimated": f"{found.bytes / 2**30:,.2f} GiB (weights, gradients, optimizer, EMA{kept})",
     }
+    if found.done:
+        lines["goes on after step"] = f"{found.done:,}"
+    for change in found.changes:
+        lines[f"change of {change['key']}"] = f"from {change['before']} to {change['after']}"
     return "\n".join([config.to_yaml(), *(f"{name:<24}{value}" for name, value in lines.items())])
 
 

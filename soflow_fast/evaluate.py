@@ -9,12 +9,10 @@ import itertools
 import logging
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
@@ -62,21 +60,19 @@ def digit_scores(samples: Tensor, labels: Tensor | None) -> dict[str, float]:
     return scores
 
 
-def why_unscored(config: TrainConfig) -> str | None:
-    """Why the samples of a configuration get no score, or None if they do."""
+def why_unscored(config: TrainConfig, decode: Decoder | None = None) -> str | None:
+    """Why the samples of a configuration, or of this decoder, get no score, or None if they do."""
     if config.data.kind == "digits":
         return None
-    if config.data.vae is None and not _are_pixels(config):
+    if config.data.vae is None and decode is None and not _are_pixels(config):
         return "no autoencoder is set (data.vae), so samples stay latents"
     return None if _reference(config) else f"evaluation.reference is not set to {_REFERENCES}"
 
 
-def compared_with(config: TrainConfig) -> dict[str, str | None]:
-    """The ``features`` by which samples are scored and the ``reference``; None where they get no score."""
+def compared_with(config: TrainConfig) -> dict[str, str]:
+    """The ``features`` by which samples are scored and the ``reference``."""
     if config.data.kind == "digits":
         return {"features": "pixels", "reference": "digits"}
-    if why_unscored(config):
-        return {"features": None, "reference": None}
     return {"features": config.evaluation.features or _INCEPTION, "reference": str(_reference(config))}
 
 
@@ -134,7 +130,7 @@ def evaluate(
 
     The digits get :func:`digit_scores`. Images, and latents that are decoded, are written to ``folder`` and compared
     with ``evaluation.reference``, or with the training data where they are a folder or CIFAR-10, as in arXiv
-    2512.15657; latents without an autoencoder are written as one array.
+    2512.15657.
 
     A folder of real images is resized and cropped to the size of the samples: by torch-fidelity to a square, otherwise
     as ``data.kind=folder`` or ``soflow encode`` do it to train on them. Inception squeezes all of them into a square of
@@ -144,11 +140,10 @@ def evaluate(
     equal channels.
 
     Several processes, all of which must call this, each draw, decode and write a share of the images, which are those
-    of one process. The first scores them, and does alone what is no image file: the digits, and latents.
+    of one process. The first scores them, and draws the digits alone.
 
     Args:
-        model: an objective, its weights already those to score. folder: for the samples of images and latents, in
-            place of any that are there.
+        model: an objective, its weights already those to score. folder: for images, in place of any that are there.
         dataset: whose items' conditions are drawn for, evenly spread, where the network is told conditions.
         decode: from latents to images, see :func:`soflow_fast.images.vae_decoder`. seed: of the noise.
         precision, compile: of the sampling, see :class:`~soflow_fast.sample.Sampler`.
@@ -158,9 +153,12 @@ def evaluate(
         The scores by name, and under ``samples`` where the samples were written; in all processes.
 
     Raises:
+        ValueError: before any is drawn, where there can be no score.
         OtherProcessError: where another process failed; whatever fails in one ends this in all of them.
     """
-    wanted = config.evaluation
+    wanted, unscored = config.evaluation, why_unscored(config, decode)
+    if unscored:
+        raise ValueError(f"no score is possible: {unscored}; set it, or draw without a score by soflow sample")
     labels = labels_of_samples(model.network, dataset, (), wanted.samples, config.model.num_classes)
     processes = processes or Processes(0, 1, next(model.parameters()).device)
     share = processes.share(wanted.samples, wanted.batch_size)
@@ -180,19 +178,15 @@ def evaluate(
             rows=rows,
         )
 
-    def of_first(work: Callable[[], Any]) -> Any:  # with a failure that all notice
-        return processes.of_all(lambda: work() if processes.is_first else None)[0]
-
     if config.data.kind == "digits":
         classes = labels if torch.is_tensor(labels) else None
-        return of_first(lambda: digit_scores(torch.cat(list(draw())), classes))
-    if decode is None and not _are_pixels(config):
-        return of_first(lambda: {"samples": str(_write_latents(draw(), wanted.samples, config, folder))})
-    of_first(lambda: _empty(folder))
+        return processes.of_first(lambda: digit_scores(torch.cat(list(draw())), classes))
+    processes.of_first(lambda: _empty(folder))
     sides = processes.of_all(lambda: save_folder(draw(share), folder, share.start) if share else None)[0]
     if processes.world_size > 1:
-        of_first(lambda: _await_samples(folder, wanted.samples))
-    return of_first(lambda: _image_scores(folder, sides, config))
+        processes.of_first(lambda: _await_samples(folder, wanted.samples))
+    score = partial(_frechet, folder, _reference(config), sides, config)
+    return {"samples": str(folder), "frechet": processes.of_first(score)}
 
 
 def _empty(folder: Path) -> None:
@@ -211,16 +205,6 @@ def _await_samples(folder: Path, n: int) -> None:
                 "run_dir in a file system that all processes share"
             )
         time.sleep(1)
-
-
-def _image_scores(folder: Path, sides: tuple[int, int], config: TrainConfig) -> dict[str, float | str]:
-    scores: dict[str, float | str] = {"samples": str(folder)}
-    reference = _reference(config)
-    if reference is None:
-        _log.warning("no score: set evaluation.reference to %s", _REFERENCES)
-        return scores
-    scores["frechet"] = _frechet(folder, reference, sides, config)
-    return scores
 
 
 def _reference(config: TrainConfig) -> Path | None:
@@ -315,19 +299,6 @@ def _frechet(samples: Path, reference: Path, sides: tuple[int, int], config: Tra
         samples_resize_and_crop=size if is_square else 0,
         **options,
     )
-
-
-def _write_latents(parts, n: int, config: TrainConfig, folder: Path) -> Path:
-    path = folder.with_suffix(".npy")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    array = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=(n, *sample_shape(config)))
-    first = 0
-    for part in parts:
-        array[first : first + len(part)] = part.numpy()
-        first += len(part)
-    array.flush()
-    _log.warning("no autoencoder is set (data.vae), so the samples stay latents: %s", path)
-    return path
 
 
 def _median_nearest(points: Tensor, others: Tensor) -> float:

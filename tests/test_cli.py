@@ -388,7 +388,7 @@ def test_eval_against_images_and_against_their_statistics(tmp_path, capsys):
     assert _files(tmp_path / "run") == before
 
 
-def test_latents_train_sample_and_evaluate_without_an_autoencoder(tmp_path, capsys):
+def test_latents_train_and_are_sampled_without_an_autoencoder(tmp_path, capsys):
     data = DataConfig(path=str(write_latents(tmp_path / "latents.hdf5")), workers=0)
     config = tiny_config(tmp_path / "run", data=data, total_steps=2)
     config = replace(config, model=replace(config.model, in_channels=4), output=replace(config.output, sample_every=2))
@@ -400,8 +400,11 @@ def test_latents_train_sample_and_evaluate_without_an_autoencoder(tmp_path, caps
     assert "--format npz is for images, and these are latents; give --vae" in _refused(
         capsys, "sample", config.run_dir, "--format", "npz"
     )
-    assert main(["eval", str(tmp_path / "run"), "--count", "5"]) == 0
-    assert np.load(tmp_path / "run" / "evaluation" / "step-00000002-1-step-5-samples.npy").shape == (5, 4, 8, 8)
+    assert _refused(capsys, "eval", config.run_dir, "--count", "5") == (
+        "soflow: no score is possible: no autoencoder is set (data.vae), so samples stay latents; set it, or draw "
+        "without a score by soflow sample\n"
+    )
+    assert not (tmp_path / "run" / "evaluation").exists()
 
 
 def test_a_run_that_does_not_stay_finite_ends_with_code_1(tmp_path, capsys):

@@ -1,6 +1,7 @@
 """Training in two processes, by the real command line on the digits: the numbers of one process."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -132,6 +133,7 @@ def test_a_run_that_only_the_first_process_can_check_is_refused_once(tmp_path, t
     assert len(refused) == 1
     assert "process 0 of 2: " in refused[0]
     assert "holds a run with seed=0, and this one has 1" in refused[0]
+    assert not re.search(r"^\S*(OtherProcess|LostProcess|Runtime)Error", result.stderr, re.MULTILINE)
 
 
 # ------------------------------------------------------------------------------------------- in this process alone

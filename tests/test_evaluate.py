@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from runs import pixel_features, tiny_config, write_images, write_latents, write_statistics
+from runs import pixel_features, tiny_config, write_images, write_statistics
 from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
 
 from soflow_fast import SoFlow, build, evaluate, fidelity
-from soflow_fast.config import DataConfig, EvaluationConfig, ModelConfig, SoFlowConfig
+from soflow_fast.config import DataConfig, EvaluationConfig, SoFlowConfig
 from soflow_fast.data import ImageFolder, digits
 from soflow_fast.data.crop import centre_crop
 from soflow_fast.fidelity import distance_to_statistics, frechet_distance
@@ -318,19 +318,17 @@ def test_settings_that_would_do_nothing_are_refused(tmp_path, name):
             evaluate.check_evaluation(replace(config, evaluation=EvaluationConfig(**{name: "x"})))
 
 
-def test_latents_without_an_autoencoder_are_written_and_said_to_be(tmp_path, caplog):
-    config = tiny_config(
-        tmp_path,
-        model=ModelConfig(
-            input_size=8, in_channels=4, num_classes=10, patch_size=4, hidden_size=16, depth=1, num_heads=2
-        ),
-        data=DataConfig(kind="latents", path=str(write_latents(tmp_path / "latents.hdf5"))),
-    )
-    model = _model(channels=4)
-    scores = evaluate.evaluate(model, config, tmp_path / "out" / "step-1")
-    assert "no autoencoder is set (data.vae), so the samples stay latents" in caplog.text
-    assert np.load(scores["samples"]).shape == (20, 4, 8, 8)
-    assert scores.keys() == {"samples"}
+def test_nothing_is_drawn_for_no_score(tmp_path):
+    latents = replace(tiny_config(tmp_path).model, in_channels=4), DataConfig(kind="latents")
+    images = replace(tiny_config(tmp_path).model, in_channels=3), DataConfig(kind="my_package.Photos")
+    for (network, data), why in (
+        (latents, r"no autoencoder is set \(data\.vae\), so samples stay latents"),
+        (images, r"evaluation\.reference is not set to a folder of real images or a \.npz file of their statistics"),
+    ):
+        config = tiny_config(tmp_path, model=network, data=data)
+        with pytest.raises(ValueError, match=rf"no score is possible: {why}; set it, or draw without a score by"):
+            evaluate.evaluate(torch.nn.Module(), config, tmp_path / "samples")
+    assert not (tmp_path / "samples").exists()
 
 
 class _FakeVae(torch.nn.Module):

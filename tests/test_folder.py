@@ -94,6 +94,12 @@ def test_a_folder_of_other_files_is_told_which_are_read(tmp_path):
         ImageFolder(tmp_path, channels=1, size=8, num_classes=1)
 
 
+def test_images_outside_of_class_folders_are_said_to_be(tmp_path):
+    _write_image(tmp_path / "x.png", np.zeros((8, 8)))
+    with pytest.raises(ValueError, match="holds its images in no class folders; put them in one folder per class, or"):
+        ImageFolder(tmp_path, channels=1, size=8, num_classes=1)
+
+
 def test_a_folder_of_fewer_classes_is_said(tmp_path, caplog):
     write_images(tmp_path)
     config = tiny_config("unused")

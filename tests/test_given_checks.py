@@ -133,6 +133,20 @@ def test_labels_that_start_at_1(tmp_path):
     assert final(tmp_path).step == 6
 
 
+def test_another_number_of_classes_than_the_network_has(tmp_path):
+    config = tiny_config(tmp_path)
+    for number, refused in ((7, True), (0, False), (10, False), (1000, False)):
+        changed = replace(config, model=replace(config.model, num_classes=number))
+        if refused:
+            with pytest.raises(
+                ValueError, match=r"model\.num_classes=7 and the network DiT has 10; leave the first out"
+            ):
+                Trainer(changed, model=DiT(8, 4, 1, 16, 1, 2, num_classes=10))
+        else:
+            trained = Trainer(changed, model=DiT(8, 4, 1, 16, 1, 2, num_classes=10))
+            assert trained.config.model.num_classes == (number and 10)
+
+
 class _Varying(Blobs):
     """One of its samples has another shape."""
 

@@ -210,6 +210,23 @@ def test_data_that_changed_can_be_accepted(tmp_path):
     assert json.loads((tmp_path / "run" / "data.json").read_text()) == change["after"]
 
 
+def test_a_dry_run_in_a_run_s_folder_says_what_training_would(tmp_path, capsys):
+    config = tiny_config(tmp_path / "run")
+    Trainer(config).fit()
+    path, before = write_config(tmp_path / "config.yaml", config), files(tmp_path / "run")
+    capsys.readouterr()
+    dry_run = ["train", str(path), "--dry-run"]
+    assert main(dry_run) == 0
+    same = capsys.readouterr().out
+    assert "goes on after step      6\n" in same
+    assert "change of" not in same
+    assert main([*dry_run, "--total_steps", "8"]) == 2
+    assert "holds a run with total_steps=6, and this one has 8" in capsys.readouterr().err
+    assert main([*dry_run, "--total_steps", "8", "--accept-changes"]) == 0
+    assert "change of total_steps   from 6 to 8\n" in capsys.readouterr().out
+    assert files(tmp_path / "run") == before
+
+
 def test_the_advice_after_a_divergence_can_be_followed(tmp_path, capsys):
     output = OutputConfig(log_every=1, sample_every=0)
     path = write_config(tmp_path / "config.yaml", tiny_config(tmp_path / "run", output=output))

@@ -117,6 +117,7 @@ def test_an_objective_of_ones_own_is_recorded_as_given(tmp_path):
 
 def test_the_classes_are_the_networks(tmp_path):
     config = tiny_config(tmp_path, total_steps=1)
+    config = replace(config, model=replace(config.model, num_classes=1000))
     with pytest.raises(ValueError, match=r"labels from 0 to 9, outside the classes 0\.\.4"):
         Trainer(config, model=_network(classes=5), dataset=Blobs(n=16)).fit()
     net = _network()

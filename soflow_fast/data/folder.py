@@ -41,10 +41,9 @@ def labelled_images(path: Path, classes: list[str], otherwise: str = "") -> list
             if file.suffix.lower() in _SUFFIXES and not any(map(_is_hidden, file.parts[depth:]))
         ]
     if not samples:
-        raise ValueError(
-            f"the image folder {path} holds no images ({', '.join(sorted(_SUFFIXES))}); put them in one folder per "
-            f"class{otherwise}"
-        )
+        flat = any(file.suffix.lower() in _SUFFIXES for file in path.iterdir())
+        found = "its images in no class folders" if flat else f"no images ({', '.join(sorted(_SUFFIXES))})"
+        raise ValueError(f"the image folder {path} holds {found}; put them in one folder per class{otherwise}")
     filled = {label for _, label in samples}
     empty = [name for label, name in enumerate(classes) if label not in filled]
     if empty:
