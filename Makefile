@@ -9,10 +9,9 @@ INSTALLED := $(VENV)/installed
 demo: $(INSTALLED)
 	$(BIN)/soflow demo
 
-# By two processes of one thread each. Inductor is told what instructions to write: to find out takes half a minute of
-# every process that compiles, and what it finds depends on the machine.
+# By two processes of one thread each.
 test: $(INSTALLED)
-	ATEN_CPU_CAPABILITY=avx2 TORCHINDUCTOR_VEC_ISA_OK=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal --durations 20
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal --durations 20
 
 # Saved under .benchmarks; two runs are compared by .venv/bin/pytest-benchmark compare.
 bench: $(INSTALLED)

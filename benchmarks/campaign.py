@@ -117,6 +117,7 @@ STAGES = (
     Stage("sampling_steps", "sampling.py",
           ("--steps", "2", "4", "--precisions", "bf16", "--batches", "1", "256", "--minutes", "7"), seconds=450),
     Stage("loader", "loader.py"),
+    Stage("launches", "launches.py", ("--minutes", "8"), ("--smoke", "--only", "silu_difference"), 520),
     _throughput("ladder_xl2_96", "DiT-XL/2", ("ladder",), 500, batch=96),
 )  # fmt: skip
 

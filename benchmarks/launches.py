@@ -153,12 +153,10 @@ def decided(entry: Entry, only: str | None, every_case: bool, max_rows: int | No
     def size(case: Case) -> int:
         return bytes_moved(case, modes(case)[-1], None)
 
-    seen = set()
+    seen, value = set(), entry.neighbours(entry.committed)[0]
     cases = [case for case in fused.cases() if not only or only in case.op]
     for case in sorted(cases, key=size, reverse=max_rows is None):
-        if (every_case or case.op not in seen) and any(
-            changed_kernels(entry, value, case, max_rows) for value in entry.neighbours(entry.committed)
-        ):
+        if (every_case or case.op not in seen) and changed_kernels(entry, value, case, max_rows):
             seen.add(case.op)
             yield case
 
@@ -172,8 +170,9 @@ def timed(entry: Entry, value: Any, case: Case, kernels: set[str], timer: Timer,
     with entry.set_to(value):
         if failures := failed_checks(case, max_rows):
             raise ValueError("not exact: " + "; ".join(failures))
+        step = make_step(case, modes(case)[-1], getattr(fused, case.op), max_rows)
         with recording() as records:
-            make_step(case, modes(case)[-1], getattr(fused, case.op), max_rows)()
+            step()
     chosen = [record for record in records if record.kernel.__name__ in kernels]
 
     def replay():
@@ -191,9 +190,9 @@ def search(entry: Entry, case: Case, timer: Timer, max_rows: int | None, climbs:
     around = [best, *around]
     for _ in range(1 + climbs):
         for value in around:
-            if value in tried:
+            if _words(value) in tried:
                 continue
-            tried.append(value)
+            tried.append(_words(value))
             row = {"op": case.op, "case": case.name, "entry": entry.name, "value": _words(value)}
             row |= {"committed": value == entry.committed, "kernels": sorted(kernels)}
             try:
@@ -217,7 +216,8 @@ def _words(value: Any) -> str:
 def measure(only: str | None, every_case: bool, smoke: bool, minutes: float, json_path: Path | None) -> dict:
     """Environment and rows; the file, if any, is written after every entry, and is partial until all were tried."""
     timer, end = Timer(DEVICE), time.monotonic() + 60 * minutes
-    report = {"environment": environment(), "dtype": str(DTYPE), "smoke": smoke, "rows": [], "left_out": []}
+    report = {"environment": environment(), "dtype": str(DTYPE), "smoke": smoke, "best": [], "rows": []}
+    report["left_out"] = []
     max_rows = 1 if smoke else None
     for i, entry in enumerate(ENTRIES, 1):
         for case in decided(entry, only, every_case, max_rows):
@@ -226,36 +226,37 @@ def measure(only: str | None, every_case: bool, smoke: bool, minutes: float, jso
                 continue
             report["rows"] += search(entry, case, timer, max_rows, climbs=0 if smoke else 3)
             print(f"{entry.name}, {case.op} {case.name}", file=sys.stderr)
+        report["best"] = best(report["rows"])
         if json_path:
-            write_report(json_path, report, partial=i < len(ENTRIES))
+            write_report(json_path, report, partial=i < len(ENTRIES) or bool(report["left_out"]))
     return report
 
 
-def best(report: dict) -> list[dict]:
-    """Of each entry and case: the committed row, the fastest, and how many times as fast it is, the most first."""
+def best(rows: list[dict]) -> list[dict]:
+    """Of each entry and case the committed time, the fastest value and how many times as fast it is; the most first."""
     of_one: dict[tuple, list[dict]] = {}
-    for row in report["rows"]:
+    for row in rows:
         of_one.setdefault((row["entry"], row["op"], row["case"]), []).append(row)
     found = []
-    for rows in of_one.values():
-        committed = rows[0]
+    for (entry, op, case), tried in of_one.items():
+        committed = tried[0]
         if "ms" in committed:
-            fastest = min((row for row in rows if "ms" in row), key=lambda row: row["ms"])
-            times = committed["ms"] / fastest["ms"]
-            found.append({"committed": committed, "fastest": fastest, "times": times, "tried": len(rows)})
+            fastest = min((row for row in tried if "ms" in row), key=lambda row: row["ms"])
+            one = {"entry": entry, "op": op, "case": case, "tried": len(tried), "ms": committed["ms"]}
+            one |= {"spread": (committed["ms_high"] - committed["ms_low"]) / committed["ms"]}
+            one |= {"times": committed["ms"] / fastest["ms"]}
+            found.append(one | {"fastest": "as it is" if fastest is committed else fastest["value"]})
     return sorted(found, key=lambda one: one["times"], reverse=True)
 
 
 def table(report: dict) -> str:
     """The report as text: a line for each entry and case."""
     lines = [f"{'entry':34} {'op':38} {'case':24} {'ms':>8} {'spread':>7} {'times':>6} {'tried':>5}  fastest"]
-    for one in best(report):
-        row, fastest = one["committed"], one["fastest"]
-        spread = (row["ms_high"] - row["ms_low"]) / row["ms"]
-        lines.append(
-            f"{row['entry']:34} {row['op']:38} {row['case']:24} {row['ms']:8.4f} {spread:7.1%} {one['times']:6.2f}"
-            f" {one['tried']:5}  {'as it is' if fastest is row else fastest['value']}"
-        )
+    lines += [
+        f"{one['entry']:34} {one['op']:38} {one['case']:24} {one['ms']:8.4f} {one['spread']:7.1%} {one['times']:6.2f}"
+        f" {one['tried']:5}  {one['fastest']}"
+        for one in report["best"]
+    ]
     refused = sum("refused" in row for row in report["rows"])
     lines.append(f"{len(report['rows'])} tried, {refused} refused, {len(report['left_out'])} left out for time")
     return "\n".join(lines)

@@ -151,6 +151,11 @@ def kernels(report: dict) -> str:
     return told + markdown(["", "eager ms", "compiled ms", "ours ms", "of the copy bandwidth"], rows)
 
 
+def launches(report: dict) -> str:
+    columns = {"ms": ("committed ms", "{:.4f}"), "times": ("fastest, times as fast", "{:.2f}"), "fastest": ("by", "{}")}
+    return listed(report["best"], lambda row: f"`{row['entry']}`, `{row['op']}`, {row['case']}", columns)
+
+
 def step_forms(report: dict) -> str:
     columns = {"ratio_to_plain": ("times as fast as plain", "{:.2f}")}
     if report["environment"]["gpu"]:
@@ -236,6 +241,7 @@ SECTIONS = (
     Section("correctness*.json", "Tests of the kernels on a GPU", "campaign.py run --only correctness", correctness),
     Section("*errors*.json", "Errors of the fused ops, relative to float64", "errors.py", kernel_errors),
     Section("kernels*.json", "Kernels", "kernels.py", kernels),
+    Section("launches*.json", "Other launches of the kernels", "launches.py", launches),
     Section("rates*.json", "The floor of a step", "rates.py", rates),
     Section("profile*.json", "Where the time of a step goes", "profile_step.py", profile_step),
     Section("photographs*.json", "Quality against seconds", "photographs.py", photographs),

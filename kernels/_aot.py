@@ -31,7 +31,7 @@ from ._launch import Record, recording
 
 ARCHITECTURES = (80, 90, 100)
 
-# The one whose launches are tuned; a brief table has it in full.
+# The one whose launches are tuned; a brief table has it in full in bfloat16.
 _TUNED = 90
 
 _CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -152,7 +152,8 @@ def compile_all(only: str | None = None, brief: bool = False) -> list[Binary]:
     """Every distinct binary of all recorded launches, for every architecture.
 
     Args:
-        only: of ops whose name contains this. brief: of architectures other than sm_90 one binary of each kernel.
+        only: of ops whose name contains this. brief: one binary of each kernel in float32, and for architectures other
+            than sm_90.
     """
     binaries, seen = [], set()
     for name, records in recorded():
@@ -161,8 +162,8 @@ def compile_all(only: str | None = None, brief: bool = False) -> list[Binary]:
         for record in records:
             for arch in ARCHITECTURES:
                 key = (specialize(record, arch)[0].hash(), record.config, arch)
-                if brief and arch != _TUNED:
-                    key = (record.kernel.__name__, arch)
+                if brief and (arch != _TUNED or name.endswith("fp32")):
+                    key = (record.kernel.__name__, arch, arch == _TUNED)
                 if key not in seen:
                     seen.add(key)
                     binaries.append(compile_record(record, name, arch))
@@ -175,7 +176,7 @@ def main() -> int:
     parser.add_argument("--write", type=Path, metavar="TABLE.json", help="save the table here")
     parser.add_argument("--only", metavar="OP", help="compile only ops whose name contains this")
     parser.add_argument(
-        "--brief", action="store_true", help="of architectures other than sm_90 one case of each kernel"
+        "--brief", action="store_true", help="one case of each kernel in float32 and for other architectures than sm_90"
     )
     arguments = parser.parse_args()
     binaries = compile_all(arguments.only, arguments.brief)

@@ -1,27 +1,33 @@
 """Functions of tensors as compiled code and as CUDA graphs."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import wraps
 from typing import Any
 
 import torch
 from torch import Tensor
 
-# Arguments of torch.compile, by what is asked for; anything else is a backend. Inductor's own CUDA graphs stay off,
-# because what is compiled here becomes part of a larger one.
-_OPTIONS = {True: {}, "max-autotune": {"mode": "max-autotune-no-cudagraphs"}}
+# Modes of torch.compile, by what is asked for; anything else is a backend. Inductor's own CUDA graphs stay off, because
+# what is compiled here becomes part of a larger one.
+_MODES = {True: "default", "max-autotune": "max-autotune-no-cudagraphs"}
 
 
-def compiled(function: Callable, how: bool | str | Callable) -> Callable:
+def compiled(function: Callable, how: bool | str | Callable, inductor: Mapping[str, Any] | None = None) -> Callable:
     """The function, compiled as one graph for fixed shapes; what cannot be compiled raises.
 
     Args:
         how: False, True, ``max-autotune`` (which also tries implementations of the matrix products), or a backend of
             torch.compile.
+        inductor: options of torch's own compiler, where it is that.
     """
     if not how:
         return function
-    run = torch.compile(function, fullgraph=True, dynamic=False, **_OPTIONS.get(how, {"backend": how}))
+    options = {"backend": how}
+    if how in _MODES:
+        from torch._inductor import list_mode_options  # slow to import
+
+        options = {"options": {**list_mode_options(_MODES[how]), **(inductor or {})}}
+    run = torch.compile(function, fullgraph=True, dynamic=False, **options)
 
     @wraps(function)
     def call(*arguments):

@@ -16,10 +16,12 @@ from torch.nn.parallel import DistributedDataParallel
 from soflow_fast import optim
 from soflow_fast.augment import Augment
 from soflow_fast.capture import Captured, compiled, on_side_stream
+from soflow_fast.dit import DiT
 from soflow_fast.ema import EMA
 from soflow_fast.objectives.base import LossOutput, Objective, TotalLoss, require_choice
 from soflow_fast.paths import row_order
 from soflow_fast.precision import PRECISIONS, ComputeCopy, tensor_cores
+from soflow_fast.reduction import INDUCTOR_OPTIONS, CompiledReduction
 
 _log = logging.getLogger(__name__)
 
@@ -48,14 +50,17 @@ class _Loss(nn.Module):
     that the masters' gradient hooks see float32.
     """
 
-    def __init__(self, model: Objective, *, latent_scale, merged, augment, copy, autocast, compile):
+    def __init__(self, model: Objective, *, latent_scale, merged, augment, copy, autocast, compile, reduction):
         super().__init__()
-        self.model, self.augment, self.copy = model, augment, copy
+        self.model, self.augment, self.copy, self.reduction = model, augment, copy, reduction
         self.settings = {"latent_scale": latent_scale, "merged": merged}
         self.autocast = autocast
-        self.compute = compiled(_Loss._compute, compile)  # of the class: bound, it would keep this module in a cycle
+        # of the class: bound, it would keep this module in a cycle
+        self.compute = compiled(_Loss._compute, compile, None if reduction is None else INDUCTOR_OPTIONS)
 
     def _compute(self, parameters, x0, labels, order, rows, n_velocity, progress, seed, step) -> TotalLoss:
+        if self.reduction is not None:
+            parameters = self.reduction(*parameters)
         x0, labels = x0[order], None if labels is None else labels[order]
         if self.augment is not None:
             with torch.autocast(x0.device.type, enabled=False):
@@ -68,7 +73,13 @@ class _Loss(nn.Module):
             return functional_call(self.model, parameters, arguments, keywords)
 
     def forward(self, *arguments) -> TotalLoss:
-        return self.compute(self, None if self.copy is None else self.copy.parameters(), *arguments)
+        return self.compute(self, self._inputs(), *arguments)
+
+    def _inputs(self):
+        """The parameters as what is compiled takes them."""
+        if self.reduction is not None:
+            return self.reduction.parameters, {} if self.copy is None else self.copy.copies
+        return None if self.copy is None else self.copy.parameters()
 
 
 class TrainStep:
@@ -100,7 +111,9 @@ class TrainStep:
         merged: compute the loss in its fewest network calls.
         augment: of the samples, before anything else; the network is told of it, see :mod:`soflow_fast.augment`.
         rank, world_size: this process holds rows ``rank·B .. (rank+1)·B-1`` of the global batch, and with more than
-            one gradients are averaged by DistributedDataParallel; by default as torch.distributed says, if initialised.
+            one gradients are averaged: of a compiled DiT inside of its backward, see :mod:`soflow_fast.reduction`, of
+            another network, uncompiled or in micro-batches by DistributedDataParallel. By default as torch.distributed
+            says, if initialised.
 
     Raises:
         ValueError: for a setting that cannot run here.
@@ -173,6 +186,10 @@ class TrainStep:
         self.step = torch.zeros((), dtype=torch.int64, device=device)
         self._seed = torch.full_like(self.step, seed)  # a number would be a constant of the compiled code
         self.copy = ComputeCopy(model) if self.precision == "bf16" and follows_parameters else None
+        # its order of gradients is known; in another order, products would be put off with all that they need
+        is_dit = type(model.network) is DiT
+        in_backward = world_size > 1 and self.compile and accumulation == 1 and is_dit
+        self.reduction = CompiledReduction(model) if in_backward else None
         self._loss = _Loss(
             model,
             latent_scale=latent_scale,
@@ -181,8 +198,9 @@ class TrainStep:
             copy=self.copy,
             autocast=self.precision == "bf16" and not follows_parameters,
             compile=self.compile,
+            reduction=self.reduction,
         )
-        if world_size > 1:
+        if world_size > 1 and self.reduction is None:
             devices = [device] if on_gpu else None
             self._loss = DistributedDataParallel(
                 self._loss, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True
@@ -259,17 +277,19 @@ class TrainStep:
         outputs = []
         orders = self._row_orders(x0.shape[0])
         self._prepare(x0, labels, len(orders[0][1]) - orders[0][2])
+        by_ddp = isinstance(self._loss, DistributedDataParallel)  # which averages, and only when it should
+        share = self.accumulation if self.reduction is None else self.reduction.world_size
         with tensor_cores("fp32" if self.model.needs_float32 else self.precision):
             for i, (order, rows, n_velocity) in enumerate(orders):
                 last = i == len(orders) - 1
-                with contextlib.nullcontext() if last or self.world_size == 1 else self._loss.no_sync():
+                with contextlib.nullcontext() if last or not by_ddp else self._loss.no_sync():
                     out = self._loss(x0, labels, order, rows, n_velocity, progress, self._seed, self.step)
                     if not hasattr(out, "parts"):
                         raise ValueError(
                             f"{type(self.model).__name__}.loss_of_rows returns a {type(out).__name__}; it must return "
                             "a TotalLoss(loss, parts) of soflow_fast.objectives.base"
                         )
-                    (out.loss / self.accumulation).backward()
+                    (out.loss / share).backward()
                 outputs.append(out)
         is_ours = isinstance(self.optimizer, optim.OnePass)
         update = self.optimizer.update if is_ours else partial(optim.update, self.optimizer)

@@ -1,6 +1,10 @@
-"""Run by torchrun: trains on this process's half of every batch and saves losses and parameters of rank 0."""
+"""Run by torchrun: trains on this process's half of every batch in each form; saves losses and parameters of rank 0.
+
+python -m torch.distributed.run --nproc-per-node=2 data_parallel.py FOLDER
+"""
 
 import sys
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -8,16 +12,22 @@ from fast_step_runs import BATCH, STEPS, make_model, make_step, training_batch
 
 from soflow_fast import distributed
 
+FORMS = {
+    "eager": {"precision": "fp32", "compile": False},
+    "compiled": {"precision": "fp32", "compile": "aot_eager"},
+    "compiled, two micro-batches": {"precision": "fp32", "compile": "aot_eager", "accumulation": 2},
+    "compiled, bf16": {"precision": "bf16", "compile": "aot_eager"},
+}
 
-def main(path: str, precision: str, compiled: bool) -> None:
-    dist._DEFAULT_FIRST_BUCKET_BYTES = 1024  # several buckets, as a network of real size has
-    processes = distributed.join(torch.device("cpu"))
+
+def train(processes: distributed.Processes, options: dict) -> dict:
     rank, world = processes.rank, processes.world_size
-    torch.set_num_threads(1)
     model = make_model(torch.float32)
-    step, ema = make_step(
-        model, rank=rank, world_size=world, precision=precision, compile="aot_eager" if compiled else False
-    )
+    if rank:  # the first process's count
+        torch.nn.utils.vector_to_parameters(torch.zeros(10**6), model.parameters())
+    step, ema = make_step(model, rank=rank, world_size=world, **options)
+    in_backward = options["compile"] and "accumulation" not in options
+    assert (step.reduction is not None) == in_backward
     losses = []
     for k in range(STEPS):
         x, labels = training_batch(k, torch.float32)
@@ -25,10 +35,19 @@ def main(path: str, precision: str, compiled: bool) -> None:
         loss = step(x[rows], labels[rows]).loss
         dist.all_reduce(loss)
         losses.append(loss.item() / world)
-    if rank == 0:
-        torch.save({"losses": losses, "parameters": model.state_dict(), "ema": ema.state_dict()}, path)
+    return {"losses": losses, "parameters": model.state_dict(), "ema": ema.state_dict()}
+
+
+def main(folder: Path) -> None:
+    dist._DEFAULT_FIRST_BUCKET_BYTES = 1024  # several buckets, as a network of real size has
+    processes = distributed.join(torch.device("cpu"))
+    torch.set_num_threads(1)
+    for form, options in FORMS.items():
+        result = train(processes, options)
+        if processes.is_first:
+            torch.save(result, folder / f"{form}.pt")
     distributed.leave()
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], sys.argv[3] == "compiled")
+    main(Path(sys.argv[1]))

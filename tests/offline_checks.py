@@ -9,13 +9,16 @@ from pathlib import Path
 from unittest import mock
 
 import torch
+import torch.distributed as dist
 import triton
 import triton.language as tl
 from torch._inductor.exc import OperatorIssue
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from soflow_fast.kernels import _aot, fused
 from soflow_fast.kernels._cases import Inputs, as_tuple
 from soflow_fast.kernels._launch import Launch, Record, recording
+from soflow_fast.reduction import INDUCTOR_OPTIONS
 
 ARCH = 90
 
@@ -215,13 +218,23 @@ def a_block_launches_and_moves_no_more_than_committed():
     assert counters.worse("DiT-B/4", counters.compiled_block("DiT-B/4")) == []
 
 
-def inductor_describes_no_operator():
-    """What it describes it does with all that the arguments were computed from, manyfold with each block."""
+def the_step_of_two_processes_is_written():
+    """By Inductor, which describes no operator: it does so with all that the arguments were computed from, manyfold
+    with each block. And the gradients of a part of a block are reduced before those of the next are computed.
+    """
     sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
     import counters
 
-    with mock.patch.object(OperatorIssue, "operator_str", side_effect=AssertionError("an operator was described")):
-        counters.compiled_step("DiT-B/4", depth=2)
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    with (
+        mock.patch.object(OperatorIssue, "operator_str", side_effect=AssertionError("an operator was described")),
+        torch._inductor.config.patch(INDUCTOR_OPTIONS),
+    ):
+        compiled, _ = counters.compiled_step("DiT-B/4", depth=2)
+    calls = re.findall(r"\.(all_reduce|wait_tensor|gelu_bwd|attention_bwd)\w*\.default\(", compiled.code[-1])
+    order = "".join({"all_reduce": "r", "wait_tensor": "w"}.get(call, call[0]) for call in calls)
+    # the last layer; of each block MLP and attention; embeddings, and the modulation, which is one product
+    assert re.fullmatch("r(gw+raw+r){2}(w+r)*w+", order), order
 
 
 if __name__ == "__main__":

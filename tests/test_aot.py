@@ -46,14 +46,15 @@ def regressions(now: dict[tuple, dict], committed: dict[tuple, dict]) -> list[st
 
 @pytest.mark.slow
 def test_no_kernel_spills_or_needs_more_than_committed(tmp_path):
-    """All binaries for sm_90, and one of each kernel for the other two.
+    """All in bfloat16 for sm_90; one of each kernel in float32, and for the other architectures.
 
     The table is rewritten by ``python -m soflow_fast.kernels._aot --write tests/aot_table.json``.
     """
     printed = _run("-m", "soflow_fast.kernels._aot", "--brief", "--write", "table.json", cwd=tmp_path)
     assert " 0 refused" in printed
     now, committed = (table(json.loads(path.read_text())) for path in (tmp_path / "table.json", TABLE))
-    assert {key for key in now if key[2] == 90} == {key for key in committed if key[2] == 90}
+    half = [{key for key in table if key[2] == 90 and not key[1].endswith("fp32")} for table in (now, committed)]
+    assert half[0] == half[1]
     assert now.keys() <= committed.keys()
     assert {(kernel, arch) for kernel, _, arch in now} == {(kernel, arch) for kernel, _, arch in committed}
     assert regressions(now, committed) == []
@@ -73,7 +74,7 @@ def test_no_kernel_spills_or_needs_more_than_committed(tmp_path):
         "bytes_are_those_of_the_tensors",
         "the_update_moves_no_more_bytes_than_committed",
         pytest.param("a_block_launches_and_moves_no_more_than_committed", marks=pytest.mark.slow),
-        "inductor_describes_no_operator",
+        pytest.param("the_step_of_two_processes_is_written", marks=pytest.mark.slow),
     ],
 )
 def test_offline(check, tmp_path):

@@ -122,8 +122,9 @@ FULL_STEP_LIMITS = ((torch.float32, 2e-5), (torch.float16, 3e-3), pytest.param(t
 
 
 @pytest.mark.parametrize(("dtype", "limit"), FULL_STEP_LIMITS)
-@pytest.mark.parametrize("peak", [1.0, 3.0, 6.0, 20.0])
-@pytest.mark.parametrize("shape", [(1, 2, 100, 64), (1, 1, 256, 72)])
+@pytest.mark.parametrize(
+    ("shape", "peak"), [*(((1, 1, 100, 64), peak) for peak in (1.0, 3.0, 6.0, 20.0)), ((1, 1, 256, 72), 3.0)]
+)
 def test_steps_from_one_peaked_attention_to_another(shape, peak, dtype, limit):
     """Scores change by up to hundreds: E overflows, and 1+Z is nearly 0 for queries that leave the first keys."""
     arguments = _inputs(shape, dtype, step=1.0)

@@ -35,8 +35,8 @@ def test_demo_writes_what_it_names(tmp_path, capsys, monkeypatch):
 
 
 @pytest.mark.slow
-def test_four_hundred_half_batches_learn_the_digits(tmp_path):
-    config = replace(demo.demo_config(str(tmp_path), device="cpu"), total_steps=400, batch_size=128)
+def test_four_hundred_quarter_batches_learn_the_digits(tmp_path):
+    config = replace(demo.demo_config(str(tmp_path), device="cpu"), total_steps=400, batch_size=64)
     run = Trainer(config)
     run.fit()
     labels = balanced_labels(2000, 10)
@@ -45,5 +45,5 @@ def test_four_hundred_half_batches_learn_the_digits(tmp_path):
         scores = digit_scores(torch.cat(list(parts)), labels)
     assert scores["frechet_all"] < 3.2
     assert scores["frechet_held_out"] < 3.8
-    assert scores["recognised"] > 0.6
+    assert scores["recognised"] > 0.35  # 0.1 by chance
     assert scores["memorisation"] > 0.9

@@ -220,6 +220,12 @@ def _forward(name):
     return ForwardDifference(Function(OPERATORS[name]))
 
 
+@pytest.fixture(scope="module", params=OPERATORS)
+def name(request):
+    """Its tests one after the other, so that what was captured is used again."""
+    return request.param
+
+
 def _inputs(step):
     generator = torch.Generator().manual_seed(1)
     x = torch.rand(B, 4, 4, 4, generator=generator, dtype=torch.float64) + 0.5
@@ -228,7 +234,6 @@ def _inputs(step):
     return x, t, dx, -step * t
 
 
-@pytest.mark.parametrize("name", OPERATORS)
 def test_rule(name):
     """As accurate as the arithmetic, however small the step; the value is what the operator computes."""
     function = OPERATORS[name]
@@ -253,7 +258,6 @@ def test_norms_with_weights_that_move_by_steps_of_any_size(name):
         assert (difference - truth).norm() <= 3e-6 * truth.norm()
 
 
-@pytest.mark.parametrize("name", OPERATORS)
 def test_tangent(name):
     function = OPERATORS[name]
     x, t, dx, dt = _inputs(1.0)
@@ -266,7 +270,6 @@ def test_tangent(name):
     assert (tangent - truth).norm() <= 1e-9 * truth.norm()
 
 
-@pytest.mark.parametrize("name", OPERATORS)
 def test_gradient(name):
     """Of the value, as the network's own."""
     function = OPERATORS[name]

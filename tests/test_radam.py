@@ -21,7 +21,7 @@ from soflow_fast.kernels._launch import Launch, launch
 from soflow_fast.optim import OPTIMIZERS, RAdam
 from soflow_fast.precision import ComputeCopy
 
-STEPS = 32
+STEPS = 16
 
 average_length, rectified = kernel.average_length, kernel._rectified
 
