@@ -49,11 +49,7 @@ def test_a_row_finds_its_code(tmp_path, monkeypatch):
     assert _cached() == {"fxgraph_cache_miss": 2}
     path = os.pathsep.join([*sys.path, os.environ.get("PYTHONPATH", "")])
     said = subprocess.run(
-        [
-            sys.executable,
-            "-c",
-            "import test_ahead as t; t.build(t.ROW, t.WORKLOAD)(*t.WORKLOAD.data()); print(t._cached())",
-        ],
+        [sys.executable, "-c", _TURN],
         capture_output=True,
         text=True,
         check=True,
