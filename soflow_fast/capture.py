@@ -18,15 +18,16 @@ def compiled(function: Callable, how: bool | str | Callable, inductor: Mapping[s
     Args:
         how: False, True, ``max-autotune`` (which also tries implementations of the matrix products), or a backend of
             torch.compile.
-        inductor: options of torch's own compiler, where it is that.
+        inductor: options of torch's own compiler, where it is that; those that its version does not have are left out.
     """
     if not how:
         return function
     options = {"backend": how}
     if how in _MODES:
-        from torch._inductor import list_mode_options  # slow to import
+        from torch._inductor import config, list_mode_options  # slow to import
 
-        options = {"options": {**list_mode_options(_MODES[how]), **(inductor or {})}}
+        known = {name: value for name, value in (inductor or {}).items() if hasattr(config, name)}
+        options = {"options": {**list_mode_options(_MODES[how]), **known}}
     run = torch.compile(function, fullgraph=True, dynamic=False, **options)
 
     @wraps(function)

@@ -159,6 +159,11 @@ class TrainStep:
                 f"precision='bf16' loses the difference of two outputs that this {type(model).__name__} takes: "
                 "use precision='fp32', or a derivative that is no finite difference"
             )
+        if self.precision == "bf16" and follows_parameters and hasattr(model.network, "_orig_mod"):
+            raise ValueError(
+                "the network is compiled already, and bf16 computes on copies of its weights; give the network itself: "
+                "the step compiles all of the loss"
+            )
         self.compile = on_gpu if compile is None else compile
         self.cuda_graph = on_gpu and world_size == 1 if cuda_graph is None else cuda_graph
         if self.cuda_graph and (not on_gpu or world_size > 1):

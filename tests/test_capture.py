@@ -17,8 +17,8 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="a CUDA gra
 @pytest.mark.parametrize(
     ("how", "options"),
     [
-        (True, {}),
-        ("max-autotune", {"mode": "max-autotune-no-cudagraphs"}),
+        (True, {"options": {}}),
+        ("max-autotune", {"options": {"max_autotune": True, "coordinate_descent_tuning": True}}),
         ("aot_eager", {"backend": "aot_eager"}),
     ],
 )
@@ -26,7 +26,10 @@ def test_one_graph_of_fixed_shapes_by_the_compiler_asked_for(monkeypatch, how, o
     calls = []
     monkeypatch.setattr(torch, "compile", lambda function, **given: calls.append((function, given)) or function)
     assert compiled(len, how)("abc") == 3
-    assert calls == [(len, {"fullgraph": True, "dynamic": False, **options})]
+    assert compiled(len, how, {"of_another_version": 1, "epilogue_fusion": False})("abc") == 3
+    expected = {"fullgraph": True, "dynamic": False, **options}
+    told = {"options": {**options["options"], "epilogue_fusion": False}} if "options" in options else {}
+    assert calls == [(len, expected), (len, {**expected, **told})]
 
 
 def test_not_compiled_is_the_function_itself():

@@ -182,6 +182,14 @@ def test_a_difference_of_two_outputs_is_refused_on_copies():
     assert make_step(model)[0].precision == "fp32"
 
 
+def test_a_compiled_dit_is_refused_on_copies():
+    model = make_model(torch.float32)
+    model.network = torch.compile(model.network)
+    with pytest.raises(ValueError, match=r"the network is compiled already, .* give the network itself"):
+        make_step(model, precision="bf16")
+    assert make_step(model, precision="fp32")[0].copy is None
+
+
 def test_torch_may_be_told_of_tensor_cores_by_its_newer_names():
     """In a process of its own: once used, they exclude the older ones."""
     code = (

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from soflow_fast import DiT, SoFlow, capture, step
+from soflow_fast import DiT, SoFlow, step
 from soflow_fast.reduction import INDUCTOR_OPTIONS, _by_module
 
 
@@ -60,18 +60,3 @@ def test_of_a_compiled_dit_alone(monkeypatch):
         made = step.TrainStep(model, optimizer=adamw, total_steps=1, rank=0, world_size=2, **options)
         assert told.pop() == expected
         assert made.reduction == (expected and "in the backward")
-
-
-@pytest.mark.parametrize(
-    ("how", "expected"),
-    [
-        (True, {"options": INDUCTOR_OPTIONS}),
-        ("max-autotune", {"options": {"max_autotune": True, "coordinate_descent_tuning": True, **INDUCTOR_OPTIONS}}),
-        ("aot_eager", {"backend": "aot_eager"}),
-    ],
-)
-def test_the_compiler_is_told(monkeypatch, how, expected):
-    told = {}
-    monkeypatch.setattr(torch, "compile", lambda function, **options: told.update(options) or function)
-    capture.compiled(torch.sin, how, INDUCTOR_OPTIONS)
-    assert told == {"fullgraph": True, "dynamic": False, **expected}
