@@ -161,11 +161,11 @@ def compile_all(only: str | None = None, brief: bool = False) -> list[Binary]:
             continue
         for record in records:
             for arch in ARCHITECTURES:
-                key = (specialize(record, arch)[0].hash(), record.config, arch)
+                keys = {(specialize(record, arch)[0].hash(), record.config, arch)}
                 if brief and (arch != _TUNED or name.endswith("fp32")):
-                    key = (record.kernel.__name__, arch, arch == _TUNED)
-                if key not in seen:
-                    seen.add(key)
+                    keys.add((record.kernel.__name__, arch))
+                if not keys & seen:
+                    seen |= keys
                     binaries.append(compile_record(record, name, arch))
     return binaries
 

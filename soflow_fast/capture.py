@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Modes of torch.compile, by what is asked for; anything else is a backend. Inductor's own CUDA graphs stay off, because
-# what is compiled here becomes part of a larger one.
-_MODES = {True: "default", "max-autotune": "max-autotune-no-cudagraphs"}
+# Arguments of torch.compile, by what is asked for; anything else is a backend. Inductor's own CUDA graphs stay off,
+# because what is compiled here becomes part of a larger one.
+_OPTIONS = {True: {"mode": "default"}, "max-autotune": {"mode": "max-autotune-no-cudagraphs"}}
 
 
 def compiled(function: Callable, how: bool | str | Callable, inductor: Mapping[str, Any] | None = None) -> Callable:
@@ -22,12 +22,12 @@ def compiled(function: Callable, how: bool | str | Callable, inductor: Mapping[s
     """
     if not how:
         return function
-    options = {"backend": how}
-    if how in _MODES:
+    options = _OPTIONS.get(how, {"backend": how})
+    if inductor and "mode" in options:  # torch takes one of the two
         from torch._inductor import config, list_mode_options  # slow to import
 
-        known = {name: value for name, value in (inductor or {}).items() if hasattr(config, name)}
-        options = {"options": {**list_mode_options(_MODES[how]), **known}}
+        known = {name: value for name, value in inductor.items() if hasattr(config, name)}
+        options = {"options": {**list_mode_options(options["mode"]), **known}}
     run = torch.compile(function, fullgraph=True, dynamic=False, **options)
 
     @wraps(function)

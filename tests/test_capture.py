@@ -17,8 +17,8 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="a CUDA gra
 @pytest.mark.parametrize(
     ("how", "options"),
     [
-        (True, {"options": {}}),
-        ("max-autotune", {"options": {"max_autotune": True, "coordinate_descent_tuning": True}}),
+        (True, {"mode": "default"}),
+        ("max-autotune", {"mode": "max-autotune-no-cudagraphs"}),
         ("aot_eager", {"backend": "aot_eager"}),
     ],
 )
@@ -26,10 +26,25 @@ def test_one_graph_of_fixed_shapes_by_the_compiler_asked_for(monkeypatch, how, o
     calls = []
     monkeypatch.setattr(torch, "compile", lambda function, **given: calls.append((function, given)) or function)
     assert compiled(len, how)("abc") == 3
-    assert compiled(len, how, {"of_another_version": 1, "epilogue_fusion": False})("abc") == 3
-    expected = {"fullgraph": True, "dynamic": False, **options}
-    told = {"options": {**options["options"], "epilogue_fusion": False}} if "options" in options else {}
-    assert calls == [(len, expected), (len, {**expected, **told})]
+    assert calls == [(len, {"fullgraph": True, "dynamic": False, **options})]
+
+
+@pytest.mark.parametrize(
+    ("how", "options"),
+    [
+        (True, {"options": {"epilogue_fusion": False}}),
+        (
+            "max-autotune",
+            {"options": {"max_autotune": True, "coordinate_descent_tuning": True, "epilogue_fusion": False}},
+        ),
+        ("aot_eager", {"backend": "aot_eager"}),
+    ],
+)
+def test_inductor_is_told_the_options_that_it_has(monkeypatch, how, options):
+    calls = []
+    monkeypatch.setattr(torch, "compile", lambda function, **given: calls.append(given) or function)
+    compiled(len, how, {"of_another_version": 1, "epilogue_fusion": False})
+    assert calls == [{"fullgraph": True, "dynamic": False, **options}]
 
 
 def test_not_compiled_is_the_function_itself():
