@@ -1,7 +1,9 @@
-"""A fused op at one of its cases: is it exact, what does it move, and a function of no arguments that runs it."""
+"""Fused ops at their cases: is one exact, what does it move, a function of no arguments that runs it; which to take."""
 
+import argparse
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import _interpreter  # noqa: F401
 import torch
@@ -15,6 +17,16 @@ DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
 FORWARD, BOTH = "forward", "forward+backward"
 
 
+def options(description: str | None, piece: str) -> argparse.ArgumentParser:
+    """What the commands that time ops are given; ``piece``: what they begin none of when the time is over."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", metavar="OP", help="only ops whose name contains this")
+    parser.add_argument("--json", type=Path, metavar="OUT", help="write the report here")
+    parser.add_argument("--minutes", type=float, default=9, help=f"begin no {piece} after this time (default: 9)")
+    parser.add_argument("--smoke", action="store_true", help="the smallest case of each op, one row")
+    return parser
+
+
 def modes(case: Case) -> tuple[str, ...]:
     """The forward, and with the backward where the case has gradients."""
     return (FORWARD, BOTH) if case.gradients else (FORWARD,)
@@ -22,13 +34,16 @@ def modes(case: Case) -> tuple[str, ...]:
 
 def selected(smoke: bool, only: str | None = None) -> list[Case]:
     """The cases to run: all, or in a smoke run the smallest of each op."""
-    cases = [case for case in fused.cases() if not only or only in case.op]
-    if not smoke:
-        return cases
-    smallest = {}
-    for case in sorted(cases, key=lambda c: bytes_moved(c, modes(c)[-1], None), reverse=True):
-        smallest[case.op] = case
-    return list(smallest.values())
+    return list({case.op: case for case in by_size(only)}.values()) if smoke else _named(only)
+
+
+def by_size(only: str | None = None) -> list[Case]:
+    """Every case, the one that moves most first."""
+    return sorted(_named(only), key=lambda case: bytes_moved(case, modes(case)[-1], None), reverse=True)
+
+
+def _named(only: str | None) -> list[Case]:
+    return [case for case in fused.cases() if not only or only in case.op]
 
 
 def bytes_moved(case: Case, mode: str, max_rows: int | None) -> int:

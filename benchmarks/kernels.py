@@ -10,7 +10,6 @@ case of each op with one row; so does a machine without a GPU, in Triton's inter
 bfloat16 matrices are wrong): those times mean nothing.
 """
 
-import argparse
 import math
 import sys
 import time
@@ -21,7 +20,7 @@ import _interpreter  # noqa: F401
 import pytest
 import torch
 from _measure import environment, write_report
-from _ops import DEVICE, DTYPE, bytes_moved, failed_checks, make_step, modes, selected
+from _ops import DEVICE, DTYPE, bytes_moved, failed_checks, make_step, modes, options, selected
 from _timing import Timer, copy_bandwidth, launch_floor_ms
 
 from soflow_fast.kernels import fused, reference
@@ -121,12 +120,7 @@ def table(report: dict) -> str:
 
 def main() -> int:
     """Measures, writes the JSON, prints the table; 1 if anything was refused."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", metavar="OP", help="only ops whose name contains this")
-    parser.add_argument("--json", type=Path, metavar="OUT", help="write the report here")
-    parser.add_argument("--minutes", type=float, default=9, help="begin no case after this time (default: 9)")
-    parser.add_argument("--smoke", action="store_true", help="the smallest case of each op, one row")
-    arguments = parser.parse_args()
+    arguments = options(__doc__, "case").parse_args()
     smoke = arguments.smoke or DEVICE == "cpu"
     report = measure(selected(smoke, arguments.only), 1 if smoke else None, arguments.minutes, arguments.json)
     print(table(report))

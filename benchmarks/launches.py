@@ -9,7 +9,6 @@ are the kernels that the entry changes, by themselves, from a cold cache. ``--sm
 in one row of its smallest case; so does a machine without a GPU, whose times mean nothing.
 """
 
-import argparse
 import sys
 import time
 from collections.abc import Iterator
@@ -23,7 +22,7 @@ from unittest import mock
 import _interpreter  # noqa: F401
 import torch
 from _measure import environment, write_report
-from _ops import DEVICE, DTYPE, bytes_moved, failed_checks, make_step, modes
+from _ops import DEVICE, DTYPE, by_size, failed_checks, make_step, modes, options
 from _timing import Timer, Timing
 
 from soflow_fast.kernels import (
@@ -147,15 +146,10 @@ def _told(record: Record) -> tuple:
     return record.kernel.__name__, record.grid(), repr(sizes), repr(record.constants), config
 
 
-def decided(entry: Entry, only: str | None, every_case: bool, max_rows: int | None) -> Iterator[Case]:
-    """The largest case of each op, or every one, in which the entry decides about a launch; the largest op first."""
-
-    def size(case: Case) -> int:
-        return bytes_moved(case, modes(case)[-1], None)
-
+def decided(entry: Entry, cases: list[Case], every_case: bool, max_rows: int | None) -> Iterator[Case]:
+    """The first case of each op, or every one, in which the entry decides about a launch."""
     seen, value = set(), entry.neighbours(entry.committed)[0]
-    cases = [case for case in fused.cases() if not only or only in case.op]
-    for case in sorted(cases, key=size, reverse=max_rows is None):
+    for case in cases:
         if (every_case or case.op not in seen) and changed_kernels(entry, value, case, max_rows):
             seen.add(case.op)
             yield case
@@ -184,10 +178,10 @@ def timed(entry: Entry, value: Any, case: Case, kernels: set[str], timer: Timer,
 
 def search(entry: Entry, case: Case, timer: Timer, max_rows: int | None, climbs: int) -> Iterator[dict]:
     """A row for each value that is tried, the committed one first; ``climbs``: how often to go on from a better one."""
-    best, around = entry.committed, entry.neighbours(entry.committed)
+    here, around = entry.committed, entry.neighbours(entry.committed)
     kernels = set().union(*(changed_kernels(entry, value, case, max_rows) for value in around))
     tried, timings = [], {}
-    around = [best, *around]
+    around = [here, *around]
     for _ in range(1 + climbs):
         for value in around:
             if _words(value) in tried:
@@ -201,10 +195,10 @@ def search(entry: Entry, case: Case, timer: Timer, max_rows: int | None, climbs:
                 yield row | {"refused": f"{type(error).__name__}: {error}"}
             else:
                 yield row | {"ms": timing.median, "ms_low": timing.low, "ms_high": timing.high}
-        fastest = min(timings, key=lambda value: timings[value].median, default=best)
-        if fastest == best or best not in timings or timings[fastest].median >= timings[best].low:
+        fastest = min(timings, key=lambda value: timings[value].median, default=here)
+        if fastest == here or here not in timings or timings[fastest].median >= timings[here].low:
             return
-        best, around = fastest, entry.neighbours(fastest)
+        here, around = fastest, entry.neighbours(fastest)
 
 
 def _words(value: Any) -> str:
@@ -214,13 +208,14 @@ def _words(value: Any) -> str:
 
 
 def measure(only: str | None, every_case: bool, smoke: bool, minutes: float, json_path: Path | None) -> dict:
-    """Environment and rows; the file, if any, is written after every entry, and is partial until all were tried."""
+    """Environment and rows; the file, if any, is written after every entry, and is partial before the last one."""
     timer, end = Timer(DEVICE), time.monotonic() + 60 * minutes
     report = {"environment": environment(), "dtype": str(DTYPE), "smoke": smoke, "best": [], "rows": []}
     report["left_out"] = []
     max_rows = 1 if smoke else None
+    cases = by_size(only)[:: -1 if smoke else 1]
     for i, entry in enumerate(ENTRIES, 1):
-        for case in decided(entry, only, every_case, max_rows):
+        for case in decided(entry, cases, every_case, max_rows):
             if time.monotonic() > end:
                 report["left_out"].append(f"{entry.name}, {case.op} {case.name}")
                 continue
@@ -228,7 +223,7 @@ def measure(only: str | None, every_case: bool, smoke: bool, minutes: float, jso
             print(f"{entry.name}, {case.op} {case.name}", file=sys.stderr)
         report["best"] = best(report["rows"])
         if json_path:
-            write_report(json_path, report, partial=i < len(ENTRIES) or bool(report["left_out"]))
+            write_report(json_path, report, partial=i < len(ENTRIES))
     return report
 
 
@@ -264,12 +259,8 @@ def table(report: dict) -> str:
 
 def main() -> int:
     """Tries, writes the JSON, prints the table; 1 if a committed launch was refused."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", metavar="OP", help="only ops whose name contains this")
-    parser.add_argument("--json", type=Path, metavar="OUT", help="write the report here")
-    parser.add_argument("--minutes", type=float, default=9, help="begin no entry after this time (default: 9)")
+    parser = options(__doc__, "entry")
     parser.add_argument("--every-case", action="store_true", help="not only the largest case of each op")
-    parser.add_argument("--smoke", action="store_true", help="one row of the smallest case, no second round")
     arguments = parser.parse_args()
     smoke = arguments.smoke or DEVICE == "cpu"
     report = measure(arguments.only, arguments.every_case, smoke, arguments.minutes, arguments.json)

@@ -55,20 +55,20 @@ class CompiledReduction:
     All processes begin with the parameters and buffers of the first.
 
     Args:
-        module: on the device of the process group. least_bytes: of what is reduced in one call.
+        module: on the device of the process group.
 
     Attributes:
         parameters: by name. world_size: the processes over whose losses gradients are summed.
     """
 
-    def __init__(self, module: nn.Module, least_bytes: int = _LEAST_BYTES):
+    def __init__(self, module: nn.Module):
         for tensor in (*module.parameters(), *module.buffers()):
             first = tensor.detach().contiguous()
             dist.broadcast(first, src=0)
             tensor.detach().copy_(first)
         self.parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
         self.world_size, self._group = dist.get_world_size(), dist.group.WORLD.group_name
-        self._names = _by_module(self.parameters, least_bytes)
+        self._names = _by_module(self.parameters, _LEAST_BYTES)
 
     def __call__(self, parameters: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """What takes their place in :func:`torch.func.functional_call`; to be called while that is compiled.
@@ -79,7 +79,7 @@ class CompiledReduction:
         """
         entering = dict(values)
         for names in self._names:
-            own, others = ([of[name] for name in names if name in of] for of in (parameters, values))
+            own, others = [parameters[name] for name in names], [values[name] for name in names if name in values]
             entering.update(zip(names, _Summed.apply(self._group, len(names), *own, *others), strict=True))
         return entering
 

@@ -46,8 +46,8 @@ class StepStats(NamedTuple):
 class _Loss(nn.Module):
     """The loss of one micro-batch: augmentation, draws, guidance and gradient forward, one compiled graph.
 
-    A module of its own because data parallelism wraps it; the compute copies enter outside of the compiled graph, so
-    that the masters' gradient hooks see float32.
+    A module of its own because DistributedDataParallel may wrap it; then the compute copies enter outside of the
+    compiled graph, so that the masters' gradient hooks see float32. With a reduction they enter inside.
     """
 
     def __init__(self, model: Objective, *, latent_scale, merged, augment, copy, autocast, compile, reduction):
@@ -159,7 +159,8 @@ class TrainStep:
                 f"precision='bf16' loses the difference of two outputs that this {type(model).__name__} takes: "
                 "use precision='fp32', or a derivative that is no finite difference"
             )
-        if self.precision == "bf16" and follows_parameters and hasattr(model.network, "_orig_mod"):
+        on_copies = self.precision == "bf16" and follows_parameters
+        if on_copies and hasattr(model.network, "_orig_mod"):
             raise ValueError(
                 "the network is compiled already, and bf16 computes on copies of its weights; give the network itself: "
                 "the step compiles all of the loss"
@@ -183,14 +184,14 @@ class TrainStep:
                 "optimizer with lr=torch.tensor(...) on the GPU, use one of soflow_fast.optim or set cuda_graph=False"
             )
         subtracts = model.velocity_share < 1 and getattr(model, "quotient", "") == "two_forwards"
-        if self.precision == "bf16" and follows_parameters and subtracts:
+        if on_copies and subtracts:
             _log.warning("quotient='two_forwards' is lost to rounding in bf16; use quotient='difference' or fp32")
         self.model, self.optimizer, self.ema, self.averages = model, optimizer, ema, averages
         self.total_steps, self.accumulation, self.grad_clip = total_steps, accumulation, grad_clip
         self.rank, self.world_size = rank, world_size
         self.step = torch.zeros((), dtype=torch.int64, device=device)
         self._seed = torch.full_like(self.step, seed)  # a number would be a constant of the compiled code
-        self.copy = ComputeCopy(model) if self.precision == "bf16" and follows_parameters else None
+        self.copy = ComputeCopy(model) if on_copies else None
         # its order of gradients is known; in another order, products would be put off with all that they need
         is_dit = type(model.network) is DiT
         in_backward = world_size > 1 and self.compile and accumulation == 1 and is_dit

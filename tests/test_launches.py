@@ -34,8 +34,9 @@ def test_neighbours(launches, entry):
 
 def test_every_entry_decides_about_a_launch(launches, monkeypatch):
     monkeypatch.setattr(launches, "DTYPE", torch.bfloat16)  # as on a GPU
+    cases = launches.by_size()
     for one in launches.ENTRIES:
-        found = next(launches.decided(one, None, every_case=False, max_rows=None), None)
+        found = next(launches.decided(one, cases, every_case=False, max_rows=None), None)
         assert found is not None, one.name
         kernels = launches.changed_kernels(one, one.neighbours(one.committed)[0], found, None)
         assert 1 <= len(kernels) <= 3, one.name
