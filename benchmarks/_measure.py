@@ -31,6 +31,12 @@ def environment() -> dict:
     }
 
 
+def identity(environment: dict) -> tuple:
+    """Of an :func:`environment` the card (or CPU) and the commit: only figures of the same ones belong together."""
+    hardware = environment["gpu"] or environment["cpu"]
+    return hardware.get("name") or hardware.get("model"), (environment["commit"] or {}).get("hash")
+
+
 def write_report(path: Path, report: dict, *, partial: bool = False) -> None:
     """Writes a report as JSON, whole or not at all.
 

@@ -9,7 +9,7 @@ import _interpreter  # noqa: F401
 import torch
 from torch import Tensor
 
-from soflow_fast.kernels import _accuracy, _aot, fused
+from soflow_fast.kernels import _accuracy, _aot, fused, reference
 from soflow_fast.kernels._cases import Case, Inputs, as_tuple
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -22,6 +22,7 @@ def options(description: str | None, piece: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", metavar="OP", help="only ops whose name contains this")
     parser.add_argument("--json", type=Path, metavar="OUT", help="write the report here")
+    parser.add_argument("--resume", action="store_true", help="go on with the report that is there")
     parser.add_argument("--minutes", type=float, default=9, help=f"begin no {piece} after this time (default: 9)")
     parser.add_argument("--smoke", action="store_true", help="the smallest case of each op, one row")
     return parser
@@ -52,11 +53,20 @@ def bytes_moved(case: Case, mode: str, max_rows: int | None) -> int:
     return sum(record.bytes_moved for record in _aot.record_case(case, DTYPE, max_rows))
 
 
-def failed_checks(case: Case, max_rows: int | None) -> list[str]:
-    """The results of the fused op that are further from the truth than the rule of its tests allows."""
-    arguments = case.inputs(Inputs(DEVICE, DTYPE, max_rows=max_rows))
-    rows = _accuracy.errors(case.op, arguments, case.options, case.gradients)
-    return [f"{row.name}: error {row.ours:.3g}, allowed {row.allowed:.3g}" for row in rows if not row.within]
+def make_check(case: Case, max_rows: int | None) -> Callable[[], list[str]]:
+    """Tells the results of the fused op that are further from the truth than the rule of its tests allows.
+
+    The truth is computed once.
+    """
+    inputs = case.inputs(Inputs(DEVICE, DTYPE, max_rows=max_rows)), case.options, case.gradients
+    plain, exact = _accuracy.run(getattr(reference, case.op), *inputs), _accuracy.truth(case.op, *inputs)
+
+    def failed() -> list[str]:
+        ours = _accuracy.run(getattr(fused, case.op), *inputs)
+        rows = _accuracy.compare(case.op, ours, plain, exact, case.gradients)
+        return [f"{row.name}: error {row.ours:.3g}, allowed {row.allowed:.3g}" for row in rows if not row.within]
+
+    return failed
 
 
 def make_step(case: Case, mode: str, op: Callable, max_rows: int | None) -> Callable[[], object]:

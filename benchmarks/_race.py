@@ -18,6 +18,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from _baselines import JvpFlashDiT, PlainDiT
 from _check import CHECKED_STEP, Truth
+from _pieces import gpu_lost
 from _public_source import PublicSourceSoFlow
 from _rows import Row, Workload, build
 from torch import Tensor
@@ -170,6 +171,8 @@ class Track:
                 except Exception as error:  # a row that breaks must not cost the others
                     contestant.report = broken(error)
                     order.remove(contestant)
+                    if gpu_lost():
+                        raise
         for contestant in order:
             self._finish(contestant)
 

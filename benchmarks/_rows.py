@@ -295,7 +295,8 @@ def build(row: Row, workload: Workload) -> TrainStep:
 def _update(row: Row, model: Objective, graph: bool, fused: bool) -> tuple[torch.optim.Optimizer, EMA]:
     parameters = [p for p in model.parameters() if p.requires_grad]
     if row.optimizer == "published":
-        adamw = torch.optim.AdamW(parameters, lr=0.0, betas=(0.9, 0.99), weight_decay=0.0, capturable=graph)
+        lr = torch.tensor(0.0, device=parameters[0].device) if graph else 0.0  # a graph would keep a number
+        adamw = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.99), weight_decay=0.0, capturable=graph)
         return adamw, LoopEMA(model)
     keywords = {"lr": 0.0, "impl": "triton" if fused and row.optimizer == "one-pass" else "torch"}
     if isinstance(model, ScaledLossSoFlow):

@@ -1,16 +1,16 @@
 """Every measurement on one GPU, in pieces: plans it, runs what is left within the given minutes, and reports.
 
-    python benchmarks/campaign.py plan|run|report [--folder benchmarks/results/h200] [--minutes 9.5] [--only STAGE ...]
+    python benchmarks/campaign.py plan|run|report [--folder benchmarks/results/h200] [--minutes 9] [--only STAGE ...]
 
 ``run`` takes the stages in order: correctness of every kernel first, then DiT-XL/2, DiT-B/4 and the rest. Each is a
 command of this folder that writes one JSON; a stage whose JSON is complete, of this commit and this card, is not run
 again, so the same call repeated comes to the end. Figures are compared only inside one JSON. Compiled code is kept in
-``--cache`` from call to call: where a machine keeps nothing in between, carry folder and cache over. A stage that
-leaves no JSON, or a partial one, is tried again by the next call; every stage leaves its log. ``report`` writes the
-folder's REPORT.md. The package must be installed in place (``pip install --editable .``), as its tests run from the
-checkout. Where the files are without their git history, ``git rev-parse HEAD > COMMIT`` before they are copied tells
-the results their commit. ``--smoke`` runs the smallest form of every stage, on a CPU too: it tries the campaign, and
-its figures mean nothing.
+``--cache`` from call to call. Where a machine keeps nothing in between, or may be gone at any time, ``--archive`` has
+the folder in one file after every stage; unpack it before the next call. A stage that leaves no JSON, or a partial one,
+is gone on with by the next call; every stage leaves its log. ``report`` writes the folder's REPORT.md. The package must
+be installed in place (``pip install --editable .``), as its tests run from the checkout. Where the files are without
+their git history, ``git rev-parse HEAD > COMMIT`` before they are copied tells the results their commit. ``--smoke``
+runs the smallest form of every stage, on a CPU too: it tries the campaign, and its figures mean nothing.
 """
 
 import argparse
@@ -21,36 +21,35 @@ import shlex
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from _measure import environment, write_report
+from _measure import environment, identity, write_report
 from _rows import selected
 from readme_results import sections
 
 ROOT = Path(__file__).parents[1]
 
-#: Tests that run natively on a GPU: kernels against float64, whole networks, the captured step.
-_NATIVE_TESTS = [
-    "adaln",
-    "adaln_difference",
-    "activation_difference",
-    "attention_difference",
-    "conditioning",
-    "consistency",
-    "heads",
-    "mlp",
-    "noise",
-    "self_attention",
-    "velocity",
-    "optim",
-    "impl",
-    "attention",
-    "fast_step",
-    "capture",
-]
+#: Tests that run natively on a GPU: kernels against float64; then whole networks and the captured step.
+_NATIVE_TESTS = {
+    "correctness": [
+        "adaln",
+        "adaln_difference",
+        "activation_difference",
+        "attention_difference",
+        "conditioning",
+        "consistency",
+        "heads",
+        "mlp",
+        "noise",
+        "self_attention",
+        "velocity",
+    ],
+    "correctness_step": ["optim", "impl", "attention", "fast_step", "capture"],
+}
 
 # Batch 256 for the rows that fit: the published form keeps float32 activations, with which XL/2 and L/2 do not. Their
 # whole tables, and the ratios to it, are at a batch that fits.
@@ -77,8 +76,8 @@ class Stage:
         name: of the stage, its JSON and its log. script: of this folder, or ``pytest``. arguments, smoke: of the script
             on a GPU and in a smoke run. seconds: expected on an H200, compiling included. rows: ids or sets of
             ``throughput.py`` that make it complete; such a script takes ``--limit`` and goes on where it stopped.
-        least: seconds without which it is not begun, for one that goes on; the others need all of theirs.
-        gib: of GPU memory that it needs.
+        pieces: whether the script takes ``--minutes`` and goes on where it stopped. least: seconds without which it is
+            not begun, for one that goes on; the others need all of theirs. gib: of GPU memory that it needs.
     """
 
     name: str
@@ -89,23 +88,25 @@ class Stage:
     rows: tuple[str, ...] = ()
     least: int = 120
     gib: int = 0
+    pieces: bool = False
 
 
 def _throughput(name: str, model: str, rows: tuple[str, ...], seconds: int, batch: int = 256, gib: int = 0) -> Stage:
     smoke = ("--model", "small", "--batch", "4", "--seconds", "0.2")
     arguments = ("--model", model, "--batch", str(batch), "--seconds", "5")
-    least = 240 if model in ("DiT-XL/2", "DiT-L/2") else 150  # one row
+    least = 330 if model in ("DiT-XL/2", "DiT-L/2") else 220  # one row
     return Stage(name, "throughput.py", arguments, smoke, seconds, rows, least, gib)
 
 
 STAGES = (
-    Stage("correctness", "pytest", seconds=300),
-    Stage("errors", "errors.py", (), ("--only", "silu_difference"), 60),
+    Stage("correctness", "pytest", seconds=240),
+    Stage("correctness_step", "pytest", seconds=180),
     Stage("rates", "rates.py", ("--models", "DiT-XL/2", "DiT-B/4", "DiT-L/2", "DiT-B/2"), seconds=60),
     _throughput("throughput_xl2_256", "DiT-XL/2", tuple(_FIRST), 580, gib=100),
     _throughput("throughput_b4", "DiT-B/4", ("table",), 480),
     Stage("profile_xl2", "profile_step.py", ("--rates", "{folder}/rates.json"), ("--smoke",), 120, gib=100),
-    Stage("kernels", "kernels.py", ("--minutes", "7"), ("--smoke", "--only", "silu_difference"), 450),
+    Stage("kernels", "kernels.py", (), ("--smoke", "--only", "silu_difference"), 450, pieces=True),
+    Stage("errors", "errors.py", (), ("--only", "silu_difference"), 200),
     Stage("precision", "precision.py", ("--weights", "random", "digits"), seconds=180),
     _throughput("ladder_b4", "DiT-B/4", ("ladder",), 240),
     _throughput("ablations_b4", "DiT-B/4", ("ablations",), 300),
@@ -113,11 +114,11 @@ STAGES = (
     _throughput("throughput_b2", "DiT-B/2", ("table",), 700),
     _throughput("throughput_l2_128", "DiT-L/2", ("table",), 900, batch=128),
     Stage("photographs", "photographs.py", ("--seconds", "300"), seconds=580, rows=("soflow/fast", "soflow/public")),
-    Stage("sampling", "sampling.py", ("--steps", "1", "--minutes", "7"), seconds=450),
+    Stage("sampling", "sampling.py", ("--steps", "1"), seconds=450, pieces=True),
     Stage("sampling_steps", "sampling.py",
-          ("--steps", "2", "4", "--precisions", "bf16", "--batches", "1", "256", "--minutes", "7"), seconds=450),
+          ("--steps", "2", "4", "--precisions", "bf16", "--batches", "1", "256"), seconds=450, pieces=True),
     Stage("loader", "loader.py"),
-    Stage("launches", "launches.py", ("--minutes", "8"), ("--smoke", "--only", "silu_difference"), 520),
+    Stage("launches", "launches.py", (), ("--smoke", "--only", "silu_difference"), 520, pieces=True),
     _throughput("ladder_xl2_96", "DiT-XL/2", ("ladder",), 500, batch=96),
 )  # fmt: skip
 
@@ -127,10 +128,11 @@ class Campaign:
 
     Args:
         folder: of the JSON files and logs. cache: of compiled code. smoke: whether stages run in their smallest form.
+        archive: a ``.tar.gz`` of the folder, written after every stage.
     """
 
-    def __init__(self, folder: Path, cache: Path, smoke: bool):
-        self.folder, self.cache, self.smoke = folder, cache, smoke
+    def __init__(self, folder: Path, cache: Path, smoke: bool, archive: Path | None = None):
+        self.folder, self.cache, self.smoke, self.archive = folder, cache, smoke, archive
         self.here = environment()
         self.gib = torch.cuda.get_device_properties(0).total_memory / 2**30 if torch.cuda.is_available() else 0.0
 
@@ -145,7 +147,7 @@ class Campaign:
         if not path.exists():
             return "to do"
         report = json.loads(path.read_text())
-        if self._of(report["environment"]) != self._of(self.here):
+        if identity(report["environment"]) != identity(self.here):
             return "to do"
         finished = not report.get("partial")
         if stage.rows:
@@ -155,14 +157,9 @@ class Campaign:
     def _rows(self, stage: Stage) -> tuple[str, ...]:
         return _SMOKE_ROWS if self.smoke and stage.rows else stage.rows
 
-    @staticmethod
-    def _of(machine: dict) -> tuple:
-        hardware = machine["gpu"]["name"] if machine["gpu"] else machine["cpu"]["model"]
-        return hardware, (machine["commit"] or {}).get("hash")
-
-    def run(self, stages: list[Stage], seconds: float) -> list[str]:
-        """Runs what is left and fits into the time; the names of the stages that failed."""
-        end, failed = time.monotonic() + seconds, []
+    def run(self, stages: list[Stage], end: float) -> list[str]:
+        """Runs what is left and fits until ``end`` of ``time.monotonic()``; the names of the stages that failed."""
+        failed = []
         self.folder.mkdir(parents=True, exist_ok=True)
         for stage in stages:
             state = self.state(stage)
@@ -171,12 +168,20 @@ class Campaign:
             if state in ("done", "too large"):
                 continue
             left = end - time.monotonic()
-            if left < (min(stage.seconds, stage.least) if stage.rows else stage.seconds):
+            if left < (min(stage.seconds, stage.least) if stage.rows or stage.pieces else stage.seconds):
                 print(f"{stage.name}: {left:.0f} s are too few, left for the next call", flush=True)
                 continue
             if not self._run(stage, left):
                 failed.append(stage.name)
+            if self.archive:
+                self._pack()
         return failed
+
+    def _pack(self) -> None:
+        unfinished = self.archive.with_name(self.archive.name + ".unfinished")
+        with tarfile.open(unfinished, "w:gz") as archive:
+            archive.add(self.folder, self.folder.name)
+        unfinished.replace(self.archive)
 
     def _run(self, stage: Stage, left: float) -> bool:
         path, log = self._json(stage), self.folder / f"{stage.name}.log"
@@ -231,15 +236,18 @@ class Campaign:
 
     def _command(self, stage: Stage, left: float) -> list[str]:
         if stage.script == "pytest":
-            names = ["activation_difference"] if self.smoke else _NATIVE_TESTS
+            names = ["activation_difference"] if self.smoke else _NATIVE_TESTS[stage.name]
             tests = [f"tests/test_{name}.py" for name in names]
             # Left out is what concerns a CPU alone: Inductor's C++ and two processes over gloo.
             chosen = ["-m", "not slow", "-k", "not two_processes", "-n", "1" if self.smoke else "8"]
+            chosen += ["--dist", "loadfile"] if stage.name == "correctness_step" else []  # some break their GPU's state
             return [sys.executable, "-m", "pytest", "-q", *chosen, f"--junitxml={self._junit(stage)}", *tests]
         arguments = [a.format(folder=self.folder) for a in (stage.smoke if self.smoke else stage.arguments)]
         if stage.rows:
             arguments += ["--rows", *self._rows(stage), "--resume", "--limit", f"{left - 2 * _GRACE:.0f}"]
             arguments += ["--plot", str(self._json(stage).with_suffix(".png"))]
+        if stage.pieces:
+            arguments += ["--resume", "--minutes", f"{(left - 2 * _GRACE) / 60:.2f}"]
         return [sys.executable, str(Path("benchmarks") / stage.script), *arguments, "--json", str(self._json(stage))]
 
     def _write_test_report(self, stage: Stage, code: int | str) -> None:
@@ -266,6 +274,7 @@ class Campaign:
 
 def main(arguments: list[str] | None = None) -> int:
     """0; 1 if a stage failed; 2 for bad input."""
+    start = time.monotonic()
     parser = argparse.ArgumentParser(
         prog="campaign.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -273,18 +282,19 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("action", choices=("plan", "run", "report"))
     parser.add_argument("--folder", type=Path, default=ROOT / "benchmarks" / "results" / "h200", help="of the results")
     parser.add_argument("--cache", type=Path, default=ROOT / ".campaign_cache", help="of compiled code")
-    parser.add_argument("--minutes", type=float, default=9.5, help="of this call (default %(default)s)")
+    parser.add_argument("--minutes", type=float, default=9.0, help="of this call (default %(default)s)")
+    parser.add_argument("--archive", type=Path, metavar="OUT.tar.gz", help="have the folder here after every stage")
     parser.add_argument("--only", nargs="+", choices=names, default=names, metavar="STAGE", help=", ".join(names))
     parser.add_argument("--smoke", action="store_true", help="the smallest form of every stage")
     options = parser.parse_args(arguments)
     options.folder = options.folder.resolve()  # the stages run in the root of the checkout
-    campaign = Campaign(options.folder, options.cache, options.smoke)
+    campaign = Campaign(options.folder, options.cache, options.smoke, options.archive)
     if campaign.here["gpu"] is None and options.action == "run" and not options.smoke:
         parser.error("the campaign needs a CUDA GPU and none is visible; --smoke tries it without")
     stages = [stage for stage in STAGES if stage.name in options.only]
     failed = []
     if options.action == "run":
-        failed = campaign.run(stages, 60 * options.minutes)
+        failed = campaign.run(stages, start + 60 * options.minutes)
     if options.action == "report":
         options.folder.mkdir(parents=True, exist_ok=True)
         (options.folder / "REPORT.md").write_text(f"# Campaign\n\n{sections(options.folder, options.folder)}")

@@ -12,15 +12,15 @@ bfloat16 matrices are wrong): those times mean nothing.
 
 import math
 import sys
-import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import _interpreter  # noqa: F401
 import pytest
 import torch
-from _measure import environment, write_report
-from _ops import DEVICE, DTYPE, bytes_moved, failed_checks, make_step, modes, options, selected
+from _ops import DEVICE, DTYPE, bytes_moved, make_check, make_step, modes, options, selected
+from _pieces import begun, run_pieces
 from _timing import Timer, copy_bandwidth, launch_floor_ms
 
 from soflow_fast.kernels import fused, reference
@@ -51,14 +51,21 @@ def timings(case: Case, provider: str, timer: Timer, max_rows: int | None) -> li
     return rows
 
 
-def measure(cases: list[Case], max_rows: int | None, minutes: float = math.inf, json_path: Path | None = None) -> dict:
+def measure(
+    cases: list[Case],
+    max_rows: int | None,
+    minutes: float = math.inf,
+    json_path: Path | None = None,
+    resume: bool = False,
+) -> dict:
     """Environment, copy bandwidth, one row per case, mode and provider, and what was refused.
 
     Args:
-        json_path: is written after every case; a file of fewer cases than these is marked as partial.
+        json_path: is written after every case; a file of fewer cases than these is marked as partial. resume: goes on
+            with that file.
     """
-    timer, deadline = Timer(DEVICE), time.monotonic() + 60 * minutes
-    report = {"environment": environment(), "dtype": str(DTYPE), "max_rows": max_rows, "refused": [], "rows": []}
+    timer = Timer(DEVICE)
+    report = begun(json_path if resume else None, dtype=str(DTYPE), max_rows=max_rows)
     report |= {"copy_gb_per_s": copy_bandwidth(timer), "launch_floor_ms": launch_floor_ms(timer)}
 
     def refuse(case: Case, what: str, why: str):
@@ -66,9 +73,10 @@ def measure(cases: list[Case], max_rows: int | None, minutes: float = math.inf, 
         print(f"{case.op} {case.name}, {what}: {why}", file=sys.stderr)
 
     def run(case: Case):
-        if time.monotonic() > deadline:
-            return refuse(case, "left out", f"the {minutes:g} minutes were over")
-        failures = failed_checks(case, max_rows)
+        try:
+            failures = make_check(case, max_rows)()
+        except Exception as error:
+            failures = [f"{type(error).__name__}: {error}"]
         if failures:
             return refuse(case, "not exact", "; ".join(failures))
         for provider in PROVIDERS:
@@ -79,12 +87,8 @@ def measure(cases: list[Case], max_rows: int | None, minutes: float = math.inf, 
             else:
                 percent = 100 / report["copy_gb_per_s"]
                 report["rows"] += [{**row, "percent_of_copy": percent * row["gb_per_s"]} for row in rows]
-        print(f"{case.op} {case.name}", file=sys.stderr)
 
-    for i, case in enumerate(cases, 1):
-        run(case)
-        if json_path:
-            write_report(json_path, report, partial=i < len(cases))
+    run_pieces(report, ((f"{case.op} {case.name}", partial(run, case)) for case in cases), minutes, json_path)
     return report
 
 
@@ -114,7 +118,7 @@ def table(report: dict) -> str:
     if ratios:
         mean, slower = math.exp(sum(map(math.log, ratios)) / len(ratios)), sum(ratio < 1 for ratio in ratios)
         lines.append(f"{len(ratios)} compared, {slower} slower than compiled, geometric mean {mean:.2f}x of compiled")
-    lines.append(f"{len(report['refused'])} refused")
+    lines.append(f"{len(report['refused'])} refused, {len(report['left_out'])} left out for time")
     return "\n".join(lines)
 
 
@@ -122,7 +126,8 @@ def main() -> int:
     """Measures, writes the JSON, prints the table; 1 if anything was refused."""
     arguments = options(__doc__, "case").parse_args()
     smoke = arguments.smoke or DEVICE == "cpu"
-    report = measure(selected(smoke, arguments.only), 1 if smoke else None, arguments.minutes, arguments.json)
+    cases, max_rows = selected(smoke, arguments.only), 1 if smoke else None
+    report = measure(cases, max_rows, arguments.minutes, arguments.json, arguments.resume)
     print(table(report))
     return bool(report["refused"])
 
@@ -142,7 +147,7 @@ _SMOKE_ROWS = 1 if DEVICE == "cpu" else None
 def test_kernel(benchmark, case, mode, provider):
     """A regression suite for pytest-benchmark: its times include the launches."""
     if provider == "ours":
-        assert not failed_checks(case, _SMOKE_ROWS)
+        assert not make_check(case, _SMOKE_ROWS)()
     step = make_step(case, mode, make_op(case, provider), _SMOKE_ROWS)
 
     def synchronous_step():

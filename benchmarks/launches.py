@@ -10,10 +10,10 @@ in one row of its smallest case; so does a machine without a GPU, whose times me
 """
 
 import sys
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, is_dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -21,9 +21,9 @@ from unittest import mock
 
 import _interpreter  # noqa: F401
 import torch
-from _measure import environment, write_report
-from _ops import DEVICE, DTYPE, by_size, failed_checks, make_step, modes, options
-from _timing import Timer, Timing
+from _ops import DEVICE, DTYPE, by_size, make_check, make_step, modes, options
+from _pieces import begun, run_pieces
+from _timing import Timer
 
 from soflow_fast.kernels import (
     _aot,
@@ -44,6 +44,8 @@ from soflow_fast.kernels import (
 )
 from soflow_fast.kernels._cases import Case
 from soflow_fast.kernels._launch import Record, recording
+
+Check = Callable[[], list[str]]
 
 # Of a thread; what more of them cost is seen in the time.
 _ALL_REGISTERS = 255
@@ -155,32 +157,32 @@ def decided(entry: Entry, cases: list[Case], every_case: bool, max_rows: int | N
             yield case
 
 
-def timed(entry: Entry, value: Any, case: Case, kernels: set[str], timer: Timer, max_rows: int | None) -> Timing:
-    """Of these kernels' launches in a case, forward and backward, under the entry's value.
+def timed(entry: Entry, value: Any, case: Case, kernels: set[str], check: Check, timer: Timer, max_rows: int | None):
+    """The :class:`Timing` of these kernels' launches in a case, forward and backward, under the entry's value.
 
     Raises:
         ValueError: if the op is not exact with it.
     """
     with entry.set_to(value):
-        if failures := failed_checks(case, max_rows):
+        if failures := check():
             raise ValueError("not exact: " + "; ".join(failures))
         step = make_step(case, modes(case)[-1], getattr(fused, case.op), max_rows)
         with recording() as records:
             step()
-    chosen = [record for record in records if record.kernel.__name__ in kernels]
+        chosen = [record for record in records if record.kernel.__name__ in kernels]
 
-    def replay():
-        for record in chosen:
-            record.run()
+        def replay():
+            for record in chosen:
+                record.run()
 
-    return timer(replay)
+        return timer(replay)  # within the value, of which also the grid is made
 
 
 def search(entry: Entry, case: Case, timer: Timer, max_rows: int | None, climbs: int) -> Iterator[dict]:
     """A row for each value that is tried, the committed one first; ``climbs``: how often to go on from a better one."""
     here, around = entry.committed, entry.neighbours(entry.committed)
     kernels = set().union(*(changed_kernels(entry, value, case, max_rows) for value in around))
-    tried, timings = [], {}
+    tried, timings, check = [], {}, make_check(case, max_rows)
     around = [here, *around]
     for _ in range(1 + climbs):
         for value in around:
@@ -190,7 +192,7 @@ def search(entry: Entry, case: Case, timer: Timer, max_rows: int | None, climbs:
             row = {"op": case.op, "case": case.name, "entry": entry.name, "value": _words(value)}
             row |= {"committed": value == entry.committed, "kernels": sorted(kernels)}
             try:
-                timings[value] = timing = timed(entry, value, case, kernels, timer, max_rows)
+                timings[value] = timing = timed(entry, value, case, kernels, check, timer, max_rows)
             except Exception as error:  # what does not compile or fit costs that value alone
                 yield row | {"refused": f"{type(error).__name__}: {error}"}
             else:
@@ -207,23 +209,22 @@ def _words(value: Any) -> str:
     return " ".join(f"{name}={part}" for name, part in asdict(value).items() if name not in ("max_registers", "idle"))
 
 
-def measure(only: str | None, every_case: bool, smoke: bool, minutes: float, json_path: Path | None) -> dict:
-    """Environment and rows; the file, if any, is written after every entry, and is partial before the last one."""
-    timer, end = Timer(DEVICE), time.monotonic() + 60 * minutes
-    report = {"environment": environment(), "dtype": str(DTYPE), "smoke": smoke, "best": [], "rows": []}
-    report["left_out"] = []
-    max_rows = 1 if smoke else None
+def measure(only: str | None, every_case: bool, smoke: bool, minutes: float, path: Path | None, resume: bool) -> dict:
+    """Environment, rows and the best of them; the file, if any, is written after every case of an entry."""
+    timer, max_rows = Timer(DEVICE), 1 if smoke else None
+    report = {"best": [], **begun(path if resume else None, dtype=str(DTYPE), smoke=smoke)}
     cases = by_size(only)[:: -1 if smoke else 1]
-    for i, entry in enumerate(ENTRIES, 1):
-        for case in decided(entry, cases, every_case, max_rows):
-            if time.monotonic() > end:
-                report["left_out"].append(f"{entry.name}, {case.op} {case.name}")
-                continue
-            report["rows"] += search(entry, case, timer, max_rows, climbs=0 if smoke else 3)
-            print(f"{entry.name}, {case.op} {case.name}", file=sys.stderr)
+
+    def run(entry: Entry, case: Case) -> None:
+        report["rows"] += search(entry, case, timer, max_rows, climbs=0 if smoke else 3)
         report["best"] = best(report["rows"])
-        if json_path:
-            write_report(json_path, report, partial=i < len(ENTRIES))
+
+    pieces = (
+        (f"{entry.name}, {case.op} {case.name}", partial(run, entry, case))
+        for entry in ENTRIES
+        for case in decided(entry, cases, every_case, max_rows)
+    )
+    run_pieces(report, pieces, minutes, path)
     return report
 
 
@@ -263,7 +264,8 @@ def main() -> int:
     parser.add_argument("--every-case", action="store_true", help="not only the largest case of each op")
     arguments = parser.parse_args()
     smoke = arguments.smoke or DEVICE == "cpu"
-    report = measure(arguments.only, arguments.every_case, smoke, arguments.minutes, arguments.json)
+    only, every_case = arguments.only, arguments.every_case
+    report = measure(only, every_case, smoke, arguments.minutes, arguments.json, arguments.resume)
     print(table(report))
     return int(any(row["committed"] and "refused" in row for row in report["rows"]))
 

@@ -95,11 +95,13 @@ def random_network(device: torch.device, small: bool = False, seed: int = 0) -> 
 def digits_network(device: torch.device, seed: int = 0) -> DiT:
     """The demo's network after its training."""
     from soflow_fast.demo import demo_config
-    from soflow_fast.trainer import Trainer, load_run
+    from soflow_fast.trainer import Trainer
 
     with TemporaryDirectory() as folder:
-        Trainer(demo_config(folder, seed, str(device))).fit()
-        return load_run(folder, str(device))[1].network
+        trainer = Trainer(demo_config(folder, seed, str(device)))
+        trainer.fit()
+    with trainer.ema.applied():
+        return deepcopy(trainer.model.network)
 
 
 def quotient_errors(net: DiT, rows: int, wanted: tuple[Method, ...], seed: int = 1) -> dict[str, dict[str, float]]:

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 from _measure import environment, write_report
+from _pieces import gpu_lost
 from _timing import Timer, copy_bandwidth, launch_floor_ms
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -162,7 +163,7 @@ def measure(name: str, sizes: tuple[int, int, int, int], batch: int, timer: Time
         try:
             ms = timer(part.make()).median
         except (RuntimeError, TritonError) as error:
-            if part.count or isinstance(error, torch.AcceleratorError):
+            if part.count or gpu_lost():
                 raise
             rows.append({**row, "ms": None, "tflops": None, "ms_per_step": 0.0, "refused": str(error)})
         else:

@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 from _ahead import compile_ahead
 from _measure import environment
+from _pieces import gpu_lost
 from _public_source import ID as PUBLIC_SOURCE
 from _public_source import public_source_row
 from _race import Contestant, NotRun, Track, broken, out_of_memory, release
@@ -26,7 +27,8 @@ from _table import Results, chart, table
 
 from soflow_fast.dit import PRESETS
 
-# A row that is begun is assumed to take this many seconds to prepare until one has taken longer.
+# A row that is begun is assumed to take this many seconds to prepare, the last where nothing is left to compile, until
+# such a one has taken longer.
 _PREPARATION, _PREPARATION_COMPILED = 90.0, 45.0
 _PREPARATION_OF_DEEP = {"DiT-XL/2": 180.0, "DiT-L/2": 180.0}
 
@@ -54,15 +56,14 @@ class Run:
         self.left: list[str] = []
         self._together: dict[str, Contestant] = {}
         self._groups = len({row["group"] for row in results.rows.values() if "group" in row})
-        self._longest = _PREPARATION_OF_DEEP.get(track.workload.model, _PREPARATION)
-        if all(name in ahead for name, row in rows.items() if row.compile and name not in results.rows):
-            self._longest = _PREPARATION_COMPILED
+        to_compile = _PREPARATION_OF_DEEP.get(track.workload.model, _PREPARATION)
+        self._longest = {True: to_compile, False: _PREPARATION_COMPILED}
 
     def __call__(self) -> None:
         """Runs every row that is not in the results, or puts it into ``left`` where the time is too short."""
         pending = [name for name in self.rows if name not in self.results.rows]
         for i, name in enumerate(pending):
-            if not self._in_time():
+            if not self._in_time(name):
                 self.left = pending[i:]
                 break
             if not self.track.has_room(list(self._together.values())):
@@ -71,14 +72,18 @@ class Run:
             if not self._prepare(name):
                 self.left = pending[i:]
                 break
-            self._longest = max(self._longest, time.monotonic() - begin)
+            kind = self._to_compile(name)
+            self._longest[kind] = max(self._longest[kind], time.monotonic() - begin)
         self._race()
 
-    def _in_time(self) -> bool:
+    def _to_compile(self, name: str) -> bool:
+        return self.rows[name].compile and name not in self.ahead
+
+    def _in_time(self, name: str) -> bool:
         if self.limit is None:
             return True
         timing = self.track.race_seconds(list(self._together.values())) + self.track.seconds
-        return time.monotonic() - self.start + self._longest + 1.3 * timing < self.limit
+        return time.monotonic() - self.start + self._longest[self._to_compile(name)] + 1.3 * timing < self.limit
 
     def _prepare(self, name: str) -> bool:
         """False if only a second attempt would do and there is no time for it."""
@@ -95,12 +100,12 @@ class Run:
                 report = {"skipped": f"out of memory at batch {self.track.workload.batch}", "failed": False}
             else:
                 report = broken(error)
-            if isinstance(error, torch.AcceleratorError):  # after which the GPU does nothing more in this process
+            if gpu_lost():
                 self.results.add({name: report})
                 raise
         if out_of_memory_report(report) and self._together:
             self._race()
-            return self._in_time() and self._prepare(name)
+            return self._in_time(name) and self._prepare(name)
         print(f"{name}: not timed, {report['skipped']}", file=sys.stderr, flush=True)
         self.results.add({name: report})
         release()
@@ -111,7 +116,11 @@ class Run:
         if not self._together:
             return
         self._groups += 1
-        self.track.race(list(self._together.values()))
+        try:
+            self.track.race(list(self._together.values()))
+        except Exception:
+            self.results.add({name: c.report for name, c in self._together.items() if c.report.get("failed")})
+            raise
         self.results.add({name: {**c.report, "group": self._groups} for name, c in self._together.items()})
         self._together = {}
         torch.compiler.reset()
@@ -121,7 +130,7 @@ class Run:
         """For every timed row, its time per image at the largest batch that fits."""
         for name, row in self.rows.items():
             report = self.results.rows.get(name, {})
-            if "ms_per_step" in report and "largest_batch" not in report and self._in_time():
+            if "ms_per_step" in report and "largest_batch" not in report and self._in_time(name):
                 self.results.add({name: {**report, **self.track.at_largest_batch(row, report)}})
 
 

@@ -72,7 +72,7 @@ def run(
             output_gradients = [torch.randn(o.shape, generator=generator, device=o.device) for o in differentiable]
         inputs = [arguments[name] for name in gradients]
         results += torch.autograd.grad(
-            differentiable, inputs, [g.to(o) for g, o in zip(output_gradients, differentiable, strict=True)]
+            differentiable, inputs, [_moved(g, o) for g, o in zip(output_gradients, differentiable, strict=True)]
         )
     return results
 
@@ -112,6 +112,12 @@ def _in_float64(value: Any) -> Any:
     if isinstance(value, torch.dtype):
         return torch.float64
     return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
+def _moved(g: Tensor, like: Tensor) -> Tensor:
+    """On the device and in the dtype of the other, with the strides that it has, which ``to`` would make dense."""
+    whole = g.as_strided((g.untyped_storage().nbytes() // g.element_size(),), (1,), 0)
+    return whole.to(like).as_strided(g.shape, g.stride(), g.storage_offset())
 
 
 def _largest(x: Tensor) -> float:

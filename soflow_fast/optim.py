@@ -57,7 +57,10 @@ class OnePass(torch.optim.Optimizer):
             group |= {**self._options, "foreach": None, "capturable": group["params"][0].is_cuda}
 
     def prepare(self) -> None:
-        """Before the replay of a CUDA graph that holds :meth:`update`: brings to the device what the host decides."""
+        """Before the replay of a CUDA graph that holds :meth:`update`: brings to the device what the host decides.
+
+        Also before another such graph is captured.
+        """
         for group in self.param_groups[len(self._lrs) :]:
             self._lrs.append(_OnDevice(group["params"][0].device))
         for group, lr in zip(self.param_groups, self._lrs, strict=True):
@@ -274,9 +277,18 @@ class _Pass:
         self.table, self.addresses = self._new_table(), []
         self.captured: list[Tensor] = []
         self.unfilled: list[tuple[Tensor, list[int]]] = []
+        self.next_captured: Tensor | None = self._new_table()
 
     def _new_table(self) -> Tensor:
         return torch.empty(len(self.parameters) * 6, dtype=torch.int64, device=self.device)
+
+    def _captured_table(self) -> Tensor:
+        """Made before the capture: a graph's own memory is used again for what it computes earlier in each replay."""
+        table, self.next_captured = self.next_captured, None
+        if table is None:
+            raise RuntimeError(f"{self.name}.prepare() has to be called between two captures of its update")
+        self.captured.append(table)
+        return table
 
     def adopt(self, optimizer: OnePass, group: dict) -> None:
         """Copies a newly loaded state into the tensors that the tables, and a captured graph, point to."""
@@ -304,8 +316,7 @@ class _Pass:
         self.in_use = self.table
         if _capturing():
             # A graph has gradients, and so a table, of its own; it is filled after the capture.
-            self.in_use = self._new_table()
-            self.captured.append(self.in_use)
+            self.in_use = self._captured_table()
             self.unfilled.append((self.in_use, addresses))
         elif addresses != self.addresses:
             self.addresses = addresses
@@ -315,6 +326,8 @@ class _Pass:
     def fill_captured_tables(self) -> None:
         while self.unfilled:
             _fill(*self.unfilled.pop())
+        if self.next_captured is None:
+            self.next_captured = self._new_table()
 
     def step(self, norm: Tensor, lr: Tensor, average_weight: Tensor | None, grad_clip: float) -> None:
         if not self.parameters:

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import precision
@@ -23,7 +24,10 @@ def _load(name: str):
 
 @pytest.fixture
 def reports(monkeypatch, tmp_path):
-    """Runs a script whole and again, stopped at the second call of one of its functions; the two reports."""
+    """Runs a script whole and again, stopped at the second call of one of its functions; the two reports.
+
+    Where it can, it goes on then, with what is left.
+    """
 
     def reports(module, function: str, *arguments: str) -> tuple[dict, dict]:
         calls, real, path = [], getattr(module, function), tmp_path / "out.json"
@@ -41,15 +45,24 @@ def reports(monkeypatch, tmp_path):
         monkeypatch.setattr(module, function, stopping)
         with pytest.raises(KeyboardInterrupt):
             module.main()
-        return whole, json.loads(path.read_text())
+        part = json.loads(path.read_text())
+        if "pieces" in whole:
+            monkeypatch.setattr(sys, "argv", [*sys.argv, "--resume"])
+            assert module.main() == 0
+            then = json.loads(path.read_text())
+            assert (len(calls), then["pieces"], "partial" in then) == (3, whole["pieces"], False)
+            assert len(then["rows"]) == len(whole["rows"])
+            assert then["rows"][: len(part["rows"])] == part["rows"]
+        return whole, part
 
     return reports
 
 
 def test_kernels(reports, monkeypatch):
     module = _load("kernels")
-    monkeypatch.setattr(module, "selected", lambda smoke, only, own=module.selected: 2 * own(smoke, only))
-    whole, part = reports(module, "failed_checks", "--smoke", "--only", OP)
+    (case,) = module.selected(True, OP)
+    monkeypatch.setattr(module, "selected", lambda *_: [case, replace(case, name="another")])
+    whole, part = reports(module, "make_check", "--smoke", "--only", OP)
     assert ("partial" in whole, part["partial"]) == (False, True)
     assert [row["provider"] for row in whole["rows"]] == 2 * [row["provider"] for row in part["rows"]]
 

@@ -1,6 +1,7 @@
 """The search among launches: what it tries, that it keeps to what is exact, and where it stops."""
 
 import importlib
+import json
 
 import pytest
 import torch
@@ -48,7 +49,8 @@ def test_every_entry_decides_about_a_launch(launches, monkeypatch):
 
 def test_an_entry_is_timed_as_committed_and_otherwise(launches, entry, monkeypatch, tmp_path):
     monkeypatch.setattr(launches, "ENTRIES", (entry,))
-    report = launches.measure(OP, every_case=False, smoke=True, minutes=9, json_path=tmp_path / "launches.json")
+    path = tmp_path / "launches.json"
+    report = launches.measure(OP, every_case=False, smoke=True, minutes=9, path=path, resume=False)
     assert [(row["value"], row["committed"]) for row in report["rows"]] == [
         ("1024", True),
         ("2048", False),
@@ -56,7 +58,7 @@ def test_an_entry_is_timed_as_committed_and_otherwise(launches, entry, monkeypat
     ]
     assert all(row["ms"] > 0 and row["kernels"] == ["_activation_difference_kernel"] for row in report["rows"])
     assert "3 tried, 0 refused" in launches.table(report)
-    assert (tmp_path / "launches.json").exists()
+    assert json.loads(path.read_text()) == report
     assert activation_difference._BLOCK == 1024
 
 
@@ -65,17 +67,25 @@ def test_what_is_timed_is_one_op(launches, monkeypatch):
     (case,) = (one for one in fused.cases() if (one.op, one.name) == ("gated_residual_layernorm", "B/4"))
     runs = []
     monkeypatch.setattr(launches.Record, "run", lambda record: runs.append(record.kernel.__name__))
-    monkeypatch.setattr(launches, "failed_checks", lambda *_: [])
     kernels = {"_adaln_forward_kernel", "_adaln_backward_kernel"}
     entry = launches.Entry(launches._rows, "_MAX_STRIPS")
-    launches.timed(entry, 3, case, kernels, lambda replay: runs.clear() or replay(), 1)
+    launches.timed(entry, 3, case, kernels, list, lambda replay: runs.clear() or replay(), 1)
     assert sorted(runs) == sorted(kernels)
+
+
+def test_what_is_timed_has_the_grid_of_its_value(launches, entry, monkeypatch):
+    case, runs = next(case for case in fused.cases() if case.op == OP), []
+    monkeypatch.setattr(launches.Record, "run", lambda record: runs.append(record.grid()[0]))
+    for value in (512, 1024):
+        kernels = {"_activation_difference_kernel"}
+        launches.timed(entry, value, case, kernels, list, lambda replay: runs.pop() and replay(), 1)
+    assert runs[0] > runs[1]
 
 
 def test_what_is_not_exact_is_not_timed(launches, entry, monkeypatch):
     monkeypatch.setattr(launches, "ENTRIES", (entry,))
-    monkeypatch.setattr(launches, "failed_checks", lambda *_: ["dg: off"] * (activation_difference._BLOCK == 512))
-    report = launches.measure(OP, every_case=False, smoke=True, minutes=9, json_path=None)
+    monkeypatch.setattr(launches, "make_check", lambda *_: lambda: ["dg: off"] * (activation_difference._BLOCK == 512))
+    report = launches.measure(OP, every_case=False, smoke=True, minutes=9, path=None, resume=False)
     assert [row.get("refused") for row in report["rows"]] == [None, None, "ValueError: not exact: dg: off"]
 
 
@@ -86,6 +96,7 @@ def test_the_search_goes_on_from_what_is_faster_by_more_than_the_spread(launches
         return launches.Timing(milliseconds[value], milliseconds[value] - 0.5, milliseconds[value] + 0.5, 10)
 
     monkeypatch.setattr(launches, "timed", timed)
+    monkeypatch.setattr(launches, "make_check", lambda *_: None)
     case = next(case for case in fused.cases() if case.op == OP)
     rows = list(launches.search(entry, case, None, None, climbs=3))
     assert [row["value"] for row in rows] == ["1024", "2048", "512", "4096", "8192"]

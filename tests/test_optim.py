@@ -251,6 +251,8 @@ def test_a_captured_step_keeps_the_addresses_it_was_captured_with(monkeypatch):
     optimizer = AdamW(net.parameters(), lr=1e-2, impl="triton")
     give(net, gradients(0))
     optimizer.update()
+    one_pass = optimizer._passes[0]
+    captured = one_pass.next_captured  # in memory of the graph's own, what it runs before would write over it
     with monkeypatch.context() as capture:  # nothing runs during a capture
         capture.setattr(optim, "_capturing", lambda: True)
         capture.setattr(kernel, "launch", lambda *_, **__: None)
@@ -258,12 +260,13 @@ def test_a_captured_step_keeps_the_addresses_it_was_captured_with(monkeypatch):
         for p, g in zip(net.weights, held, strict=True):
             p.grad = g
         optimizer.update()
-    one_pass = optimizer._passes[0]
-    captured = one_pass.in_use
+        with pytest.raises(RuntimeError, match=r"prepare\(\) has to be called between two captures"):
+            optimizer.update()
     optimizer.prepare()
     give(net, gradients(2))
     optimizer.update()  # in between, without the graph
-    assert one_pass.in_use is not captured
+    assert one_pass.in_use is one_pass.table
+    assert one_pass.next_captured is not None
     assert captured.view(-1, 6)[:, 1].tolist() == [g.data_ptr() for g in held]
     assert captured.view(-1, 6)[:, 0].tolist() == [p.data_ptr() for p in net.weights]
 
