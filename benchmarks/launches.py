@@ -23,7 +23,7 @@ import _interpreter  # noqa: F401
 import torch
 from _ops import DEVICE, DTYPE, by_size, make_check, make_step, modes, options
 from _pieces import begun, run_pieces
-from _timing import Timer
+from _timing import Timer, Timing
 
 from soflow_fast.kernels import (
     _aot,
@@ -157,8 +157,10 @@ def decided(entry: Entry, cases: list[Case], every_case: bool, max_rows: int | N
             yield case
 
 
-def timed(entry: Entry, value: Any, case: Case, kernels: set[str], check: Check, timer: Timer, max_rows: int | None):
-    """The :class:`Timing` of these kernels' launches in a case, forward and backward, under the entry's value.
+def timed(
+    entry: Entry, value: Any, case: Case, kernels: set[str], check: Check, timer: Timer, max_rows: int | None
+) -> Timing:
+    """Of these kernels' launches in a case, forward and backward, under the entry's value.
 
     Raises:
         ValueError: if the op is not exact with it.

@@ -4,6 +4,7 @@ torchrun --nproc-per-node=8 -m soflow_fast.cli train CONFIG.yaml
 """
 
 import atexit
+import itertools
 import os
 import time
 from collections.abc import Callable
@@ -12,7 +13,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 # The others wait for what only the first does, such as scoring 50,000 samples; a step's own reductions keep torch's
 # much shorter limit, so that a process that hangs is still noticed.
@@ -125,6 +126,29 @@ class Processes:
             if theirs is not None:
                 raise OtherProcessError(theirs)
         return [theirs for theirs, _ in found]
+
+
+def broadcast(module: nn.Module) -> None:
+    """All processes begin with the parameters and buffers of the first.
+
+    Raises:
+        ValueError: in all of them, where they do not have the same ones.
+    """
+    tensors = [*module.named_parameters(), *module.named_buffers()]
+    found = [None] * dist.get_world_size()
+    dist.all_gather_object(found, [(name, tuple(t.shape), str(t.dtype)) for name, t in tensors])
+    for rank, theirs in enumerate(found):
+        if theirs != found[0]:
+            pairs = itertools.zip_longest(theirs, found[0], fillvalue=("nothing",))
+            one, other = next([" ".join(map(str, x)) for x in pair] for pair in pairs if pair[0] != pair[1])
+            raise ValueError(
+                f"process {rank} has another {type(module).__name__} than the first, {one} in place of {other}; build "
+                "the same network in every process"
+            )
+    for _, tensor in tensors:
+        first = tensor.detach().contiguous()
+        dist.broadcast(first, src=0)
+        tensor.detach().copy_(first)
 
 
 def join(device: torch.device) -> Processes:

@@ -22,6 +22,7 @@ def check(model: Objective, config: TrainConfig, dataset: Dataset) -> None:
     process. What cannot be copied or called there is not looked at.
     """
     _require_methods(model, config)
+    _require_trainable(model)
     net = getattr(model.network, "_orig_mod", model.network)  # of torch.compile
     if type(model) not in build.OBJECTIVES.values() or isinstance(net, (DiT, UNet)):
         return
@@ -70,6 +71,23 @@ def _require_methods(model: nn.Module, config: TrainConfig) -> None:
             raise ValueError(
                 f"the objective {type(model).__name__} has no {name}; implement it as "
                 f"soflow_fast.objectives.base.Objective describes it{otherwise}"
+            )
+
+
+def _require_trainable(model: nn.Module) -> None:
+    name, trained = type(model.network).__name__, [p for p in model.parameters() if p.requires_grad]
+    if not trained:
+        raise ValueError(f"the network {name} has no parameter with requires_grad, so that there is nothing to train")
+    if other := {p.dtype for p in trained} - {torch.float32}:
+        raise ValueError(
+            f"the network {name} has parameters in {other.pop()}, and what is trained is float32; call .float() on it "
+            "(compute.precision says in what it is computed)"
+        )
+    for key, value in model.state_dict().items():
+        if not torch.is_tensor(value):
+            raise ValueError(
+                f"the state of the network {name} has at {key!r} a {type(value).__name__}, and a checkpoint holds "
+                "tensors; have get_extra_state return one"
             )
 
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from soflow_fast import kernels
 from soflow_fast.ema import EMA
+from soflow_fast.one_pass import OnDevice, ParameterPass, capturing, require_dense, with_moments
 from soflow_fast.precision import ComputeCopy
 
 
@@ -23,7 +24,7 @@ class OnePass(torch.optim.Optimizer):
         impl: ``triton`` is one pass over the parameters; ``torch`` is operations of torch's.
 
     Raises:
-        ValueError: for impl="triton" with parameters that are not float32.
+        ValueError: for a parameter that is a view with gaps, and for impl="triton" with one that is not float32.
     """
 
     rectified: bool
@@ -43,13 +44,14 @@ class OnePass(torch.optim.Optimizer):
         super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, **self._options)
         parameters = [p for group in self.param_groups for p in group["params"]]
         self._use_options()
+        require_dense(type(self).__name__, parameters)
         if self.impl == "triton" and any(p.dtype != torch.float32 for p in parameters):
             raise ValueError(
                 f"{type(self).__name__}(impl='triton') takes float32 parameters and got {parameters[0].dtype}; "
                 "use impl='torch'"
             )
-        self._passes: list[_Pass] = []
-        self._lrs: list[_OnDevice] = []
+        self._passes: list[ParameterPass] = []
+        self._lrs: list[OnDevice] = []
 
     def _use_options(self) -> None:
         """In every group the form that can leave a step out and that a CUDA graph can hold."""
@@ -62,7 +64,7 @@ class OnePass(torch.optim.Optimizer):
         Also before another such graph is captured.
         """
         for group in self.param_groups[len(self._lrs) :]:
-            self._lrs.append(_OnDevice(group["params"][0].device))
+            self._lrs.append(OnDevice(group["params"][0].device))
         for group, lr in zip(self.param_groups, self._lrs, strict=True):
             lr.set(float(group["lr"]))
         for one_pass in self._passes:
@@ -80,13 +82,16 @@ class OnePass(torch.optim.Optimizer):
         Returns:
             ``(norm, finite)``: 0-d gradient norm before clipping, and whether it is finite.
         """
-        if not _capturing():
+        if not capturing():
             self.prepare()
         self._opt_called = True  # torch's schedulers warn where no step came before theirs
         if self.impl == "torch":
             with self._lrs_on_device():
                 return update(self, ema=ema, copy=copy, grad_clip=grad_clip)
-        self._passes += [_Pass(self, group) for group in self.param_groups[len(self._passes) :]]
+        self._passes += [ParameterPass(self, group) for group in self.param_groups[len(self._passes) :]]
+        if not any(one_pass.parameters for one_pass in self._passes):
+            self._passes.clear()
+            raise RuntimeError(f"no parameter of this {type(self).__name__} has a gradient; call backward() first")
         norm = torch.stack([one_pass.norm(ema, copy) for one_pass in self._passes]).square().sum().sqrt()
         weight = None if ema is None else (1 - ema.current_decay()).float()
         for one_pass, lr in zip(self._passes, self._lrs, strict=True):
@@ -95,9 +100,7 @@ class OnePass(torch.optim.Optimizer):
         if ema is not None:
             ema.updates += finite
         for one_pass in self._passes:
-            torch.autograd.graph.increment_version(
-                one_pass.parameters
-            )  # the kernel's writes do not count by themselves
+            torch.autograd.graph.increment_version(one_pass.parameters)  # the kernel's writes do not count otherwise
         if copy is not None:
             copy.mark_written()
         return norm, finite
@@ -195,7 +198,7 @@ class RAdam(OnePass, torch.optim.RAdam):
             parameters = [p for p in group["params"] if p.grad is not None]
             if not parameters:
                 continue
-            states = [_with_moments(self.state[p], p) for p in parameters]
+            states = [with_moments(self.state[p], p) for p in parameters]
             for p, state in zip(parameters, states, strict=True):
                 state.setdefault("step", torch.zeros((), device=p.device))
             counts = torch.stack([state["step"] for state in states]).double() + 1
@@ -225,146 +228,6 @@ def _radam_factors(k: Tensor, beta1: float, beta2: float) -> tuple[Tensor, Tenso
     at, end = length.clamp(min=5), max(limit, 5.0)
     r = ((at - 4) / (end - 4) * ((at - 2) / (end - 2)) * (end / at)).sqrt()
     return 1 / (1 - beta1**k), r * (1 - power).sqrt(), length > 5
-
-
-def _with_moments(state: dict, p: Tensor) -> dict:
-    """The state of a parameter, with moments of zero where it has none yet."""
-    for name in ("exp_avg", "exp_avg_sq"):
-        state.setdefault(name, torch.zeros_like(p, memory_format=torch.preserve_format))
-    return state
-
-
-class _OnDevice:
-    """A number and its copy on the device, written when it changes."""
-
-    def __init__(self, device: torch.device):
-        self.value, self.tensor = math.nan, torch.zeros((), device=device)
-
-    def set(self, value: float) -> None:
-        if value != self.value:
-            self.value = value
-            self.tensor.fill_(value)
-
-
-def _capturing() -> bool:
-    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
-
-
-class _Pass:
-    """The tables and the state of one parameter group."""
-
-    def __init__(self, optimizer: OnePass, group: dict):
-        from soflow_fast.kernels import optimizer as kernel
-
-        self.kernel, self.group, self.rectified = kernel, group, optimizer.rectified
-        self.name = type(optimizer).__name__
-        self.parameters = [p for p in group["params"] if p.requires_grad]
-        self.device = group["params"][0].device
-        if any(p.data_ptr() % 16 for p in self.parameters):
-            raise ValueError(
-                f"{self.name}(impl='triton') got a parameter that does not start at 16 bytes; use impl='torch'"
-            )
-        states = [_with_moments(optimizer.state[p], p) for p in self.parameters]
-        steps = [state["step"] for state in states if "step" in state]
-        self.step_count = torch.zeros((), device=self.device)
-        if steps:
-            self.step_count.copy_(steps[0])
-        for state in states:
-            state["step"] = self.step_count  # one counter for the group, as all its parameters step together
-        self.states = [[state[name] for state in states] for name in ("exp_avg", "exp_avg_sq")]
-        self.ema = self.copy = self.averages = self.copies = None
-        self.blocks = kernel.block_table(self.parameters).to(self.device)
-        self.table, self.addresses = self._new_table(), []
-        self.captured: list[Tensor] = []
-        self.unfilled: list[tuple[Tensor, list[int]]] = []
-        self.next_captured: Tensor | None = self._new_table()
-
-    def _new_table(self) -> Tensor:
-        return torch.empty(len(self.parameters) * 6, dtype=torch.int64, device=self.device)
-
-    def _captured_table(self) -> Tensor:
-        """Made before the capture: a graph's own memory is used again for what it computes earlier in each replay."""
-        table, self.next_captured = self.next_captured, None
-        if table is None:
-            raise RuntimeError(f"{self.name}.prepare() has to be called between two captures of its update")
-        self.captured.append(table)
-        return table
-
-    def adopt(self, optimizer: OnePass, group: dict) -> None:
-        """Copies a newly loaded state into the tensors that the tables, and a captured graph, point to."""
-        self.group = group
-        for i, p in enumerate(self.parameters):
-            state = optimizer.state[p]
-            self.step_count.copy_(state["step"])
-            for name, tensors in zip(("exp_avg", "exp_avg_sq"), self.states, strict=True):
-                tensors[i].copy_(state[name])
-                state[name] = tensors[i]
-            state["step"] = self.step_count
-
-    def norm(self, ema: EMA | None, copy: ComputeCopy | None) -> Tensor:
-        if not self.parameters:  # a group of frozen ones
-            return torch.zeros((), device=self.device)
-        gradients = [p.grad for p in self.parameters]
-        if any(g is None for g in gradients):
-            raise RuntimeError(f"{self.name}(impl='triton') needs a gradient for every parameter; one has none")
-        self.gradients = [_laid_out_as(p, g) for p, g in zip(self.parameters, gradients, strict=True)]
-        if ema is not self.ema:
-            self.ema, self.averages = ema, None if ema is None else ema.averages_of(self.parameters)
-        if copy is not self.copy:
-            self.copy, self.copies = copy, None if copy is None else copy.copies_of(self.parameters)
-        addresses = self.kernel.address_table(self.parameters, self.gradients, *self.states, self.averages, self.copies)
-        self.in_use = self.table
-        if _capturing():
-            # A graph has gradients, and so a table, of its own; it is filled after the capture.
-            self.in_use = self._captured_table()
-            self.unfilled.append((self.in_use, addresses))
-        elif addresses != self.addresses:
-            self.addresses = addresses
-            _fill(self.table, addresses)
-        return self.kernel.gradient_norm(self.in_use, self.blocks, gradients[0].dtype)
-
-    def fill_captured_tables(self) -> None:
-        while self.unfilled:
-            _fill(*self.unfilled.pop())
-        if self.next_captured is None:
-            self.next_captured = self._new_table()
-
-    def step(self, norm: Tensor, lr: Tensor, average_weight: Tensor | None, grad_clip: float) -> None:
-        if not self.parameters:
-            return
-        # a beta of 0 as one that is 0 in float32: its logarithm is finite
-        log_betas = tuple(math.log(max(beta, 1e-38)) for beta in self.group["betas"])
-        self.kernel.adamw_(
-            self.in_use,
-            self.blocks,
-            norm,
-            self.step_count,
-            lr,
-            average_weight,
-            log_betas=log_betas,
-            eps=self.group["eps"],
-            weight_decay=self.group["weight_decay"],
-            grad_clip=grad_clip,
-            rectified=self.rectified,
-            gradient_dtype=self.gradients[0].dtype,
-            copy_dtype=None if self.copies is None else self.copies[0].dtype,
-        )
-        self.step_count += torch.isfinite(norm)
-
-
-def _laid_out_as(p: Tensor, gradient: Tensor) -> Tensor:
-    """The gradient, or a copy where the kernel's accesses, 16 bytes wide and in the order of p, would miss it.
-
-    Views into the buckets of data parallelism may start anywhere.
-    """
-    if gradient.data_ptr() % 16 == 0 and gradient.stride() == p.stride():
-        return gradient
-    return torch.empty_like(p, dtype=gradient.dtype).copy_(gradient)
-
-
-def _fill(table: Tensor, addresses: list[int]) -> None:
-    """From pinned memory, so that the host does not wait for the device."""
-    table.copy_(torch.tensor(addresses, dtype=torch.int64, pin_memory=table.is_cuda), non_blocking=True)
 
 
 @torch.no_grad()

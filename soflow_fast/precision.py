@@ -76,14 +76,19 @@ class ComputeCopy:
 
 @contextlib.contextmanager
 def tensor_cores(precision: str) -> Iterator[None]:
-    """TensorFloat-32 products inside the block, except for ``fp32``; they are exact for operands that were bfloat16."""
+    """TensorFloat-32 products inside the block, except for ``fp32``; they are exact for operands that were bfloat16.
+
+    Products of bfloat16 operands are summed in float32: a split one of weight gradients would by default add its parts
+    in bfloat16.
+    """
     matmul, cudnn, tf32 = torch.backends.cuda.matmul, torch.backends.cudnn, precision != "fp32"
-    settings = [(matmul, "allow_tf32", tf32), (cudnn, "allow_tf32", tf32)]
+    sums = (matmul, "allow_bf16_reduced_precision_reduction", False)
+    settings = [sums, (matmul, "allow_tf32", tf32), (cudnn, "allow_tf32", tf32)]
     try:
         before = [getattr(owner, name) for owner, name, _ in settings]
     except RuntimeError:  # where the newer names have been used, torch refuses these
         value = "tf32" if tf32 else "ieee"
-        settings = [(matmul, "fp32_precision", value), (cudnn.conv, "fp32_precision", value)]
+        settings = [sums, (matmul, "fp32_precision", value), (cudnn.conv, "fp32_precision", value)]
         before = [getattr(owner, name) for owner, name, _ in settings]
     try:
         for owner, name, value in settings:

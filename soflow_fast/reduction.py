@@ -12,6 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from soflow_fast.distributed import broadcast
+
 
 def early_and_late(nodes: list[Any]) -> list[Any]:
     """Inductor's schedule with each collective as early, and what waits for it as late, as can be."""
@@ -62,10 +64,7 @@ class CompiledReduction:
     """
 
     def __init__(self, module: nn.Module):
-        for tensor in (*module.parameters(), *module.buffers()):
-            first = tensor.detach().contiguous()
-            dist.broadcast(first, src=0)
-            tensor.detach().copy_(first)
+        broadcast(module)
         self.parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
         self.world_size, self._group = dist.get_world_size(), dist.group.WORLD.group_name
         self._names = _by_module(self.parameters, _LEAST_BYTES)

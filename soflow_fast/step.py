@@ -142,9 +142,18 @@ class TrainStep:
     ):
         if not hasattr(model, "velocity_share"):
             raise ValueError(f"this {type(model).__name__} is no objective; give one over it, such as SoFlow(net)")
+        for name, value in (("total_steps", total_steps), ("accumulation", accumulation)):
+            if value < 1:
+                raise ValueError(f"{name}={value} is not possible; it must be at least 1")
+        if grad_clip is not None and not grad_clip > 0:
+            raise ValueError(
+                f"grad_clip={grad_clip} is not a norm to clip at; give one above 0, or None for no clipping"
+            )
         if world_size is None:
             started = dist.is_available() and dist.is_initialized()
             rank, world_size = (dist.get_rank(), dist.get_world_size()) if started else (0, 1)
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank={rank} is none of world_size={world_size} processes, which count from 0")
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         device = self._parameters[0].device
         if augment is not None:
@@ -256,6 +265,8 @@ class TrainStep:
         """
         if not x0.is_floating_point():
             raise ValueError(f"x0 has dtype {x0.dtype}; give samples in floating point, about in [-1, 1]")
+        if labels is not None and len(labels) != len(x0):
+            raise ValueError(f"there are {len(labels)} labels for {len(x0)} samples; give one for each")
         if self.copy is not None:
             self.copy.refresh()
         if isinstance(self.optimizer, optim.OnePass):

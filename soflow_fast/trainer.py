@@ -101,6 +101,8 @@ class Trainer:
         if model is not None:
             given.check(self.model, config, self.dataset)
         self.model.to(self.processes.device)
+        if self.processes.world_size > 1:
+            distributed.broadcast(self.model)  # before the averages begin with what it has
         wanted = config.optimizer
         self.optimizer = OPTIMIZERS[wanted.name](
             [p for p in self.model.parameters() if p.requires_grad],

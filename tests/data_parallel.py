@@ -1,4 +1,5 @@
 """Run by torchrun: trains on this process's half of every batch in each form; saves losses and parameters of rank 0.
+And how a run of own networks begins.
 
 python -m torch.distributed.run --nproc-per-node=2 data_parallel.py FOLDER
 """
@@ -9,8 +10,10 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from fast_step_runs import BATCH, STEPS, make_model, make_step, training_batch
+from foreign_networks import Transformer
+from runs import tiny_config
 
-from soflow_fast import distributed
+from soflow_fast import Trainer, distributed
 
 FORMS = {
     "eager": {"precision": "fp32", "compile": False},
@@ -38,6 +41,18 @@ def train(processes: distributed.Processes, options: dict) -> dict:
     return {"losses": losses, "parameters": model.state_dict(), "ema": ema.state_dict()}
 
 
+def start(processes: distributed.Processes, folder: Path) -> dict:
+    """Of a run whose network each process draws for itself its averages in each, and what other networks are told."""
+    torch.manual_seed(processes.rank)
+    run = Trainer(tiny_config(folder / "run"), model=Transformer())
+    averages = processes.of_all(lambda: run.ema.state_dict())
+    try:
+        distributed.broadcast(torch.nn.Linear(3, 2 + processes.rank))
+    except ValueError as error:
+        return {"averages": averages, "refused": str(error)}
+    raise AssertionError("other networks were not noticed")
+
+
 def main(folder: Path) -> None:
     dist._DEFAULT_FIRST_BUCKET_BYTES = 1024  # several buckets, as a network of real size has
     processes = distributed.join(torch.device("cpu"))
@@ -46,6 +61,9 @@ def main(folder: Path) -> None:
         result = train(processes, options)
         if processes.is_first:
             torch.save(result, folder / f"{form}.pt")
+    result = start(processes, folder)
+    if processes.is_first:
+        torch.save(result, folder / "start.pt")
     distributed.leave()
 
 

@@ -19,7 +19,7 @@ from soflow_fast.objectives.flow_matching import FlowMatching
 from soflow_fast.objectives.improved_meanflow import ImprovedMeanFlow
 from soflow_fast.objectives.meanflow import MeanFlow
 from soflow_fast.optim import AdamW, RAdam
-from soflow_fast.precision import ComputeCopy
+from soflow_fast.precision import ComputeCopy, tensor_cores
 from soflow_fast.step import TrainStep
 
 
@@ -190,6 +190,14 @@ def test_a_compiled_dit_is_refused_on_copies():
     assert make_step(model, precision="fp32")[0].copy is None
 
 
+def test_products_of_bfloat16_are_summed_in_float32():
+    matmul = torch.backends.cuda.matmul
+    before = matmul.allow_bf16_reduced_precision_reduction
+    with tensor_cores("bf16"):
+        assert not matmul.allow_bf16_reduced_precision_reduction
+    assert matmul.allow_bf16_reduced_precision_reduction == before
+
+
 def test_torch_may_be_told_of_tensor_cores_by_its_newer_names():
     """In a process of its own: once used, they exclude the older ones."""
     code = (
@@ -204,14 +212,21 @@ def test_torch_may_be_told_of_tensor_cores_by_its_newer_names():
 
 
 def test_two_processes_follow_one(tmp_path, plain32):
-    """In every form of ``data_parallel.py``."""
+    """In every form of ``data_parallel.py``; and a run begins in both with the network of the first."""
     here = Path(__file__).parent
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     done = subprocess.run(
         [*command, str(here / "data_parallel.py"), str(tmp_path)], capture_output=True, text=True, cwd=here
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    saved = {path.stem: torch.load(path) for path in tmp_path.iterdir()}
+    saved = {path.stem: torch.load(path) for path in tmp_path.glob("*.pt")}
+    start = saved.pop("start")
+    assert start["refused"] == (
+        "process 1 has another Linear than the first, weight (3, 3) torch.float32 in place of weight (2, 3) "
+        "torch.float32; build the same network in every process"
+    )
+    for name, average in start["averages"][0].items():
+        assert torch.equal(average, start["averages"][1][name]), name
     assert saved.keys() == {"eager", "compiled", "compiled, two micro-batches", "compiled, bf16"}
     for form, found in saved.items():
         of_losses, of_parameters = (3e-3, 0.03) if "bf16" in form else (1e-6, 1e-6)

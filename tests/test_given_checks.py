@@ -40,6 +40,27 @@ def _refused(tmp_path, sentence, **given):
     assert not (tmp_path / "checkpoints").exists()
 
 
+class _WithState(_Net):
+    def get_extra_state(self):
+        return {"calls": 1}
+
+    def set_extra_state(self, state):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("net", "sentence"),
+    [
+        (_Net().requires_grad_(False), "the network _Net has no parameter with requires_grad"),
+        (_Net().double(), r"the network _Net has parameters in torch.float64, .* call \.float\(\) on it"),
+        (_Net().bfloat16(), r"parameters in torch.bfloat16"),
+        (_WithState(), r"the state of the network _WithState has at 'network._extra_state' a dict"),
+    ],
+)
+def test_networks_that_cannot_be_trained(tmp_path, net, sentence):
+    _refused(tmp_path, sentence, model=net)
+
+
 @pytest.mark.parametrize(
     ("answer", "found"),
     [

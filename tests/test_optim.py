@@ -1,6 +1,7 @@
 """The one-pass optimizers: AdamW equal to torch's AdamW, clipping and EMA; and what it shares with RAdam."""
 
 import math
+import weakref
 from copy import deepcopy
 
 import pytest
@@ -9,7 +10,7 @@ from op_checks import DEVICE
 from optim_runs import PAIRS, Net, assert_equal, give, gradients, same_weights
 from torch import nn
 
-from soflow_fast import optim
+from soflow_fast import one_pass, optim
 from soflow_fast.ema import EMA
 from soflow_fast.kernels import optimizer as kernel
 from soflow_fast.optim import AdamW, update
@@ -251,10 +252,11 @@ def test_a_captured_step_keeps_the_addresses_it_was_captured_with(monkeypatch):
     optimizer = AdamW(net.parameters(), lr=1e-2, impl="triton")
     give(net, gradients(0))
     optimizer.update()
-    one_pass = optimizer._passes[0]
-    captured = one_pass.next_captured  # in memory of the graph's own, what it runs before would write over it
+    (group,) = optimizer._passes
+    captured = group.next_captured  # in memory of the graph's own, what it runs before would write over it
     with monkeypatch.context() as capture:  # nothing runs during a capture
-        capture.setattr(optim, "_capturing", lambda: True)
+        capture.setattr(one_pass, "capturing", lambda: True)
+        capture.setattr(optim, "capturing", lambda: True)
         capture.setattr(kernel, "launch", lambda *_, **__: None)
         held = gradients(1)
         for p, g in zip(net.weights, held, strict=True):
@@ -265,10 +267,52 @@ def test_a_captured_step_keeps_the_addresses_it_was_captured_with(monkeypatch):
     optimizer.prepare()
     give(net, gradients(2))
     optimizer.update()  # in between, without the graph
-    assert one_pass.in_use is one_pass.table
-    assert one_pass.next_captured is not None
+    assert group.in_use is group.table
+    assert group.next_captured is not None
     assert captured.view(-1, 6)[:, 1].tolist() == [g.data_ptr() for g in held]
     assert captured.view(-1, 6)[:, 0].tolist() == [p.data_ptr() for p in net.weights]
+
+
+def test_the_gradients_of_a_step_are_not_kept():
+    net = Net()
+    optimizer = AdamW(net.parameters(), lr=1e-2, impl="triton")
+    give(net, gradients(0))
+    held = [weakref.ref(p.grad) for p in net.weights]
+    optimizer.update()
+    optimizer.zero_grad(set_to_none=True)
+    assert [one() for one in held] == [None] * len(held)
+
+
+@pytest.mark.parametrize("name", ["AdamW", "RAdam"])
+def test_a_parameter_without_gradient_stays_as_torch_leaves_it(name):
+    nets = Net(), Net()
+    ours, theirs = (
+        getattr(optim, name)(net.parameters(), 1e-2, impl=i) for net, i in zip(nets, ("triton", "torch"), strict=True)
+    )
+    averages = [EMA(net, 0.5) for net in nets]
+    for seed in range(3):
+        for net, optimizer, ema in zip(nets, (ours, theirs), averages, strict=True):
+            give(net, gradients(seed))
+            net.weights[1].grad = None
+            optimizer.update(ema=ema)
+    same_weights(*nets)
+    for average, expected in zip(*(ema.averages.values() for ema in averages), strict=True):
+        torch.testing.assert_close(average, expected, rtol=1e-5, atol=1e-7)
+    assert len(ours.state_dict()["state"]) == len(theirs.state_dict()["state"]) == len(nets[0].weights) - 1
+    give(nets[0], gradients(3))
+    with pytest.raises(
+        RuntimeError,
+        match="the 3 parameters that had a gradient in its first update, and now 4 have one; use",
+    ):
+        ours.update()
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_a_parameter_with_gaps_is_refused(impl):
+    """The memory in its gaps, which is another's, would be written."""
+    with pytest.raises(ValueError, match=r"shape \(4, 8\) that is a view with gaps, of strides \(16, 1\)"):
+        AdamW([nn.Parameter(torch.ones(4, 16, device=DEVICE)[:, :8])], impl=impl)
+    AdamW([nn.Parameter(torch.ones(4, 16, device=DEVICE).t())], impl=impl)
 
 
 def test_gradients_that_start_anywhere():
@@ -334,5 +378,5 @@ def test_bad_inputs():
         AdamW(net.parameters(), impl="triton")
     net = Net()
     optimizer = AdamW(net.parameters(), impl="triton")
-    with pytest.raises(RuntimeError, match="needs a gradient for every parameter"):
+    with pytest.raises(RuntimeError, match=r"no parameter of this AdamW has a gradient; call backward\(\) first"):
         optimizer.update()

@@ -189,6 +189,16 @@ def test_settings_that_cannot_be():
         _step(_model(), accumulation=2)(x, labels)
     with pytest.raises(ValueError, match="accumulation=5 does not divide the batch of 12 rows"):
         _step(_model(), accumulation=5)(x, labels)
+    for setting, sentence in (
+        ({"grad_clip": -1.0}, "grad_clip=-1.0 is not a norm to clip at"),
+        ({"accumulation": 0}, "accumulation=0 is not possible; it must be at least 1"),
+        ({"total_steps": 0}, "total_steps=0 is not possible"),
+        ({"rank": 3, "world_size": 1}, "rank=3 is none of world_size=1 processes"),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            _step(_model(), **setting)
+    with pytest.raises(ValueError, match="there are 11 labels for 12 samples"):
+        _step(_model())(x, labels[:11])
     with pytest.raises(ValueError, match="precision='fp8' is not known"):
         _step(_model(), precision="fp8")
     with pytest.raises(ValueError, match="cuda_graph=True needs the model on a CUDA GPU"):

@@ -1,0 +1,183 @@
+"""A group of parameters as the fused update sees it: tables of addresses and of blocks, and the state it writes."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from soflow_fast.ema import EMA
+from soflow_fast.precision import ComputeCopy
+
+
+class OnDevice:
+    """A number and its copy on the device, written when it changes."""
+
+    def __init__(self, device: torch.device):
+        self.value, self.tensor = math.nan, torch.zeros((), device=device)
+
+    def set(self, value: float) -> None:
+        if value != self.value:
+            self.value = value
+            self.tensor.fill_(value)
+
+
+def capturing() -> bool:
+    """Whether what runs now becomes part of a CUDA graph."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
+def require_dense(name: str, parameters: list[Tensor]) -> None:
+    """ValueError for a parameter with gaps: a fused update, torch's too, takes the memory in them for a part of it."""
+    for p in parameters:
+        if torch.empty_like(p, device="meta").stride() != p.stride():
+            raise ValueError(
+                f"{name} got a parameter of shape {tuple(p.shape)} that is a view with gaps, of strides {p.stride()}; "
+                "make it nn.Parameter(view.clone())"
+            )
+
+
+def with_moments(state: dict, p: Tensor) -> dict:
+    """The state of a parameter, with moments of zero where it has none yet."""
+    for name in ("exp_avg", "exp_avg_sq"):
+        state.setdefault(name, torch.zeros_like(p, memory_format=torch.preserve_format))
+    return state
+
+
+class ParameterPass:
+    """The tables and the state of one parameter group: of those of its parameters that have a gradient at first.
+
+    Args:
+        optimizer: an ``OnePass``, whose group it is; the gradients of its first update are there.
+
+    Raises:
+        ValueError: for a parameter that 16-byte accesses would miss.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, group: dict):
+        from soflow_fast.kernels import optimizer as kernel
+
+        self.kernel, self.group, self.rectified = kernel, group, optimizer.rectified
+        self.name = type(optimizer).__name__
+        self.parameters = _with_gradient(group)
+        self.device = group["params"][0].device
+        if any(p.data_ptr() % 16 for p in self.parameters):
+            raise ValueError(
+                f"{self.name}(impl='triton') got a parameter that does not start at 16 bytes; use impl='torch'"
+            )
+        states = [with_moments(optimizer.state[p], p) for p in self.parameters]
+        steps = [state["step"] for state in states if "step" in state]
+        self.step_count = torch.zeros((), device=self.device)
+        if steps:
+            self.step_count.copy_(steps[0])
+        for state in states:
+            state["step"] = self.step_count  # one counter for the group, as all its parameters step together
+        self.states = [[state[name] for state in states] for name in ("exp_avg", "exp_avg_sq")]
+        self.ema = self.copy = self.averages = self.copies = None
+        self.blocks = kernel.block_table(self.parameters).to(self.device)
+        self.table, self.addresses = self._new_table(), []
+        #: tables of graphs, with the gradients that they point to
+        self.captured: list[tuple[Tensor, list[Tensor]]] = []
+        self.unfilled: list[tuple[Tensor, list[int]]] = []
+        self.next_captured: Tensor | None = self._new_table()
+
+    def _new_table(self) -> Tensor:
+        return torch.empty(len(self.parameters) * 6, dtype=torch.int64, device=self.device)
+
+    def _captured_table(self) -> Tensor:
+        """Made before the capture: a graph's own memory is used again for what it computes earlier in each replay."""
+        table, self.next_captured = self.next_captured, None
+        if table is None:
+            raise RuntimeError(f"{self.name}.prepare() has to be called between two captures of its update")
+        self.captured.append((table, self.gradients))
+        return table
+
+    def adopt(self, optimizer: torch.optim.Optimizer, group: dict) -> None:
+        """Copies a newly loaded state into the tensors that the tables, and a captured graph, point to."""
+        self.group = group
+        for i, p in enumerate(self.parameters):
+            state = optimizer.state[p]
+            self.step_count.copy_(state["step"])
+            for name, tensors in zip(("exp_avg", "exp_avg_sq"), self.states, strict=True):
+                tensors[i].copy_(state[name])
+                state[name] = tensors[i]
+            state["step"] = self.step_count
+
+    def norm(self, ema: EMA | None, copy: ComputeCopy | None) -> Tensor:
+        """The 0-d norm of the gradients; the tables are then those of :meth:`step`, to be called next.
+
+        Raises:
+            RuntimeError: where other parameters have a gradient than at first.
+        """
+        if len(_with_gradient(self.group)) != len(self.parameters) or any(p.grad is None for p in self.parameters):
+            raise RuntimeError(
+                f"{self.name}(impl='triton') updates the {len(self.parameters)} parameters that had a gradient in its "
+                f"first update, and now {len(_with_gradient(self.group))} have one; use impl='torch', or "
+                "requires_grad_(False) on what is not trained"
+            )
+        if not self.parameters:  # a group of frozen ones
+            return torch.zeros((), device=self.device)
+        self.gradients = [_laid_out_as(p, p.grad) for p in self.parameters]
+        if ema is not self.ema:
+            self.ema, self.averages = ema, None if ema is None else ema.averages_of(self.parameters)
+        if copy is not self.copy:
+            self.copy, self.copies = copy, None if copy is None else copy.copies_of(self.parameters)
+        addresses = self.kernel.address_table(self.parameters, self.gradients, *self.states, self.averages, self.copies)
+        self.in_use = self.table
+        if capturing():
+            # A graph has gradients, and so a table, of its own; it is filled after the capture.
+            self.in_use = self._captured_table()
+            self.unfilled.append((self.in_use, addresses))
+        elif addresses != self.addresses:
+            self.addresses = addresses
+            _fill(self.table, addresses)
+        return self.kernel.gradient_norm(self.in_use, self.blocks, self.gradients[0].dtype)
+
+    def fill_captured_tables(self) -> None:
+        """Outside of a capture: fills the tables of the ones before, and has one for the next."""
+        while self.unfilled:
+            _fill(*self.unfilled.pop())
+        if self.next_captured is None:
+            self.next_captured = self._new_table()
+
+    def step(self, norm: Tensor, lr: Tensor, average_weight: Tensor | None, grad_clip: float) -> None:
+        """The update; of 0-d tensors: the norm of all groups, the learning rate, a parameter's share of its average."""
+        if not self.parameters:
+            return
+        # a beta of 0 as one that is 0 in float32: its logarithm is finite
+        log_betas = tuple(math.log(max(beta, 1e-38)) for beta in self.group["betas"])
+        self.kernel.adamw_(
+            self.in_use,
+            self.blocks,
+            norm,
+            self.step_count,
+            lr,
+            average_weight,
+            log_betas=log_betas,
+            eps=self.group["eps"],
+            weight_decay=self.group["weight_decay"],
+            grad_clip=grad_clip,
+            rectified=self.rectified,
+            gradient_dtype=self.gradients[0].dtype,
+            copy_dtype=None if self.copies is None else self.copies[0].dtype,
+        )
+        self.step_count += torch.isfinite(norm)
+        self.gradients = []  # so that zero_grad frees them, and the next ones have their place
+
+
+def _with_gradient(group: dict) -> list[Tensor]:
+    return [p for p in group["params"] if p.requires_grad and p.grad is not None]
+
+
+def _laid_out_as(p: Tensor, gradient: Tensor) -> Tensor:
+    """The gradient, or a copy where the kernel's accesses, 16 bytes wide and in the order of p, would miss it.
+
+    Views into the buckets of data parallelism may start anywhere.
+    """
+    if gradient.data_ptr() % 16 == 0 and gradient.stride() == p.stride():
+        return gradient
+    return torch.empty_like(p, dtype=gradient.dtype).copy_(gradient)
+
+
+def _fill(table: Tensor, addresses: list[int]) -> None:
+    """From pinned memory, so that the host does not wait for the device."""
+    table.copy_(torch.tensor(addresses, dtype=torch.int64, pin_memory=table.is_cuda), non_blocking=True)
