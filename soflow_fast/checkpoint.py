@@ -2,18 +2,21 @@
 
 A checkpoint is a folder ``step-00001000`` with the weights and their averages (safetensors, the keys of the published
 checkpoints), the optimizer and the rest of the state. It is written under a temporary name, flushed to the disk and
-renamed, and it counts only while its marker ``COMMITTED`` exists, which is removed before anything else of it is.
+renamed, and it counts only while its marker ``COMMITTED`` exists, which is removed before anything else of it is. The
+marker has the size and the SHA-256 of each file.
 """
 
+import hashlib
 import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -60,6 +63,9 @@ def save(folder: Path, state: State, keep: int, keep_every: int = 0) -> Path:
     """Writes a checkpoint, then removes all but the newest ``keep``, those marked to stay and the best; returns its
     path.
 
+    Raises:
+        OSError: where it cannot be written; the ones before stay, and nothing of it does.
+
     Those of every ``keep_every``-th step, 0 for none, are marked by an empty file ``KEEP``, as a user may mark others.
     The best is the one of the lowest score among those that :func:`add_score` gave one.
     """
@@ -69,27 +75,39 @@ def save(folder: Path, state: State, keep: int, keep_every: int = 0) -> Path:
     final = path_of(folder, state.step)
     temporary = folder / f"{_WRITING}{final.name}"
     temporary.mkdir()
-    save_file(on_host(state.model), temporary / "model.safetensors")
-    save_file(on_host(state.ema), temporary / "ema.safetensors")
-    if state.posthoc:
-        save_file(on_host(state.posthoc), temporary / "posthoc.safetensors")
-    torch.save(state.optimizer, temporary / "optimizer.pt")
-    if keep_every and state.step % keep_every == 0:
-        (temporary / _STAYS).touch()
-    rest = {"step": state.step, "ema_updates": state.ema_updates, "skipped_steps": state.skipped_steps}
-    (temporary / "state.json").write_text(json.dumps(rest))
-    sizes = {}
-    for file in sorted(temporary.iterdir()):
-        sizes[file.name] = file.stat().st_size
-        flush(file)
-    (temporary / _MARKER).write_text(json.dumps(sizes))
-    flush(temporary / _MARKER)
-    flush(temporary)
+    try:
+        _write(temporary, state, bool(keep_every) and state.step % keep_every == 0)
+    except (OSError, RuntimeError, SafetensorError) as error:  # the last two are also how a full disk shows
+        free = shutil.disk_usage(temporary).free
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise OSError(
+            f"the checkpoint of step {state.step} cannot be written to {folder}, where {free >> 20} MiB are free "
+            f"({' '.join(str(error).split())}); make room, and the run goes on from the checkpoint before"
+        ) from error
     _remove(final)
     os.rename(temporary, final)
     flush(folder)
     _prune(folder, keep)
     return final
+
+
+def _write(temporary: Path, state: State, stays: bool) -> None:
+    save_file(on_host(state.model), temporary / "model.safetensors")
+    save_file(on_host(state.ema), temporary / "ema.safetensors")
+    if state.posthoc:
+        save_file(on_host(state.posthoc), temporary / "posthoc.safetensors")
+    torch.save(state.optimizer, temporary / "optimizer.pt")
+    if stays:
+        (temporary / _STAYS).touch()
+    rest = {"step": state.step, "ema_updates": state.ema_updates, "skipped_steps": state.skipped_steps}
+    (temporary / "state.json").write_text(json.dumps(rest))
+    files = {}
+    for file in sorted(temporary.iterdir()):
+        files[file.name] = {"bytes": file.stat().st_size, "sha256": _digest(file)}
+        flush(file)
+    (temporary / _MARKER).write_text(json.dumps(files))
+    flush(temporary / _MARKER)
+    flush(temporary)
 
 
 def add_score(path: Path, score: float, of: dict, keep: int) -> None:
@@ -146,7 +164,7 @@ def load(path: Path, device: torch.device | str = "cpu") -> State:
 
 def load_averages(path: Path) -> dict[str, Tensor]:
     """The averaged weights of a checkpoint, and what has no average as it is, on the host; ValueError if damaged."""
-    _require_whole(path)
+    _require_whole(path, ("model.safetensors", "ema.safetensors"))
     return {**load_file(path / "model.safetensors"), **load_file(path / "ema.safetensors")}
 
 
@@ -197,14 +215,33 @@ def flush(path: Path) -> None:
         os.close(descriptor)
 
 
-def _require_whole(path: Path) -> None:
-    for name, size in json.loads((path / _MARKER).read_text()).items():
+def _require_whole(path: Path, read: Sequence[str] | None = None) -> None:
+    """ValueError if a file has another size, or one of those that are to be read (by default all) other bytes."""
+
+    def damaged(what: str) -> ValueError:
+        return ValueError(
+            f"the checkpoint {path} is damaged ({what}); restore it, or remove its folder to go on from the one before"
+        )
+
+    try:
+        files = dict(json.loads((path / _MARKER).read_text()))
+    except (ValueError, TypeError):
+        raise damaged(f"{_MARKER} is not what was written") from None
+    for name, wanted in files.items():
+        wanted = wanted if isinstance(wanted, dict) else {"bytes": wanted}  # before there were digests
         found = (path / name).stat().st_size if (path / name).is_file() else 0
-        if found != size:
-            raise ValueError(
-                f"the checkpoint {path} is damaged ({name} has {found} of {size} bytes); "
-                "restore it, or remove its folder to go on from the one before"
-            )
+        if found != wanted["bytes"]:
+            raise damaged(f"{name} has {found} of {wanted['bytes']} bytes")
+        if (read is None or name in read) and wanted.get("sha256") not in (None, _digest(path / name)):
+            raise damaged(f"{name} has other bytes than were written")
+
+
+def _digest(file: Path) -> str:
+    digest = hashlib.sha256()
+    with file.open("rb") as content:
+        while part := content.read(1 << 24):
+            digest.update(part)
+    return digest.hexdigest()
 
 
 def step_folders(folder: Path) -> list[Path]:

@@ -1,7 +1,7 @@
 """The command ``soflow``: encode, train, sample, eval, demo, doctor.
 
 Bad input ends in one sentence and exit code 2, a training run that does not stay finite in one sentence and 1, one that
-SIGTERM or SIGUSR1 stops in 128 + the signal's number.
+a signal stops in 128 + its number.
 """
 
 import argparse

@@ -1,5 +1,6 @@
-"""Ending a run on SIGTERM and SIGUSR1, as schedulers send them ahead of a kill, with a checkpoint."""
+"""Ending a run with a checkpoint: on Ctrl-C, a closed terminal, and the signals that schedulers send before a kill."""
 
+import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -10,7 +11,7 @@ from typing import Any
 
 from soflow_fast.distributed import Processes
 
-_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
 _STEPS_BETWEEN_QUESTIONS = 10
 
 
@@ -22,10 +23,11 @@ class StoppedBySignal(SystemExit):
 
 
 class StopSignal:
-    """Within it SIGTERM and SIGUSR1 are noted instead of what they do otherwise.
+    """Within it SIGTERM, SIGUSR1, SIGHUP and SIGINT are noted instead of what they do otherwise.
 
-    Only in the main thread, where Python allows that; elsewhere, and for a signal whose handler is not Python's, they
-    stay as they are.
+    Only in the main thread, where Python allows that; elsewhere, and for a signal that is ignored (as by nohup) or
+    whose handler is not Python's, they stay as they are. A second SIGINT does what it does otherwise, and so ends the
+    run at once.
     """
 
     def __init__(self):
@@ -34,7 +36,8 @@ class StopSignal:
     def __enter__(self) -> "StopSignal":
         if threading.current_thread() is threading.main_thread():
             for number in _SIGNALS:
-                if signal.getsignal(number) is not None:  # which could not be put back
+                # None could not be put back
+                if signal.getsignal(number) not in (None, signal.SIG_IGN):
                     self._before[number] = signal.signal(number, self._note)
         return self
 
@@ -43,8 +46,12 @@ class StopSignal:
             signal.signal(number, handler)
         self._before = {}
 
-    def _note(self, number: int, _) -> None:
-        self._number = number
+    def _note(self, number: int, frame) -> None:
+        again, self._number = self._number == number == signal.SIGINT, number
+        if again and callable(self._before[number]):
+            self._before[number](number, frame)
+        elif number == signal.SIGINT:
+            os.write(2, b"\nthe run ends with a checkpoint after this step; Ctrl-C once more ends it at once\n")
 
     def agreed(self, processes: Processes, step: int) -> int:
         """The number of the signal after which this step is the last, or 0.
@@ -75,6 +82,11 @@ class StopSignal:
                 batches.close()
             for reader in readers:  # that still reads, and does not get the signal to end either
                 reader.kill()
+
+
+def ended_by(number: int) -> BaseException:
+    """What ends the program after the checkpoint: of Ctrl-C what a notebook knows as such."""
+    return KeyboardInterrupt() if number == signal.SIGINT else StoppedBySignal(number)
 
 
 def sentence(number: int, step: int, checkpoint: Path) -> str:

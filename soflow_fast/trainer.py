@@ -29,7 +29,7 @@ from soflow_fast.optim import OPTIMIZERS
 from soflow_fast.run_folder import load_run
 from soflow_fast.scoring import Scoring
 from soflow_fast.step import TrainStep
-from soflow_fast.stopping import StoppedBySignal, StopSignal
+from soflow_fast.stopping import StopSignal
 
 __all__ = ["Trainer", "load_run"]
 
@@ -157,8 +157,8 @@ class Trainer:
     def fit(self) -> Path:
         """Trains to the last step, from the newest checkpoint of the run's folder if there is one.
 
-        SIGTERM and SIGUSR1, where this is the main thread, end it after the step, with several processes after the next
-        that ten divides, with a checkpoint; their handlers are put back at the end.
+        Ctrl-C (once), SIGTERM, SIGUSR1 and SIGHUP, where this is the main thread, end it after the step, with several
+        processes after the next that ten divides, with a checkpoint; their handlers are put back at the end.
 
         Returns:
             The path of the last checkpoint.
@@ -167,7 +167,7 @@ class Trainer:
             ValueError: if the folder belongs to another configuration, model or data, or a process is training in it;
                 nothing in it is changed.
             FloatingPointError: after more steps that are not finite than the configuration allows.
-            StoppedBySignal: a SystemExit, after such a signal.
+            StoppedBySignal: a SystemExit, after such a signal; after Ctrl-C KeyboardInterrupt.
         """
         with StopSignal() as stop, ExitStack() as self._until_the_end:
             return self._fit(stop)
@@ -239,7 +239,7 @@ class Trainer:
                         self.processes.of_first(partial(self._save, done, skipped))
                     if stopped:  # what may take long is left out
                         log.say(stopping.sentence(stopped, done, checkpoint.path_of(self.checkpoints, done)))
-                        raise StoppedBySignal(stopped)
+                        raise stopping.ended_by(stopped)
                     if _due(done, output.sample_every):
                         self.processes.of_first(partial(self._write_samples, done))
                     if not scoring.lacking and _due(done, config.evaluation.every):

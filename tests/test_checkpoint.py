@@ -116,18 +116,52 @@ _FILES = ["model.safetensors", "ema.safetensors", "posthoc.safetensors", "optimi
 
 
 @pytest.mark.parametrize("name", _FILES)
-@pytest.mark.parametrize("damage", ["cut", "gone"])
+@pytest.mark.parametrize("damage", ["cut", "gone", "other"])
 def test_damage_is_refused(tmp_path, name, damage):
     path = checkpoint.save(tmp_path, _state(1), keep=1)
     raw = (path / name).read_bytes()
     if damage == "cut":
         (path / name).write_bytes(raw[:-1])
-    else:
+    elif damage == "gone":
         (path / name).unlink()
-    with pytest.raises(
-        ValueError, match=rf"damaged \({name} has {len(raw) - 1 if damage == 'cut' else 0} of {len(raw)} bytes\)"
-    ):
+    else:
+        (path / name).write_bytes(raw[:-1] + bytes([raw[-1] ^ 1]))
+    left = {"cut": len(raw) - 1, "gone": 0}.get(damage)
+    what = "other bytes than were written" if left is None else f"{left} of {len(raw)} bytes"
+    with pytest.raises(ValueError, match=rf"damaged \({name} has {what}\)"):
         checkpoint.load(path)
+    if name in ("model.safetensors", "ema.safetensors"):
+        with pytest.raises(ValueError, match=rf"damaged \({name} has {what}\)"):
+            checkpoint.load_averages(path)
+
+
+@pytest.mark.parametrize("marker", ["", "[1]", "\0"])
+def test_a_damaged_marker_is_refused(tmp_path, marker):
+    path = checkpoint.save(tmp_path, _state(1), keep=1)
+    (path / "COMMITTED").write_text(marker)
+    with pytest.raises(ValueError, match=r"damaged \(COMMITTED is not what was written\)"):
+        checkpoint.load(path)
+
+
+def test_a_checkpoint_of_before_there_were_digests(tmp_path):
+    path = checkpoint.save(tmp_path, _state(1), keep=1)
+    sizes = {name: (path / name).stat().st_size for name in _FILES}
+    (path / "COMMITTED").write_text(json.dumps(sizes))
+    _assert_equal(checkpoint.load(path), _state(1))
+
+
+@pytest.mark.parametrize("error", [OSError("No space left on device"), RuntimeError("unexpected pos 64 vs 0")])
+def test_a_full_disk_leaves_the_checkpoint_before(tmp_path, monkeypatch, error):
+    first = checkpoint.save(tmp_path, _state(1), keep=1)
+
+    def full(*_):
+        raise error
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError, match=rf"step 2 cannot be written to .* MiB are free \({error}\); make room"):
+        checkpoint.save(tmp_path, _state(2), keep=1)
+    assert list(tmp_path.iterdir()) == [first]
+    _assert_equal(checkpoint.load(first), _state(1))
 
 
 @pytest.mark.parametrize(

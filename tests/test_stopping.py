@@ -45,21 +45,22 @@ def _signalled(monkeypatch, step, number):
 def handled():
     """The signals that a handler of the user's gets."""
     seen = []
-    before = {number: signal.signal(number, lambda n, _: seen.append(n)) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
+    before = {number: signal.signal(number, lambda n, _: seen.append(n)) for number in numbers}
     yield seen
     for number, handler in before.items():
         signal.signal(number, handler)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT])
 def test_a_signal_ends_the_run_with_a_checkpoint_and_it_goes_on_exactly(tmp_path, monkeypatch, capsys, handled, number):
     Trainer(_config(tmp_path / "straight")).fit()
     config = _config(tmp_path / "stopped")
     with monkeypatch.context() as patch:
         _signalled(patch, 3, number)
-        with pytest.raises(StoppedBySignal) as stopped:
+        with pytest.raises((StoppedBySignal, KeyboardInterrupt)) as stopped:
             Trainer(config).fit()
-    assert stopped.value.code == 128 + number
+    assert getattr(stopped.value, "code", 130) == 128 + number
     (saved,) = checkpoint.committed(tmp_path / "stopped" / "checkpoints")
     assert saved.name == "step-00000003"
     assert not (tmp_path / "stopped" / "samples").exists()  # no time is spent on them
@@ -70,6 +71,25 @@ def test_a_signal_ends_the_run_with_a_checkpoint_and_it_goes_on_exactly(tmp_path
     assert handled == [number]  # by the user's own handler again
     Trainer(config).fit()
     assert_bitwise_equal(final(tmp_path / "straight"), final(tmp_path / "stopped"))
+
+
+def test_a_second_interrupt_ends_at_once(tmp_path, monkeypatch, capfd):
+    _signalled(monkeypatch, 2, signal.SIGINT)
+    _signalled(monkeypatch, 2, signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        Trainer(_config(tmp_path)).fit()
+    assert checkpoint.committed(tmp_path / "checkpoints") == []
+    assert "Ctrl-C once more ends it at once" in capfd.readouterr().err
+
+
+def test_a_signal_that_is_ignored_stays_so(tmp_path, monkeypatch):
+    """As nohup has SIGHUP."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    _signalled(monkeypatch, 2, signal.SIGHUP)
+    try:
+        assert Trainer(_config(tmp_path)).fit().name == "step-00000006"
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_a_signal_in_the_last_step_changes_nothing(tmp_path, monkeypatch, handled):
@@ -98,6 +118,10 @@ def test_the_command_ends_with_the_code_of_the_signal(tmp_path, monkeypatch, cap
         _signalled(patch, 2, signal.SIGTERM)
         assert main(["train", str(path)]) == 143
     assert "stopped by SIGTERM after step 2" in capsys.readouterr().err
+    with monkeypatch.context() as patch:
+        _signalled(patch, 2, signal.SIGINT)
+        assert main(["train", str(path)]) == 130
+    assert "stopped by SIGINT after step 4" in capsys.readouterr().err
     assert main(["train", str(path)]) == 0
 
 
