@@ -33,7 +33,7 @@ def converted(weights: Mapping[str, Tensor], form: str, model: nn.Module) -> dic
         model: a DiT, or an objective over one; it has the s_embedder that is drawn.
 
     Raises:
-        ValueError: for a form that is not known, and another network.
+        ValueError: for a form that is not known, another network, and weights that are of this library.
     """
     net = getattr(model, "network", model)
     if form not in FORMS:
@@ -46,6 +46,11 @@ def converted(weights: Mapping[str, Tensor], form: str, model: nn.Module) -> dic
     prefix = "" if net is model else "network."
     found = {name.removeprefix(prefix): value for name, value in weights.items()}
     found = {name: value for name, value in found.items() if not name.startswith("projectors.")}
+    if any(name.startswith("s_embedder.") for name in found):
+        raise ValueError(
+            f"initial_weights_form={form!r} is of another training's weights, and these have an s_embedder, as this "
+            "library's have; leave the form out"
+        )
     scale = 1 / paths.velocity_scale(getattr(model, "parameterization", "euler"))
     first, last = "t_embedder.mlp.0.weight", ("final_layer.linear.weight", "final_layer.linear.bias")
     if form == "sit":

@@ -38,9 +38,9 @@ def read_weights(
         model: an objective such as :class:`~soflow_fast.SoFlow`, or a network.
         path: of a ``.safetensors`` file, of a file written by torch.save, or of the folder of a run or of one of its
             checkpoints, whose averages are taken. A file of torch.save holds a state_dict, or several and other things
-            by name; the averages are taken, if there are any, and what they leave out, such as buffers, from the
-            others. Objects of Python code in it are refused, not run. The state_dict may be of an objective or of a
-            network, with a prefix that a wrapper put before every name.
+            by name (also the state of a TrainStep); the averages are taken, if there are any, and what they leave out,
+            such as buffers, from the others. Objects of Python code in it are refused, not run. The state_dict may be
+            of an objective or of a network, with a prefix that a wrapper put before every name.
         keep: parts of the network that stay as they are, such as ``y_embedder`` or ``blocks.3``, whatever the weights
             have there.
         form: ``own``: of this network; ``sit``, ``repa`` or ``meanflow``: of those trainings' transformers, see
@@ -50,8 +50,8 @@ def read_weights(
         ``(weights, origin)``: by the model's names, and what was taken, in words.
 
     Raises:
-        ValueError: for a path where nothing is, what holds no weights, a part to keep that the model does not have, and
-            weights of another model; the message names the first that does not fit.
+        ValueError: for a path where nothing is, what holds no weights, a part to keep that the model does not have,
+            weights of another model and ones that are not finite; the message names the first that does not fit.
     """
     state = model.state_dict()
     own = state.keys()
@@ -74,6 +74,11 @@ def read_weights(
     remedies = {} if form != "own" else dict.fromkeys(("final_layer.linear", "s_embedder"), _OF_OTHER_TRAININGS)
     remedies["y_embedder"] = ", or leave it out by initial_weights_except: [y_embedder]"
     checkpoint.require_fit(model, weights, f"the checkpoint {path}" if path.is_dir() else origin, remedies)
+    for name, value in weights.items():
+        if value.is_floating_point() and not value.is_meta and not torch.isfinite(value).all():
+            raise ValueError(
+                f"{origin} has in {name} values that are not finite; give weights of before they were lost"
+            )
     unchanged = [*keep, *sorted(name.removeprefix("network.") for name in fixed - kept)]
     return weights, origin + (f"; kept as initialised: {', '.join(unchanged)}" if unchanged else "")
 
@@ -111,6 +116,7 @@ def _read(path: Path) -> tuple[list[Mapping[str, Tensor]], str]:
         ) from None
     if _is_state_dict(found):
         return [found], str(path)
+    found = _with_averages_of_step(found)
     parts = {name: part for name, part in found.items() if _is_state_dict(part)} if isinstance(found, Mapping) else {}
     names = [name for name in _USUAL if name in parts] or list(parts)
     if not names or (len(names) > 1 and names[0] not in _USUAL):
@@ -119,6 +125,13 @@ def _read(path: Path) -> tuple[list[Mapping[str, Tensor]], str]:
             "one with a state_dict, alone or under a usual name such as ema or model"
         )
     return [parts[name] for name in names], f"{names[0]!r} of {path}"
+
+
+def _with_averages_of_step(found: object) -> object:
+    """With the averages in the state of a :class:`~soflow_fast.TrainStep`, where there is one, beside the weights."""
+    step = found.get("step") if isinstance(found, Mapping) else None
+    averages = step.get("averages") if isinstance(step, Mapping) else None
+    return {"ema": averages[0]["weights"], **found} if averages else found
 
 
 def _is_of(name: str, parts: Iterable[str]) -> bool:

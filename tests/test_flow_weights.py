@@ -9,6 +9,7 @@ from runs import tiny_config
 
 from soflow_fast import DiT, SoFlow, Trainer
 from soflow_fast.cli import main
+from soflow_fast.flow_weights import FORMS
 from soflow_fast.objectives.flow_matching import FlowMatching
 from soflow_fast.objectives.meanflow import MeanFlow
 from soflow_fast.unet import UNet
@@ -128,6 +129,10 @@ def test_what_is_no_such_transformer_is_refused(tmp_path):
     torch.save(normed, tmp_path / "normed.pt")
     with pytest.raises(ValueError, match=r"blocks\.0\.attn\.q_norm\.weight is \(8,\) there and missing in this model"):
         load_weights(net, tmp_path / "normed.pt", form="repa")
+    torch.save(net.state_dict(), tmp_path / "own.pt")
+    for form in FORMS:
+        with pytest.raises(ValueError, match=r"these have an s_embedder, as this library's have; leave the form out"):
+            load_weights(net, tmp_path / "own.pt", form=form)
     with pytest.raises(ValueError, match="initial_weights_form='sit' does nothing without initial_weights"):
         tiny_config(tmp_path, initial_weights_form="sit")
 

@@ -12,10 +12,11 @@ from runs import Blobs, StopError, assert_bitwise_equal, final, stop_at, tiny_co
 from safetensors.torch import save_file
 from torch import nn
 
-from soflow_fast import DiT, SoFlow, Trainer, checkpoint
+from soflow_fast import DiT, SoFlow, Trainer, TrainStep, checkpoint
 from soflow_fast.cli import main
 from soflow_fast.config import FlowMatchingConfig, SoFlowConfig
 from soflow_fast.ema import EMA
+from soflow_fast.optim import AdamW
 from soflow_fast.weights import load_weights, read_weights
 
 
@@ -124,6 +125,19 @@ def test_averages_of_parameters_alone_take_the_buffers_of_the_others(tmp_path):
     assert (model.norm.running_mean == 3).all()
 
 
+def test_the_averages_in_the_state_of_a_step(tmp_path):
+    """Of a loop of one's own, as the README has it."""
+    model = SoFlow(_network())
+    ema = EMA(model, 0.9)
+    step = TrainStep(model, optimizer=AdamW(model.parameters(), lr=0.1), ema=ema, total_steps=2)
+    step(torch.randn(4, 1, 8, 8), torch.arange(4))
+    file = _save(tmp_path / "own.pt", {"model": model.state_dict(), "step": step.state_dict()})
+    other = SoFlow(_network(1))
+    assert load_weights(other, file) == f"'ema' of {file}"
+    assert _equal(other.state_dict(), ema.state_dict())
+    assert not _equal(other.state_dict(), model.state_dict())
+
+
 def test_an_averaged_model_of_torch(tmp_path):
     averaged = torch.optim.swa_utils.AveragedModel(_WithBuffers(5))
     model = _WithBuffers(0)
@@ -151,6 +165,8 @@ class _Code:
         ("x.pt", _network(depth=2).state_dict(), ["network.blocks.1.", "missing in this model"]),
         ("x.pt", _network().state_dict() | {"x_embedder.proj.bias": torch.zeros(7)},
          ["x.pt is of another model: network.x_embedder.proj.bias is (7,) there and (16,) in this model"]),
+        ("x.pt", _network().state_dict() | {"x_embedder.proj.bias": torch.full((16,), torch.nan)},
+         ["x.pt has in network.x_embedder.proj.bias values that are not finite"]),
     ],
 )  # fmt: skip
 def test_what_does_not_fit_is_one_sentence_and_changes_nothing(tmp_path, name, value, words):
