@@ -65,10 +65,10 @@ class AverageVelocity(Objective):
 
         Raises:
             ValueError: where it cannot be derived, and for a finite difference of two forwards of which each draws
-                another dropout.
+                another dropout or has statistics of another batch.
         """
         if self.derivative == "finite_difference":
-            self.require_no_draws(x, labels, "derivative='finite_difference'")
+            self.require_subtractable(x, labels, "derivative='finite_difference'")
         if self.derivative in ("jvp", "finite_difference"):
             return
         try:

@@ -5,12 +5,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from soflow_fast import kernels, paths
 from soflow_fast.conditions import null_condition
 from soflow_fast.differencing import ForwardDifference, draws
 from soflow_fast.kernels.reference import Stream
 from soflow_fast.sample import evaluating, sample
+
+#: What to do about a network that :func:`by_batch` finds.
+NORMS_REMEDY = "use GroupNorm, or norms with running statistics in evaluation mode (norm.eval())"
 
 
 class LossOutput(NamedTuple):
@@ -99,13 +103,20 @@ class Objective(nn.Module):
             x: (n, C, H, W) samples that do not only train the velocity; their values do not matter. labels: of a batch.
         """
 
-    def require_no_draws(self, x: Tensor, labels: Tensor | None, setting: str) -> None:
-        """ValueError where :meth:`network_draws`, for a setting that subtracts two outputs of the network."""
+    def require_subtractable(self, x: Tensor, labels: Tensor | None, setting: str) -> None:
+        """ValueError for a setting that subtracts two outputs of a network whose outputs differ at any step: one that
+        draws numbers, see :meth:`network_draws`, or that normalises by the batch."""
         if self.network_draws(x, labels):
             raise ValueError(
                 f"{setting} subtracts two outputs of the network, which draws random numbers: of its dropout they have "
                 "different masks, by which they differ at any step; turn its dropout off (model.dropout=0), or carry "
                 "the difference through it"
+            )
+        norm = by_batch(self.network)
+        if norm is not None:
+            raise ValueError(
+                f"{setting} subtracts two outputs of the network, and its {norm} takes the statistics of a batch, "
+                f"which are of other rows in each, so that they differ at any step; {NORMS_REMEDY}"
             )
 
     def network_draws(self, x: Tensor, labels: Tensor | None) -> bool:
@@ -235,6 +246,14 @@ def combine(parts: dict[str, LossOutput]) -> TotalLoss:
     """The mean over all rows of all parts."""
     total = sum(len(part.t) for part in parts.values())
     return TotalLoss(sum(part.loss * (len(part.t) / total) for part in parts.values()), parts)
+
+
+def by_batch(net: nn.Module) -> str | None:
+    """The first norm of a network that takes the statistics of a batch, in words; None where no norm does."""
+    for name, module in net.named_modules():
+        if isinstance(module, _BatchNorm) and (module.training or module.running_mean is None):
+            return f"{type(module).__name__} {name!r}"
+    return None
 
 
 def require_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

@@ -13,9 +13,11 @@ from soflow_fast import paths
 from soflow_fast.conditions import takes_labels
 from soflow_fast.kernels.reference import Stream
 from soflow_fast.objectives.base import (
+    NORMS_REMEDY,
     LossOutput,
     Objective,
     TotalLoss,
+    by_batch,
     combine,
     require_choice,
     require_null_label,
@@ -132,11 +134,11 @@ class SoFlow(Objective):
         """Derives the difference forward of a network that has none; see the base class.
 
         Raises:
-            ValueError: for two forwards of which each draws another dropout; and where the difference forward cannot be
-                derived and two forwards are no way out.
+            ValueError: for two forwards of which each draws another dropout or has statistics of another batch; and
+                where the difference forward cannot be derived and two forwards are no way out.
         """
         if self._subtracts:
-            self.require_no_draws(x, labels, "quotient='two_forwards'")
+            self.require_subtractable(x, labels, "quotient='two_forwards'")
             return
         try:
             self.derive(x, labels, self.quotient)
@@ -151,6 +153,12 @@ class SoFlow(Objective):
                 raise ValueError(
                     f"the network draws random numbers, with which two forwards differ at any gap, and {error}; turn "
                     "its dropout off"
+                ) from error
+            norm = by_batch(self.network)
+            if norm is not None:
+                raise ValueError(
+                    f"the network's {norm} takes the statistics of a batch, with which two forwards differ at any gap, "
+                    f"and {error}; {NORMS_REMEDY}"
                 ) from error
             _log.warning("the consistency quotient takes two forwards in float32: %s", error)
             self._subtracts = self.needs_float32 = True
