@@ -40,7 +40,7 @@ def batch(n=8):
 
 def loss(model, labels=None, step=0):
     x, own = batch()
-    return model.loss(x, own if labels is None else labels, 0.5, 0, step).loss
+    return model.loss(x, own if labels is None else labels, 0.5, step=step).loss
 
 
 @pytest.mark.parametrize(("objective", "setting"), SUBTRACTING)
@@ -66,3 +66,20 @@ def test_a_norm_without_running_statistics_is_of_the_batch_in_every_mode():
     model = SoFlow(Net(lambda width: nn.BatchNorm2d(width, track_running_stats=False)), quotient="two_forwards")
     with pytest.raises(ValueError, match="takes the statistics of a batch"):
         loss(model.eval())
+
+
+def test_every_step_is_asked_for_its_number():
+    """A loop that left it out would train on one step's noise for ever."""
+    model = SoFlow(Net())
+    assert loss(model, step=0) != loss(model, step=1)
+    with pytest.raises(TypeError, match="step"):
+        model.loss(*batch(), 0.5)
+
+
+@pytest.mark.parametrize("progress", [1.5, -0.1, 3, float("nan")])
+def test_progress_is_a_share_of_the_training(progress):
+    model = SoFlow(Net())
+    with pytest.raises(ValueError, match=rf"progress={progress} is outside \[0, 1\]; give step / total_steps"):
+        model.loss(*batch(), progress, step=0)
+    assert model.loss(*batch(), 1, step=0).loss.isfinite()
+    assert model.loss(*batch(), torch.tensor(0.5), step=0).loss == loss(model)

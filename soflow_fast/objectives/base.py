@@ -141,22 +141,27 @@ class Objective(nn.Module):
         x0: Tensor,
         labels: Tensor | None,
         progress: float | Tensor,
-        seed: int | Tensor = 0,
-        step: int | Tensor = 0,
         *,
+        step: int | Tensor,
+        seed: int | Tensor = 0,
         first_row: int = 0,
     ) -> TotalLoss:
         """The loss of a batch; draws everything from (seed, step, global row).
 
         Args:
-            x0: (B, C, H, W). progress: of the training, in [0, 1].
+            x0: (B, C, H, W). progress: of the training, ``step / total_steps`` in [0, 1]; a tensor is not read.
             labels: (B,) int64; (B, 1+k) floating point, the label and what else the network is told of a row, such as
                 how it was augmented; (B, ...) conditions, of a network that takes these; or None, of one that is told
                 nothing.
-            seed, step: of the draws.
+            step, seed: of the draws, which are those of another step only if ``step`` is.
             first_row: index of x0[0] in the global batch. Parts of a batch, on other processes or as micro-batches,
                 need theirs, or they draw the same numbers.
+
+        Raises:
+            ValueError: for a progress outside [0, 1].
         """
+        if not torch.is_tensor(progress) and not 0 <= progress <= 1:
+            raise ValueError(f"progress={progress} is outside [0, 1]; give step / total_steps")
         order, n_velocity = paths.row_order(x0.shape[0], self.velocity_share, first_row)
         order = torch.tensor(order, device=x0.device)
         labels = None if labels is None else labels[order]
