@@ -2,12 +2,14 @@
 
 import pytest
 import torch
+from conditioned import ByEmbedding
 from torch import nn
 
-from soflow_fast import SoFlow
+from soflow_fast import DiT, SoFlow, TrainStep
 from soflow_fast.objectives.alphaflow import AlphaFlow
 from soflow_fast.objectives.flow_matching import FlowMatching
 from soflow_fast.objectives.meanflow import MeanFlow
+from soflow_fast.optim import AdamW
 
 SUBTRACTING = [
     (SoFlow, {}),
@@ -83,3 +85,74 @@ def test_progress_is_a_share_of_the_training(progress):
         model.loss(*batch(), progress, step=0)
     assert model.loss(*batch(), 1, step=0).loss.isfinite()
     assert model.loss(*batch(), torch.tensor(0.5), step=0).loss == loss(model)
+
+
+OBJECTIVES = [SoFlow, MeanFlow, AlphaFlow, FlowMatching]
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_no_labels_are_no_label_of_every_row(objective):
+    model, (x, _) = objective(Net()), batch()
+    null = torch.full((len(x),), 10)
+    assert model.loss(x, None, 0.5, step=0).loss == model.loss(x, null, 0.5, step=0).loss
+    assert torch.equal(model.sample(x), model.sample(x, null))
+    t, s = torch.rand(2, len(x))
+    assert torch.equal(model.solution(x, t, s), model.solution(x, t, s, null))
+    assert torch.equal(model.velocity(x, t), model.velocity(x, t, null))
+
+
+@pytest.mark.parametrize("setting", [{}, {"quotient": "two_forwards"}, {"quotient": "tangent"}])
+@pytest.mark.parametrize("compile", [False, "aot_eager"])
+def test_a_step_without_labels(setting, compile):
+    def run(labels):
+        torch._dynamo.reset()
+        model = SoFlow(Net(), **setting)
+        step = TrainStep(model, optimizer=AdamW(model.parameters()), total_steps=4, compile=compile)
+        return [step(batch()[0], labels).loss.item() for _ in range(2)]
+
+    assert run(None) == pytest.approx(run(torch.full((8,), 10)), rel=1e-6)
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_no_labels_are_the_null_of_every_row(merged):
+    model, (x, _) = SoFlow(ByEmbedding()), batch()
+    rows = torch.arange(len(x))
+    null = model.network.null_condition.expand(len(x), -1)
+    a, b = (model.loss_of_rows(x, labels, rows, 4, 0.5, 0, 0, merged=merged).loss for labels in (None, null))
+    assert a == b
+    assert torch.equal(model.sample(x), model.sample(x, null))
+
+
+def test_networks_that_are_told_nothing_get_none():
+    seen = []
+    net = Net()
+    net.num_classes, forward = 0, net.forward
+    net.forward = lambda x, t, s, labels: seen.append(labels) or forward(x, t, s, torch.zeros(len(x)).long())
+    model, (x, _) = SoFlow(net, quotient="two_forwards"), batch()
+    model.loss(x, None, 0.5, step=0)
+    model.sample(x)
+    assert seen
+    assert not any(labels is not None for labels in seen)
+
+
+def test_a_dit_gets_the_row_that_it_takes_for_no_labels():
+    torch.manual_seed(0)
+    net, (x, _) = DiT(8, 4, 1, 16, 1, 2, num_classes=10, impl="torch"), batch()
+    for p in net.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    t, s = torch.rand(2, len(x))
+    assert torch.equal(SoFlow(net).solution(x, t, s), x + (s - t).view(-1, 1, 1, 1) * net(x, t, s, None))
+    without = DiT(8, 4, 1, 16, 1, 2, num_classes=10, class_dropout_prob=0, impl="torch")
+    with pytest.raises(ValueError, match="has no row for 'no label'"):
+        SoFlow(without, label_drop=0, guidance_scale=1).loss(x, None, 0.5, step=0)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("num_classes", [None, -1, 2.5])
+def test_a_network_says_how_many_classes_it_has(objective, num_classes):
+    net = nn.Conv2d(1, 1, 1)
+    if num_classes is not None:
+        net.num_classes = num_classes
+    sentence = rf"the network Conv2d has num_classes={num_classes}; set it to the number.*\(0 for none\)"
+    with pytest.raises(ValueError, match=sentence):
+        objective(net)

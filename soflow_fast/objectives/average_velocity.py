@@ -81,11 +81,11 @@ class AverageVelocity(Objective):
 
     def velocity(self, x: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
         """The model's velocity ``u(x,t,t,y)``."""
-        return self.network(x, t, t, labels)
+        return self.call_network(x, t, t, labels)
 
     def solution(self, x: Tensor, t: Tensor, s: Tensor, labels: Tensor | None = None) -> Tensor:
         """``x − (t−s) u(x,t,s,y)``; see the base class."""
-        return x - (t - s).view(-1, 1, 1, 1) * self.network(x, t, s, labels)
+        return x - (t - s).view(-1, 1, 1, 1) * self.call_network(x, t, s, labels)
 
     def time_pairs(self, rows: Tensor, seed: int | Tensor, step: int | Tensor) -> Tensor:
         """(B, 2) float32, the two logit-normal draws of each row."""
@@ -123,7 +123,7 @@ class AverageVelocity(Objective):
         if guided:
             u_null, u_own = self._guidance(z, t, labels, n)
             v_average = self._guided_velocity(v_average, u_null[n:], u_own, t[n:], drop[n:], labels[n:])
-        labels = self.input_labels(labels, drop)
+        labels = self.input_labels(labels, drop, z)
         along = v_average
         if self.direction == "prediction" and guided:
             along = torch.where(drop[n:].view(-1, 1, 1, 1), u_null[n:], u_own)

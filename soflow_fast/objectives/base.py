@@ -8,7 +8,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from soflow_fast import kernels, paths
-from soflow_fast.conditions import null_condition
+from soflow_fast.conditions import null_condition, require_classes, told
 from soflow_fast.differencing import ForwardDifference, draws
 from soflow_fast.kernels.reference import Stream
 from soflow_fast.sample import evaluating, sample
@@ -49,9 +49,13 @@ class Objective(nn.Module):
 
     Args:
         net: module with ``net(x, t, s, labels)`` and ``net.num_classes``, the index that means "no label"; or with
-            ``net.null_condition``, see :mod:`soflow_fast.conditions`.
+            ``net.null_condition``, see :mod:`soflow_fast.conditions`. Without labels it gets "no label" for each row,
+            and None where it has ``num_classes = 0``.
         velocity_share: share of rows that train the velocity, ordered first.
         impl: of the fused ops; by default the network's own, see :func:`soflow_fast.kernels.resolve_impl`.
+
+    Raises:
+        ValueError: for a network that has neither.
 
     Attributes:
         path: of its noise. condition_dim: how many numbers it tells the network of a row beside its label.
@@ -67,6 +71,7 @@ class Objective(nn.Module):
     def __init__(self, net: nn.Module, velocity_share: float, impl: str | None):
         super().__init__()
         require_range("velocity_share", velocity_share, 0, 1)
+        require_classes(net)
         self.network, self.velocity_share = net, velocity_share
         self._derived: ForwardDifference | None = None
         self._drawless: set[bool] = set()
@@ -94,7 +99,7 @@ class Objective(nn.Module):
             return
         if self._derived is None or self._derived.net is not self.network:
             self._derived = ForwardDifference(self.network, self.impl)
-        self._derived.prepare(x, labels, mode)
+        self._derived.prepare(x, told(self.network, labels, x), mode)
 
     def prepare(self, x: Tensor, labels: Tensor | None) -> None:
         """Readies what cannot be made while the loss is compiled, for rows of this form; before every step.
@@ -127,7 +132,7 @@ class Objective(nn.Module):
         mode, known = self.network.training, hasattr(self.network, "forward_difference")
         if known or mode in self._drawless or x.is_meta or isinstance(x, FakeTensor):
             return False
-        if draws(self.network, x, labels):
+        if draws(self.network, x, told(self.network, labels, x)):
             return True
         self._drawless.add(mode)
         return False
@@ -224,10 +229,14 @@ class Objective(nn.Module):
             return drop | (labels == self.no_label(labels)).reshape(len(labels), -1).all(1)
         return drop | ((labels if labels.dim() == 1 else labels[:, 0]) == self.network.num_classes)
 
-    def input_labels(self, labels: Tensor | None, drop: Tensor | None) -> Tensor | None:
-        """The labels the network sees: "no label" on the dropped rows."""
+    def call_network(self, x: Tensor, t: Tensor, s: Tensor, labels: Tensor | None) -> Tensor:
+        """The network's output, of rows without labels that for "no label"."""
+        return self.network(x, t, s, told(self.network, labels, x))
+
+    def input_labels(self, labels: Tensor | None, drop: Tensor | None, x: Tensor) -> Tensor | None:
+        """The labels the network sees of samples x: "no label" on the dropped rows, and where there are none."""
         if labels is None or drop is None:
-            return labels
+            return told(self.network, labels, x)
         return torch.where(drop.view(-1, *(1,) * (labels.dim() - 1)), self.no_label(labels), labels)
 
     def no_label(self, labels: Tensor) -> Tensor:

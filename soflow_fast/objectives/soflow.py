@@ -123,12 +123,12 @@ class SoFlow(Objective):
 
     def velocity(self, x: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
         """The model's velocity ``v̂(x,t,y) = ∂_s b·F(x,t,t,y)``; shapes as :meth:`solution`."""
-        return paths.velocity_scale(self.parameterization) * self.network(x, t, t, labels)
+        return paths.velocity_scale(self.parameterization) * self.call_network(x, t, t, labels)
 
     def solution(self, x: Tensor, t: Tensor, s: Tensor, labels: Tensor | None = None) -> Tensor:
         """``f(x,t,s,y) = a x + b F``; see the base class."""
         a, b = (c.view(-1, 1, 1, 1) for c in paths.solution_coefficients(t, s, self.parameterization))
-        return a * x + b * self.network(x, t, s, labels)
+        return a * x + b * self.call_network(x, t, s, labels)
 
     def prepare(self, x: Tensor, labels: Tensor | None) -> None:
         """Derives the difference forward of a network that has none; see the base class.
@@ -254,7 +254,7 @@ class SoFlow(Objective):
             F_null, F_own = F.split([len(t), len(s)])
             v = self._target_velocity(v, F_null[n:], F_own, t_c, drop[n:])
             F_null = F_null[:n]
-        labels = self.input_labels(labels, drop)
+        labels = self.input_labels(labels, drop, x_t)
         s_all = torch.cat([t[:n], s])
         if not len(s):
             F, dF = self.network(x_t, t, s_all, labels), None
@@ -298,7 +298,7 @@ class SoFlow(Objective):
 
     def _velocity_loss(self, x_t, v_t, t, labels, drop) -> LossOutput:
         F_null = self._null_output(x_t, t, labels) if self._guided(labels) else None
-        F = self.network(x_t, t, t, self.input_labels(labels, drop))
+        F = self.network(x_t, t, t, self.input_labels(labels, drop, x_t))
         return self._reduce_velocity(F, v_t, F_null, t, drop)
 
     def _reduce_velocity(self, F, v_t, F_null, t, drop) -> LossOutput:
@@ -317,7 +317,7 @@ class SoFlow(Objective):
             with torch.no_grad():
                 F_own = self.network(x_t, t, t, labels)
             v = self._target_velocity(v_t, F_null, F_own, t, drop)
-        labels = self.input_labels(labels, drop)
+        labels = self.input_labels(labels, drop, x_t)
         F, dF = self._with_difference(x_t, t, s, labels, v, gap)
         return self._reduce_consistency(F, dF, v, x_t, t, gap, s)
 
