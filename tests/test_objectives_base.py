@@ -1,13 +1,18 @@
 """What objectives ask of any network: what is refused, and what a network without labels is told."""
 
+from dataclasses import asdict, fields
+from inspect import signature
+
 import pytest
 import torch
 from conditioned import ByEmbedding
 from torch import nn
 
-from soflow_fast import DiT, SoFlow, TrainStep
+from soflow_fast import DiT, SoFlow, TrainStep, build
+from soflow_fast.config import OBJECTIVE_SECTIONS
 from soflow_fast.objectives.alphaflow import AlphaFlow
 from soflow_fast.objectives.flow_matching import FlowMatching
+from soflow_fast.objectives.improved_meanflow import ImprovedMeanFlow
 from soflow_fast.objectives.meanflow import MeanFlow
 from soflow_fast.optim import AdamW
 
@@ -88,6 +93,25 @@ def test_progress_is_a_share_of_the_training(progress):
 
 
 OBJECTIVES = [SoFlow, MeanFlow, AlphaFlow, FlowMatching]
+
+
+@pytest.mark.parametrize("name", build.OBJECTIVES)
+def test_a_class_has_the_defaults_of_its_configuration(name):
+    arguments = signature(build.OBJECTIVES[name]).parameters
+    section = OBJECTIVE_SECTIONS[name]()
+    assert {f.name: arguments[f.name].default for f in fields(section)} == asdict(section)
+
+
+@pytest.mark.parametrize("objective", [*OBJECTIVES, ImprovedMeanFlow])
+def test_weights_are_of_the_mean_square_error(objective):
+    """So that what is logged as weighted is the loss; that of SoFlow's consistency has no value of its own."""
+    told = objective.condition_dim
+    model, (x, labels) = objective(DiT(8, 4, 1, 16, 1, 2, num_classes=10, condition_dim=told, impl="torch")), batch()
+    parts = model.loss(x, labels, 0.5, step=0).parts
+    assert parts
+    parts.pop("consistency", None)
+    for part in parts.values():
+        assert (part.weight * part.mse).mean().item() == pytest.approx(part.loss.item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)

@@ -189,4 +189,5 @@ class AverageVelocity(Objective):
         squares = error.square().flatten(1)
         total = squares.sum(1)
         weight = (total.detach() + self.eps).pow(-self.p)
-        return LossOutput((weight * total).mean(), squares.detach().mean(1), weight, t)
+        # of the mean, as mse is, so that weight times mse is the loss
+        return LossOutput((weight * total).mean(), squares.detach().mean(1), weight * squares.shape[1], t)

@@ -22,7 +22,8 @@ class LossOutput(NamedTuple):
 
     Attributes:
         loss: 0-d, the mean over the rows; carries the gradient.
-        mse: (n,) each row's unweighted error. weight: (n,) each row's weight. t: (n,) each row's time. No gradients.
+        mse: (n,) each row's unweighted error, the mean over the sample. weight: (n,) each row's weight of that mean.
+            t: (n,) each row's time. No gradients.
     """
 
     loss: Tensor
