@@ -48,8 +48,9 @@ class AverageVelocity(Objective):
         require_choice("derivative", derivative, self.derivatives)
         require_choice("direction", direction, DIRECTIONS)
         require_range("label_drop", label_drop, 0, 1)
-        require_range("eps", eps, 0, float("inf"))
-        require_range("time_std", time_std, 0, float("inf"))
+        for name, value in (("p", p), ("eps", eps), ("time_std", time_std)):
+            require_range(name, value, 0, float("inf"))
+        require_range("time_mean", time_mean, -float("inf"), float("inf"))  # not nan
         require_range("difference_step", difference_step, 1e-8, 0.1)
         if derivative == "jvp" and not hasattr(net, "jvp"):
             raise ValueError(

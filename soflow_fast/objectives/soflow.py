@@ -50,7 +50,7 @@ class SoFlow(Objective):
         net: module with ``net(x, t, s, labels)`` and ``net.num_classes``, the index that means "no label"; or with
             ``net.null_condition``, see :mod:`soflow_fast.conditions`.
         path: ``linear`` or ``trig``. parameterization: ``euler`` or ``trig``.
-        guidance_scale: ω; 1 is no guidance. guidance_mix: m in [0, 1]. guidance_decay_time: τ, 1 or more is no decay.
+        guidance_scale: ω; 1 is no guidance. guidance_mix: m in [0, 1]. guidance_decay_time: τ, from 1 no decay.
         label_drop: share of rows trained without label. p, eps: the adaptive weight ``(error + eps)^(−p)``.
         velocity_share: share of rows that train the velocity; the rest train the consistency.
         time_mean, time_std: of the logit-normal draws, in the order velocity t, consistency s, consistency t.
@@ -92,8 +92,9 @@ class SoFlow(Objective):
         require_choice("parameterization", parameterization, paths.PARAMETERIZATIONS)
         require_choice("gap_schedule", gap_schedule, paths.GAP_SCHEDULES)
         require_choice("quotient", quotient, QUOTIENTS)
-        require_range("guidance_scale", guidance_scale, 0, float("inf"))
-        require_range("eps", eps, 0, float("inf"))
+        own = {"guidance_scale": guidance_scale, "guidance_decay_time": guidance_decay_time, "p": p, "eps": eps}
+        for name, value in own.items():
+            require_range(name, value, 0, float("inf"))
         require_range("guidance_mix", guidance_mix, 0, 1)
         require_range("label_drop", label_drop, 0, 1)
         for name, value in (("gap_init", gap_init), ("gap_end", gap_end)):
@@ -102,8 +103,9 @@ class SoFlow(Objective):
         for name, values in (("time_mean", time_mean), ("time_std", time_std)):
             if len(values) != 3:
                 raise ValueError(f"{name}={tuple(values)} needs 3 numbers: velocity t, consistency s, consistency t")
-        if min(time_std) < 0:
-            raise ValueError(f"time_std={tuple(time_std)} has a negative standard deviation")
+        for mean, std in zip(time_mean, time_std, strict=True):
+            require_range("time_mean", mean, -float("inf"), float("inf"))  # not nan
+            require_range("time_std", std, 0, float("inf"))
         require_range("min_gap", min_gap, 0, 1)
         require_null_label(net, f"guidance_scale={guidance_scale}" if guidance_scale != 1 else None, label_drop)
         if min_gap == 0 and quotient == "two_forwards":
