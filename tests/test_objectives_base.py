@@ -62,6 +62,12 @@ def test_statistics_of_a_batch_and_two_forwards(objective, setting, norm):
     assert setting or model.forward_difference is model._derived  # and not two forwards
 
 
+@pytest.mark.parametrize("objective", [SoFlow(Net(nn.BatchNorm2d), quotient="tangent"), MeanFlow(Net(nn.BatchNorm2d))])
+def test_two_forwards_are_no_way_out_for_statistics_of_a_batch(objective):
+    with pytest.raises(ValueError, match=r"changes 'norm.running_mean' in its forward.*; use GroupNorm, or norms with"):
+        loss(objective)
+
+
 def test_norms_that_two_forwards_may_have():
     two = {"quotient": "two_forwards"}
     assert loss(SoFlow(Net(nn.InstanceNorm2d), **two)).isfinite()

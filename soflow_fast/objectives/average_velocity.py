@@ -10,7 +10,16 @@ from torch import Tensor, nn
 from soflow_fast import paths
 from soflow_fast.conditions import takes_labels
 from soflow_fast.kernels.reference import Stream
-from soflow_fast.objectives.base import LossOutput, Objective, TotalLoss, combine, require_choice, require_range
+from soflow_fast.objectives.base import (
+    NORMS_REMEDY,
+    LossOutput,
+    Objective,
+    TotalLoss,
+    by_batch,
+    combine,
+    require_choice,
+    require_range,
+)
 
 DIRECTIONS = ("target", "prediction")
 
@@ -75,9 +84,11 @@ class AverageVelocity(Objective):
         try:
             self.derive(x, labels, self.derivative)
         except ValueError as error:
+            remedy = "write the network's forward_difference, or use derivative='finite_difference'"
+            if by_batch(self.network) is not None:  # with which that is no way out
+                remedy = NORMS_REMEDY
             raise ValueError(
-                f"derivative={self.derivative!r} needs a difference forward, and {error}; write the network's "
-                "forward_difference, or use derivative='finite_difference'"
+                f"derivative={self.derivative!r} needs a difference forward, and {error}; {remedy}"
             ) from error
 
     def velocity(self, x: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:

@@ -145,6 +145,12 @@ class SoFlow(Objective):
         try:
             self.derive(x, labels, self.quotient)
         except ValueError as error:
+            norm = by_batch(self.network)
+            if norm is not None:
+                raise ValueError(
+                    f"the network's {norm} takes the statistics of a batch, with which two forwards differ at any gap, "
+                    f"and {error}; {NORMS_REMEDY}"
+                ) from error
             if self.quotient == "tangent" or self.min_gap == 0:
                 needs = "quotient='tangent'" if self.quotient == "tangent" else "min_gap=0"
                 raise ValueError(
@@ -155,12 +161,6 @@ class SoFlow(Objective):
                 raise ValueError(
                     f"the network draws random numbers, with which two forwards differ at any gap, and {error}; turn "
                     "its dropout off"
-                ) from error
-            norm = by_batch(self.network)
-            if norm is not None:
-                raise ValueError(
-                    f"the network's {norm} takes the statistics of a batch, with which two forwards differ at any gap, "
-                    f"and {error}; {NORMS_REMEDY}"
                 ) from error
             _log.warning("the consistency quotient takes two forwards in float32: %s", error)
             self._subtracts = self.needs_float32 = True
