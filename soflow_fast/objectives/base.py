@@ -157,8 +157,8 @@ class Objective(nn.Module):
         Args:
             x0: (B, C, H, W). progress: of the training, ``step / total_steps`` in [0, 1]; a tensor is not read.
             labels: (B,) int64; (B, 1+k) floating point, the label and what else the network is told of a row, such as
-                how it was augmented; (B, ...) conditions, of a network that takes these; or None, of one that is told
-                nothing.
+                how it was augmented; (B, ...) conditions, of a network that takes these; or None, for "no label" of
+                every row.
             step, seed: of the draws, which are those of another step only if ``step`` is.
             first_row: index of x0[0] in the global batch. Parts of a batch, on other processes or as micro-batches,
                 need theirs, or they draw the same numbers.
