@@ -300,11 +300,7 @@ def _with_values_of(config: TrainConfig, model: nn.Module, preset: str) -> Train
             f"the network {type(network).__name__} has num_classes={num_classes} and a null_condition; set the first "
             "to None if it is told conditions, and the second if it is told classes"
         )
-    if null is None and (not isinstance(num_classes, int) or num_classes < 0):
-        raise ValueError(
-            f"the network {type(network).__name__} has num_classes={num_classes!r}; set it to the number of classes, "
-            "which is also the label that means 'no label', or give it a null_condition (see soflow_fast.conditions)"
-        )
+    conditions.require_classes(network)
     if null is not None or config.model.num_classes == 0:
         num_classes = 0
     elif config.model.num_classes not in (num_classes, ModelConfig.num_classes):  # the default says nothing

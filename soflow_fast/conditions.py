@@ -22,6 +22,41 @@ def takes_labels(network: nn.Module) -> bool:
     return null_condition(network) is not None or network.num_classes > 0
 
 
+def require_classes(network: nn.Module) -> None:
+    """ValueError for a network that says neither how many classes it is told of nor what stands for no condition."""
+    num_classes = getattr(network, "num_classes", None)
+    if null_condition(network) is None and (not isinstance(num_classes, int) or num_classes < 0):
+        raise ValueError(
+            f"the network {type(network).__name__} has num_classes={num_classes!r}; set it to the number of classes, "
+            "which is also the label that means 'no label' (0 for none), or give it a null_condition (see "
+            "soflow_fast.conditions)"
+        )
+
+
+def told(network: nn.Module | None, labels: Tensor | None, x: Tensor) -> Tensor | None:
+    """The labels that a network gets of samples x (B, ...): those given or, where there are none, "no label" of each.
+
+    Returns:
+        ``labels``; for None (B,) int64 full of ``num_classes``, or (B, *shape of null_condition); and None of a network
+        that is told of neither classes nor conditions.
+
+    Raises:
+        ValueError: where the network's table has no row for "no label".
+    """
+    if labels is not None:
+        return labels
+    null = null_condition(network)
+    if null is not None:
+        # a view of a parameter that is made without gradient would still say that it requires one
+        null = null if torch.is_grad_enabled() else null.detach()
+        return null.expand(len(x), *null.shape)
+    num_classes = getattr(network, "num_classes", 0)
+    if not num_classes:
+        return None
+    getattr(network, "null_label", None)  # which says so where a DiT has none
+    return torch.full((len(x),), num_classes, device=x.device)
+
+
 class OfItems:
     """The conditions of items of a data set, read from it when they are asked for; to be sliced like a tensor.
 

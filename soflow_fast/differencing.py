@@ -5,6 +5,7 @@ torch's operators, and each operator whose input changes gets its rule of :mod:`
 The graph is ordinary code: gradients flow through its value, and torch.compile compiles it.
 """
 
+import logging
 import operator
 import warnings
 from collections.abc import Iterator
@@ -21,6 +22,8 @@ from soflow_fast.derivation import Derivation, Derived
 from soflow_fast.difference_nonlinear import attention_with_dropout
 from soflow_fast.difference_rules import CAST, NoRuleError, aten
 
+_log = logging.getLogger(__name__)
+
 # What autocast rounds the operands of: a region that keeps them in float32 cannot be told in the graph.
 _PRODUCTS = {aten.linear, aten.matmul, aten.mm, aten.bmm, aten.addmm, aten.baddbmm, aten.einsum}
 _PRODUCTS |= {getattr(aten, f"conv{kind}{n}d") for kind in ("", "_transpose") for n in (1, 2, 3)}
@@ -35,12 +38,14 @@ class ForwardDifference:
 
     The network must be what torch.export can capture, its operators must have rules, and what else it depends on than
     its inputs, parameters, buffers and modes must stay as it was at the capture. Activation checkpoints are lost.
+    Forward hooks are called at the capture alone: what they make of the output stays, what else they do, such as record
+    it, does not happen for the rows that carry a difference, and a warning says so.
 
     Under autocast the graph casts to float32 where the network does, and back; but if autocast changes which operators
     the network calls, such casts are dropped, and an ``eps`` or ``dtype=`` taken from a tensor's dtype is float32's.
 
     Args:
-        net: captured anew for every form of its inputs, and when modules, their modes or dtypes change.
+        net: captured anew for every form of its inputs, and when modules, their hooks, modes or dtypes change.
         impl: of what has a fused op, where the inputs are on a GPU; see :func:`soflow_fast.kernels.resolve_impl`.
     """
 
@@ -48,6 +53,7 @@ class ForwardDifference:
         self.net, self.impl = net, impl
         self._structure: tuple = ()
         self._derived: dict[tuple, Derived] = {}
+        self._warned = False
 
     def prepare(self, x: Tensor, labels: Tensor | None, mode: str = "difference") -> None:
         """Captures the network for inputs of this form, of which the values do not matter.
@@ -64,6 +70,7 @@ class ForwardDifference:
         key = _form(x, labels, mode)
         if len(x) and key not in self._derived:
             self._derived[key] = _derive(self.net, _inputs(x, labels), mode == "tangent", self.impl)
+            self._warn_of_hooks()
 
     def __call__(
         self,
@@ -103,6 +110,17 @@ class ForwardDifference:
         parts += [F, self.net(*after)] if stop < len(x) else [F]
         return torch.cat(parts) if len(parts) > 1 else F, dF
 
+    def _warn_of_hooks(self) -> None:
+        hooked = next((name for name, module in self.net.named_modules() if _hooks(module)), None)
+        if hooked is not None and not self._warned:
+            self._warned = True
+            _log.warning(
+                "the network %s has forward hooks (first on %r), which are not called for the rows that carry a "
+                "difference: what they make of the output was captured, anything else they do is left out",
+                type(self.net).__name__,
+                hooked,
+            )
+
     def __getstate__(self) -> dict:
         return {**vars(self), "_structure": (), "_derived": {}}  # graphs are made again
 
@@ -126,11 +144,16 @@ def _form(x: Tensor, labels: Tensor | None, mode: str) -> tuple:
     return tuple(x.shape), x.dtype, str(x.device), of_labels, mode
 
 
+def _hooks(module: nn.Module) -> tuple:
+    """What tells its forward hooks apart."""
+    return (*vars(module).get("_forward_pre_hooks", ()), *vars(module).get("_forward_hooks", ()))
+
+
 def _structure(net: nn.Module) -> tuple:
     """What a captured graph takes for granted of the modules."""
     found, first, waiting = [], {}, [("", net)]
     for name, m in waiting:  # in a loop of its own: named_modules and what it takes to miss an attribute are slow
-        found.append((name, type(m), m.training, vars(m).get("p")))
+        found.append((name, type(m), m.training, vars(m).get("p"), _hooks(m)))
         waiting += [child for child in m._modules.items() if child[1] is not None]
         held = [named for holder in (m._parameters, m._buffers) for named in holder.items() if named[1] is not None]
         found += [(key, x.dtype, first.setdefault(id(x), len(first))) for key, x in held]  # which of them are tied

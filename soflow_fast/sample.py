@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from soflow_fast.capture import Captured, compiled, on_side_stream
-from soflow_fast.conditions import OfItems, null_condition
+from soflow_fast.conditions import OfItems, told
 from soflow_fast.kernels.reference import Stream, normal
 from soflow_fast.paths import path_coefficients
 from soflow_fast.precision import ComputeCopy, tensor_cores
@@ -54,9 +54,7 @@ def sample(
         raise ValueError(f"there are {len(labels)} labels for {len(noise)} samples of noise; give one for each")
     if seed is None and steps > 1 and model.renoises:
         seed = int(torch.randint(2**62, (), generator=generator, device=generator and generator.device))
-    null = null_condition(getattr(model, "network", None))
-    if labels is None and null is not None:
-        labels = null.expand(len(noise), *null.shape)
+    labels = told(getattr(model, "network", None), labels, noise)
     rows = first_row + torch.arange(noise.shape[0], device=noise.device)
     time_dtype = torch.promote_types(noise.dtype, torch.float32)
     ones = torch.ones(noise.shape[0], device=noise.device, dtype=time_dtype)

@@ -64,7 +64,7 @@ def test_a_step_that_cannot_be_compiled_raises_the_cause():
 def test_a_step_with_a_graph_break_raises(monkeypatch):
     torch.compiler.reset()
     model = make_model(torch.float32)
-    monkeypatch.setattr(model, "input_labels", lambda labels, drop: torch._dynamo.graph_break())
+    monkeypatch.setattr(model, "input_labels", lambda labels, drop, x: torch._dynamo.graph_break())
     with pytest.raises(torch._dynamo.exc.Unsupported, match="graph_break"):
         make_step(model, compile="eager")[0](*training_batch(0, torch.float32))
 

@@ -221,7 +221,7 @@ def test_rows_that_hold_the_null_are_dropped():
         tokens = torch.stack([labels, 0 * labels], 1)
         for told, given in ((ByClass, labels), (ByEmbedding, ByClass().label.weight[labels]), (ByTokens, tokens)):
             model = make(seeded(told), guidance_scale=3.0)
-            losses.append(model.loss(x0, given, 0.5, 0, 1).loss)
+            losses.append(model.loss(x0, given, 0.5, step=1).loss)
             drop = model.draw_drop(torch.arange(16), given, 0, 1)
             assert drop[::4].all()
             assert not drop.all()
@@ -295,6 +295,6 @@ def test_conditions_of_another_form_than_the_null_in_a_loop_of_ones_own():
     with pytest.raises(
         ValueError, match=r"conditions of shape \(4, 5\) .* do not fit a null_condition of shape \(16,\)"
     ):
-        SoFlow(ByEmbedding()).loss(x0, torch.zeros(4, 5), 0.5)
+        SoFlow(ByEmbedding()).loss(x0, torch.zeros(4, 5), 0.5, step=0)
     with pytest.raises(ValueError, match="there are 3 labels for 4 samples"):
         list(Sampler(SoFlow(ByEmbedding()), (1, 8, 8)).draw(torch.zeros(3, WIDTH), 4))

@@ -103,6 +103,23 @@ def test_deriving_saves_nothing_for_a_backward():
     assert alive[1] <= 2
 
 
+def test_forward_hooks_are_captured_and_warned_of_once(caplog):
+    """What they make of the output is part of the graph, also of those registered later; nothing else is done again."""
+    torch.manual_seed(0)
+    net, seen = UNet(), []
+    forward, (x, t, s, labels, dx, dt) = ForwardDifference(net), _batch()
+    forward(x, t, s, labels, dx, dt)
+    assert "hooks" not in caplog.text
+    net.down.register_forward_hook(lambda module, inputs, output: seen.append(1) or 2 * output)
+    for n in (4, 4, 2):
+        value, _ = forward(x[:n], t[:n], s[:n], labels, dx[:n], dt[:n])
+    captured = len(seen)
+    forward(x, t, s, labels, dx, dt)
+    assert len(seen) == captured
+    assert torch.equal(value, net(x[:2], t[:2], s[:2]))
+    assert caplog.text.count("the network UNet has forward hooks (first on 'down')") == 1
+
+
 def test_a_graph_of_parameters_of_another_dtype_is_not_used():
     torch.manual_seed(0)
     net = UNet()
@@ -149,5 +166,5 @@ class _Energy(torch.nn.Module):
 def test_a_network_that_differentiates_in_its_forward_takes_two_forwards(caplog):
     objective = SoFlow(_Energy(), guidance_scale=1.0, label_drop=0.0)
     x = torch.randn(8, 1, 4, 4, generator=torch.Generator().manual_seed(0))
-    assert objective.loss(x, None, progress=0.5).loss.isfinite()
+    assert objective.loss(x, None, progress=0.5, step=0).loss.isfinite()
     assert "takes two forwards in float32" in caplog.text

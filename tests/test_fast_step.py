@@ -165,7 +165,7 @@ class _Foreign(torch.nn.Module):
     ("objective", "options"),
     [
         (SoFlow, {"guidance_scale": 1.0}),
-        (MeanFlow, {"derivative": "finite_difference", "guidance_mix": 0.0}),
+        (MeanFlow, {"derivative": "finite_difference", "guidance_scale": 1.0}),
     ],
 )
 def test_a_difference_of_two_outputs_is_of_float32(objective, options):

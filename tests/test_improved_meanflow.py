@@ -343,7 +343,7 @@ def test_bad_settings(tmp_path, capsys):
         with pytest.raises(ValueError, match=r"choose a DiT preset, or give .* condition_dim = 3 .* labels \(B, 4\)"):
             ImprovedMeanFlow(other)
     with pytest.raises(ValueError, match=r"trains with labels \(B,\), and there are no labels"):
-        ImprovedMeanFlow(net).loss(torch.zeros(4, 1, 8, 8), None, 0.0)
+        ImprovedMeanFlow(net).loss(torch.zeros(4, 1, 8, 8), None, 0.0, step=0)
     with pytest.raises(ValueError, match=r"labels of shape \(4, 3\) do not fit a DiT with condition_dim=3"):
         net(torch.zeros(4, 1, 8, 8), torch.ones(4), torch.zeros(4), torch.zeros(4, 3))
     plain = DiT(8, 2, 1, 32, 1, 2, num_classes=10, impl="torch")

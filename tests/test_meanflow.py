@@ -1,5 +1,7 @@
 """MeanFlow and flow matching against formulas of their own, in float64."""
 
+import math
+
 import pytest
 import torch
 from fast_step_runs import make_model
@@ -113,6 +115,9 @@ def test_bad_settings():
         ({"direction": "down"}, "direction='down' is not known; choose one of target, prediction"),
         ({"label_drop": 0.0}, "label_drop=0 never trains"),
         ({"difference_step": 0.0}, r"difference_step=0.0 is outside"),
+        ({"p": -1.0}, r"p=-1.0 is outside \[0, inf\]"),
+        ({"time_std": math.nan}, "time_std=nan is outside"),
+        ({"time_mean": math.nan}, "time_mean=nan is outside"),
     ):
         with pytest.raises(ValueError, match=message):
             MeanFlow(net, **options)

@@ -10,7 +10,16 @@ from torch import Tensor, nn
 from soflow_fast import paths
 from soflow_fast.conditions import takes_labels
 from soflow_fast.kernels.reference import Stream
-from soflow_fast.objectives.base import LossOutput, Objective, TotalLoss, combine, require_choice, require_range
+from soflow_fast.objectives.base import (
+    NORMS_REMEDY,
+    LossOutput,
+    Objective,
+    TotalLoss,
+    by_batch,
+    combine,
+    require_choice,
+    require_range,
+)
 
 DIRECTIONS = ("target", "prediction")
 
@@ -48,8 +57,9 @@ class AverageVelocity(Objective):
         require_choice("derivative", derivative, self.derivatives)
         require_choice("direction", direction, DIRECTIONS)
         require_range("label_drop", label_drop, 0, 1)
-        require_range("eps", eps, 0, float("inf"))
-        require_range("time_std", time_std, 0, float("inf"))
+        for name, value in (("p", p), ("eps", eps), ("time_std", time_std)):
+            require_range(name, value, 0, float("inf"))
+        require_range("time_mean", time_mean, -float("inf"), float("inf"))  # not nan
         require_range("difference_step", difference_step, 1e-8, 0.1)
         if derivative == "jvp" and not hasattr(net, "jvp"):
             raise ValueError(
@@ -65,27 +75,29 @@ class AverageVelocity(Objective):
 
         Raises:
             ValueError: where it cannot be derived, and for a finite difference of two forwards of which each draws
-                another dropout.
+                another dropout or has statistics of another batch.
         """
         if self.derivative == "finite_difference":
-            self.require_no_draws(x, labels, "derivative='finite_difference'")
+            self.require_subtractable(x, labels, "derivative='finite_difference'")
         if self.derivative in ("jvp", "finite_difference"):
             return
         try:
             self.derive(x, labels, self.derivative)
         except ValueError as error:
+            remedy = "write the network's forward_difference, or use derivative='finite_difference'"
+            if by_batch(self.network) is not None:  # with which that is no way out
+                remedy = NORMS_REMEDY
             raise ValueError(
-                f"derivative={self.derivative!r} needs a difference forward, and {error}; write the network's "
-                "forward_difference, or use derivative='finite_difference'"
+                f"derivative={self.derivative!r} needs a difference forward, and {error}; {remedy}"
             ) from error
 
     def velocity(self, x: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
         """The model's velocity ``u(x,t,t,y)``."""
-        return self.network(x, t, t, labels)
+        return self.call_network(x, t, t, labels)
 
     def solution(self, x: Tensor, t: Tensor, s: Tensor, labels: Tensor | None = None) -> Tensor:
         """``x − (t−s) u(x,t,s,y)``; see the base class."""
-        return x - (t - s).view(-1, 1, 1, 1) * self.network(x, t, s, labels)
+        return x - (t - s).view(-1, 1, 1, 1) * self.call_network(x, t, s, labels)
 
     def time_pairs(self, rows: Tensor, seed: int | Tensor, step: int | Tensor) -> Tensor:
         """(B, 2) float32, the two logit-normal draws of each row."""
@@ -123,7 +135,7 @@ class AverageVelocity(Objective):
         if guided:
             u_null, u_own = self._guidance(z, t, labels, n)
             v_average = self._guided_velocity(v_average, u_null[n:], u_own, t[n:], drop[n:], labels[n:])
-        labels = self.input_labels(labels, drop)
+        labels = self.input_labels(labels, drop, z)
         along = v_average
         if self.direction == "prediction" and guided:
             along = torch.where(drop[n:].view(-1, 1, 1, 1), u_null[n:], u_own)
@@ -189,4 +201,5 @@ class AverageVelocity(Objective):
         squares = error.square().flatten(1)
         total = squares.sum(1)
         weight = (total.detach() + self.eps).pow(-self.p)
-        return LossOutput((weight * total).mean(), squares.detach().mean(1), weight, t)
+        # of the mean, as mse is, so that weight times mse is the loss
+        return LossOutput((weight * total).mean(), squares.detach().mean(1), weight * squares.shape[1], t)

@@ -5,12 +5,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from soflow_fast import kernels, paths
-from soflow_fast.conditions import null_condition
+from soflow_fast.conditions import null_condition, require_classes, told
 from soflow_fast.differencing import ForwardDifference, draws
 from soflow_fast.kernels.reference import Stream
 from soflow_fast.sample import evaluating, sample
+
+#: What to do about a network that :func:`by_batch` finds.
+NORMS_REMEDY = "use GroupNorm, or norms with running statistics in evaluation mode (norm.eval())"
 
 
 class LossOutput(NamedTuple):
@@ -18,7 +22,8 @@ class LossOutput(NamedTuple):
 
     Attributes:
         loss: 0-d, the mean over the rows; carries the gradient.
-        mse: (n,) each row's unweighted error. weight: (n,) each row's weight. t: (n,) each row's time. No gradients.
+        mse: (n,) each row's unweighted error, the mean over the sample. weight: (n,) each row's weight of that mean.
+            t: (n,) each row's time. No gradients.
     """
 
     loss: Tensor
@@ -45,9 +50,13 @@ class Objective(nn.Module):
 
     Args:
         net: module with ``net(x, t, s, labels)`` and ``net.num_classes``, the index that means "no label"; or with
-            ``net.null_condition``, see :mod:`soflow_fast.conditions`.
+            ``net.null_condition``, see :mod:`soflow_fast.conditions`. Without labels it gets "no label" for each row,
+            and None where it has ``num_classes = 0``.
         velocity_share: share of rows that train the velocity, ordered first.
         impl: of the fused ops; by default the network's own, see :func:`soflow_fast.kernels.resolve_impl`.
+
+    Raises:
+        ValueError: for a network that has neither.
 
     Attributes:
         path: of its noise. condition_dim: how many numbers it tells the network of a row beside its label.
@@ -63,6 +72,7 @@ class Objective(nn.Module):
     def __init__(self, net: nn.Module, velocity_share: float, impl: str | None):
         super().__init__()
         require_range("velocity_share", velocity_share, 0, 1)
+        require_classes(net)
         self.network, self.velocity_share = net, velocity_share
         self._derived: ForwardDifference | None = None
         self._drawless: set[bool] = set()
@@ -90,7 +100,7 @@ class Objective(nn.Module):
             return
         if self._derived is None or self._derived.net is not self.network:
             self._derived = ForwardDifference(self.network, self.impl)
-        self._derived.prepare(x, labels, mode)
+        self._derived.prepare(x, told(self.network, labels, x), mode)
 
     def prepare(self, x: Tensor, labels: Tensor | None) -> None:
         """Readies what cannot be made while the loss is compiled, for rows of this form; before every step.
@@ -99,13 +109,20 @@ class Objective(nn.Module):
             x: (n, C, H, W) samples that do not only train the velocity; their values do not matter. labels: of a batch.
         """
 
-    def require_no_draws(self, x: Tensor, labels: Tensor | None, setting: str) -> None:
-        """ValueError where :meth:`network_draws`, for a setting that subtracts two outputs of the network."""
+    def require_subtractable(self, x: Tensor, labels: Tensor | None, setting: str) -> None:
+        """ValueError for a setting that subtracts two outputs of a network whose outputs differ at any step: one that
+        draws numbers, see :meth:`network_draws`, or that normalises by the batch."""
         if self.network_draws(x, labels):
             raise ValueError(
                 f"{setting} subtracts two outputs of the network, which draws random numbers: of its dropout they have "
                 "different masks, by which they differ at any step; turn its dropout off (model.dropout=0), or carry "
                 "the difference through it"
+            )
+        norm = by_batch(self.network)
+        if norm is not None:
+            raise ValueError(
+                f"{setting} subtracts two outputs of the network, and its {norm} takes the statistics of a batch, "
+                f"which are of other rows in each, so that they differ at any step; {NORMS_REMEDY}"
             )
 
     def network_draws(self, x: Tensor, labels: Tensor | None) -> bool:
@@ -116,7 +133,7 @@ class Objective(nn.Module):
         mode, known = self.network.training, hasattr(self.network, "forward_difference")
         if known or mode in self._drawless or x.is_meta or isinstance(x, FakeTensor):
             return False
-        if draws(self.network, x, labels):
+        if draws(self.network, x, told(self.network, labels, x)):
             return True
         self._drawless.add(mode)
         return False
@@ -130,22 +147,27 @@ class Objective(nn.Module):
         x0: Tensor,
         labels: Tensor | None,
         progress: float | Tensor,
-        seed: int | Tensor = 0,
-        step: int | Tensor = 0,
         *,
+        step: int | Tensor,
+        seed: int | Tensor = 0,
         first_row: int = 0,
     ) -> TotalLoss:
         """The loss of a batch; draws everything from (seed, step, global row).
 
         Args:
-            x0: (B, C, H, W). progress: of the training, in [0, 1].
+            x0: (B, C, H, W). progress: of the training, ``step / total_steps`` in [0, 1]; a tensor is not read.
             labels: (B,) int64; (B, 1+k) floating point, the label and what else the network is told of a row, such as
-                how it was augmented; (B, ...) conditions, of a network that takes these; or None, of one that is told
-                nothing.
-            seed, step: of the draws.
+                how it was augmented; (B, ...) conditions, of a network that takes these; or None, for "no label" of
+                every row.
+            step, seed: of the draws, which are those of another step only if ``step`` is.
             first_row: index of x0[0] in the global batch. Parts of a batch, on other processes or as micro-batches,
                 need theirs, or they draw the same numbers.
+
+        Raises:
+            ValueError: for a progress outside [0, 1].
         """
+        if not torch.is_tensor(progress) and not 0 <= progress <= 1:
+            raise ValueError(f"progress={progress} is outside [0, 1]; give step / total_steps")
         order, n_velocity = paths.row_order(x0.shape[0], self.velocity_share, first_row)
         order = torch.tensor(order, device=x0.device)
         labels = None if labels is None else labels[order]
@@ -208,10 +230,14 @@ class Objective(nn.Module):
             return drop | (labels == self.no_label(labels)).reshape(len(labels), -1).all(1)
         return drop | ((labels if labels.dim() == 1 else labels[:, 0]) == self.network.num_classes)
 
-    def input_labels(self, labels: Tensor | None, drop: Tensor | None) -> Tensor | None:
-        """The labels the network sees: "no label" on the dropped rows."""
+    def call_network(self, x: Tensor, t: Tensor, s: Tensor, labels: Tensor | None) -> Tensor:
+        """The network's output, of rows without labels that for "no label"."""
+        return self.network(x, t, s, told(self.network, labels, x))
+
+    def input_labels(self, labels: Tensor | None, drop: Tensor | None, x: Tensor) -> Tensor | None:
+        """The labels the network sees of samples x: "no label" on the dropped rows, and where there are none."""
         if labels is None or drop is None:
-            return labels
+            return told(self.network, labels, x)
         return torch.where(drop.view(-1, *(1,) * (labels.dim() - 1)), self.no_label(labels), labels)
 
     def no_label(self, labels: Tensor) -> Tensor:
@@ -235,6 +261,14 @@ def combine(parts: dict[str, LossOutput]) -> TotalLoss:
     """The mean over all rows of all parts."""
     total = sum(len(part.t) for part in parts.values())
     return TotalLoss(sum(part.loss * (len(part.t) / total) for part in parts.values()), parts)
+
+
+def by_batch(net: nn.Module) -> str | None:
+    """The first norm of a network that takes the statistics of a batch, in words; None where no norm does."""
+    for name, module in net.named_modules():
+        if isinstance(module, _BatchNorm) and (module.training or module.running_mean is None):
+            return f"{type(module).__name__} {name!r}"
+    return None
 
 
 def require_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

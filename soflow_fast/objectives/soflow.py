@@ -13,9 +13,11 @@ from soflow_fast import paths
 from soflow_fast.conditions import takes_labels
 from soflow_fast.kernels.reference import Stream
 from soflow_fast.objectives.base import (
+    NORMS_REMEDY,
     LossOutput,
     Objective,
     TotalLoss,
+    by_batch,
     combine,
     require_choice,
     require_null_label,
@@ -48,7 +50,7 @@ class SoFlow(Objective):
         net: module with ``net(x, t, s, labels)`` and ``net.num_classes``, the index that means "no label"; or with
             ``net.null_condition``, see :mod:`soflow_fast.conditions`.
         path: ``linear`` or ``trig``. parameterization: ``euler`` or ``trig``.
-        guidance_scale: ω; 1 is no guidance. guidance_mix: m in [0, 1]. guidance_decay_time: τ, 1 or more is no decay.
+        guidance_scale: ω; 1 is no guidance. guidance_mix: m in [0, 1]. guidance_decay_time: τ, from 1 no decay.
         label_drop: share of rows trained without label. p, eps: the adaptive weight ``(error + eps)^(−p)``.
         velocity_share: share of rows that train the velocity; the rest train the consistency.
         time_mean, time_std: of the logit-normal draws, in the order velocity t, consistency s, consistency t.
@@ -90,8 +92,9 @@ class SoFlow(Objective):
         require_choice("parameterization", parameterization, paths.PARAMETERIZATIONS)
         require_choice("gap_schedule", gap_schedule, paths.GAP_SCHEDULES)
         require_choice("quotient", quotient, QUOTIENTS)
-        require_range("guidance_scale", guidance_scale, 0, float("inf"))
-        require_range("eps", eps, 0, float("inf"))
+        own = {"guidance_scale": guidance_scale, "guidance_decay_time": guidance_decay_time, "p": p, "eps": eps}
+        for name, value in own.items():
+            require_range(name, value, 0, float("inf"))
         require_range("guidance_mix", guidance_mix, 0, 1)
         require_range("label_drop", label_drop, 0, 1)
         for name, value in (("gap_init", gap_init), ("gap_end", gap_end)):
@@ -100,8 +103,9 @@ class SoFlow(Objective):
         for name, values in (("time_mean", time_mean), ("time_std", time_std)):
             if len(values) != 3:
                 raise ValueError(f"{name}={tuple(values)} needs 3 numbers: velocity t, consistency s, consistency t")
-        if min(time_std) < 0:
-            raise ValueError(f"time_std={tuple(time_std)} has a negative standard deviation")
+        for mean, std in zip(time_mean, time_std, strict=True):
+            require_range("time_mean", mean, -float("inf"), float("inf"))  # not nan
+            require_range("time_std", std, 0, float("inf"))
         require_range("min_gap", min_gap, 0, 1)
         require_null_label(net, f"guidance_scale={guidance_scale}" if guidance_scale != 1 else None, label_drop)
         if min_gap == 0 and quotient == "two_forwards":
@@ -121,26 +125,32 @@ class SoFlow(Objective):
 
     def velocity(self, x: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
         """The model's velocity ``v̂(x,t,y) = ∂_s b·F(x,t,t,y)``; shapes as :meth:`solution`."""
-        return paths.velocity_scale(self.parameterization) * self.network(x, t, t, labels)
+        return paths.velocity_scale(self.parameterization) * self.call_network(x, t, t, labels)
 
     def solution(self, x: Tensor, t: Tensor, s: Tensor, labels: Tensor | None = None) -> Tensor:
         """``f(x,t,s,y) = a x + b F``; see the base class."""
         a, b = (c.view(-1, 1, 1, 1) for c in paths.solution_coefficients(t, s, self.parameterization))
-        return a * x + b * self.network(x, t, s, labels)
+        return a * x + b * self.call_network(x, t, s, labels)
 
     def prepare(self, x: Tensor, labels: Tensor | None) -> None:
         """Derives the difference forward of a network that has none; see the base class.
 
         Raises:
-            ValueError: for two forwards of which each draws another dropout; and where the difference forward cannot be
-                derived and two forwards are no way out.
+            ValueError: for two forwards of which each draws another dropout or has statistics of another batch; and
+                where the difference forward cannot be derived and two forwards are no way out.
         """
         if self._subtracts:
-            self.require_no_draws(x, labels, "quotient='two_forwards'")
+            self.require_subtractable(x, labels, "quotient='two_forwards'")
             return
         try:
             self.derive(x, labels, self.quotient)
         except ValueError as error:
+            norm = by_batch(self.network)
+            if norm is not None:
+                raise ValueError(
+                    f"the network's {norm} takes the statistics of a batch, with which two forwards differ at any gap, "
+                    f"and {error}; {NORMS_REMEDY}"
+                ) from error
             if self.quotient == "tangent" or self.min_gap == 0:
                 needs = "quotient='tangent'" if self.quotient == "tangent" else "min_gap=0"
                 raise ValueError(
@@ -246,7 +256,7 @@ class SoFlow(Objective):
             F_null, F_own = F.split([len(t), len(s)])
             v = self._target_velocity(v, F_null[n:], F_own, t_c, drop[n:])
             F_null = F_null[:n]
-        labels = self.input_labels(labels, drop)
+        labels = self.input_labels(labels, drop, x_t)
         s_all = torch.cat([t[:n], s])
         if not len(s):
             F, dF = self.network(x_t, t, s_all, labels), None
@@ -290,7 +300,7 @@ class SoFlow(Objective):
 
     def _velocity_loss(self, x_t, v_t, t, labels, drop) -> LossOutput:
         F_null = self._null_output(x_t, t, labels) if self._guided(labels) else None
-        F = self.network(x_t, t, t, self.input_labels(labels, drop))
+        F = self.network(x_t, t, t, self.input_labels(labels, drop, x_t))
         return self._reduce_velocity(F, v_t, F_null, t, drop)
 
     def _reduce_velocity(self, F, v_t, F_null, t, drop) -> LossOutput:
@@ -309,7 +319,7 @@ class SoFlow(Objective):
             with torch.no_grad():
                 F_own = self.network(x_t, t, t, labels)
             v = self._target_velocity(v_t, F_null, F_own, t, drop)
-        labels = self.input_labels(labels, drop)
+        labels = self.input_labels(labels, drop, x_t)
         F, dF = self._with_difference(x_t, t, s, labels, v, gap)
         return self._reduce_consistency(F, dF, v, x_t, t, gap, s)
 
