@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TextIO
 
 from torch import nn
 
@@ -25,6 +25,19 @@ CONFIG_NAME = "config.yaml"
 DATA_NAME = "data.json"
 CHANGES_NAME = "changes.jsonl"
 LOCK_NAME = ".lock"
+
+# The locks that are held here. A process forked from this one, such as a reader of the data, has the open files too and
+# would hold the locks for as long as it lives.
+_held: set[TextIO] = set()
+
+
+def _let_go() -> None:
+    for file in _held:
+        file.close()
+    _held.clear()
+
+
+os.register_at_fork(after_in_child=_let_go)
 
 #: What makes a run go on with other values.
 ACCEPT = "--accept-changes (in Python, Trainer(..., accept_changes=True))"
@@ -150,15 +163,17 @@ def load_run(
 
 @contextmanager
 def locked(run_dir: Path) -> Iterator[None]:
-    """Makes the folder; within it no other process trains there. Where files cannot be locked, nothing is known.
+    """Makes the folder; within it nobody else trains there, in this process neither. Where files cannot be locked,
+    nothing is known.
 
     Raises:
-        ValueError: if another process trains there.
+        ValueError: if somebody trains there.
     """
     run_dir.mkdir(parents=True, exist_ok=True)
     with (run_dir / LOCK_NAME).open("a+") as file:
         try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process, however that ends
+            # It is of this open file, not of the process as lockf's, and ends with it, however the process ends.
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
             file.seek(0)
             raise ValueError(
@@ -169,7 +184,11 @@ def locked(run_dir: Path) -> Iterator[None]:
             pass
         file.truncate(0)
         print(f"process {os.getpid()} of {socket.gethostname()}", end="", file=file, flush=True)
-        yield
+        _held.add(file)
+        try:
+            yield
+        finally:
+            _held.discard(file)
 
 
 def claim(

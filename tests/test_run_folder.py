@@ -278,6 +278,17 @@ def test_a_folder_in_which_another_process_trains_is_refused_until_that_ends(tmp
     assert final(tmp_path).step == 6
 
 
+def test_a_folder_in_which_this_process_trains_is_refused_and_stays_locked(tmp_path):
+    with run_folder.locked(tmp_path):
+        with pytest.raises(ValueError, match=f"is being trained in by process {os.getpid()} of"):
+            Trainer(tiny_config(tmp_path)).fit()
+        assert not (tmp_path / "config.yaml").exists()
+        other = subprocess.run([sys.executable, "-c", _HOLD, str(tmp_path)], input="", capture_output=True, text=True)
+        assert "is being trained in by" in other.stderr
+    Trainer(tiny_config(tmp_path)).fit()
+    assert final(tmp_path).step == 6
+
+
 def test_what_another_process_trained_meanwhile_is_not_lost(tmp_path, monkeypatch):
     """It came and went between the reading of the folder and its lock."""
     locked = run_folder.locked
@@ -316,6 +327,6 @@ def test_where_files_cannot_be_locked_a_run_trains_without(tmp_path, monkeypatch
     def unable(*_):
         raise OSError(errno.ENOLCK, "no locks available")
 
-    monkeypatch.setattr(run_folder.fcntl, "lockf", unable)
+    monkeypatch.setattr(run_folder.fcntl, "flock", unable)
     Trainer(tiny_config(tmp_path)).fit()
     assert final(tmp_path).step == 6
