@@ -97,6 +97,24 @@ def require_same(run_dir: Path, config: TrainConfig, theirs: TrainConfig, remedy
         )
 
 
+def require_usable(state: checkpoint.State, config: TrainConfig, path: Path) -> None:
+    """ValueError where a run cannot go on from the state at ``path`` with a configuration, though changes of it are
+    accepted.
+    """
+    if state.step > config.total_steps:
+        raise ValueError(
+            f"total_steps={config.total_steps} is less than the {state.step} steps that the run has done; choose at "
+            f"least {state.step}, or remove {path} and those after that step"
+        )
+    saved = {name.split("/")[0] for name in state.posthoc}
+    for std in config.ema.posthoc:
+        if str(std) not in saved:
+            raise ValueError(
+                f"ema.posthoc has {std}, which the run has not averaged from its beginning; leave it out, or choose "
+                "another run_dir"
+            )
+
+
 def load_run(
     run_dir: str | Path,
     device: str = "auto",

@@ -24,7 +24,7 @@ from runs import (
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from soflow_fast import DiT, Trainer, checkpoint, scoring, trainer
+from soflow_fast import DiT, Trainer, checkpoint, grids, scoring, trainer
 from soflow_fast.config import (
     DataConfig,
     EMAConfig,
@@ -166,9 +166,9 @@ def test_samples_and_scores_during_training(tmp_path):
 def test_the_classes_of_the_grid_and_the_checkpoints_that_stay_can_be_chosen(tmp_path, monkeypatch):
     output = OutputConfig(sample_every=6, sample_shape=(2, 5), checkpoint_every=1, keep_checkpoints=1, keep_every=3)
     config = tiny_config(tmp_path, output=replace(output, sample_labels=(3, 7)))
-    drawn, generate = [], trainer.generate
+    drawn, generate = [], grids.generate
     monkeypatch.setattr(
-        trainer, "generate", lambda model, labels, *a, **k: drawn.append(labels) or generate(model, labels, *a, **k)
+        grids, "generate", lambda model, labels, *a, **k: drawn.append(labels) or generate(model, labels, *a, **k)
     )
     Trainer(config).fit()
     assert [labels.tolist() for labels in drawn] == [[3, 7] * 5]
