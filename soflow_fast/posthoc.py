@@ -145,7 +145,7 @@ def reconstruct(run_dir: str | Path, std: float, step: int | None = None) -> Rec
     for one, share in zip(used, shares, strict=True):
         with safe_open(one.path, "pt") as file:
             for name in file.keys():  # noqa: SIM118, it is no mapping
-                tensor = file.get_tensor(name)
+                tensor, name = file.get_tensor(name), checkpoint.uncompiled(name)
                 sums.setdefault(name, torch.zeros_like(tensor, dtype=torch.float64)).add_(tensor, alpha=share)
     weights = {name: total.float() for name, total in sums.items()}
     return Reconstruction(weights, last[0].step, len(used), residual)

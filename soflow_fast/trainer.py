@@ -102,6 +102,7 @@ class Trainer:
         self.model = build.build_model(config, model)
         if model is not None:
             given.check(self.model, config, self.dataset)
+            given.ensure_training_mode(self.model)
         self.model.to(self.processes.device)
         wanted = config.optimizer
         self.optimizer = OPTIMIZERS[wanted.name](
