@@ -267,6 +267,7 @@ def with_given(
             f"config is a {type(config).__name__}; give a TrainConfig, such as TrainConfig.from_yaml(path) or "
             "TrainConfig.from_dict(mapping)"
         )
+    config = config.checked()
     if model is not None and not isinstance(model, nn.Module):
         raise ValueError(f"model={model!r} is no torch.nn.Module; give an object, such as Net(), and not its class")
     model, preset = _uncompiled(model), GIVEN

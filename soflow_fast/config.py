@@ -293,6 +293,16 @@ class TrainConfig(Section):
             f"be a multiple of output.checkpoint_every={saved}, and both greater than 0",
         )
 
+    def require_effect(self) -> None:
+        """ValueError for what cannot act in so few steps; asked to train alone, as runs on record may have it."""
+        self.optimizer.check_warmup(self.total_steps)
+        require(
+            not self.ema.posthoc or self.ema.snapshot_every <= self.total_steps,
+            f"ema.snapshot_every={self.ema.snapshot_every} leaves ema.posthoc={list(self.ema.posthoc)} one snapshot in "
+            f"total_steps={self.total_steps}, which gives hardly another average; choose fewer, such as "
+            f"{max(1, self.total_steps // 20)}",
+        )
+
     @property
     def objective_section(self) -> Any:
         """The section of the chosen objective, which is not ``given``."""

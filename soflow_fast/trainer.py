@@ -79,6 +79,7 @@ class Trainer:
         self._accept_changes, self._changes = accept_changes, []
         self._began = False
         config, model = build.with_given(config, model, dataset)
+        config.require_effect()
         self.config = config
         device = build.resolve_device(config.device)
         if model is None:

@@ -179,7 +179,7 @@ def test_changes_are_recorded_once_though_a_kill_follows(tmp_path, monkeypatch):
     ids=str,
 )
 def test_what_can_change(tmp_path, change):
-    config = tiny_config(tmp_path, ema=EMAConfig(posthoc=(0.05, 0.1)))
+    config = tiny_config(tmp_path, ema=EMAConfig(posthoc=(0.05, 0.1), snapshot_every=6))
     Trainer(config).fit()
     shutil.rmtree(tmp_path / "checkpoints" / "step-00000006")
     Trainer(replace(config, **change), accept_changes=True).fit()
@@ -194,7 +194,10 @@ def test_what_cannot_change(tmp_path):
     for change, words in (
         ({"model": replace(config.model, hidden_size=32)}, r"of another model: network\."),
         ({"total_steps": 4}, "total_steps=4 is less than the 6 steps that the run has done"),
-        ({"ema": EMAConfig(posthoc=(0.05, 0.1))}, r"ema\.posthoc has 0\.05, which the run has not averaged"),
+        (
+            {"ema": EMAConfig(posthoc=(0.05, 0.1), snapshot_every=6)},
+            r"ema\.posthoc has 0\.05, which the run has not averaged",
+        ),
     ):
         with pytest.raises(ValueError, match=words):
             Trainer(replace(config, **change), accept_changes=True).fit()
