@@ -223,7 +223,8 @@ def check_dataset(config: TrainConfig, dataset: Dataset, null_condition: Tensor 
             f"batch_size={config.batch_size} is more than the {len(dataset)} samples of the data; "
             f"choose at most {len(dataset)}"
         )
-    shape = require_pair(dataset[0], config.model.num_classes, null_condition)
+    with caller_keeps_generators():  # from which an item may draw
+        shape = require_pair(dataset[0], config.model.num_classes, null_condition)
     channels, *size = sample_shape(config)
     _require_labels_from_0(dataset, config.model.num_classes)
     warn_of_unused_classes(dataset, config.model.num_classes)

@@ -84,6 +84,30 @@ def test_given_data_that_changed_are_refused(tmp_path):
     assert "63 samples in place of 64" in _refused(Trainer(config, dataset=Blobs(n=63)))
 
 
+class _Labelled(Blobs):
+    """With its labels at hand, as torchvision's data sets have them."""
+
+    def __init__(self, shift):
+        super().__init__()
+        self.targets = [(i + shift) % 10 for i in range(len(self))]
+
+    def __getitem__(self, index):
+        return super().__getitem__(index)[0], self.targets[index]
+
+
+def test_given_labels_that_changed_are_refused(tmp_path):
+    config = tiny_config(tmp_path)
+    Trainer(config, dataset=_Labelled(0)).fit()
+    Trainer(config, dataset=_Labelled(10)).fit()
+    assert "holds a run of other data: other labels; put" in _refused(Trainer(config, dataset=_Labelled(3)))
+    record = tmp_path / "data.json"
+    assert len(json.loads(record.read_text())["labels"]) == 64
+    record.write_text(json.dumps({"samples": 64}))  # by an earlier version
+    Trainer(config, dataset=_Labelled(0)).fit()
+    assert "other labels" in _refused(Trainer(config, dataset=_Labelled(3)))
+    Trainer(config, dataset=Blobs()).fit()
+
+
 def test_labels_that_nobody_looks_at_may_change(tmp_path):
     config = tiny_config(tmp_path)
     config = replace(config, model=replace(config.model, num_classes=0))
