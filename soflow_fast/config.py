@@ -100,6 +100,9 @@ class DataConfig(Section, section="data."):
 class ComputeConfig(Section, section="compute."):
     """How a step is computed, see :class:`~soflow_fast.step.TrainStep`; ``auto`` is its own choice for the device.
 
+    A run records the precision that was chosen, and keeps it. compile and cuda_graph may change during it, as the
+    device may: they change how results are rounded and what a network draws by itself, such as dropout.
+
     Attributes:
         precision: ``bf16``, ``tf32`` or ``fp32``. compile: whether torch.compile is used; ``max-autotune`` also has it
             try implementations of the matrix products. cuda_graph: whether a step is one CUDA graph.
@@ -202,12 +205,14 @@ class EvaluationConfig(Section, section="evaluation."):
         require_count("evaluation.samples", self.samples, least=2)
 
 
-# What may change between the parts of one run: it has no influence on the trained weights. What lies at data.path does;
-# the run's record of its data is compared.
+# What may change between the parts of one run: it has no influence on the trained weights, but for the rounding of
+# another device or compiler. What lies at data.path does; the run's record of its data is compared.
 _FREE = {
     "run_dir",
     "device",
     "max_skipped_steps",
+    "compute.compile",
+    "compute.cuda_graph",
     "model.recompute",
     "data.on_device",
     "data.path",

@@ -68,6 +68,8 @@ def changes(run_dir: Path, config: TrainConfig, data: dict[str, object], accept:
     if not (run_dir / CONFIG_NAME).exists():
         raise ValueError(f"run_dir={str(run_dir)!r} holds a run without its {CONFIG_NAME}; choose another folder")
     theirs, before = read_config(run_dir), _read_data(run_dir)
+    if theirs.compute.precision == "auto":  # of an earlier version; what was chosen then is not known
+        theirs = replace(theirs, compute=replace(theirs.compute, precision=config.compute.precision))
     if not accept:
         require_same(run_dir, config, theirs, f"use that value, choose another run_dir, or go on with {ACCEPT}")
     found = [

@@ -4,7 +4,7 @@ import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
@@ -132,6 +132,7 @@ class Trainer:
             world_size=self.processes.world_size,
             **compute,
         )
+        self.config = replace(config, compute=replace(config.compute, precision=self.step.precision))
         self.step.check_batch(self.rows.stop - self.rows.start)
         self.on_device = self._fit_into_memory()
         self.workers = min(config.data.workers, len(os.sched_getaffinity(0)))

@@ -9,15 +9,16 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from functools import partialmethod
 
 import pytest
 import torch
 from runs import Blobs, files, final, tiny_config, write_config, write_images, write_latents
 from torch.utils.data import TensorDataset
 
-from soflow_fast import Trainer, run_folder
+from soflow_fast import Trainer, run_folder, trainer
 from soflow_fast.cli import main
-from soflow_fast.config import DataConfig, EMAConfig, OptimizerConfig, OutputConfig
+from soflow_fast.config import ComputeConfig, DataConfig, EMAConfig, OptimizerConfig, OutputConfig
 from soflow_fast.trainer import load_run
 
 # ---------------------------------------------------------------------------------------------------------- the data
@@ -209,6 +210,31 @@ def test_what_can_change(tmp_path, change):
     Trainer(replace(config, **change), accept_changes=True).fit()
     assert final(tmp_path).step == 6
     assert _changes(tmp_path)[0]["step"] == 4
+
+
+def test_the_precision_that_was_chosen_is_the_runs(tmp_path, monkeypatch):
+    config = tiny_config(tmp_path, total_steps=2)
+    Trainer(config).fit()
+    record = (tmp_path / "config.yaml").read_text()
+    assert "compute:\n  precision: fp32\n" in record
+
+    def computed(**values):
+        return replace(config, compute=ComputeConfig(**values))
+
+    for same in (config, computed(precision="fp32"), computed(compile=False, cuda_graph=False)):
+        Trainer(same).fit()
+    with pytest.raises(ValueError, match=r"compute\.precision='fp32', and this one has 'bf16'; use that value"):
+        Trainer(computed(precision="bf16")).fit()
+    with monkeypatch.context() as patch:  # as on another device
+        patch.setattr(trainer.TrainStep, "__init__", partialmethod(trainer.TrainStep.__init__, precision="bf16"))
+        patch.setattr(trainer, "asdict", lambda compute: {"compile": False, "cuda_graph": False})
+        with pytest.raises(ValueError, match=r"compute\.precision='fp32', and this one has 'bf16'; use that value"):
+            Trainer(config).fit()
+    (tmp_path / "config.yaml").write_text(
+        record.replace("compute:\n  precision: fp32", "compute:\n  precision: auto")
+    )  # an earlier version's
+    Trainer(computed(precision="fp32")).fit()
+    assert (tmp_path / "config.yaml").read_text() == record
 
 
 def test_what_cannot_change(tmp_path):

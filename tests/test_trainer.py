@@ -26,6 +26,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from soflow_fast import DiT, Trainer, checkpoint, grids, scoring, trainer
 from soflow_fast.config import (
+    ComputeConfig,
     DataConfig,
     EMAConfig,
     EvaluationConfig,
@@ -225,7 +226,8 @@ def test_load_run_gives_the_averages(tmp_path):
     run = Trainer(config)
     run.fit()
     loaded, model, step = trainer.load_run(tmp_path, "cpu")
-    assert (loaded, step) == (config, 6)
+    assert (loaded, step) == (run.config, 6)
+    assert run.config == replace(config, compute=ComputeConfig(precision="fp32"))
     assert all(torch.equal(value, run.ema.state_dict()[name]) for name, value in model.state_dict().items())
 
 
