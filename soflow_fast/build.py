@@ -1,5 +1,6 @@
 """From a configuration to its objects: device, network, objective, data."""
 
+import logging
 from dataclasses import asdict, fields, replace
 from inspect import signature
 from typing import Any
@@ -27,6 +28,8 @@ from soflow_fast.objectives.meanflow import MeanFlow
 from soflow_fast.objectives.soflow import SoFlow
 from soflow_fast.size import height_and_width
 from soflow_fast.unet import UNet
+
+_log = logging.getLogger(__name__)
 
 #: The class of each objective; its section of the configuration holds its arguments.
 OBJECTIVES = {
@@ -220,7 +223,8 @@ def check_dataset(config: TrainConfig, dataset: Dataset, null_condition: Tensor 
             f"batch_size={config.batch_size} is more than the {len(dataset)} samples of the data; "
             f"choose at most {len(dataset)}"
         )
-    shape = require_pair(dataset[0], config.model.num_classes, null_condition)
+    with caller_keeps_generators():  # from which an item may draw
+        shape = require_pair(dataset[0], config.model.num_classes, null_condition)
     channels, *size = sample_shape(config)
     _require_labels_from_0(dataset, config.model.num_classes)
     warn_of_unused_classes(dataset, config.model.num_classes)
@@ -264,9 +268,10 @@ def with_given(
             f"config is a {type(config).__name__}; give a TrainConfig, such as TrainConfig.from_yaml(path) or "
             "TrainConfig.from_dict(mapping)"
         )
+    config = config.checked()
     if model is not None and not isinstance(model, nn.Module):
         raise ValueError(f"model={model!r} is no torch.nn.Module; give an object, such as Net(), and not its class")
-    preset = GIVEN
+    model, preset = _uncompiled(model), GIVEN
     if model is None and config.model.is_imported:
         preset = config.model.preset
         model = _imported("model.preset", preset, config.model.init_args, config.seed)
@@ -274,9 +279,26 @@ def with_given(
             raise ValueError(
                 f"model.preset={preset!r} makes an object of class {type(model).__name__}; make a torch.nn.Module"
             )
+        model = _uncompiled(model)
     if dataset is not None:
         config = replace(config, data=replace(config.data, kind=GIVEN, init_args={}))
     return (config if model is None else _with_values_of(config, model, preset)), model
+
+
+def _uncompiled(model: nn.Module | None) -> nn.Module | None:
+    """A network or objective without torch.compile's wrapper, whose name would be in the names of the weights."""
+    found = getattr(model, "_orig_mod", model)
+    network = network_of(found)
+    if hasattr(network, "_orig_mod"):
+        network = found.network = network._orig_mod
+    elif found is model:
+        return model
+    _log.warning(
+        "the network %s was given compiled, and is taken without that: training compiles all of the loss, see "
+        "compute.compile",
+        type(network).__name__,
+    )
+    return found
 
 
 def _imported(setting: str, path: str, arguments: dict[str, Any], seed: int) -> Any:

@@ -153,9 +153,9 @@ def load(path: Path, device: torch.device | str = "cpu") -> State:
     posthoc = path / "posthoc.safetensors"
     return State(
         step=rest["step"],
-        model=load_file(path / "model.safetensors", device=str(device)),
-        ema=load_file(path / "ema.safetensors", device=str(device)),
-        posthoc=load_file(posthoc, device=str(device)) if posthoc.is_file() else {},
+        model=_read(path / "model.safetensors", device),
+        ema=_read(path / "ema.safetensors", device),
+        posthoc=_read(posthoc, device) if posthoc.is_file() else {},
         optimizer=torch.load(path / "optimizer.pt", map_location=device, weights_only=True),
         ema_updates=rest["ema_updates"],
         skipped_steps=rest["skipped_steps"],
@@ -165,7 +165,12 @@ def load(path: Path, device: torch.device | str = "cpu") -> State:
 def load_averages(path: Path) -> dict[str, Tensor]:
     """The averaged weights of a checkpoint, and what has no average as it is, on the host; ValueError if damaged."""
     _require_whole(path, ("model.safetensors", "ema.safetensors"))
-    return {**load_file(path / "model.safetensors"), **load_file(path / "ema.safetensors")}
+    return {**_read(path / "model.safetensors"), **_read(path / "ema.safetensors")}
+
+
+def uncompiled(name: str) -> str:
+    """The name of a weight; of a network that torch.compile had wrapped, earlier versions wrote another."""
+    return name.replace("network._orig_mod.", "network.")
 
 
 def load_weights(model: nn.Module, weights: dict[str, Tensor], path: Path) -> None:
@@ -213,6 +218,10 @@ def flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _read(file: Path, device: torch.device | str = "cpu") -> dict[str, Tensor]:
+    return {uncompiled(name): value for name, value in load_file(file, device=str(device)).items()}
 
 
 def _require_whole(path: Path, read: Sequence[str] | None = None) -> None:

@@ -100,6 +100,9 @@ class DataConfig(Section, section="data."):
 class ComputeConfig(Section, section="compute."):
     """How a step is computed, see :class:`~soflow_fast.step.TrainStep`; ``auto`` is its own choice for the device.
 
+    A run records the precision that was chosen, and keeps it. compile and cuda_graph may change during it, as the
+    device may: they change how results are rounded and what a network draws by itself, such as dropout.
+
     Attributes:
         precision: ``bf16``, ``tf32`` or ``fp32``. compile: whether torch.compile is used; ``max-autotune`` also has it
             try implementations of the matrix products. cuda_graph: whether a step is one CUDA graph.
@@ -202,12 +205,14 @@ class EvaluationConfig(Section, section="evaluation."):
         require_count("evaluation.samples", self.samples, least=2)
 
 
-# What may change between the parts of one run: it has no influence on the trained weights. What lies at data.path does;
-# the run's record of its data is compared.
+# What may change between the parts of one run: it has no influence on the trained weights, but for the rounding of
+# another device or compiler. What lies at data.path does; the run's record of its data is compared.
 _FREE = {
     "run_dir",
     "device",
     "max_skipped_steps",
+    "compute.compile",
+    "compute.cuda_graph",
     "model.recompute",
     "data.on_device",
     "data.path",
@@ -291,6 +296,16 @@ class TrainConfig(Section):
             not self.output.keep_best or (scored and saved and scored % saved == 0),
             f"output.keep_best=True needs a checkpoint of every step that is evaluated: evaluation.every={scored} must "
             f"be a multiple of output.checkpoint_every={saved}, and both greater than 0",
+        )
+
+    def require_effect(self) -> None:
+        """ValueError for what cannot act in so few steps; asked to train alone, as runs on record may have it."""
+        self.optimizer.check_warmup(self.total_steps)
+        require(
+            not self.ema.posthoc or self.ema.snapshot_every <= self.total_steps,
+            f"ema.snapshot_every={self.ema.snapshot_every} leaves ema.posthoc={list(self.ema.posthoc)} one snapshot in "
+            f"total_steps={self.total_steps}, which gives hardly another average; choose fewer, such as "
+            f"{max(1, self.total_steps // 20)}",
         )
 
     @property

@@ -22,10 +22,9 @@ class _Dumper(yaml.SafeDumper):
     """Puts texts that the loader would take for numbers in quotes."""
 
 
+_FLOAT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$")
 for _class in (_Loader, _Dumper):
-    _class.add_implicit_resolver(
-        "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), [*"-+0123456789"]
-    )
+    _class.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, [*"-+0123456789"])
 
 # How like a known key an unknown one must be for the known one to be suggested, 1 for the same.
 _LIKE = 0.6
@@ -53,6 +52,18 @@ class Section:
 
     def __init_subclass__(cls, section: str = ""):
         cls.section = section
+
+    def __setattr__(self, name: str, value: Any):
+        if name not in self.__dataclass_fields__:
+            near = _nearest(name, set(self.__dataclass_fields__))
+            remedy = f"the nearest is {near!r}" if near else f"there are {', '.join(self.__dataclass_fields__)}"
+            raise AttributeError(f"{type(self).__name__} has no {name!r}; {remedy}")
+        super().__setattr__(name, value)
+
+    def checked(self) -> "Section":
+        """A copy, checked as when it was made: its values may have been set since."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(self, **{k: value.checked() for k, value in values.items() if isinstance(value, Section)})
 
     def __post_init__(self):
         for f in fields(self):
@@ -84,6 +95,7 @@ def parse(cls: type, raw: dict, overrides: Sequence[str] = ()) -> dict[str, Any]
     _require_known(flatten(raw, whole=mappings(cls)), set(known))
     require_known_overrides(cls, overrides)
     raw, overrides, taken = _take_mappings(raw, overrides, mappings(cls))
+    raw, overrides = _with_whole_numbers(raw, overrides, known)
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(cls)
     try:
@@ -133,6 +145,30 @@ def _take_mappings(raw: dict, overrides: Sequence[str], names: set[str]) -> tupl
             value = {**before, key: value}
         taken[name] = value
     return raw, rest, taken
+
+
+def _with_whole_numbers(raw: dict, overrides: Sequence[str], known: dict[str, Any]) -> tuple[dict, list[str]]:
+    """The mapping and arguments with 400000 for 4e5, which is a float, where a whole number is wanted."""
+
+    def whole(name: str, value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: whole(f"{name}.{key}", part) for key, part in value.items()}
+        annotation = known.get(name)
+        if int not in (annotation, *get_args(annotation)):
+            return value
+        if isinstance(value, str):
+            return str(int(float(value))) if _FLOAT.match(value) and float(value).is_integer() else value
+        return int(value) if isinstance(value, float) and value.is_integer() else value
+
+    arguments, name = [], ""
+    for argument in overrides:
+        if argument.startswith("--"):
+            name, equals, text = argument[2:].partition("=")
+            argument = f"--{name}={whole(name, text)}" if equals else argument
+        elif name:
+            argument, name = whole(name, argument), ""
+        arguments.append(argument)
+    return {name: whole(name, value) for name, value in raw.items()}, arguments
 
 
 def require_known_overrides(cls: type, overrides: Sequence[str]) -> None:

@@ -85,6 +85,14 @@ class OptimizerConfig(Section, section="optimizer."):
             f"total_steps={total_steps}; choose fewer",
         )
 
+    def check_warmup(self, total_steps: int) -> None:
+        """ValueError where a run of so many steps would end before the learning rate is reached."""
+        require(
+            self.warmup_steps <= total_steps,
+            f"optimizer.warmup_steps={self.warmup_steps} is more than total_steps={total_steps}, and "
+            f"optimizer.learning_rate={self.learning_rate} is never reached; choose fewer",
+        )
+
     def learning_rate_at(self, step: int, total_steps: int) -> float:
         """The learning rate of a step, counted from 0, of a run of ``total_steps``; none is 0.
 

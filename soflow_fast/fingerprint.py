@@ -10,6 +10,8 @@ from torch import Tensor
 from torch.utils.data import Dataset, TensorDataset
 
 from soflow_fast.data import CIFAR10, ImageFolder, LatentMoments, MomentsFolder
+from soflow_fast.data.checks import labels_at_hand
+from soflow_fast.data.loader import caller_keeps_generators
 from soflow_fast.data.moments import probe_rows
 
 
@@ -18,7 +20,8 @@ def fingerprint(dataset: Dataset, num_classes: int, null_condition: Tensor | Non
 
     ``shape`` of a sample, ``classes``, the folders in the order of their numbers, and ``sha256`` of the relative names
     and labels. Labels count where there are classes. Where there is a null condition, ``conditions`` is the sha256 of
-    the conditions, of latents that of some. What else the files hold does not enter.
+    the conditions, of latents that of some. What else the files hold does not enter. Of any other data set ``labels``
+    is the sha256 of the labels, where there are classes and it has them at hand.
     """
     found: dict[str, object] = {"samples": len(dataset)}
     labels, names = labels_of(dataset), _names_of(dataset)
@@ -26,16 +29,22 @@ def fingerprint(dataset: Dataset, num_classes: int, null_condition: Tensor | Non
     if conditions is not None:
         found["conditions"] = hashlib.sha256(conditions.contiguous().view(torch.uint8).numpy()).hexdigest()
     if labels is None:
-        return found
-    found["shape"] = list(dataset[0][0].shape)
+        at_hand = labels_at_hand(dataset) if num_classes else None
+        return found if at_hand is None else found | {"labels": hashlib.sha256(_as_bytes(at_hand)).hexdigest()}
+    with caller_keeps_generators():  # by which an image may be mirrored
+        found["shape"] = list(dataset[0][0].shape)
     if isinstance(dataset, ImageFolder) and num_classes:
         found["classes"] = list(dataset.classes)
     digest = hashlib.sha256()
     for name in names:
         digest.update(os.fsencode(name) + b"\0")
     if num_classes:
-        digest.update(np.ascontiguousarray(labels, dtype="<i8").tobytes())
+        digest.update(_as_bytes(labels))
     return found | {"sha256": digest.hexdigest()}
+
+
+def _as_bytes(labels: np.ndarray) -> bytes:
+    return np.ascontiguousarray(labels, dtype="<i8").tobytes()
 
 
 def labels_of(dataset: Dataset) -> np.ndarray | None:
@@ -57,7 +66,12 @@ def _conditions_of(dataset: Dataset) -> Tensor | None:
 
 
 def difference(before: dict[str, object], after: dict[str, object]) -> str | None:
-    """How the data of two fingerprints differ, in words, or None."""
+    """How the data of two fingerprints differ, in words, or None.
+
+    Those of earlier versions have no ``labels``; these are compared where both have them.
+    """
+    if not ("labels" in before and "labels" in after):
+        before, after = ({k: v for k, v in one.items() if k != "labels"} for one in (before, after))
     if before == after:
         return None
     old, new = before.get("classes"), after.get("classes")
@@ -72,7 +86,7 @@ def difference(before: dict[str, object], after: dict[str, object]) -> str | Non
             return f"{after.get(name)} {unit} in place of {before.get(name)}"
     if before.get("conditions") != after.get("conditions"):
         return "other conditions"
-    return "other names of files or other labels"
+    return "other labels" if before.get("labels") != after.get("labels") else "other names of files or other labels"
 
 
 def _names_of(dataset: Dataset) -> Iterable[str | bytes]:

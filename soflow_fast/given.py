@@ -1,6 +1,8 @@
 """Checks of a network or objective given to the Trainer, whose own errors at the first step would say little."""
 
 import copy
+import logging
+import os
 
 import torch
 from torch import nn
@@ -14,6 +16,8 @@ from soflow_fast.objectives.base import Objective
 from soflow_fast.sample import evaluating
 from soflow_fast.unet import UNet
 
+_log = logging.getLogger(__name__)
+
 
 def check(model: Objective, config: TrainConfig, dataset: Dataset) -> None:
     """ValueError for an objective that lacks a method, and a network that does not do what this package's need.
@@ -23,7 +27,7 @@ def check(model: Objective, config: TrainConfig, dataset: Dataset) -> None:
     """
     _require_methods(model, config)
     _require_trainable(model)
-    net = getattr(model.network, "_orig_mod", model.network)  # of torch.compile
+    net = model.network
     if type(model) not in build.OBJECTIVES.values() or isinstance(net, (DiT, UNet)):
         return
     if model.condition_dim or config.data.augment:  # it is told of more than the label
@@ -61,6 +65,19 @@ def check(model: Objective, config: TrainConfig, dataset: Dataset) -> None:
             f"({' '.join(str(error).split())}); give its embedding num_classes + 1 rows, or set label_drop=0 and "
             "guidance_scale=1"
         ) from None
+
+
+def ensure_training_mode(model: Objective) -> None:
+    """Puts an objective into training mode, with a warning, where its network is not: dropout would never act."""
+    if model.network.training:
+        return
+    model.train()
+    if os.environ.get("RANK", "0") == "0":
+        _log.warning(
+            "the network %s was given in eval mode, as from_pretrained returns it; it is put into training mode, in "
+            "which dropout acts",
+            type(model.network).__name__,
+        )
 
 
 def _require_methods(model: nn.Module, config: TrainConfig) -> None:

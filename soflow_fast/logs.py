@@ -24,6 +24,24 @@ METRICS_NAME = "metrics.jsonl"
 TIME_BINS = 10
 
 
+def due(step: int, every: int) -> bool:
+    """Whether what comes every so many steps, 0 for never, comes after this one."""
+    return every > 0 and step > 0 and step % every == 0
+
+
+def is_logged(folder: Path, step: int, prefix: str) -> bool:
+    """Whether the metrics of the run in a folder have values of that prefix of a step."""
+    path = folder / METRICS_NAME
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            values = json.loads(line)
+        except json.JSONDecodeError:  # the line that a kill cut short
+            continue
+        if values["step"] == step and any(name.startswith(prefix) for name in values):
+            return True
+    return False
+
+
 class Meter:
     """Means over the steps since it was last read, kept on the device; only reading waits for the device.
 

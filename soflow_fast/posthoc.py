@@ -10,6 +10,7 @@ Snapshots are float32: rounded to float16 they would add more than twice the err
 
 import json
 import os
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -71,6 +72,20 @@ def save(run_dir: Path, step: int, average: PowerEMA) -> None:
     checkpoint.flush(folder.parent)
 
 
+def remove_after(run_dir: Path, step: int) -> list[int]:
+    """Removes the snapshots of later steps, each step's at once; returns the steps.
+
+    A run that goes on from that step writes others in their place, or, with another ``snapshot_every``, none.
+    """
+    aside = run_dir / FOLDER / ".removing"
+    shutil.rmtree(aside, ignore_errors=True)  # what a kill left
+    later = [path for path in checkpoint.step_folders(run_dir / FOLDER) if checkpoint.step_of(path) > step]
+    for path in later:
+        os.rename(path, aside)  # from here on it is no snapshot
+        shutil.rmtree(aside)
+    return sorted(map(checkpoint.step_of, later))
+
+
 def snapshots(run_dir: Path) -> list[Snapshot]:
     """The snapshots of a run, oldest first, without those from before the first update.
 
@@ -130,7 +145,7 @@ def reconstruct(run_dir: str | Path, std: float, step: int | None = None) -> Rec
     for one, share in zip(used, shares, strict=True):
         with safe_open(one.path, "pt") as file:
             for name in file.keys():  # noqa: SIM118, it is no mapping
-                tensor = file.get_tensor(name)
+                tensor, name = file.get_tensor(name), checkpoint.uncompiled(name)
                 sums.setdefault(name, torch.zeros_like(tensor, dtype=torch.float64)).add_(tensor, alpha=share)
     weights = {name: total.float() for name, total in sums.items()}
     return Reconstruction(weights, last[0].step, len(used), residual)

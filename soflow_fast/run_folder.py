@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TextIO
 
 from torch import nn
 
@@ -25,6 +25,19 @@ CONFIG_NAME = "config.yaml"
 DATA_NAME = "data.json"
 CHANGES_NAME = "changes.jsonl"
 LOCK_NAME = ".lock"
+
+# The locks that are held here. A process forked from this one, such as a reader of the data, has the open files too and
+# would hold the locks for as long as it lives.
+_held: set[TextIO] = set()
+
+
+def _let_go() -> None:
+    for file in _held:
+        file.close()
+    _held.clear()
+
+
+os.register_at_fork(after_in_child=_let_go)
 
 #: What makes a run go on with other values.
 ACCEPT = "--accept-changes (in Python, Trainer(..., accept_changes=True))"
@@ -55,6 +68,8 @@ def changes(run_dir: Path, config: TrainConfig, data: dict[str, object], accept:
     if not (run_dir / CONFIG_NAME).exists():
         raise ValueError(f"run_dir={str(run_dir)!r} holds a run without its {CONFIG_NAME}; choose another folder")
     theirs, before = read_config(run_dir), _read_data(run_dir)
+    if theirs.compute.precision == "auto":  # of an earlier version; what was chosen then is not known
+        theirs = replace(theirs, compute=replace(theirs.compute, precision=config.compute.precision))
     if not accept:
         require_same(run_dir, config, theirs, f"use that value, choose another run_dir, or go on with {ACCEPT}")
     found = [
@@ -82,6 +97,24 @@ def require_same(run_dir: Path, config: TrainConfig, theirs: TrainConfig, remedy
             f"run_dir={str(run_dir)!r} holds a run with {name}={theirs.flat()[name]!r}, and this one has "
             f"{config.flat()[name]!r}; {remedy}"
         )
+
+
+def require_usable(state: checkpoint.State, config: TrainConfig, path: Path) -> None:
+    """ValueError where a run cannot go on from the state at ``path`` with a configuration, though changes of it are
+    accepted.
+    """
+    if state.step > config.total_steps:
+        raise ValueError(
+            f"total_steps={config.total_steps} is less than the {state.step} steps that the run has done; choose at "
+            f"least {state.step}, or remove {path} and those after that step"
+        )
+    saved = {name.split("/")[0] for name in state.posthoc}
+    for std in config.ema.posthoc:
+        if str(std) not in saved:
+            raise ValueError(
+                f"ema.posthoc has {std}, which the run has not averaged from its beginning; leave it out, or choose "
+                "another run_dir"
+            )
 
 
 def load_run(
@@ -150,15 +183,17 @@ def load_run(
 
 @contextmanager
 def locked(run_dir: Path) -> Iterator[None]:
-    """Makes the folder; within it no other process trains there. Where files cannot be locked, nothing is known.
+    """Makes the folder; within it nobody else trains there, in this process neither. Where files cannot be locked,
+    nothing is known.
 
     Raises:
-        ValueError: if another process trains there.
+        ValueError: if somebody trains there.
     """
     run_dir.mkdir(parents=True, exist_ok=True)
     with (run_dir / LOCK_NAME).open("a+") as file:
         try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process, however that ends
+            # It is of this open file, not of the process as lockf's, and ends with it, however the process ends.
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
             file.seek(0)
             raise ValueError(
@@ -169,7 +204,11 @@ def locked(run_dir: Path) -> Iterator[None]:
             pass
         file.truncate(0)
         print(f"process {os.getpid()} of {socket.gethostname()}", end="", file=file, flush=True)
-        yield
+        _held.add(file)
+        try:
+            yield
+        finally:
+            _held.discard(file)
 
 
 def claim(

@@ -12,10 +12,12 @@ from soflow_fast.config import TrainConfig
 from soflow_fast.distributed import LostProcessError, OtherProcessError, Processes
 from soflow_fast.ema import EMA
 from soflow_fast.evaluate import compared_with, evaluate, why_unscored
-from soflow_fast.logs import Quiet, RunLog
+from soflow_fast.logs import Quiet, RunLog, due, is_logged
 from soflow_fast.sample import Decoder
 
 _log = logging.getLogger(__name__)
+
+_PREFIX = "evaluation/"
 
 
 class Scoring:
@@ -45,6 +47,14 @@ class Scoring:
         self._run_dir = Path(config.run_dir)
         self.lacking = why_unscored(config) if config.evaluation.every else None
 
+    def is_due(self, step: int) -> bool:
+        """Whether a score belongs to this step."""
+        return not self.lacking and due(step, self._config.evaluation.every)
+
+    def lacks(self, step: int) -> bool:
+        """Whether the score that belongs to this step is not there, as a kill may have come before it."""
+        return self.is_due(step) and self._processes.of_first(lambda: not is_logged(self._run_dir, step, _PREFIX))
+
     def __call__(self, step: int, log: RunLog | Quiet) -> None:
         """Draws, scores, writes the scores among the metrics, and keeps the best checkpoint where that is asked for."""
         folder = self._run_dir / "evaluation" / "during-training"  # the next one overwrites its samples
@@ -60,9 +70,10 @@ class Scoring:
             except Exception as error:
                 _log.warning("the evaluation at step %d failed, and training goes on: %s", step, error, exc_info=error)
                 return
-        log.append({"step": step, **{f"evaluation/{name}": value for name, value in scores.items()}})
+        # First: what the metrics have is not scored again.
         if self._config.output.keep_best and self._processes.is_first:
             self._keep_best(step, scores)
+        log.append({"step": step, **{f"{_PREFIX}{name}": value for name, value in scores.items()}})
 
     def _keep_best(self, step: int, scores: dict[str, float | str]) -> None:
         distance = scores.get("frechet", scores.get("frechet_all", math.nan))

@@ -4,7 +4,7 @@ import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
@@ -23,8 +23,9 @@ from soflow_fast.dit import DiT
 from soflow_fast.ema import EMA, PowerEMA
 from soflow_fast.evaluate import check_evaluation, why_unscored
 from soflow_fast.fingerprint import fingerprint
-from soflow_fast.images import are_images, generate, labels_of_samples, save_samples, vae_decoder
-from soflow_fast.logs import Meter, Quiet, RunLog
+from soflow_fast.grids import Grids
+from soflow_fast.images import are_images, labels_of_samples, vae_decoder
+from soflow_fast.logs import Meter, Quiet, RunLog, due
 from soflow_fast.optim import OPTIMIZERS
 from soflow_fast.run_folder import load_run
 from soflow_fast.scoring import Scoring
@@ -76,7 +77,9 @@ class Trainer:
     ):
         self._on_log = on_log
         self._accept_changes, self._changes = accept_changes, []
+        self._began = False
         config, model = build.with_given(config, model, dataset)
+        config.require_effect()
         self.config = config
         device = build.resolve_device(config.device)
         if model is None:
@@ -100,6 +103,7 @@ class Trainer:
         self.model = build.build_model(config, model)
         if model is not None:
             given.check(self.model, config, self.dataset)
+            given.ensure_training_mode(self.model)
         self.model.to(self.processes.device)
         if self.processes.world_size > 1:
             distributed.broadcast(self.model)  # before the averages begin with what it has
@@ -130,6 +134,7 @@ class Trainer:
             world_size=self.processes.world_size,
             **compute,
         )
+        self.config = replace(config, compute=replace(config.compute, precision=self.step.precision))
         self.step.check_batch(self.rows.stop - self.rows.start)
         self.on_device = self._fit_into_memory()
         self.workers = min(config.data.workers, len(os.sched_getaffinity(0)))
@@ -157,6 +162,8 @@ class Trainer:
     def fit(self) -> Path:
         """Trains to the last step, from the newest checkpoint of the run's folder if there is one.
 
+        If a stop came before the sample grid or the score of that checkpoint's step, they are made first.
+
         Ctrl-C (once), SIGTERM, SIGUSR1 and SIGHUP, where this is the main thread, end it after the step, with several
         processes after the next that ten divides, with a checkpoint; their handlers are put back at the end.
 
@@ -165,7 +172,7 @@ class Trainer:
 
         Raises:
             ValueError: if the folder belongs to another configuration, model or data, or a process is training in it;
-                nothing in it is changed.
+                nothing in it is changed. If this was interrupted before there was a checkpoint.
             FloatingPointError: after more steps that are not finite than the configuration allows.
             StoppedBySignal: a SystemExit, after such a signal; after Ctrl-C KeyboardInterrupt.
         """
@@ -173,28 +180,52 @@ class Trainer:
             return self._fit(stop)
 
     def _fit(self, stop: StopSignal) -> Path:
-        config, output = self.config, self.config.output
+        config = self.config
         last_checkpoint = checkpoint.path_of(self.checkpoints, config.total_steps)
-        null, num_classes = null_condition(self.model.network), config.model.num_classes
-        data = fingerprint(self.dataset, num_classes, null) if self.processes.is_first else None
+        null = null_condition(self.model.network)
+        data = fingerprint(self.dataset, config.model.num_classes, null) if self.processes.is_first else None
         start, skipped = self._restore(data)
         origin = self._load_initial_weights() if start == 0 else None
-        self.processes.of_first(partial(self._claim_folder, start, data))
-        if start == config.total_steps:
-            return last_checkpoint
+        removed = self.processes.of_first(partial(self._claim_folder, start, data))
+        grids = Grids(config, self.model, self.ema, self._grid_labels, self.processes, self._decode)
         scoring = Scoring(config, self.model, self.ema, self.dataset, self.processes, self._decode)
-        meter = Meter(self.processes, skipped)
-        first = self.processes.is_first
+        late = grids.lack(start), scoring.lacks(start)
+        if start == config.total_steps and not any((removed, *late)):
+            return last_checkpoint
         log = Quiet()
-        if first:
+        if self.processes.is_first:
             log = RunLog(self.run_dir, start, config.total_steps, config.batch_size, self._on_log)
-        chosen = ", ".join(f"{name}={value}" for name, value in self.choices().items())
-        log.say(f"step {start} of {config.total_steps}: {chosen}")
-        for change in self._changes:
-            log.say(f"changed after step {start}: {change['key']} from {change['before']} to {change['after']}")
-        if origin is not None:
-            log.say(f"initial weights: {origin}")
-        dataset = self.dataset
+        try:
+            chosen = ", ".join(f"{name}={value}" for name, value in self.choices().items())
+            log.say(f"step {start} of {config.total_steps}: {chosen}")
+            for change in self._changes:
+                log.say(f"changed after step {start}: {change['key']} from {change['before']} to {change['after']}")
+            if removed:
+                log.say(f"removed the snapshots of steps beyond that: {', '.join(map(str, removed))}")
+            if origin is not None:
+                log.say(f"initial weights: {origin}")
+            if self._decode is None and not are_images(config.model.in_channels):
+                log.say("no autoencoder is set (data.vae), so samples stay latents: arrays in .npy files")
+            if scoring.lacking:
+                log.say(f"no evaluation during training: {scoring.lacking}")
+            with log.off_the_clock():
+                if late[0]:
+                    grids(start)
+                if late[1]:
+                    scoring(start, log)
+            if start < config.total_steps:
+                self._train(start, skipped, stop, log, grids, scoring)
+        finally:
+            log.close()
+        return last_checkpoint
+
+    def _train(
+        self, start: int, skipped: int, stop: StopSignal, log: RunLog | Quiet, grids: Grids, scoring: Scoring
+    ) -> None:
+        config, output = self.config, self.config.output
+        null, num_classes = null_condition(self.model.network), config.model.num_classes
+        meter = Meter(self.processes, skipped)
+        dataset, first = self.dataset, self.processes.is_first
         if self.on_device:
             dataset = load_resident(dataset, self.processes.device, num_classes, null_condition=null, show=first)
         steps = batches(
@@ -209,26 +240,21 @@ class Trainer:
             device=self.processes.device,
             null_condition=null,
         )
-        if self._decode is None and not are_images(config.model.in_channels):
-            log.say("no autoencoder is set (data.vae), so samples stay latents: arrays in .npy files")
-        if scoring.lacking:
-            log.say(f"no evaluation during training: {scoring.lacking}")
         steps = stop.kept_from_workers(steps)
         try:
             for done, (x, labels) in enumerate(steps, start + 1):
-                learning_rate = self._set_learning_rate(done - 1)
+                learning_rate, self._began = self._set_learning_rate(done - 1), True
                 with self._draws_of_the_network(done):
                     stats = self.step(x, labels)
                 meter.update(done, stats)
                 log.advance()
                 last = done == config.total_steps
-                logs = last or done % output.log_every == 0
                 stopped = 0 if last else stop.agreed(self.processes, done)
-                if logs or stopped:
+                if last or stopped or due(done, output.log_every):
                     self._require_finite(meter)
                     log.write(done, {**meter.read(), "learning_rate": learning_rate})
-                snapshots = self.averages and (last or _due(done, config.ema.snapshot_every))
-                saves = last or stopped or _due(done, output.checkpoint_every)
+                snapshots = self.averages and (last or due(done, config.ema.snapshot_every))
+                saves = last or stopped or due(done, output.checkpoint_every)
                 with log.off_the_clock():
                     if snapshots or saves:
                         skipped = self._require_finite(meter)
@@ -237,17 +263,15 @@ class Trainer:
                         self.processes.of_first(partial(self._write_snapshots, done))
                     if saves:
                         self.processes.of_first(partial(self._save, done, skipped))
-                    if stopped:  # what may take long is left out
+                    if stopped:  # what may take long is left to the run that goes on
                         log.say(stopping.sentence(stopped, done, checkpoint.path_of(self.checkpoints, done)))
                         raise stopping.ended_by(stopped)
-                    if _due(done, output.sample_every):
-                        self.processes.of_first(partial(self._write_samples, done))
-                    if not scoring.lacking and _due(done, config.evaluation.every):
+                    if grids.are_due(done):
+                        grids(done)
+                    if scoring.is_due(done):
                         scoring(done, log)
         finally:
             steps.close()
-            log.close()
-        return last_checkpoint
 
     def choices(self) -> dict[str, object]:
         """What was left to the machine, by name."""
@@ -297,6 +321,11 @@ class Trainer:
         """Loads the newest checkpoint, if there is one; steps done and steps skipped."""
         path = self.processes.of_first(partial(self._newest_checkpoint, data))
         if path is None:
+            if self._began:
+                raise ValueError(
+                    f"this Trainer was interrupted after step {int(self.step.step)}, and run_dir={str(self.run_dir)!r} "
+                    "has no checkpoint to go on from; make a new Trainer, of a network that has not been trained"
+                )
             return 0, 0
         if not path.is_dir():
             raise ValueError(
@@ -304,7 +333,7 @@ class Trainer:
                 "choose a run_dir in a file system that all processes share"
             )
         state = checkpoint.load(path, self.processes.device)
-        self._require_usable(state, path)
+        run_folder.require_usable(state, self.config, path)
         checkpoint.load_weights(self.model, state.model, path)
         # with the configuration's own hyper-parameters, which may have changed
         groups = self.optimizer.state_dict()["param_groups"]
@@ -316,27 +345,13 @@ class Trainer:
         self.step.step.fill_(state.step)
         return state.step, state.skipped_steps
 
-    def _require_usable(self, state: checkpoint.State, path: Path) -> None:
-        """ValueError for accepted changes that cannot be."""
-        if state.step > self.config.total_steps:
-            raise ValueError(
-                f"total_steps={self.config.total_steps} is less than the {state.step} steps that the run has done; "
-                f"choose at least {state.step}, or remove {path} and those after that step"
-            )
-        saved = {name.split("/")[0] for name in state.posthoc}
-        for average in self.averages:
-            if str(average.std) not in saved:
-                raise ValueError(
-                    f"ema.posthoc has {average.std}, which the run has not averaged from its beginning; leave it out, "
-                    "or choose another run_dir"
-                )
-
     def _newest_checkpoint(self, data: dict[str, object]) -> Path | None:
         self._changes = run_folder.changes(self.run_dir, self.config, data, self._accept_changes)
         found = checkpoint.committed(self.checkpoints)
         return found[-1] if found else None
 
-    def _claim_folder(self, step: int, data: dict[str, object]) -> None:
+    def _claim_folder(self, step: int, data: dict[str, object]) -> list[int]:
+        """The later steps that snapshots were of: what they belong to does not go on."""
         self._until_the_end.enter_context(run_folder.locked(self.run_dir))
         newest = self._newest_checkpoint(data)  # once more: until here another process may have trained
         if (checkpoint.step_of(newest) if newest else 0) != step:
@@ -345,6 +360,7 @@ class Trainer:
                 "give the same command again"
             )
         run_folder.claim(self.run_dir, self.config, data, self._changes, step)
+        return posthoc.remove_after(self.run_dir, step)
 
     def _save(self, step: int, skipped: int) -> None:
         state = checkpoint.State(
@@ -374,24 +390,3 @@ class Trainer:
             f"{found[-1] if found else 'the start'}: lower optimizer.learning_rate or set optimizer.grad_clip and "
             f"go on with {run_folder.ACCEPT}, or raise max_skipped_steps"
         )
-
-    def _write_samples(self, step: int) -> None:
-        output = self.config.output
-        with self.ema.applied():
-            parts = generate(
-                self.model,
-                self._grid_labels,
-                math.prod(output.sample_shape),
-                build.sample_shape(self.config),
-                steps=output.sample_steps,
-                seed=self.config.seed,
-                batch=self.config.evaluation.batch_size,
-                decode=self._decode,
-                precision=None,
-            )
-            samples = torch.cat(list(parts))
-        save_samples(samples, self.run_dir / "samples" / f"step-{step:08d}", output.sample_shape[1])
-
-
-def _due(step: int, every: int) -> bool:
-    return every > 0 and step % every == 0

@@ -1,14 +1,16 @@
 """Configuration: the published defaults, reading, overriding, and one clear sentence for every mistake."""
 
+import copy
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from runs import tiny_config
 
-from soflow_fast import TrainConfig
+from soflow_fast import TrainConfig, Trainer
 from soflow_fast.config import DataConfig, EMAConfig, OptimizerConfig, SoFlowConfig
 
 
@@ -74,6 +76,72 @@ def test_written_config_reads_back_equal(tmp_path):
     path = tmp_path / "config.yaml"
     path.write_text(config.to_yaml())
     assert TrainConfig.from_yaml(path) == config
+
+
+def test_whole_numbers_may_be_written_as_floats(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text("total_steps: 4e5\nbatch_size: 256.0\noptimizer: {warmup_steps: 1E+3}\nmodel: {depth: 2.0e+0}\n")
+    config = TrainConfig.from_yaml(path)
+    assert (config.total_steps, config.batch_size, config.model.depth) == (400_000, 256, 2)
+    assert type(config.total_steps) is type(config.optimizer.warmup_steps) is int
+    given = ["--total_steps", "8e5", "--ema.snapshot_every=5e4", "--seed", "9007199254740993", "--model.preset", "1e3"]
+    config = TrainConfig.from_yaml(path, given)
+    assert (config.total_steps, config.ema.snapshot_every, config.seed) == (800_000, 50_000, 9007199254740993)
+    assert config.model.preset == "1e3"
+    with pytest.raises(ValueError, match=r"total_steps=0\.00015 does not fit; it must be: a whole number"):
+        TrainConfig.from_dict({}, ["--total_steps", "15e-5"])
+
+
+def test_a_name_that_there_is_not_cannot_be_set():
+    config = TrainConfig()
+    with pytest.raises(AttributeError, match="TrainConfig has no 'totl_steps'; the nearest is 'total_steps'"):
+        config.totl_steps = 3
+    with pytest.raises(AttributeError, match="OptimizerConfig has no 'grad_clipping'; the nearest is 'grad_clip'"):
+        config.optimizer.grad_clipping = 1.0
+    with pytest.raises(
+        AttributeError, match="EMAConfig has no 'zzz'; there are decay, warmup, posthoc, snapshot_every"
+    ):
+        config.ema.zzz = 1
+    config.total_steps = 3
+    assert copy.deepcopy(config) == config
+
+
+@pytest.mark.parametrize(
+    ("section", "name", "value", "sentence"),
+    [
+        (None, "total_steps", 0, "total_steps=0 is not possible; it must be at least 1"),
+        (None, "optimizer", {}, "optimizer is a dict and must be a OptimizerConfig"),
+        ("optimizer", "grad_clip", -1.0, r"optimizer\.grad_clip=-1\.0 must be greater than 0"),
+        ("optimizer", "accumulation", 3, "optimizer.accumulation=3 does not divide batch_size=16"),
+        ("soflow", "p", "1", "soflow.p='1' does not fit; it must be: a finite number"),
+    ],
+)
+def test_a_value_set_later_is_checked_where_it_is_used(tmp_path, section, name, value, sentence):
+    config = tiny_config(tmp_path)
+    setattr(config if section is None else getattr(config, section), name, value)
+    with pytest.raises(ValueError, match=sentence):
+        Trainer(config)
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        (
+            {"optimizer": OptimizerConfig(warmup_steps=7)},
+            r"optimizer\.warmup_steps=7 is more than total_steps=6, and optimizer\.learning_rate=0\.0001 is never",
+        ),
+        (
+            {"ema": EMAConfig(posthoc=(0.05, 0.1), snapshot_every=7)},
+            r"ema\.snapshot_every=7 leaves ema\.posthoc=\[0\.05, 0\.1\] one snapshot in total_steps=6, .* such as 1",
+        ),
+    ],
+)
+def test_what_cannot_act_in_so_few_steps_is_refused_and_a_record_of_it_is_read(tmp_path, changes, sentence):
+    config = tiny_config(tmp_path, **changes)
+    with pytest.raises(ValueError, match=sentence):
+        Trainer(config)
+    assert TrainConfig.from_dict(config.to_dict()) == config
+    Trainer(replace(config, total_steps=7))
 
 
 @pytest.mark.parametrize(

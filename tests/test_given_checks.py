@@ -1,17 +1,21 @@
 """What is given to the Trainer as an object and cannot work is refused in one sentence, before or at the first step."""
 
 import copy
+import random
 import time
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
-from runs import Blobs, final, tiny_config
+from runs import Augmented, Blobs, final, tiny_config, write_images
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from soflow_fast import DiT, SoFlow, Trainer, TrainStep
 from soflow_fast.config import DataConfig
+from soflow_fast.data import ImageFolder
+from soflow_fast.fingerprint import fingerprint
 from soflow_fast.objectives.base import Objective
 from soflow_fast.optim import AdamW
 
@@ -94,6 +98,16 @@ def test_the_look_at_a_network_leaves_no_trace(tmp_path):
     assert net.training
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_the_look_at_the_data_leaves_the_generators(tmp_path):
+    before = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()
+    Trainer(tiny_config(tmp_path), dataset=Augmented())
+    write_images(tmp_path / "images")
+    fingerprint(ImageFolder(tmp_path / "images", channels=3, size=8, num_classes=2, flip=True), num_classes=2)
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert (np.random.get_state()[1] == before[1]).all()
+    assert random.getstate() == before[2]
 
 
 class _NoLoss(Objective):

@@ -102,15 +102,21 @@ def _steps_scored(run_dir):
     return [line["step"] for line in lines if "evaluation/frechet_all" in line]
 
 
-def test_a_kill_in_an_evaluation_costs_that_score_alone(tmp_path, distances):
+def test_a_kill_in_an_evaluation_costs_nothing(tmp_path, distances):
     distances(5.0, 4.0, KilledError())
     with pytest.raises(KilledError):
         Trainer(_config(tmp_path)).fit()
     assert _kept(tmp_path) == ([2, 3], 2)
-    distances(4.5, 4.5, 4.5)
+    distances(3.5, 4.5, 4.5, KilledError())
+    with pytest.raises(KilledError):
+        Trainer(_config(tmp_path)).fit()
+    assert _kept(tmp_path) == ([3, 6], 3)
+    distances(3.0)
+    Trainer(_config(tmp_path)).fit()  # which has no step left to do
+    assert _kept(tmp_path) == ([6], 6)
+    assert _steps_scored(tmp_path) == [1, 2, 3, 4, 5, 6]
+    distances()
     Trainer(_config(tmp_path)).fit()
-    assert _kept(tmp_path) == ([2, 6], 2)
-    assert _steps_scored(tmp_path) == [1, 2, 4, 5, 6]
 
 
 def test_a_score_that_cannot_be_kept_is_among_the_metrics(tmp_path, monkeypatch, distances, caplog):

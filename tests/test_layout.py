@@ -22,8 +22,8 @@ FLOORS = [
         "weights",
     ],
     [
-        "cli", "demo", "doctor", "dry_run", "logs", "run_folder", "sampling_options", "scoring", "step", "stopping",
-        "trainer",
+        "cli", "demo", "doctor", "dry_run", "grids", "logs", "run_folder", "sampling_options", "scoring", "step",
+        "stopping", "trainer",
     ],
 ]  # fmt: skip
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}

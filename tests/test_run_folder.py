@@ -9,15 +9,16 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from functools import partialmethod
 
 import pytest
 import torch
 from runs import Blobs, files, final, tiny_config, write_config, write_images, write_latents
 from torch.utils.data import TensorDataset
 
-from soflow_fast import Trainer, run_folder
+from soflow_fast import Trainer, run_folder, trainer
 from soflow_fast.cli import main
-from soflow_fast.config import DataConfig, EMAConfig, OptimizerConfig, OutputConfig
+from soflow_fast.config import ComputeConfig, DataConfig, EMAConfig, OptimizerConfig, OutputConfig
 from soflow_fast.trainer import load_run
 
 # ---------------------------------------------------------------------------------------------------------- the data
@@ -82,6 +83,30 @@ def test_given_data_that_changed_are_refused(tmp_path):
     Trainer(config, dataset=Blobs()).fit()
     assert json.loads((tmp_path / "data.json").read_text()) == {"samples": 64}
     assert "63 samples in place of 64" in _refused(Trainer(config, dataset=Blobs(n=63)))
+
+
+class _Labelled(Blobs):
+    """With its labels at hand, as torchvision's data sets have them."""
+
+    def __init__(self, shift):
+        super().__init__()
+        self.targets = [(i + shift) % 10 for i in range(len(self))]
+
+    def __getitem__(self, index):
+        return super().__getitem__(index)[0], self.targets[index]
+
+
+def test_given_labels_that_changed_are_refused(tmp_path):
+    config = tiny_config(tmp_path)
+    Trainer(config, dataset=_Labelled(0)).fit()
+    Trainer(config, dataset=_Labelled(10)).fit()
+    assert "holds a run of other data: other labels; put" in _refused(Trainer(config, dataset=_Labelled(3)))
+    record = tmp_path / "data.json"
+    assert len(json.loads(record.read_text())["labels"]) == 64
+    record.write_text(json.dumps({"samples": 64}))  # by an earlier version
+    Trainer(config, dataset=_Labelled(0)).fit()
+    assert "other labels" in _refused(Trainer(config, dataset=_Labelled(3)))
+    Trainer(config, dataset=Blobs()).fit()
 
 
 def test_labels_that_nobody_looks_at_may_change(tmp_path):
@@ -179,12 +204,37 @@ def test_changes_are_recorded_once_though_a_kill_follows(tmp_path, monkeypatch):
     ids=str,
 )
 def test_what_can_change(tmp_path, change):
-    config = tiny_config(tmp_path, ema=EMAConfig(posthoc=(0.05, 0.1)))
+    config = tiny_config(tmp_path, ema=EMAConfig(posthoc=(0.05, 0.1), snapshot_every=6))
     Trainer(config).fit()
     shutil.rmtree(tmp_path / "checkpoints" / "step-00000006")
     Trainer(replace(config, **change), accept_changes=True).fit()
     assert final(tmp_path).step == 6
     assert _changes(tmp_path)[0]["step"] == 4
+
+
+def test_the_precision_that_was_chosen_is_the_runs(tmp_path, monkeypatch):
+    config = tiny_config(tmp_path, total_steps=2)
+    Trainer(config).fit()
+    record = (tmp_path / "config.yaml").read_text()
+    assert "compute:\n  precision: fp32\n" in record
+
+    def computed(**values):
+        return replace(config, compute=ComputeConfig(**values))
+
+    for same in (config, computed(precision="fp32"), computed(compile=False, cuda_graph=False)):
+        Trainer(same).fit()
+    with pytest.raises(ValueError, match=r"compute\.precision='fp32', and this one has 'bf16'; use that value"):
+        Trainer(computed(precision="bf16")).fit()
+    with monkeypatch.context() as patch:  # as on another device
+        patch.setattr(trainer.TrainStep, "__init__", partialmethod(trainer.TrainStep.__init__, precision="bf16"))
+        patch.setattr(trainer, "asdict", lambda compute: {"compile": False, "cuda_graph": False})
+        with pytest.raises(ValueError, match=r"compute\.precision='fp32', and this one has 'bf16'; use that value"):
+            Trainer(config).fit()
+    (tmp_path / "config.yaml").write_text(
+        record.replace("compute:\n  precision: fp32", "compute:\n  precision: auto")
+    )  # an earlier version's
+    Trainer(computed(precision="fp32")).fit()
+    assert (tmp_path / "config.yaml").read_text() == record
 
 
 def test_what_cannot_change(tmp_path):
@@ -194,7 +244,10 @@ def test_what_cannot_change(tmp_path):
     for change, words in (
         ({"model": replace(config.model, hidden_size=32)}, r"of another model: network\."),
         ({"total_steps": 4}, "total_steps=4 is less than the 6 steps that the run has done"),
-        ({"ema": EMAConfig(posthoc=(0.05, 0.1))}, r"ema\.posthoc has 0\.05, which the run has not averaged"),
+        (
+            {"ema": EMAConfig(posthoc=(0.05, 0.1), snapshot_every=6)},
+            r"ema\.posthoc has 0\.05, which the run has not averaged",
+        ),
     ):
         with pytest.raises(ValueError, match=words):
             Trainer(replace(config, **change), accept_changes=True).fit()
@@ -278,6 +331,17 @@ def test_a_folder_in_which_another_process_trains_is_refused_until_that_ends(tmp
     assert final(tmp_path).step == 6
 
 
+def test_a_folder_in_which_this_process_trains_is_refused_and_stays_locked(tmp_path):
+    with run_folder.locked(tmp_path):
+        with pytest.raises(ValueError, match=f"is being trained in by process {os.getpid()} of"):
+            Trainer(tiny_config(tmp_path)).fit()
+        assert not (tmp_path / "config.yaml").exists()
+        other = subprocess.run([sys.executable, "-c", _HOLD, str(tmp_path)], input="", capture_output=True, text=True)
+        assert "is being trained in by" in other.stderr
+    Trainer(tiny_config(tmp_path)).fit()
+    assert final(tmp_path).step == 6
+
+
 def test_what_another_process_trained_meanwhile_is_not_lost(tmp_path, monkeypatch):
     """It came and went between the reading of the folder and its lock."""
     locked = run_folder.locked
@@ -316,6 +380,6 @@ def test_where_files_cannot_be_locked_a_run_trains_without(tmp_path, monkeypatch
     def unable(*_):
         raise OSError(errno.ENOLCK, "no locks available")
 
-    monkeypatch.setattr(run_folder.fcntl, "lockf", unable)
+    monkeypatch.setattr(run_folder.fcntl, "flock", unable)
     Trainer(tiny_config(tmp_path)).fit()
     assert final(tmp_path).step == 6

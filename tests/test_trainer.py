@@ -24,8 +24,9 @@ from runs import (
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from soflow_fast import DiT, Trainer, checkpoint, scoring, trainer
+from soflow_fast import DiT, Trainer, checkpoint, grids, scoring, trainer
 from soflow_fast.config import (
+    ComputeConfig,
     DataConfig,
     EMAConfig,
     EvaluationConfig,
@@ -166,9 +167,9 @@ def test_samples_and_scores_during_training(tmp_path):
 def test_the_classes_of_the_grid_and_the_checkpoints_that_stay_can_be_chosen(tmp_path, monkeypatch):
     output = OutputConfig(sample_every=6, sample_shape=(2, 5), checkpoint_every=1, keep_checkpoints=1, keep_every=3)
     config = tiny_config(tmp_path, output=replace(output, sample_labels=(3, 7)))
-    drawn, generate = [], trainer.generate
+    drawn, generate = [], grids.generate
     monkeypatch.setattr(
-        trainer, "generate", lambda model, labels, *a, **k: drawn.append(labels) or generate(model, labels, *a, **k)
+        grids, "generate", lambda model, labels, *a, **k: drawn.append(labels) or generate(model, labels, *a, **k)
     )
     Trainer(config).fit()
     assert [labels.tolist() for labels in drawn] == [[3, 7] * 5]
@@ -225,7 +226,8 @@ def test_load_run_gives_the_averages(tmp_path):
     run = Trainer(config)
     run.fit()
     loaded, model, step = trainer.load_run(tmp_path, "cpu")
-    assert (loaded, step) == (config, 6)
+    assert (loaded, step) == (run.config, 6)
+    assert run.config == replace(config, compute=ComputeConfig(precision="fp32"))
     assert all(torch.equal(value, run.ema.state_dict()[name]) for name, value in model.state_dict().items())
 
 

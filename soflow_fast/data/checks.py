@@ -94,7 +94,7 @@ def as_condition(value: Any, null_condition: Tensor) -> Tensor:
 
 def warn_of_unused_classes(dataset: Dataset, num_classes: int) -> None:
     """Logs how many of the classes no sample is of, where the labels are at hand; in the first process."""
-    labels = _labels_at_hand(dataset) if num_classes else None
+    labels = labels_at_hand(dataset) if num_classes else None
     if labels is None or os.environ.get("RANK", "0") != "0":
         return
     found = np.unique(labels)
@@ -105,7 +105,7 @@ def warn_of_unused_classes(dataset: Dataset, num_classes: int) -> None:
     _log.warning("%d of %d classes have samples in the data%s", len(found), num_classes, remedy)
 
 
-def _labels_at_hand(dataset: Dataset) -> np.ndarray | None:
+def labels_at_hand(dataset: Dataset) -> np.ndarray | None:
     """All labels, (n,) integers, of a ``TensorDataset``, or as ``labels`` or torchvision's ``targets``."""
     if isinstance(dataset, TensorDataset):
         labels = dataset.tensors[-1]

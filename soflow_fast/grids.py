@@ -1,0 +1,87 @@
+"""Grids of samples during training, to be looked at."""
+
+import logging
+import math
+import os
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from soflow_fast.build import sample_shape
+from soflow_fast.conditions import OfItems
+from soflow_fast.config import TrainConfig
+from soflow_fast.distributed import Processes
+from soflow_fast.ema import EMA
+from soflow_fast.images import generate, save_samples
+from soflow_fast.logs import due
+from soflow_fast.sample import Decoder
+
+_log = logging.getLogger(__name__)
+
+
+class Grids:
+    """Draws a grid of the averaged weights every ``output.sample_every`` steps; all processes call it alike, and the
+    first alone draws.
+
+    A failure costs that grid and not the training.
+
+    Args:
+        config: of the run. model: the objective that is trained. ema: its averages. labels: of the samples of a grid.
+        decode: from latents to images.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        model: nn.Module,
+        ema: EMA,
+        labels: Tensor | OfItems | None,
+        processes: Processes,
+        decode: Decoder | None,
+    ):
+        self._config, self._model, self._ema, self._labels = config, model, ema, labels
+        self._processes, self._decode = processes, decode
+        self._folder = Path(config.run_dir) / "samples"
+
+    def are_due(self, step: int) -> bool:
+        """Whether a grid belongs to this step."""
+        return due(step, self._config.output.sample_every)
+
+    def lack(self, step: int) -> bool:
+        """Whether the grid that belongs to this step is not there, as a kill may have come before it."""
+        return self.are_due(step) and self._processes.of_first(
+            lambda: not any(self._folder.glob(f"{self._stem(step).name}.*"))
+        )
+
+    def __call__(self, step: int) -> None:
+        """Draws and writes one; a file that is there is whole."""
+        self._processes.of_first(partial(self._try, step))
+
+    def _try(self, step: int) -> None:
+        try:  # here, so that the other processes, which draw nothing, do not learn of it
+            self._draw(step)
+        except Exception as error:
+            _log.warning("the sample grid at step %d failed, and training goes on: %s", step, error, exc_info=error)
+
+    def _draw(self, step: int) -> None:
+        config, output = self._config, self._config.output
+        with self._ema.applied():
+            parts = generate(
+                self._model,
+                self._labels,
+                math.prod(output.sample_shape),
+                sample_shape(config),
+                steps=output.sample_steps,
+                seed=config.seed,
+                batch=config.evaluation.batch_size,
+                decode=self._decode,
+                precision=None,
+            )
+            samples = torch.cat(list(parts))
+        temporary = save_samples(samples, self._folder / ".writing", output.sample_shape[1])
+        os.replace(temporary, self._stem(step).with_suffix(temporary.suffix))
+
+    def _stem(self, step: int) -> Path:
+        return self._folder / f"step-{step:08d}"
