@@ -19,6 +19,8 @@ from soflow_fast.checkpoint import CHECKPOINTS
 from soflow_fast.conditions import null_condition
 from soflow_fast.config import TrainConfig
 from soflow_fast.data import batches, load_resident
+from soflow_fast.data.checks import first_not_finite
+from soflow_fast.data.order import batch_indices
 from soflow_fast.dit import DiT
 from soflow_fast.ema import EMA, PowerEMA
 from soflow_fast.evaluate import check_evaluation, why_unscored
@@ -384,9 +386,14 @@ class Trainer:
         if skipped <= self.config.max_skipped_steps:
             return skipped
         found = checkpoint.committed(self.checkpoints)
+        read = batch_indices(len(self.dataset), self.config.batch_size, first - 1, self.config.seed) if first else []
+        index = first_not_finite(self.dataset, read)
+        remedy = "lower optimizer.learning_rate or set optimizer.grad_clip"
+        if index is not None:
+            remedy = f"item {index} of the data, which it read, is not finite either; mend it, or leave it out,"
         raise FloatingPointError(
             f"the loss or the gradient norm was not finite at step {first} ({skipped} such steps "
             f"so far, max_skipped_steps={self.config.max_skipped_steps}); the last good checkpoint is "
-            f"{found[-1] if found else 'the start'}: lower optimizer.learning_rate or set optimizer.grad_clip and "
-            f"go on with {run_folder.ACCEPT}, or raise max_skipped_steps"
+            f"{found[-1] if found else 'the start'}: {remedy} and go on with {run_folder.ACCEPT}, or raise "
+            "max_skipped_steps"
         )

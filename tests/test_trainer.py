@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -285,6 +286,8 @@ def test_a_step_that_is_not_finite_stops_the_run_and_leaves_the_last_checkpoint(
     first = _poisoned_steps(16)[0] + 1
     with pytest.raises(FloatingPointError, match=rf"not finite at step {first} ") as error:
         Trainer(tiny_config(tmp_path, batch_size=4, total_steps=16), dataset=_Poisoned()).fit()
+    (culprit,) = re.findall(r"item (\d+) of the data, which it read, is not finite either; mend it", str(error.value))
+    assert int(culprit) in set(_POISONED) & set(batch_indices(64, 4, first - 1, seed=0))
     kept = checkpoint.committed(tmp_path / "checkpoints")
     assert (str(kept[-1]) if kept else "the start") in str(error.value)
     assert [checkpoint.load(path).step for path in kept] == list(range(2, first, 2))[-3:]

@@ -2,6 +2,7 @@
 
 import logging
 import os
+from collections.abc import Iterable
 from numbers import Integral
 from typing import Any
 
@@ -51,6 +52,15 @@ def require_one_shape(samples: list[Tensor]) -> None:
                 f"the data set yields samples of shape {tuple(samples[0].shape)} and {tuple(sample.shape)}; make all "
                 "of one shape"
             )
+
+
+def first_not_finite(dataset: Dataset, indices: Iterable[int]) -> int | None:
+    """The first of these items whose sample, or condition, has a value that is not finite; None if none has."""
+    for index in indices:
+        for part in dataset[index]:
+            if torch.is_tensor(part) and part.is_floating_point() and not torch.isfinite(part).all():
+                return index
+    return None
 
 
 def checked_labels(labels: Tensor, num_classes: int) -> Tensor:
