@@ -12,6 +12,7 @@ from typing import Any, Literal
 from soflow_fast import interop
 from soflow_fast.config_io import (
     Section,
+    as_path,
     dump_yaml,
     flatten,
     lists,
@@ -76,6 +77,7 @@ class DataConfig(Section, section="data."):
     init_args: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self):
+        self.path = as_path(self.path)
         super().__post_init__()
         require(0 <= self.augment <= 1, f"data.augment={self.augment} must be in [0, 1]")
         require(
@@ -198,6 +200,7 @@ class EvaluationConfig(Section, section="evaluation."):
     reference: str | None = None
 
     def __post_init__(self):
+        self.reference = as_path(self.reference)
         super().__post_init__()
         require_count("evaluation.every", self.every, least=0)
         for name in ("batch_size", "steps"):
@@ -231,8 +234,9 @@ class TrainConfig(Section):
     """Everything a training run depends on.
 
     Attributes:
-        run_dir: where the run is written and continued. objective: the name of its section, such as ``soflow``; or
-            ``given`` (an object of another class given to the Trainer, of which nothing else is recorded).
+        run_dir: where the run is written and continued; of this and all other paths ``~`` is the home. objective: the
+            name of its section, such as ``soflow``; or ``given`` (an object of another class given to the Trainer, of
+            which nothing else is recorded).
         batch_size: rows of a step, over all micro-batches and processes, which share them equally.
         total_steps: of the run. seed: of every draw.
         device: ``auto`` (a GPU where there is one), ``cpu``, ``cuda`` or ``cuda:1``.
@@ -269,7 +273,9 @@ class TrainConfig(Section):
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
     def __post_init__(self):
+        self.run_dir, self.initial_weights = as_path(self.run_dir), as_path(self.initial_weights)
         super().__post_init__()
+        require(self.run_dir != "", "run_dir is empty; name the folder of the run, such as runs/soflow")
         require(
             self.objective in (*OBJECTIVE_SECTIONS, GIVEN),
             f"objective={self.objective!r} is not known; choose one of {', '.join(OBJECTIVE_SECTIONS)}",

@@ -2,6 +2,7 @@
 
 import difflib
 import math
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
@@ -36,9 +37,15 @@ def require(condition: bool, sentence: str) -> None:
         raise ValueError(sentence)
 
 
-def require_count(name: str, value: int, least: int = 1) -> None:
-    """ValueError unless a value is at least that."""
+def require_count(name: str, value: int, least: int = 1, most: int = 2**31 - 1) -> None:
+    """ValueError unless a value is in that range."""
     require(value >= least, f"{name}={value} is not possible; it must be at least {least}")
+    require(value <= most, f"{name}={value} is not possible; it must be at most {most}")
+
+
+def as_path(value: Any) -> Any:
+    """A path as text, ``~`` being the home, as a shell has it and a file does not; anything else as it is."""
+    return os.path.expanduser(value) if isinstance(value, (str, os.PathLike)) else value
 
 
 @dataclass

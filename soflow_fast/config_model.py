@@ -18,6 +18,10 @@ _OF_DIT = ("patch_size", "hidden_size", "depth", "num_heads", "mlp_ratio", "embe
 _OF_UNET = ("model_channels", "channel_mult", "num_blocks", "attention_resolutions", "dropout")
 
 
+# Of a width, a depth and the like: what is larger is a slip, and building it would take all memory, or for ever.
+_LARGEST = 2**14
+
+
 @dataclass
 class ModelConfig(Section, section="model."):
     """The network: :class:`~soflow_fast.DiT`, :class:`~soflow_fast.UNet` or one of yours; a size given here replaces
@@ -62,7 +66,7 @@ class ModelConfig(Section, section="model."):
         sizes = ("patch_size", "hidden_size", "depth", "num_heads", "embedding_dim", "model_channels", "num_blocks")
         for name in sizes:
             if getattr(self, name) is not None:
-                require_count(f"model.{name}", getattr(self, name))
+                require_count(f"model.{name}", getattr(self, name), most=_LARGEST)
         for factor in self.channel_mult or ():
             require_count("model.channel_mult", factor)
         require_count("model.num_classes", self.num_classes, least=0)

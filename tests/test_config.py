@@ -110,6 +110,9 @@ def test_a_name_that_there_is_not_cannot_be_set():
     ("section", "name", "value", "sentence"),
     [
         (None, "total_steps", 0, "total_steps=0 is not possible; it must be at least 1"),
+        (None, "total_steps", 10**22, "it must be at most 2147483647"),
+        (None, "run_dir", "", "run_dir is empty; name the folder of the run"),
+        ("model", "depth", 10**9, "model.depth=1000000000 is not possible; it must be at most 16384"),
         (None, "optimizer", {}, "optimizer is a dict and must be a OptimizerConfig"),
         ("optimizer", "grad_clip", -1.0, r"optimizer\.grad_clip=-1\.0 must be greater than 0"),
         ("optimizer", "accumulation", 3, "optimizer.accumulation=3 does not divide batch_size=16"),
@@ -284,3 +287,17 @@ def test_a_mapping_in_place_of_a_section_is_refused():
     sentence = r"model is a dict and must be a ModelConfig; nested mappings are for TrainConfig\.from_dict"
     with pytest.raises(ValueError, match=sentence):
         TrainConfig(model={"depth": 3})
+
+
+def test_paths_may_begin_at_home(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    raw = {
+        "run_dir": "~/runs",
+        "initial_weights": "~/x.pt",
+        "data": {"path": "~/y"},
+        "evaluation": {"reference": "~/z"},
+    }
+    config = TrainConfig.from_dict(raw)
+    found = (config.run_dir, config.initial_weights, config.data.path, config.evaluation.reference)
+    assert found == ("/home/me/runs", "/home/me/x.pt", "/home/me/y", "/home/me/z")
+    assert TrainConfig(run_dir=Path("runs")).run_dir == "runs"
