@@ -163,3 +163,13 @@ def test_a_half_written_grid_is_none(tmp_path, monkeypatch):
             Trainer(config, dataset=Blobs()).fit()
     Trainer(config, dataset=Blobs()).fit()
     assert [file.name for file in (tmp_path / "samples").iterdir()] == ["step-00000006.png"]
+
+
+def test_several_processes_make_what_is_missing_of_a_finished_run(tmp_path):
+    config = tiny_config(tmp_path / "run")
+    Trainer(config).fit()
+    missing = ["--output.sample_every=6", "--evaluation.every=6"]  # as if a kill had come before them
+    result = soflow("train", str(write_config(tmp_path / "config.yaml", config)), *missing, processes=2)
+    assert result.returncode == 0, result.stderr
+    assert _scored(tmp_path / "run") == [6]
+    assert [file.name for file in (tmp_path / "run" / "samples").iterdir()] == ["step-00000006.png"]
