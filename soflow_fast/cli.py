@@ -27,7 +27,7 @@ from soflow_fast.config import TrainConfig
 from soflow_fast.config_io import read_yaml
 from soflow_fast.dry_run import describe
 from soflow_fast.encode import encode
-from soflow_fast.evaluate import check_evaluation, compared_with, evaluate, evaluation_name
+from soflow_fast.evaluate import check_evaluation, compared_with, evaluate, evaluation_name, require_scored
 from soflow_fast.images import are_images, labels_of_samples, save_folder, save_npz, save_samples
 from soflow_fast.imported import of_imported_code
 from soflow_fast.interop import public_words
@@ -242,6 +242,7 @@ def _eval(args: argparse.Namespace) -> None:
     }
     wanted = replace(config.evaluation, **{name: value for name, value in given.items() if value is not None})
     config = replace(with_vae(config, args.vae), evaluation=wanted)
+    processes.of_first(partial(require_scored, config))
     processes.of_first(partial(check_evaluation, config))
     name = f"{evaluation_name(config, step, args.seed)}{variant(args, EVAL_VARIANTS)}"
     folder = Path(args.run) / "evaluation" / name

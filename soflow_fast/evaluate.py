@@ -69,6 +69,13 @@ def why_unscored(config: TrainConfig, decode: Decoder | None = None) -> str | No
     return None if _reference(config) else f"evaluation.reference is not set to {_REFERENCES}"
 
 
+def require_scored(config: TrainConfig) -> None:
+    """ValueError, with the option of ``soflow eval`` that is missing, for samples that get no score."""
+    if why := why_unscored(config):
+        option = "--vae NAME" if config.data.vae is None and not _are_pixels(config) else "--reference PATH"
+        raise ValueError(f"no score is possible: {why}; give {option}, or draw without a score by soflow sample")
+
+
 def compared_with(config: TrainConfig) -> dict[str, str]:
     """The ``features`` by which samples are scored and the ``reference``."""
     if config.data.kind == "digits":
@@ -106,7 +113,8 @@ def check_evaluation(config: TrainConfig) -> None:
         why = unscored or "the digits are always compared with the real digits, pixel by pixel"
         for name in ("reference", "features", "weights"):
             if getattr(wanted, name) is not None:
-                raise ValueError(f"evaluation.{name}={getattr(wanted, name)!r} does nothing here: {why}; leave it out")
+                remedy = "set that, or leave it out" if unscored else "leave it out"
+                raise ValueError(f"evaluation.{name}={getattr(wanted, name)!r} does nothing here: {why}; {remedy}")
     if config.data.kind == "digits":
         _fidelity()
         _warn_of_few(wanted.samples, digits()[0][0].numel())
