@@ -86,9 +86,7 @@ def compared_with(config: TrainConfig) -> dict[str, str]:
 def evaluation_name(config: TrainConfig, step: int, seed: int) -> str:
     """A file name without suffix that two evaluations share only if they score the same samples in the same way."""
     wanted = config.evaluation
-    parts = [f"step-{step:08d}-{wanted.steps}-step-{wanted.samples}-samples"]
-    if seed:
-        parts.append(f"seed-{seed}")
+    parts = [samples_name(step, wanted.steps, wanted.samples, seed)]
     if wanted.features is not None:
         parts.append(_slug(wanted.features))
     for name in ("reference", "weights"):
@@ -97,6 +95,13 @@ def evaluation_name(config: TrainConfig, step: int, seed: int) -> str:
             digest = hashlib.sha256(str(Path(path).resolve()).encode()).hexdigest()[:6]
             parts.append(f"{name}-{_slug(Path(path).stem)}-{digest}")
     return "-".join(parts)
+
+
+def samples_name(step: int, steps: int, n: int, seed: int) -> str:
+    """What the name of a file of n samples, or of their scores, begins with: of the training's and the sampling's
+    steps, and of a seed other than 0.
+    """
+    return f"step-{step:08d}-{steps}-step-{n}-samples" + (f"-seed-{seed}" if seed else "")
 
 
 def check_evaluation(config: TrainConfig) -> None:

@@ -40,11 +40,10 @@ def test_sample(run, tmp_path, capsys):
     )
     assert "10 samples in 2 step(s), " in capsys.readouterr().out
     assert Image.open(tmp_path / "x.png").size == (5 * 34, 2 * 34)
-    again = [
-        main(["sample", str(run), "--count", "10", "--seed", seed, "--out", str(tmp_path / seed)]) for seed in "00112"
-    ]
-    assert again == [0] * 5
-    pictures = [(tmp_path / f"{seed}.png").read_bytes() for seed in "012"]
+    for number, seed in enumerate("00112"):
+        assert main(["sample", str(run), "--count", "10", "--seed", seed, "--out", str(tmp_path / str(number))]) == 0
+    pictures = [(tmp_path / f"{number}.png").read_bytes() for number in range(5)]
+    assert pictures[0] == pictures[1] != pictures[2] == pictures[3]
     assert len(set(pictures)) == 3
 
 
@@ -63,13 +62,48 @@ def test_the_forms_of_samples_hold_the_same(run, tmp_path, capsys):
     cells = np.asarray(Image.open(tmp_path / "shown.png")).reshape(3, 34, 5, 34)[:, 1:-1:4, :, 1:-1:4]
     np.testing.assert_array_equal(cells.transpose(0, 2, 1, 3).reshape(15, 8, 8)[:12], single)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["arrays.npz", "files", "shown.png"]
-    for form, taken in (("folder", files), ("folder", arrays), ("npz", arrays)):
+    for form, taken in (("grid", f"{shown}.png"), ("folder", files), ("folder", arrays), ("npz", arrays)):
         said = _refused(capsys, "sample", run, "--count", 2, "--format", form, "--out", taken)
         assert f"{taken} exists already; choose another by --out, or remove it" in said
     assert len(list(files.iterdir())) == 12
-    assert "--out '..' is no name of a file or folder" in _refused(
-        capsys, "sample", run, "--format", "npz", "--out", ".."
-    )
+    for form, out in (("npz", ".."), ("grid", "."), ("grid", "/"), ("folder", ".")):
+        said = _refused(capsys, "sample", run, "--format", form, "--out", out)
+        assert f"--out '{out}' is no name of a file or folder" in said
+
+
+@pytest.mark.parametrize(
+    ("out", "written"), [("a", "a.png"), ("a.png", "a.png"), ("my.samples.v1", "my.samples.v1.png"), (".b", ".b.png")]
+)
+def test_a_grid_is_called_as_asked(run, tmp_path, out, written):
+    assert main(["sample", str(run), "--count", "2", "--out", str(tmp_path / "new" / out)]) == 0
+    assert [path.name for path in (tmp_path / "new").iterdir()] == [written]
+
+
+@pytest.mark.parametrize(("form", "suffix", "own"), [("grid", ".jpg", ".png"), ("npz", ".PNG", ".npz")])
+def test_files_of_another_suffix_are_refused(run, tmp_path, capsys, form, suffix, own):
+    said = _refused(capsys, "sample", run, "--format", form, "--out", tmp_path / f"x{suffix}")
+    assert f"x{suffix}' ends in {suffix}, and what is written is {own}; give that\n" in said
+
+
+def test_what_is_drawn_otherwise_is_called_otherwise(run, tmp_path, capsys, monkeypatch):
+    """And what would be called alike is refused, as it is the same."""
+    monkeypatch.setattr(cli, "load_run", lambda *args, **options: (*load_run(*args, **options)[:2], 7))
+    options = ["", "--steps 2", "--seed 1", "--labels 3", "--labels 3,5", "--count 9", "--precision bf16"]
+    options += ["--seed 1 --labels 1,2,3,4,5,6,7,8,9,1,2,3,4,5,6,7,8,9,0,1,2,3,4,5", "--no-renoise"]
+    for given in options:
+        assert main(["sample", str(run), "--count", "8", *given.split()]) == 0
+        assert "exists already" in _refused(capsys, "sample", run, "--count", 8, *given.split())
+    assert sorted(path.name for path in (run / "samples").glob("step-00000007-*")) == [
+        "step-00000007-1-step-8-samples-labels-3-5.png",
+        "step-00000007-1-step-8-samples-labels-3.png",
+        "step-00000007-1-step-8-samples-precision-bf16.png",
+        "step-00000007-1-step-8-samples-renoise-false.png",
+        "step-00000007-1-step-8-samples-seed-1-labels-1-2-3-4-5-6-7-8-9-1-2-3-4-5-6-7-8-b1826a.png",
+        "step-00000007-1-step-8-samples-seed-1.png",
+        "step-00000007-1-step-8-samples.png",
+        "step-00000007-1-step-9-samples.png",
+        "step-00000007-2-step-8-samples.png",
+    ]
 
 
 def test_arrays_are_written_as_a_whole_or_not_at_all(tmp_path):
@@ -103,7 +137,7 @@ def test_an_older_checkpoint(run, tmp_path, capsys):
     pictures = []
     for step in (4, 6):
         assert main(["sample", str(run), "--count", "10", "--step", str(step)]) == 0
-        pictures.append((run / "samples" / f"1-step-at-{step}.png").read_bytes())
+        pictures.append((run / "samples" / f"step-{step:08d}-1-step-10-samples.png").read_bytes())
         _, model, loaded = load_run(run, "cpu", step=step)
         averages = load_averages(run / "checkpoints" / f"step-{step:08d}")
         assert loaded == step
