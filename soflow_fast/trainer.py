@@ -188,6 +188,7 @@ class Trainer:
         log = Quiet()
         if first:
             log = RunLog(self.run_dir, start, config.total_steps, config.batch_size, self._on_log)
+        self._until_the_end.callback(log.close)  # also where the data cannot be loaded: the bar's line is then ended
         chosen = ", ".join(f"{name}={value}" for name, value in self.choices().items())
         log.say(f"step {start} of {config.total_steps}: {chosen}")
         for change in self._changes:
@@ -246,7 +247,6 @@ class Trainer:
                         scoring(done, log)
         finally:
             steps.close()
-            log.close()
         return last_checkpoint
 
     def choices(self) -> dict[str, object]:

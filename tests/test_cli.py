@@ -11,7 +11,7 @@ import torch
 from runs import pixel_features, soflow, tiny_config, write_config, write_images, write_latents, write_statistics
 from test_interop import IMAGENET
 
-from soflow_fast import Trainer
+from soflow_fast import Trainer, trainer
 from soflow_fast.cli import main
 from soflow_fast.config import DataConfig, ModelConfig
 
@@ -169,6 +169,16 @@ def test_train_with_overrides_in_a_process_of_its_own(tmp_path):
     assert "velocity=" in result.stderr
     assert "images/s=" in result.stderr
     assert "learning_rate: 0.002" in (tmp_path / "run" / "config.yaml").read_text()
+
+
+def test_a_failure_to_load_the_data_stands_on_a_line_of_its_own(tmp_path, capsys, monkeypatch):
+    def fails(*args, **options):
+        raise ValueError("the data cannot be loaded")
+
+    monkeypatch.setattr(trainer, "load_resident", fails)
+    config = tiny_config(tmp_path / "run", data=DataConfig(kind="digits", workers=0, on_device=True))
+    assert main(["train", str(write_config(tmp_path / "config.yaml", config))]) == 2
+    assert capsys.readouterr().err.split("\n")[-2:] == ["soflow: the data cannot be loaded", ""]
 
 
 @pytest.mark.parametrize(
