@@ -219,8 +219,11 @@ def _sample(args: argparse.Namespace) -> None:
     else:
         unfinished = path.with_name(f".{path.name}.writing")
         shutil.rmtree(unfinished, ignore_errors=True)
-        save_folder(parts, unfinished)
-        os.replace(unfinished, path)
+        try:
+            save_folder(parts, unfinished)
+            os.replace(unfinished, path)
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)
     what = "samples" if of_images else "latents (no autoencoder is set: --vae)"
     rate = f"{args.count / parts.seconds:.4g} images/s in {sampler.precision}{untimed}"
     print(f"{args.count} {what} in {args.steps} step(s), {rate}: {path}")
