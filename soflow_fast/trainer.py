@@ -19,6 +19,7 @@ from soflow_fast.checkpoint import CHECKPOINTS
 from soflow_fast.conditions import null_condition
 from soflow_fast.config import TrainConfig
 from soflow_fast.data import batches, load_resident
+from soflow_fast.data.look import described
 from soflow_fast.dit import DiT
 from soflow_fast.ema import EMA, PowerEMA
 from soflow_fast.evaluate import check_evaluation, why_unscored
@@ -190,6 +191,7 @@ class Trainer:
             log = RunLog(self.run_dir, start, config.total_steps, config.batch_size, self._on_log)
         self._until_the_end.callback(log.close)  # also where the data cannot be loaded: the bar's line is then ended
         chosen = ", ".join(f"{name}={value}" for name, value in self.choices().items())
+        log.say(f"data: {described(self.dataset, num_classes, null)}")
         log.say(f"step {start} of {config.total_steps}: {chosen}")
         for change in self._changes:
             log.say(f"changed after step {start}: {change['key']} from {change['before']} to {change['after']}")

@@ -94,8 +94,8 @@ def as_condition(value: Any, null_condition: Tensor) -> Tensor:
 
 def warn_of_unused_classes(dataset: Dataset, num_classes: int) -> None:
     """Logs how many of the classes no sample is of, where the labels are at hand; in the first process."""
-    labels = _labels_at_hand(dataset) if num_classes else None
-    if labels is None or os.environ.get("RANK", "0") != "0":
+    labels = labels_at_hand(dataset) if num_classes else None
+    if labels is None or not is_first_process():
         return
     found = np.unique(labels)
     if len(found) >= num_classes:
@@ -105,7 +105,12 @@ def warn_of_unused_classes(dataset: Dataset, num_classes: int) -> None:
     _log.warning("%d of %d classes have samples in the data%s", len(found), num_classes, remedy)
 
 
-def _labels_at_hand(dataset: Dataset) -> np.ndarray | None:
+def is_first_process() -> bool:
+    """Whether this is the process that speaks for all; before they have joined."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def labels_at_hand(dataset: Dataset) -> np.ndarray | None:
     """All labels, (n,) integers, of a ``TensorDataset``, or as ``labels`` or torchvision's ``targets``."""
     if isinstance(dataset, TensorDataset):
         labels = dataset.tensors[-1]
