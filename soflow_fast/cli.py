@@ -1,13 +1,15 @@
 """The command ``soflow``: encode, train, sample, eval, demo, doctor.
 
 Bad input ends in one sentence and exit code 2, a training run that does not stay finite in one sentence and 1, one that
-SIGTERM or SIGUSR1 stops in 128 + the signal's number.
+SIGTERM or SIGUSR1 stops in 128 + the signal's number; as of SIGPIPE, without a word, where nobody reads any longer.
 """
 
 import argparse
 import json
 import os
+import select
 import shutil
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -69,9 +71,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.path.insert(0, "")  # as of `python -m`: networks and data sets that a configuration names
     try:
         args.command(args)
+        sys.stdout.flush()  # else it fails after this, where Python ends
     except distributed.OtherProcessError:  # which says why
         return 2
     except (ValueError, OSError, FloatingPointError) as error:
+        if isinstance(error, BrokenPipeError) and _nobody_reads():
+            return 128 + signal.SIGPIPE
         if of_imported_code(error):
             raise
         print(f"soflow: {distributed.whose()}{' '.join(str(error).split())}", file=sys.stderr)
@@ -86,10 +91,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _nobody_reads() -> bool:
+    """Whether the other end of stdout or stderr is closed, as of ``soflow doctor | head -1``."""
+    found = False
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            end = select.poll()
+            end.register(stream.fileno(), 0)
+            closed = any(event & select.POLLERR for _, event in end.poll(0))
+        except (OSError, ValueError):  # no file
+            continue
+        if closed:
+            with open(os.devnull, "w") as nowhere:  # where Python, as it ends, puts what is left
+                os.dup2(nowhere.fileno(), stream.fileno())
+            found = True
+    return found
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="soflow", description="Train one-step image generators with Solution Flow Models.", allow_abbrev=False
     )
+    parser.add_argument("--version", action="version", version=doctor.version())
     commands = parser.add_subparsers(title="commands", required=True)
 
     def add(name: str, command: Callable, summary: str, **options) -> argparse.ArgumentParser:
