@@ -18,6 +18,7 @@ from soflow_fast.config_model import UNET_PRESET
 from soflow_fast.data import CIFAR10, ImageFolder, LatentMoments, MomentsFolder, digits, find_moments_folder
 from soflow_fast.data.checks import require_pair, warn_of_unused_classes
 from soflow_fast.data.loader import caller_keeps_generators, seed_generators
+from soflow_fast.data.look import require_labels_at_hand, warn_of_other_range
 from soflow_fast.dit import PRESETS, DiT
 from soflow_fast.fingerprint import labels_of
 from soflow_fast.imported import import_maker, is_import_path
@@ -199,12 +200,13 @@ def dataset_of_conditions(config: TrainConfig, network: nn.Module) -> Dataset | 
 def check_dataset(config: TrainConfig, dataset: Dataset, null_condition: Tensor | None = None) -> float | None:
     """The scale of latent moments if that is what a data set holds, None if it holds samples.
 
-    Warns of classes that no sample is of, where the labels are at hand.
+    Warns of classes that no sample is of, where the labels are at hand, and of the user's pixels that are not in
+    [-1, 1].
 
     Raises:
         ValueError: if it has no length, no index or no full batch, its items are not pairs of a floating-point tensor
-            and a label, or where there is a null condition, a condition of its form, its labels seem to start at 1, or
-            its samples are neither (C, H, W) nor (2C, H, W).
+            and a label, or where there is a null condition, a condition of its form, its labels seem to start at 1 or
+            are outside the classes, where they are at hand, or its samples are neither (C, H, W) nor (2C, H, W).
     """
     if isinstance(dataset, DataLoader):
         raise ValueError(
@@ -227,8 +229,11 @@ def check_dataset(config: TrainConfig, dataset: Dataset, null_condition: Tensor 
         shape = require_pair(dataset[0], config.model.num_classes, null_condition)
     channels, *size = sample_shape(config)
     _require_labels_from_0(dataset, config.model.num_classes)
+    require_labels_at_hand(dataset, config.model.num_classes)
     warn_of_unused_classes(dataset, config.model.num_classes)
     if shape == (channels, *size):
+        if config.data.vae is None and (config.data.kind == GIVEN or is_import_path(config.data.kind)):
+            warn_of_other_range(dataset)
         return None
     if shape == (2 * channels, *size):
         return config.data.latent_scale

@@ -1,13 +1,15 @@
 """The command ``soflow``: encode, train, sample, eval, demo, doctor.
 
 Bad input ends in one sentence and exit code 2, a training run that does not stay finite in one sentence and 1, one that
-a signal stops in 128 + its number.
+a signal stops in 128 + its number; as of SIGPIPE, without a word, where nobody reads any longer.
 """
 
 import argparse
 import json
 import os
+import select
 import shutil
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -27,8 +29,22 @@ from soflow_fast.config import TrainConfig
 from soflow_fast.config_io import read_yaml
 from soflow_fast.dry_run import describe
 from soflow_fast.encode import encode
-from soflow_fast.evaluate import check_evaluation, compared_with, evaluate, evaluation_name
-from soflow_fast.images import are_images, labels_of_samples, save_folder, save_npz, save_samples
+from soflow_fast.evaluate import (
+    check_evaluation,
+    compared_with,
+    evaluate,
+    evaluation_name,
+    require_scored,
+    samples_name,
+)
+from soflow_fast.images import (
+    are_images,
+    labels_of_samples,
+    save_folder,
+    save_npz,
+    save_samples,
+    suffix_of_samples,
+)
 from soflow_fast.imported import of_imported_code
 from soflow_fast.interop import public_words
 from soflow_fast.precision import PRECISIONS
@@ -39,6 +55,8 @@ from soflow_fast.stopping import StoppedBySignal
 from soflow_fast.trainer import Trainer, load_run
 
 _STEPS = "sampling steps, each of one network call, or of flow_matching.ode_steps for flow_matching"
+# Suffixes that --out may have by mistake; any other is part of a name.
+_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".npy", ".npz", ".pdf", ".png", ".tif", ".tiff", ".webp")
 _OVERRIDES = "any value of the configuration by its name, such as --optimizer.learning_rate 3e-4"
 
 
@@ -53,9 +71,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.path.insert(0, "")  # as of `python -m`: networks and data sets that a configuration names
     try:
         args.command(args)
+        sys.stdout.flush()  # else it fails after this, where Python ends
     except distributed.OtherProcessError:  # which says why
         return 2
     except (ValueError, OSError, FloatingPointError) as error:
+        if isinstance(error, BrokenPipeError) and _nobody_reads():
+            return 128 + signal.SIGPIPE
         if of_imported_code(error):
             raise
         print(f"soflow: {distributed.whose()}{' '.join(str(error).split())}", file=sys.stderr)
@@ -70,10 +91,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _nobody_reads() -> bool:
+    """Whether the other end of stdout or stderr is closed, as of ``soflow doctor | head -1``."""
+    found = False
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            end = select.poll()
+            end.register(stream.fileno(), 0)
+            closed = any(event & select.POLLERR for _, event in end.poll(0))
+        except (OSError, ValueError):  # no file
+            continue
+        if closed:
+            with open(os.devnull, "w") as nowhere:  # where Python, as it ends, puts what is left
+                os.dup2(nowhere.fileno(), stream.fileno())
+            found = True
+    return found
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="soflow", description="Train one-step image generators with Solution Flow Models.", allow_abbrev=False
     )
+    parser.add_argument("--version", action="version", version=doctor.version())
     commands = parser.add_subparsers(title="commands", required=True)
 
     def add(name: str, command: Callable, summary: str, **options) -> argparse.ArgumentParser:
@@ -111,7 +150,11 @@ def _parser() -> argparse.ArgumentParser:
         default="grid",
         help="one PNG of all (default), one PNG each in a folder, or the file of arrays that ADM's evaluation reads",
     )
-    sample.add_argument("--out", help="file without suffix, or folder (default RUN/samples/<steps>-step)")
+    sample.add_argument(
+        "--out",
+        help="file, with or without suffix, or folder; nothing is overwritten (default: in RUN/samples, named by "
+        "the steps, the count and what else differs from the defaults)",
+    )
 
     score = add("eval", _eval, "score a run's samples")
     score.add_argument("run", help="folder of the run")
@@ -172,7 +215,6 @@ def _sample(args: argparse.Namespace) -> None:
     _require_positive("--count", args.count)
     _require_positive("--steps", args.steps)
     config, model, loaded = load_run(args.run, args.device, ema_std=args.ema_std, step=args.step)
-    args.step = loaded if args.step == "best" else args.step  # as files are called
     set_sampling(model, config.objective, args)
     labels = _labels(args.labels, args.count, config, model)
     sampler = Sampler(
@@ -186,7 +228,7 @@ def _sample(args: argparse.Namespace) -> None:
     )
     decode = decoder(with_vae(config, args.vae), model)
     of_images = decode is not None or are_images(config.model.in_channels)
-    path = _destination(args, of_images)
+    path = _destination(args, loaded, of_images)
     untimed = ""
     if sampler.compile:
         started = time.perf_counter()
@@ -194,32 +236,36 @@ def _sample(args: argparse.Namespace) -> None:
         untimed = f", {time.perf_counter() - started:.3g} s of compiling not counted"
     parts = _Timed(sampler.draw(labels, args.count, decode))
     if args.format == "grid":
-        path = save_samples(torch.cat(list(parts)), path, config.output.sample_shape[1])
+        save_samples(torch.cat(list(parts)), path.with_suffix(""), config.output.sample_shape[1])
     elif args.format == "npz":
         save_npz(parts, args.count, labels, path)
     else:
         unfinished = path.with_name(f".{path.name}.writing")
         shutil.rmtree(unfinished, ignore_errors=True)
-        save_folder(parts, unfinished)
-        os.replace(unfinished, path)
+        try:
+            save_folder(parts, unfinished)
+            os.replace(unfinished, path)
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)
     what = "samples" if of_images else "latents (no autoencoder is set: --vae)"
     rate = f"{args.count / parts.seconds:.4g} images/s in {sampler.precision}{untimed}"
     print(f"{args.count} {what} in {args.steps} step(s), {rate}: {path}")
 
 
-def _destination(args: argparse.Namespace, of_images: bool) -> Path:
-    """Where samples are to be written, of a grid without suffix; ValueError, before any is drawn, if they cannot be."""
-    default = Path(args.run) / "samples" / f"{args.steps}-step{variant(args, SAMPLE_VARIANTS)}"
-    path = Path(args.out) if args.out else default
-    if args.format == "grid":
-        return path
-    if not of_images:
+def _destination(args: argparse.Namespace, step: int, of_images: bool) -> Path:
+    """Where samples of a training's step are to be written; ValueError, before any is drawn, if they cannot be."""
+    name = f"{samples_name(step, args.steps, args.count, args.seed)}{variant(args, SAMPLE_VARIANTS)}"
+    path = Path(args.out) if args.out else Path(args.run) / "samples" / name
+    if args.format != "grid" and not of_images:
         raise ValueError(f"--format {args.format} is for images, and these are latents; give --vae, or leave it out")
     if path.name in ("", ".."):
         raise ValueError(f"--out {args.out!r} is no name of a file or folder; give one")
-    if args.format == "npz":
-        path = path.with_name(f"{path.name.removesuffix('.npz')}.npz")
-    if path.exists() and (args.format == "npz" or path.is_file() or any(path.iterdir())):
+    if args.format != "folder":
+        suffix = ".npz" if args.format == "npz" else suffix_of_samples(of_images)
+        if path.suffix != suffix and path.suffix.lower() in _SUFFIXES:
+            raise ValueError(f"--out {args.out!r} ends in {path.suffix}, and what is written is {suffix}; give that")
+        path = path.with_name(f"{path.name.removesuffix(suffix)}{suffix}")
+    if path.exists() and (args.format != "folder" or path.is_file() or any(path.iterdir())):
         raise ValueError(f"{path} exists already; choose another by --out, or remove it")
     return path
 
@@ -242,6 +288,7 @@ def _eval(args: argparse.Namespace) -> None:
     }
     wanted = replace(config.evaluation, **{name: value for name, value in given.items() if value is not None})
     config = replace(with_vae(config, args.vae), evaluation=wanted)
+    processes.of_first(partial(require_scored, config))
     processes.of_first(partial(check_evaluation, config))
     name = f"{evaluation_name(config, step, args.seed)}{variant(args, EVAL_VARIANTS)}"
     folder = Path(args.run) / "evaluation" / name

@@ -5,11 +5,13 @@ torch's operators, and each operator whose input changes gets its rule of :mod:`
 The graph is ordinary code: gradients flow through its value, and torch.compile compiles it.
 """
 
+import io
 import logging
 import operator
+import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from functools import partial
 
 import torch
@@ -187,8 +189,24 @@ def _derive(net: nn.Module, inputs: tuple, tangent: bool, impl: str) -> Derived:
 
 
 def _captured(net: nn.Module, inputs: tuple) -> ExportedProgram:
-    with torch.enable_grad():  # else regions without gradient would not show
+    with _quiet_in_failure(), torch.enable_grad():  # else regions without gradient would not show
         return torch.export.export(net, inputs, strict=False)
+
+
+@contextmanager
+def _quiet_in_failure() -> Iterator[None]:
+    """Of a network that cannot be captured torch prints the whole graph; the error that it raises is told elsewhere."""
+    loggers = [logging.getLogger(name) for name in ("torch.export._trace", "torch.fx.experimental.symbolic_shapes")]
+    before, printed = [logger.disabled for logger in loggers], io.StringIO()
+    for logger in loggers:
+        logger.disabled = True
+    try:
+        with redirect_stderr(printed):
+            yield
+        sys.stderr.write(printed.getvalue())  # which is then the network's own
+    finally:
+        for logger, disabled in zip(loggers, before, strict=True):
+            logger.disabled = disabled
 
 
 def _with_casts(program: ExportedProgram, net: nn.Module, inputs: tuple, kind: str) -> ExportedProgram:

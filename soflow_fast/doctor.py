@@ -29,9 +29,14 @@ _TESTED = {"torch": "2.11", "triton": "3.6"}
 _HEAD_DIM = 64
 
 
+def version() -> str:
+    """Of this package, with its name."""
+    return f"soflow-fast {_version('soflow-fast') or 'of unknown version, as it is not installed'}"
+
+
 def report() -> str:
     """The text of ``soflow doctor``."""
-    lines = [f"soflow-fast {_version('soflow-fast')}, Python {platform.python_version()}, {platform.platform()}", ""]
+    lines = [f"{version()}, Python {platform.python_version()}, {platform.platform()}", ""]
     lines += ["packages"]
     for name, use in _PACKAGES.items():
         lines.append(f"  {name:<16}{_described(name) or f'not installed: needed for {use}'}")

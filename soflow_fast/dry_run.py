@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from soflow_fast import build, checkpoint, memory, run_folder
 from soflow_fast.conditions import null_condition
 from soflow_fast.config import TrainConfig
+from soflow_fast.data.look import described
 from soflow_fast.fingerprint import fingerprint
 from soflow_fast.paths import row_order
 from soflow_fast.trainer import Trainer
@@ -24,7 +25,8 @@ class Plan(NamedTuple):
             embedding included. flops: floating point operations of one training step, matrix products and attention,
             forward and backward; None of a network of the user's that fails on tensors without storage. bytes: of a
             process's memory, estimated by :func:`~soflow_fast.memory.step_bytes`. done: steps of the run in the folder.
-        changes: with which that would go on, see :func:`~soflow_fast.run_folder.changes`.
+        changes: with which that would go on, see :func:`~soflow_fast.run_folder.changes`. data: how many samples, of
+            how many classes.
     """
 
     choices: dict[str, object]
@@ -33,6 +35,7 @@ class Plan(NamedTuple):
     bytes: int
     done: int
     changes: list[dict[str, object]]
+    data: str
 
 
 def plan(config: TrainConfig, accept_changes: bool = False) -> Plan:
@@ -48,12 +51,14 @@ def plan(config: TrainConfig, accept_changes: bool = False) -> Plan:
     trainer = Trainer(replace(config, model=replace(config.model, **one_block)))
     all_blocks = {name: getattr(config.model, name) for name in one_block}
     resolved = replace(trainer.config, model=replace(trainer.config.model, **all_blocks))
-    data = fingerprint(trainer.dataset, resolved.model.num_classes, null_condition(trainer.model.network))
+    told = resolved.model.num_classes, null_condition(trainer.model.network)
+    data = fingerprint(trainer.dataset, *told)
     changes = run_folder.changes(trainer.run_dir, resolved, data, accept_changes)
     found = checkpoint.committed(trainer.checkpoints)
     precision, device, impl = trainer.step.precision, trainer.processes.device, trainer.model.impl
     plain = {"impl": "torch", **({"attention": "sdpa"} if is_dit else {})}
     counted = replace(config, model=replace(config.model, **plain))
+    size_of_data = described(trainer.dataset, *told)
     with torch.device("meta"):
         if is_imported:
             model, counted = trainer.model.to("meta"), trainer.config
@@ -81,6 +86,7 @@ def plan(config: TrainConfig, accept_changes: bool = False) -> Plan:
         bytes=needed,
         done=checkpoint.step_of(found[-1]) if found else 0,
         changes=changes,
+        data=size_of_data,
     )
 
 
@@ -93,6 +99,7 @@ def describe(config: TrainConfig, accept_changes: bool = False) -> str:
     kept = ", kept for the backward" if config.model.is_dit else "; not what is kept for the backward"
     lines = {
         **found.choices,
+        "data set": found.data,
         "parameters": f"{found.parameters / 1e6:,.1f} M",
         "FLOPs per step": flops,
         "memory, estimated": f"{found.bytes / 2**30:,.2f} GiB (weights, gradients, optimizer, EMA{kept})",

@@ -69,6 +69,13 @@ def why_unscored(config: TrainConfig, decode: Decoder | None = None) -> str | No
     return None if _reference(config) else f"evaluation.reference is not set to {_REFERENCES}"
 
 
+def require_scored(config: TrainConfig) -> None:
+    """ValueError, with the option of ``soflow eval`` that is missing, for samples that get no score."""
+    if why := why_unscored(config):
+        option = "--vae NAME" if config.data.vae is None and not _are_pixels(config) else "--reference PATH"
+        raise ValueError(f"no score is possible: {why}; give {option}, or draw without a score by soflow sample")
+
+
 def compared_with(config: TrainConfig) -> dict[str, str]:
     """The ``features`` by which samples are scored and the ``reference``."""
     if config.data.kind == "digits":
@@ -79,9 +86,7 @@ def compared_with(config: TrainConfig) -> dict[str, str]:
 def evaluation_name(config: TrainConfig, step: int, seed: int) -> str:
     """A file name without suffix that two evaluations share only if they score the same samples in the same way."""
     wanted = config.evaluation
-    parts = [f"step-{step:08d}-{wanted.steps}-step-{wanted.samples}-samples"]
-    if seed:
-        parts.append(f"seed-{seed}")
+    parts = [samples_name(step, wanted.steps, wanted.samples, seed)]
     if wanted.features is not None:
         parts.append(_slug(wanted.features))
     for name in ("reference", "weights"):
@@ -90,6 +95,13 @@ def evaluation_name(config: TrainConfig, step: int, seed: int) -> str:
             digest = hashlib.sha256(str(Path(path).resolve()).encode()).hexdigest()[:6]
             parts.append(f"{name}-{_slug(Path(path).stem)}-{digest}")
     return "-".join(parts)
+
+
+def samples_name(step: int, steps: int, n: int, seed: int) -> str:
+    """What the name of a file of n samples, or of their scores, begins with: of the training's and the sampling's
+    steps, and of a seed other than 0.
+    """
+    return f"step-{step:08d}-{steps}-step-{n}-samples" + (f"-seed-{seed}" if seed else "")
 
 
 def check_evaluation(config: TrainConfig) -> None:
@@ -106,7 +118,8 @@ def check_evaluation(config: TrainConfig) -> None:
         why = unscored or "the digits are always compared with the real digits, pixel by pixel"
         for name in ("reference", "features", "weights"):
             if getattr(wanted, name) is not None:
-                raise ValueError(f"evaluation.{name}={getattr(wanted, name)!r} does nothing here: {why}; leave it out")
+                remedy = "set that, or leave it out" if unscored else "leave it out"
+                raise ValueError(f"evaluation.{name}={getattr(wanted, name)!r} does nothing here: {why}; {remedy}")
     if config.data.kind == "digits":
         _fidelity()
         _warn_of_few(wanted.samples, digits()[0][0].numel())
@@ -132,9 +145,10 @@ def evaluate(
     with ``evaluation.reference``, or with the training data where they are a folder or CIFAR-10, as in arXiv
     2512.15657.
 
-    A folder of real images is resized and cropped to the size of the samples: by torch-fidelity to a square, otherwise
-    as ``data.kind=folder`` or ``soflow encode`` do it to train on them. Inception squeezes all of them into a square of
-    its own. The statistics of real images are kept next to ``folder`` for the next time. A ``.npz`` file of statistics
+    A folder of real images is resized and cropped to the size of the samples: to a square as torch-fidelity does it,
+    otherwise as ``data.kind=folder`` or ``soflow encode`` do it to train on them. Inception squeezes all of them into a
+    square of its own. Real images are read before anything is drawn, and their statistics kept next to ``folder`` for
+    the next time. A ``.npz`` file of statistics
     must be of the same features, see :func:`soflow_fast.fidelity.distance_to_statistics`; nothing is resized then: the
     samples are scored at their own size, and that of the real images is not known. Grey samples count as RGB with three
     equal channels.
@@ -181,12 +195,13 @@ def evaluate(
     if config.data.kind == "digits":
         classes = labels if torch.is_tensor(labels) else None
         return processes.of_first(lambda: digit_scores(torch.cat(list(draw())), classes))
+    real = _Real(config, folder.parent / "reference")
+    processes.of_first(lambda: real.read(_sides(model, config, decode)))
     processes.of_first(lambda: _empty(folder))
-    sides = processes.of_all(lambda: save_folder(draw(share), folder, share.start) if share else None)[0]
+    processes.of_all(lambda: save_folder(draw(share), folder, share.start) if share else None)
     if processes.world_size > 1:
         processes.of_first(lambda: _await_samples(folder, wanted.samples))
-    score = partial(_frechet, folder, _reference(config), sides, config)
-    return {"samples": str(folder), "frechet": processes.of_first(score)}
+    return {"samples": str(folder), "frechet": processes.of_first(lambda: _frechet(folder, real))}
 
 
 def _empty(folder: Path) -> None:
@@ -271,34 +286,66 @@ def _image_files(folder: Path) -> Iterator[Path]:
     return (file for file in folder.rglob("*") if file.suffix.lower().removeprefix(".") in _IMAGE_SUFFIXES.split(","))
 
 
-def _frechet(samples: Path, reference: Path, sides: tuple[int, int], config: TrainConfig) -> float:
-    weights, size = config.evaluation.weights, as_size(*sides)
-    is_square = isinstance(size, int)
-    options = {
-        "features": config.evaluation.features or _INCEPTION,
-        "cuda": torch.cuda.is_available() and config.device != "cpu",
-        "samples_find_deep": True,
-        "samples_find_ext": _IMAGE_SUFFIXES,
-        "feature_extractor_weights_path": weights,
-    }
-    if _is_cifar10(config):
-        real = CIFAR10(reference).images
-        depends_on = ("cifar10", hashlib.sha256(real.numpy()).hexdigest(), weights)
-    elif reference.is_dir():
-        crop = partial(centre_crop if config.data.kind == "latents" else centred, size=size)
-        real = reference if is_square else _fidelity().CroppedImages(sorted(_image_files(reference)), crop)
-        files = sorted((str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in _image_files(reference))
-        depends_on = (str(reference.resolve()), files, size, weights)
-    else:
-        return _fidelity().distance_to_statistics(samples, reference, **options)
-    return _fidelity().frechet_distance(
-        samples,
-        real,
-        cache_folder=samples.parent / "reference",
-        second_name=hashlib.sha256(repr(depends_on).encode()).hexdigest()[:16],
-        samples_resize_and_crop=size if is_square else 0,
-        **options,
-    )
+class _Real:
+    """What samples are compared with; used in one process alone, and cheap to make.
+
+    Args:
+        config: of the samples. folder: where statistics of images are kept.
+    """
+
+    def __init__(self, config: TrainConfig, folder: Path):
+        self._config, self._path, self._folder = config, _reference(config), folder
+        self._images: Dataset | Tensor | None = None
+        self._name: str | None = None
+        self._options = {
+            "features": config.evaluation.features or _INCEPTION,
+            "cuda": torch.cuda.is_available() and config.device != "cpu",
+            "samples_find_deep": True,
+            "samples_find_ext": _IMAGE_SUFFIXES,
+            "feature_extractor_weights_path": config.evaluation.weights,
+        }
+
+    def read(self, sides: tuple[int, int]) -> None:
+        """Computes, or finds, the statistics of the images, for samples of these sides; ValueError if there are none
+        to be had.
+        """
+        path, weights, size = self._path, self._config.evaluation.weights, as_size(*sides)
+        if _is_cifar10(self._config):
+            self._images = CIFAR10(path).images
+            depends_on = ("cifar10", hashlib.sha256(self._images.numpy()).hexdigest(), weights)
+        elif path.is_dir():
+            found = sorted(_image_files(path))
+            own = partial(centre_crop if self._config.data.kind == "latents" else centred, size=size)
+            self._images = _fidelity().RealImages(found, _fidelity().squared(size) if isinstance(size, int) else own)
+            files = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in found]
+            depends_on = (str(path.resolve()), sorted(files), size, weights)
+        else:
+            features, fidelity = self._options["features"], _fidelity()
+            length = fidelity.count_features(fidelity.load_extractor(features, weights), size)
+            fidelity.require_length(path, fidelity.load_statistics(path), features, length)
+            return
+        self._name = hashlib.sha256(repr(depends_on).encode()).hexdigest()[:16]
+        _fidelity().keep_statistics(self._images, self._folder, self._name, **self._options)
+
+    def distance(self, samples: Path) -> float:
+        """To the images in a folder."""
+        if self._images is None:
+            return _fidelity().distance_to_statistics(samples, self._path, **self._options)
+        kept = {"cache_folder": self._folder, "second_name": self._name}
+        return _fidelity().frechet_distance(samples, self._images, **kept, **self._options)
+
+
+def _frechet(samples: Path, real: _Real) -> float:
+    return real.distance(samples)
+
+
+@torch.no_grad()
+def _sides(model: nn.Module, config: TrainConfig, decode: Decoder | None) -> tuple[int, int]:
+    """Height and width of the images to be drawn."""
+    shape = sample_shape(config)
+    if decode is None:
+        return shape[1:]
+    return tuple(decode(torch.zeros(1, *shape, device=next(model.parameters()).device)).shape[2:])
 
 
 def _median_nearest(points: Tensor, others: Tensor) -> float:

@@ -17,9 +17,14 @@ from PIL import Image
 from torch import Tensor, is_tensor
 from torch.utils.data import Dataset
 from torch_fidelity.feature_extractor_base import FeatureExtractorBase
-from torch_fidelity.metric_fid import fid_input_id_to_statistics, fid_statistics_to_metric
+from torch_fidelity.metric_fid import (
+    fid_input_id_to_statistics,
+    fid_input_id_to_statistics_cached,
+    fid_statistics_to_metric,
+)
 from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
 from torch_fidelity.utils import create_feature_extractor, resolve_feature_layer_for_metric
+from torchvision.transforms import CenterCrop, Compose, Resize
 
 from soflow_fast.data.folder import read_image
 from soflow_fast.size import Size, height_and_width
@@ -68,8 +73,8 @@ class _Images(Dataset):
         return self.images[index]
 
 
-class CroppedImages(Dataset):
-    """The images of some files as RGB, (3, H, W) uint8, each cropped; torch-fidelity itself crops to squares only."""
+class RealImages(Dataset):
+    """The images of some files as RGB, (3, H, W) uint8, each cropped; one that cannot be read is named."""
 
     def __init__(self, files: Sequence[Path], crop: Callable[[Image.Image], Image.Image]):
         self.files, self.crop = files, crop
@@ -79,6 +84,11 @@ class CroppedImages(Dataset):
 
     def __getitem__(self, index: int) -> Tensor:
         return torch.from_numpy(np.array(self.crop(read_image(self.files[index], "RGB")))).permute(2, 0, 1)
+
+
+def squared(size: int) -> Callable[[Image.Image], Image.Image]:
+    """An image to a square one as torch-fidelity does it."""
+    return Compose([Resize(size), CenterCrop(size)])
 
 
 def load_extractor(name: str, weights: str | None) -> FeatureExtractorBase:
@@ -180,9 +190,28 @@ def frechet_distance(
         **{**_DEFAULTS, **options},
     )
     if cache_folder is not None:
-        for file in cache_folder.glob(f"{second_name}-*-features-*.pt"):  # gigabytes, and only the statistics are used
-            file.unlink()
+        _remove_features(cache_folder, second_name)
     return float(metrics[torch_fidelity.KEY_METRIC_FID])
+
+
+def keep_statistics(images: Tensor | Dataset, folder: Path, name: str, *, features: str = PIXELS, **options) -> None:
+    """Computes and keeps the statistics with which :func:`frechet_distance` compares, unless they are there.
+
+    Args:
+        images, features, options: as there, of the second set. folder, name: its ``cache_folder`` and ``second_name``.
+    """
+    options = {**_DEFAULTS, **options, "input2": _input(images), "input2_cache_name": name, "cache": True}
+    options |= {"cache_root": str(folder), "feature_extractor": features}
+    layer = resolve_feature_layer_for_metric("fid", **options)
+    try:
+        fid_input_id_to_statistics_cached(2, create_feature_extractor(features, [layer], **options), layer, **options)
+    finally:
+        _remove_features(folder, name)
+
+
+def _remove_features(folder: Path, name: str) -> None:
+    for file in folder.glob(f"{name}-*-features-*.pt"):  # gigabytes, and only the statistics are used
+        file.unlink()
 
 
 def distance_to_statistics(images: Tensor | Path, file: Path, *, features: str = PIXELS, **options) -> float:

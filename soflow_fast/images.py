@@ -162,15 +162,22 @@ def grid(images: Tensor, columns: int, least_size: int = 32) -> Tensor:
 
 
 def save_samples(samples: Tensor, stem: Path, columns: int) -> Path:
-    """Writes a PNG grid, or of what is no image, an array ``.npy`` (n, C, H, W) float32; returns its path."""
+    """Writes a PNG grid, or of what is no image, an array ``.npy`` (n, C, H, W) float32; returns its path, which is
+    ``stem`` with that suffix.
+    """
     stem.parent.mkdir(parents=True, exist_ok=True)
-    if are_images(samples.shape[1]):
-        path = stem.with_suffix(".png")
+    of_images = are_images(samples.shape[1])
+    path = stem.with_name(stem.name + suffix_of_samples(of_images))
+    if of_images:
         save_png(grid(samples, columns), path)
     else:
-        path = stem.with_suffix(".npy")
         np.save(path, samples.numpy())
     return path
+
+
+def suffix_of_samples(of_images: bool) -> str:
+    """Of the file that :func:`save_samples` writes."""
+    return ".png" if of_images else ".npy"
 
 
 def save_folder(parts: Iterable[Tensor], folder: Path, first: int = 0) -> tuple[int, int]:

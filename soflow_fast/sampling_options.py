@@ -1,6 +1,7 @@
 """The options that ``soflow sample`` and ``soflow eval`` share: which weights of a run, and how they are sampled."""
 
 import argparse
+import hashlib
 from dataclasses import replace
 from typing import Literal
 
@@ -11,15 +12,17 @@ from soflow_fast.images import vae_decoder
 from soflow_fast.sample import SAMPLE_PRECISIONS, Decoder
 
 # What a run's samples can be drawn with beside its own, and how files of them are called.
-_VARIANTS = {
+EVAL_VARIANTS = {
     "ema_std": "ema",
     "guidance_scale": "guidance",
     "guidance_interval": "interval",
     "renoise": "renoise",
+    "vae": "vae",
+    "precision": "precision",
 }
-SAMPLE_VARIANTS = {"step": "at", **_VARIANTS}
-EVAL_VARIANTS = {**_VARIANTS, "vae": "vae", "precision": "precision"}
-_NOT_IN_NAMES = str.maketrans("./", "_-")
+SAMPLE_VARIANTS = {"labels": "labels", **EVAL_VARIANTS}
+_NOT_IN_NAMES = str.maketrans({".": "_", "/": "-", ",": "-", " ": None})
+_LONGEST_VALUE = 40
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -60,7 +63,15 @@ def variant(args: argparse.Namespace, options: dict[str, str]) -> str:
     """What tells files of other options apart from those of the run's own; a dot would begin a suffix."""
     given = {short: getattr(args, name) for name, short in options.items() if getattr(args, name) is not None}
     values = {short: "-".join(map(str, x)) if isinstance(x, tuple) else x for short, x in given.items()}
-    return "".join(f"-{short}-{value}" for short, value in values.items()).lower().translate(_NOT_IN_NAMES)
+    return "".join(f"-{short}-{_in_name(str(value))}" for short, value in values.items())
+
+
+def _in_name(value: str) -> str:
+    """What of a value can stand in a file's name, which a file system may limit to 255 bytes."""
+    text = value.lower().translate(_NOT_IN_NAMES)
+    if len(text) <= _LONGEST_VALUE:
+        return text
+    return f"{text[: _LONGEST_VALUE - 7]}-{hashlib.sha256(value.encode()).hexdigest()[:6]}"
 
 
 def set_sampling(model: nn.Module, objective: str, args: argparse.Namespace) -> None:

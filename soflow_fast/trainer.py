@@ -20,6 +20,7 @@ from soflow_fast.conditions import null_condition
 from soflow_fast.config import TrainConfig
 from soflow_fast.data import batches, load_resident
 from soflow_fast.data.checks import first_not_finite
+from soflow_fast.data.look import described
 from soflow_fast.data.order import batch_indices
 from soflow_fast.dit import DiT
 from soflow_fast.ema import EMA, PowerEMA
@@ -199,6 +200,7 @@ class Trainer:
             log = RunLog(self.run_dir, start, config.total_steps, config.batch_size, self._on_log)
         try:
             chosen = ", ".join(f"{name}={value}" for name, value in self.choices().items())
+            log.say(f"data: {described(self.dataset, config.model.num_classes, null)}")
             log.say(f"step {start} of {config.total_steps}: {chosen}")
             for change in self._changes:
                 log.say(f"changed after step {start}: {change['key']} from {change['before']} to {change['after']}")

@@ -8,16 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from runs import pixel_features, soflow, tiny_config, write_config, write_images, write_latents, write_statistics
 from test_interop import IMAGENET
 
-from soflow_fast import Trainer, capture, cli
-from soflow_fast.checkpoint import load_averages
+from soflow_fast import Trainer, trainer
 from soflow_fast.cli import main
 from soflow_fast.config import DataConfig, ModelConfig
-from soflow_fast.images import save_npz
-from soflow_fast.trainer import load_run
 
 needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="is about a machine without a GPU")
 
@@ -175,6 +171,16 @@ def test_train_with_overrides_in_a_process_of_its_own(tmp_path):
     assert "learning_rate: 0.002" in (tmp_path / "run" / "config.yaml").read_text()
 
 
+def test_a_failure_to_load_the_data_stands_on_a_line_of_its_own(tmp_path, capsys, monkeypatch):
+    def fails(*args, **options):
+        raise ValueError("the data cannot be loaded")
+
+    monkeypatch.setattr(trainer, "load_resident", fails)
+    config = tiny_config(tmp_path / "run", data=DataConfig(kind="digits", workers=0, on_device=True))
+    assert main(["train", str(write_config(tmp_path / "config.yaml", config))]) == 2
+    assert capsys.readouterr().err.split("\n")[-2:] == ["soflow: the data cannot be loaded", ""]
+
+
 @pytest.mark.parametrize(
     ("model", "parameters", "forward"), [("DiT-B-4", "131.2 M", 11.1), ("DiT-XL-2", "676.7 M", 237)]
 )
@@ -214,119 +220,11 @@ def test_dry_run_fails_where_training_would(tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
-def test_sample(run, tmp_path, capsys):
-    assert (
-        main(["sample", str(run), "--count", "10", "--steps", "2", "--labels", "3,7", "--out", str(tmp_path / "x")])
-        == 0
-    )
-    assert "10 samples in 2 step(s), " in capsys.readouterr().out
-    assert Image.open(tmp_path / "x.png").size == (5 * 34, 2 * 34)
-    again = [
-        main(["sample", str(run), "--count", "10", "--seed", seed, "--out", str(tmp_path / seed)]) for seed in "00112"
-    ]
-    assert again == [0] * 5
-    pictures = [(tmp_path / f"{seed}.png").read_bytes() for seed in "012"]
-    assert len(set(pictures)) == 3
-
-
-def test_the_forms_of_samples_hold_the_same(run, tmp_path, capsys):
-    """A grid, files of their own, and ADM's arrays."""
-    shown, files, arrays = tmp_path / "shown", tmp_path / "files", tmp_path / "arrays.npz"
-    for form, out in (("grid", shown), ("folder", files), ("npz", arrays)):
-        assert main(["sample", str(run), "--count", "12", "--format", form, "--out", str(out)]) == 0
-        assert str(out) in capsys.readouterr().out
-    single = np.stack([np.asarray(Image.open(files / f"{i:06d}.png")) for i in range(12)])
-    assert len(list(files.iterdir())) == 12
-    with np.load(arrays) as read:
-        assert (read["arr_0"].dtype, read["arr_0"].shape) == (np.uint8, (12, 8, 8, 1))
-        np.testing.assert_array_equal(read["arr_0"][..., 0], single)
-        assert read["arr_1"].tolist() == [*range(10), 0, 1]
-    cells = np.asarray(Image.open(tmp_path / "shown.png")).reshape(3, 34, 5, 34)[:, 1:-1:4, :, 1:-1:4]
-    np.testing.assert_array_equal(cells.transpose(0, 2, 1, 3).reshape(15, 8, 8)[:12], single)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["arrays.npz", "files", "shown.png"]
-    for form, taken in (("folder", files), ("folder", arrays), ("npz", arrays)):
-        said = _refused(capsys, "sample", run, "--count", 2, "--format", form, "--out", taken)
-        assert f"{taken} exists already; choose another by --out, or remove it" in said
-    assert len(list(files.iterdir())) == 12
-    assert "--out '..' is no name of a file or folder" in _refused(
-        capsys, "sample", run, "--format", "npz", "--out", ".."
-    )
-
-
-def test_arrays_are_written_as_a_whole_or_not_at_all(tmp_path):
-    def parts():
-        yield torch.zeros(2, 3, 8, 8)
-        raise OSError("the disk is full")
-
-    (tmp_path / "x.npz").write_bytes(b"earlier")
-    with pytest.raises(OSError, match="full"):
-        save_npz(parts(), 4, None, tmp_path / "x.npz")
-    assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("x.npz", b"earlier")]
-
-
-def test_a_folder_of_samples_is_whole_or_not_there(run, tmp_path, monkeypatch, capsys):
-    def interrupted(parts, folder):
-        folder.mkdir()
-        raise KeyboardInterrupt
-
-    command = ["sample", str(run), "--count", "3", "--format", "folder", "--out", str(tmp_path / "files")]
-    with monkeypatch.context() as patched:
-        patched.setattr(cli, "save_folder", interrupted)
-        assert main(command) == 130
-    assert "goes on" not in capsys.readouterr().err
-    assert not (tmp_path / "files").exists()
-    assert main(command) == 0
-    assert len(list((tmp_path / "files").iterdir())) == 3
-    assert [path.name for path in tmp_path.iterdir()] == ["files"]
-
-
-def test_an_older_checkpoint(run, tmp_path, capsys):
-    pictures = []
-    for step in (4, 6):
-        assert main(["sample", str(run), "--count", "10", "--step", str(step)]) == 0
-        pictures.append((run / "samples" / f"1-step-at-{step}.png").read_bytes())
-        _, model, loaded = load_run(run, "cpu", step=step)
-        averages = load_averages(run / "checkpoints" / f"step-{step:08d}")
-        assert loaded == step
-        assert all(torch.equal(value, averages[name]) for name, value in model.state_dict().items())
-    assert main(["sample", str(run), "--count", "10", "--out", str(tmp_path / "newest")]) == 0
-    assert pictures[0] != pictures[1] == (tmp_path / "newest.png").read_bytes()
-    assert main(["eval", str(run), "--count", "66", "--step", "4"]) == 0
-    assert json.loads((run / "evaluation" / "step-00000004-1-step-66-samples.json").read_text())["step"] == 4
-    capsys.readouterr()
-    for command in ("sample", "eval"):
-        assert "has no checkpoint of step 5; choose one of 2, 4, 6\n" in _refused(capsys, command, run, "--step", 5)
-
-
 def test_help_says_what_a_sampling_step_costs(capsys):
     for command in ("sample", "eval"):
         with pytest.raises(SystemExit):
             main([command, "--help"])
         assert "each of one network call, or of flow_matching.ode_steps" in " ".join(capsys.readouterr().out.split())
-
-
-def test_several_steps_add_noise_again_or_do_not(run, tmp_path):
-    """SoFlow does unless it is told not to; one step is the same."""
-    pictures = []
-    for steps in ("1", "2"):
-        for options in ([], ["--renoise"], ["--no-renoise"]):
-            out = tmp_path / f"{steps}{''.join(options)}"
-            assert main(["sample", str(run), "--count", "10", "--steps", steps, *options, "--out", str(out)]) == 0
-            pictures.append(out.with_suffix(".png").read_bytes())
-    assert pictures[0] == pictures[1] == pictures[2]
-    assert pictures[3] == pictures[4] != pictures[5]
-
-
-def test_compiled_samples_are_the_same(run, tmp_path, capsys, monkeypatch):
-    monkeypatch.setitem(capture._OPTIONS, True, {"backend": "aot_eager"})  # without the minutes of generating C++
-    for name in ("compile", "no-compile"):
-        out = ["--out", str(tmp_path / name), "--count", "10", f"--{name}", "--precision", "fp32"]
-        assert main(["sample", str(run), *out]) == 0
-        printed = capsys.readouterr().out
-        assert " images/s in fp32" in printed
-        assert ("s of compiling not counted" in printed) == (name == "compile")
-    ours, theirs = (np.asarray(Image.open(tmp_path / f"{name}.png"), int) for name in ("compile", "no-compile"))
-    assert abs(ours - theirs).max() <= 1
 
 
 def test_eval_of_the_digits(run, capsys):
@@ -401,10 +299,21 @@ def test_latents_train_and_are_sampled_without_an_autoencoder(tmp_path, capsys):
         capsys, "sample", config.run_dir, "--format", "npz"
     )
     assert _refused(capsys, "eval", config.run_dir, "--count", "5") == (
-        "soflow: no score is possible: no autoencoder is set (data.vae), so samples stay latents; set it, or draw "
-        "without a score by soflow sample\n"
+        "soflow: no score is possible: no autoencoder is set (data.vae), so samples stay latents; give --vae NAME, or "
+        "draw without a score by soflow sample\n"
     )
     assert not (tmp_path / "run" / "evaluation").exists()
+
+
+@pytest.mark.parametrize("options", [[], ["--features", "pixels"]])
+def test_eval_says_that_the_reference_is_missing(tmp_path, capsys, options):
+    data = DataConfig(kind="runs.Blobs", workers=0)
+    Trainer(tiny_config(tmp_path / "run", data=data, total_steps=1)).fit()
+    capsys.readouterr()
+    assert _refused(capsys, "eval", tmp_path / "run", *options) == (
+        "soflow: no score is possible: evaluation.reference is not set to a folder of real images or a .npz file of "
+        "their statistics; give --reference PATH, or draw without a score by soflow sample\n"
+    )
 
 
 def test_a_run_that_does_not_stay_finite_ends_with_code_1(tmp_path, capsys):

@@ -1,5 +1,8 @@
 """What deriving a difference forward costs, and what it keeps of a network: casts, dtypes, the choice of kernels."""
 
+import logging
+import sys
+
 import pytest
 import torch
 from foreign_networks import Function, UNet
@@ -145,6 +148,32 @@ def test_a_derived_graph_has_the_objective_s_choice_of_kernels(impl, monkeypatch
     monkeypatch.setattr(FakeTensor, "is_cuda", True)
     ForwardDifference(net, impl).prepare(_batch()[0], None)
     assert asked == [impl]
+
+
+class _Printing(_Casting):
+    def forward(self, x, t, s, labels):
+        print("called", file=sys.stderr)
+        return super().forward(x, t, s, labels)
+
+
+class _Branching(_Printing):
+    """Its graph depends on values."""
+
+    def forward(self, x, t, s, labels):
+        h = super().forward(x, t, s, labels)
+        return h if h.mean() > 0 else 2 * h
+
+
+@pytest.mark.parametrize("kind", [_Branching, _Printing])
+def test_a_network_that_cannot_be_captured_is_one_sentence(kind, caplog, capfd):
+    """torch prints the graph of its own accord; what a network prints is printed."""
+    objective = SoFlow(kind(CASTS["exp"]), guidance_scale=1.0, label_drop=0.0)
+    objective.loss(_batch()[0], None, progress=0.5)
+    said = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+    assert len(said) == (kind is _Branching)
+    assert all("_Branching cannot be captured by torch.export" in sentence for sentence in said)
+    assert set(capfd.readouterr().err.split()) == {"called"}
+    assert not logging.getLogger("torch.export._trace").disabled
 
 
 class _Energy(torch.nn.Module):

@@ -1,6 +1,10 @@
 """``soflow doctor``: what is installed, what there is, what would be chosen."""
 
+import os
 import re
+import signal
+import subprocess
+import sys
 from importlib import metadata
 from pathlib import Path
 
@@ -9,6 +13,7 @@ import torch
 from runs import soflow
 
 from soflow_fast import doctor
+from soflow_fast.cli import main
 
 
 def test_packages_are_listed_with_their_version_or_their_use(monkeypatch):
@@ -41,6 +46,34 @@ def test_without_a_gpu_the_choices_and_their_reasons():
     assert any(line.startswith("  impl=auto       torch: needs a CUDA GPU and none is visible") for line in lines)
     assert any(line.startswith("  attention=auto  sdpa: torch's own choice") for line in lines)
     assert any(line.startswith("  attention=cudnn      needs a CUDA GPU") for line in lines)
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_reader_that_has_read_enough_ends_it_without_a_word(unbuffered):
+    """As of `soflow doctor | head -1`."""
+    command = [sys.executable, "-m", "soflow_fast.cli", "doctor"]
+    read, write = os.pipe()
+    os.close(read)
+    environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+    try:
+        result = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, env=environment, timeout=300)
+    finally:
+        os.close(write)
+    assert (result.returncode, result.stderr) == (128 + signal.SIGPIPE, b"")
+
+
+def test_another_broken_pipe_is_an_error_like_others(monkeypatch, capsys):
+    monkeypatch.setattr(doctor, "report", lambda: (_ for _ in ()).throw(BrokenPipeError(32, "Broken pipe")))
+    assert main(["doctor"]) == 2
+    assert capsys.readouterr().err == "soflow: [Errno 32] Broken pipe\n"
+
+
+def test_the_version_is_printed(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["--version"])
+    assert stopped.value.code == 0
+    assert capsys.readouterr().out == f"{doctor.version()}\n"
+    assert doctor.report().startswith(f"{doctor.version()}, Python ")
 
 
 def test_a_gpu_is_described(monkeypatch):

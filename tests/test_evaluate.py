@@ -177,6 +177,21 @@ def test_the_reference_is_read_again_only_if_it_changed(tmp_path, monkeypatch):
     assert len(list((tmp_path / "run" / "reference").iterdir())) == 2  # the statistics, without the features
 
 
+def test_the_reference_is_read_before_anything_is_drawn_and_a_bad_image_named(tmp_path, monkeypatch):
+    write_images(tmp_path / "real")
+    bad = tmp_path / "real" / "class1" / "7.png"
+    bad.write_bytes(bad.read_bytes()[:-40])
+    monkeypatch.setattr(evaluate, "generate", lambda *_, **__: pytest.fail("drawn"))
+    (tmp_path / "samples").mkdir()
+    (tmp_path / "samples" / "earlier.png").touch()
+    for size in (8, (8, 12)):
+        config = _folder_config(tmp_path, tmp_path / "real")
+        config = replace(config, model=replace(config.model, input_size=size))
+        with pytest.raises(ValueError, match=rf"the image {bad} cannot be read \(.*\); repair or remove it"):
+            evaluate.evaluate(build.build_model(config), config, tmp_path / "samples")
+    assert (tmp_path / "samples" / "earlier.png").exists()
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
@@ -301,6 +316,7 @@ def test_statistics_of_other_features_for_decoded_latents(tmp_path, monkeypatch)
     sentence = "holds statistics of 768 features, and evaluation.features='{}' gives {} of these samples; give"
     with pytest.raises(ValueError, match=sentence.format("mean-colour", 3)):
         evaluate.check_evaluation(_decoded_config(tmp_path, monkeypatch, "mean-colour", file))
+    monkeypatch.setattr(evaluate, "generate", lambda *_, **__: pytest.fail("drawn"))
     config = _decoded_config(tmp_path, monkeypatch, "pixels", file)
     evaluate.check_evaluation(config)  # how many pixels a latent is decoded to shows only when it is
     with pytest.raises(ValueError, match=sentence.format("pixels", 192)):

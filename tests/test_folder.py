@@ -94,6 +94,24 @@ def test_a_folder_of_other_files_is_told_which_are_read(tmp_path):
         ImageFolder(tmp_path, channels=1, size=8, num_classes=1)
 
 
+def test_what_is_left_out_for_its_suffix_is_said_once(tmp_path, monkeypatch, caplog):
+    for name in ("a/x.png", "a/x.tif", "a/deep/y.TIF", "b/x.jpg", "b/.hidden/x.tif", "b/n01.v2/x.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "b" / "LICENSE").touch()
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        assert len(ImageFolder(tmp_path, channels=1, size=8, num_classes=2)) == 3
+    assert caplog.messages == [
+        "files of other suffixes than .bmp, .jpeg, .jpg, .png, .webp are left out of the image folder "
+        f"{tmp_path}: 2 .tif, 1 without suffix"
+    ]
+    (tmp_path / "b" / "LICENSE").unlink()
+    caplog.clear()
+    ImageFolder(tmp_path / "b", channels=1, size=8, num_classes=0)
+    assert caplog.messages == []
+
+
 def test_images_outside_of_class_folders_are_said_to_be(tmp_path):
     _write_image(tmp_path / "x.png", np.zeros((8, 8)))
     with pytest.raises(ValueError, match="holds its images in no class folders; put them in one folder per class, or"):

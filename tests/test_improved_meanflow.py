@@ -223,7 +223,8 @@ def test_a_run_is_sampled_and_scored_with_guidance_of_any_scale(tmp_path, capsys
     arguments = ["sample", str(tmp_path), "--count", "8", "--device", "cpu"]
     assert cli.main(arguments) == 0
     assert cli.main([*arguments, "--guidance-scale", "2.5", "--guidance-interval", "0.1,0.9"]) == 0
-    assert (tmp_path / "samples" / "1-step-guidance-2_5-interval-0_1-0_9.png").is_file()
+    name = "step-00000002-1-step-8-samples-guidance-2_5-interval-0_1-0_9.png"
+    assert (tmp_path / "samples" / name).is_file()
     score = ["eval", str(tmp_path), "--count", "20", "--device", "cpu", "--guidance-scale", "3"]
     assert cli.main(score) == 0
     written = json.loads((tmp_path / "evaluation" / "step-00000002-1-step-20-samples-guidance-3_0.json").read_text())

@@ -210,7 +210,7 @@ def test_the_best_is_loaded_sampled_and_scored_by_that_name(tmp_path, distances,
     assert step == 2
     assert all(torch.equal(value, averages[name]) for name, value in model.state_dict().items())
     assert cli.main(["sample", str(tmp_path), "--count", "10", "--step", "best"]) == 0
-    assert Image.open(tmp_path / "samples" / "1-step-at-2.png").size == (8 * 34, 2 * 34)
+    assert Image.open(tmp_path / "samples" / "step-00000002-1-step-10-samples.png").size == (8 * 34, 2 * 34)
     assert cli.main(["eval", str(tmp_path), "--step", "best"]) == 0
     assert (tmp_path / "evaluation" / "step-00000002-1-step-20-samples.json").is_file()
     (tmp_path / FOLDER / "step-00000002" / "SCORE").unlink()

@@ -354,7 +354,7 @@ def test_sample_and_eval_with_an_average_that_was_not_tracked(run, capsys):
     pictures = []
     for std, name in ((0.05, "0_05"), (0.08, "0_08")):
         assert main(["sample", *options, str(std)]) == 0
-        pictures.append((run / "samples" / f"1-step-ema-{name}.png").read_bytes())
+        pictures.append((run / "samples" / f"step-00000011-1-step-20-samples-ema-{name}.png").read_bytes())
         assert main(["eval", *options, str(std)]) == 0
         scores = json.loads((run / "evaluation" / f"step-00000011-1-step-20-samples-ema-{name}.json").read_text())
         assert (scores["step"], scores["ema_std"]) == (11, std)

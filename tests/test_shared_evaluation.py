@@ -80,6 +80,19 @@ def test_the_command_shares_the_work_and_the_first_process_alone_prints(tmp_path
     assert files(tmp_path / "run") == before
 
 
+def test_an_image_that_cannot_be_read_ends_all_processes_in_one_sentence(tmp_path):
+    write_images(tmp_path / "images")
+    Trainer(image_config(tmp_path / "run", tmp_path / "images")).fit()
+    bad = tmp_path / "images" / "class1" / "7.png"
+    bad.write_bytes(bad.read_bytes()[:-40])
+    before = files(tmp_path / "run")
+    result = soflow("eval", str(tmp_path / "run"), processes=2)
+    assert result.returncode != 0
+    said = [line for line in result.stderr.splitlines() if line.startswith("soflow: ")]
+    assert [line.partition(" (")[0] for line in said] == [f"soflow: process 0 of 2: the image {bad} cannot be read"]
+    assert files(tmp_path / "run") == before
+
+
 # ------------------------------------------------------------------------------------------- in this process alone
 
 

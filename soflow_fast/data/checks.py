@@ -105,7 +105,7 @@ def as_condition(value: Any, null_condition: Tensor) -> Tensor:
 def warn_of_unused_classes(dataset: Dataset, num_classes: int) -> None:
     """Logs how many of the classes no sample is of, where the labels are at hand; in the first process."""
     labels = labels_at_hand(dataset) if num_classes else None
-    if labels is None or os.environ.get("RANK", "0") != "0":
+    if labels is None or not is_first_process():
         return
     found = np.unique(labels)
     if len(found) >= num_classes:
@@ -113,6 +113,11 @@ def warn_of_unused_classes(dataset: Dataset, num_classes: int) -> None:
     needed = int(found[-1]) + 1
     remedy = "" if needed >= num_classes else f"; set model.num_classes={needed}"
     _log.warning("%d of %d classes have samples in the data%s", len(found), num_classes, remedy)
+
+
+def is_first_process() -> bool:
+    """Whether this is the process that speaks for all; before they have joined."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def labels_at_hand(dataset: Dataset) -> np.ndarray | None:

@@ -1,6 +1,8 @@
 """A folder of images by class: ``path/<class>/**/<image>``, classes in the order of their names; or without classes."""
 
+import logging
 import os
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -9,8 +11,11 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from soflow_fast.data.checks import is_first_process
 from soflow_fast.data.crop import centred
 from soflow_fast.size import Size, height_and_width
+
+_log = logging.getLogger(__name__)
 
 _SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".webp"}
 _MODES = {1: "L", 3: "RGB"}
@@ -24,7 +29,8 @@ def class_folders(path: Path) -> list[str]:
 def labelled_images(path: Path, classes: list[str], otherwise: str = "") -> list[tuple[Path, int]]:
     """Every image below the class folders with its class, in a fixed order; ``[""]`` takes all of the folder as one.
 
-    Hidden files, and all that lies in hidden folders, are left out.
+    Hidden files, and all that lies in hidden folders, are left out. So are files of other suffixes, of which the first
+    process logs how many there are.
 
     Args:
         path: of the folder. classes: names of folders in it. otherwise: another remedy where there are no images.
@@ -32,14 +38,16 @@ def labelled_images(path: Path, classes: list[str], otherwise: str = "") -> list
     Raises:
         ValueError: if there are no images, or none in one of the class folders.
     """
-    samples = []
+    samples, left_out = [], Counter()
     for label, name in enumerate(classes):
         depth = len((path / name).parts)
-        samples += [
-            (file, label)
-            for file in sorted((path / name).rglob("*"))
-            if file.suffix.lower() in _SUFFIXES and not any(map(_is_hidden, file.parts[depth:]))
-        ]
+        for file in sorted((path / name).rglob("*")):
+            if any(map(_is_hidden, file.parts[depth:])):
+                continue
+            if file.suffix.lower() in _SUFFIXES:
+                samples.append((file, label))
+            elif file.is_file():
+                left_out[file.suffix.lower() or "without suffix"] += 1
     if not samples:
         flat = any(file.suffix.lower() in _SUFFIXES for file in path.iterdir())
         found = "its images in no class folders" if flat else f"no images ({', '.join(sorted(_SUFFIXES))})"
@@ -51,6 +59,10 @@ def labelled_images(path: Path, classes: list[str], otherwise: str = "") -> list
             f"{len(empty)} of the {len(classes)} class folders in {path} hold no images ({', '.join(empty[:5])}"
             f"{', ..' if len(empty) > 5 else ''}); remove them, or put images of their classes there"
         )
+    if left_out and is_first_process():
+        found = ", ".join(f"{n:,} {suffix}" for suffix, n in left_out.most_common())
+        read = ", ".join(sorted(_SUFFIXES))
+        _log.warning("files of other suffixes than %s are left out of the image folder %s: %s", read, path, found)
     return samples
 
 
