@@ -63,11 +63,11 @@ def save(folder: Path, state: State, keep: int, keep_every: int = 0) -> Path:
     """Writes a checkpoint, then removes all but the newest ``keep``, those marked to stay and the best; returns its
     path.
 
-    Raises:
-        OSError: where it cannot be written; the ones before stay, and nothing of it does.
-
     Those of every ``keep_every``-th step, 0 for none, are marked by an empty file ``KEEP``, as a user may mark others.
     The best is the one of the lowest score among those that :func:`add_score` gave one.
+
+    Raises:
+        OSError: where it cannot be written; the ones before stay, and nothing of it does.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for unfinished in folder.glob(f"{_WRITING}*"):
@@ -80,6 +80,8 @@ def save(folder: Path, state: State, keep: int, keep_every: int = 0) -> Path:
     except (OSError, RuntimeError, SafetensorError) as error:  # the last two are also how a full disk shows
         free = shutil.disk_usage(temporary).free
         shutil.rmtree(temporary, ignore_errors=True)
+        if isinstance(error, torch.AcceleratorError):  # of a step before, noticed here
+            raise
         raise OSError(
             f"the checkpoint of step {state.step} cannot be written to {folder}, where {free >> 20} MiB are free "
             f"({' '.join(str(error).split())}); make room, and the run goes on from the checkpoint before"

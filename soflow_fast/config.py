@@ -234,9 +234,9 @@ class TrainConfig(Section):
     """Everything a training run depends on.
 
     Attributes:
-        run_dir: where the run is written and continued; of this and all other paths ``~`` is the home. objective: the
-            name of its section, such as ``soflow``; or ``given`` (an object of another class given to the Trainer, of
-            which nothing else is recorded).
+        run_dir: where the run is written and continued; here, in data.path, initial_weights and evaluation.reference
+            ``~`` is the home. objective: the name of its section, such as ``soflow``; or ``given`` (an object of
+            another class given to the Trainer, of which nothing else is recorded).
         batch_size: rows of a step, over all micro-batches and processes, which share them equally.
         total_steps: of the run. seed: of every draw.
         device: ``auto`` (a GPU where there is one), ``cpu``, ``cuda`` or ``cuda:1``.

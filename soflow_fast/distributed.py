@@ -128,15 +128,16 @@ class Processes:
         return [theirs for theirs, _ in found]
 
 
-def broadcast(module: nn.Module) -> None:
+def begin_alike(processes: Processes, module: nn.Module) -> None:
     """All processes begin with the parameters and buffers of the first.
 
     Raises:
         ValueError: in all of them, where they do not have the same ones.
     """
+    if processes.world_size == 1:
+        return
     tensors = [*module.named_parameters(), *module.named_buffers()]
-    found = [None] * dist.get_world_size()
-    dist.all_gather_object(found, [(name, tuple(t.shape), str(t.dtype)) for name, t in tensors])
+    found = processes.of_all(lambda: [(name, tuple(t.shape), str(t.dtype)) for name, t in tensors])
     for rank, theirs in enumerate(found):
         if theirs != found[0]:
             pairs = itertools.zip_longest(theirs, found[0], fillvalue=("nothing",))
@@ -145,7 +146,12 @@ def broadcast(module: nn.Module) -> None:
                 f"process {rank} has another {type(module).__name__} than the first, {one} in place of {other}; build "
                 "the same network in every process"
             )
-    for _, tensor in tensors:
+    broadcast(module)
+
+
+def broadcast(module: nn.Module) -> None:
+    """All processes begin with the parameters and buffers of the first; they have to be alike."""
+    for tensor in (*module.parameters(), *module.buffers()):
         first = tensor.detach().contiguous()
         dist.broadcast(first, src=0)
         tensor.detach().copy_(first)

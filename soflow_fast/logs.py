@@ -5,7 +5,7 @@ import logging
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 
 import torch
@@ -124,7 +124,8 @@ class RunLog:
 
     def advance(self) -> None:
         """One more step on the bar."""
-        self._bar.update()
+        with suppress(OSError):  # a terminal that is gone must not keep the run from its checkpoint
+            self._bar.update()
 
     def write(self, step: int, values: dict[str, float | list[float | None]]) -> None:
         """One line of metrics after step number ``step``; adds ``images_per_second`` since the last one."""
@@ -134,7 +135,8 @@ class RunLog:
         values = {"step": step, **values, "images_per_second": rate}
         self.append(values)
         losses = {name.split("/")[0]: f"{value:.4g}" for name, value in values.items() if name.endswith("/mse")}
-        self._bar.set_postfix({**losses, "images/s": f"{rate:.4g}"})
+        with suppress(OSError):
+            self._bar.set_postfix({**losses, "images/s": f"{rate:.4g}"})
 
     def append(self, values: dict) -> None:
         """Any values with their ``step``, to the file, to TensorBoard and to the hook."""
@@ -151,7 +153,8 @@ class RunLog:
 
     def say(self, sentence: str) -> None:
         """A line above the progress bar."""
-        self._bar.write(sentence, file=sys.stderr)
+        with suppress(OSError):
+            self._bar.write(sentence, file=sys.stderr)
 
     @contextmanager
     def off_the_clock(self) -> Iterator[None]:

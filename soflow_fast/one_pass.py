@@ -95,8 +95,8 @@ class ParameterPass:
         """Copies a newly loaded state into the tensors that the tables, and a captured graph, point to."""
         self.group = group
         for i, p in enumerate(self.parameters):
-            state = optimizer.state[p]
-            self.step_count.copy_(state["step"])
+            state = with_moments(optimizer.state[p], p)  # of an optimizer that has not stepped there is none
+            self.step_count.copy_(state.get("step", torch.zeros(())))
             for name, tensors in zip(("exp_avg", "exp_avg_sq"), self.states, strict=True):
                 tensors[i].copy_(state[name])
                 state[name] = tensors[i]

@@ -4,6 +4,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from itertools import islice
 from multiprocessing import active_children
 from pathlib import Path
@@ -51,7 +52,8 @@ class StopSignal:
         if again and callable(self._before[number]):
             self._before[number](number, frame)
         elif number == signal.SIGINT:
-            os.write(2, b"\nthe run ends with a checkpoint after this step; Ctrl-C once more ends it at once\n")
+            with suppress(OSError):  # nobody may read any longer, as of a pipe that the same Ctrl-C has ended
+                os.write(2, b"\nthe run ends with a checkpoint after this step; Ctrl-C once more ends it at once\n")
 
     def agreed(self, processes: Processes, step: int) -> int:
         """The number of the signal after which this step is the last, or 0.

@@ -3,7 +3,7 @@
 import math
 import os
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -108,8 +108,7 @@ class Trainer:
             given.check(self.model, config, self.dataset)
             given.ensure_training_mode(self.model)
         self.model.to(self.processes.device)
-        if self.processes.world_size > 1:
-            distributed.broadcast(self.model)  # before the averages begin with what it has
+        distributed.begin_alike(self.processes, self.model)  # before the averages begin with what it has
         wanted = config.optimizer
         self.optimizer = OPTIMIZERS[wanted.name](
             [p for p in self.model.parameters() if p.requires_grad],
@@ -389,7 +388,9 @@ class Trainer:
             return skipped
         found = checkpoint.committed(self.checkpoints)
         read = batch_indices(len(self.dataset), self.config.batch_size, first - 1, self.config.seed) if first else []
-        index = first_not_finite(self.dataset, read)
+        index = None
+        with suppress(Exception):  # which would hide the error
+            index = first_not_finite(self.dataset, read)
         remedy = "lower optimizer.learning_rate or set optimizer.grad_clip"
         if index is not None:
             remedy = f"item {index} of the data, which it read, is not finite either; mend it, or leave it out,"

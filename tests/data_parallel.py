@@ -47,7 +47,7 @@ def start(processes: distributed.Processes, folder: Path) -> dict:
     run = Trainer(tiny_config(folder / "run"), model=Transformer())
     averages = processes.of_all(lambda: run.ema.state_dict())
     try:
-        distributed.broadcast(torch.nn.Linear(3, 2 + processes.rank))
+        distributed.begin_alike(processes, torch.nn.Linear(3, 2 + processes.rank))
     except ValueError as error:
         return {"averages": averages, "refused": str(error)}
     raise AssertionError("other networks were not noticed")

@@ -250,8 +250,9 @@ def test_sampling_lists_what_there_was_no_time_for(tmp_path):
     path = tmp_path / "out.json"
     assert sampling.main([*_FEW, "--minutes", "-1", "--json", str(path)]) == 0
     report = _written(path)
-    assert not report["rows"]
-    assert "left out" in report["refused"][0]["why"]
+    assert (report["rows"], report["refused"]) == ([], [])
+    assert report["left_out"]
+    assert report["partial"]
 
 
 # ---------------------------------------------------------------------------------------------------------- loader

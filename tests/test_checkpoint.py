@@ -150,6 +150,16 @@ def test_a_checkpoint_of_before_there_were_digests(tmp_path):
     _assert_equal(checkpoint.load(path), _state(1))
 
 
+def test_an_error_of_the_device_is_told_as_that(tmp_path, monkeypatch):
+    def fails(*_):
+        raise torch.AcceleratorError("an illegal memory access was encountered")
+
+    monkeypatch.setattr(torch, "save", fails)
+    with pytest.raises(torch.AcceleratorError):
+        checkpoint.save(tmp_path, _state(2), keep=1)
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("error", [OSError("No space left on device"), RuntimeError("unexpected pos 64 vs 0")])
 def test_a_full_disk_leaves_the_checkpoint_before(tmp_path, monkeypatch, error):
     first = checkpoint.save(tmp_path, _state(1), keep=1)

@@ -307,6 +307,20 @@ def test_a_parameter_without_gradient_stays_as_torch_leaves_it(name):
         ours.update()
 
 
+def test_the_state_of_an_optimizer_that_has_not_stepped_begins_again():
+    net, other = Net(), Net()
+    optimizer, fresh = AdamW(net.parameters(), lr=1e-2, impl="triton"), AdamW(other.parameters(), 1e-2, impl="triton")
+    give(net, gradients(0))
+    optimizer.update()
+    optimizer.load_state_dict(AdamW(other.parameters(), lr=1e-2, impl="triton").state_dict())
+    net.load_state_dict(other.state_dict())
+    for one, seed in ((net, 1), (other, 1)):
+        give(one, gradients(seed))
+    optimizer.update()
+    fresh.update()
+    same_weights(net, other)
+
+
 @pytest.mark.parametrize("impl", ["torch", "triton"])
 def test_a_parameter_with_gaps_is_refused(impl):
     """The memory in its gaps, which is another's, would be written."""

@@ -73,13 +73,37 @@ def test_a_signal_ends_the_run_with_a_checkpoint_and_it_goes_on_exactly(tmp_path
     assert_bitwise_equal(final(tmp_path / "straight"), final(tmp_path / "stopped"))
 
 
-def test_a_second_interrupt_ends_at_once(tmp_path, monkeypatch, capfd):
+@pytest.fixture
+def interruptible():
+    """Ctrl-C as in a terminal: what is started in the background may ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_a_second_interrupt_ends_at_once(tmp_path, monkeypatch, capfd, interruptible):
     _signalled(monkeypatch, 2, signal.SIGINT)
     _signalled(monkeypatch, 2, signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
         Trainer(_config(tmp_path)).fit()
     assert checkpoint.committed(tmp_path / "checkpoints") == []
     assert "Ctrl-C once more ends it at once" in capfd.readouterr().err
+
+
+def test_a_terminal_that_is_gone_keeps_no_run_from_its_checkpoint(tmp_path, monkeypatch, handled):
+    class Gone:
+        def __getattr__(self, name):
+            return getattr(sys.__stderr__, name)
+
+        def write(self, _):
+            raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(sys, "stderr", Gone())
+    _signalled(monkeypatch, 3, signal.SIGHUP)
+    with pytest.raises(StoppedBySignal):
+        Trainer(_config(tmp_path)).fit()
+    (saved,) = checkpoint.committed(tmp_path / "checkpoints")
+    assert saved.name == "step-00000003"
 
 
 def test_a_signal_that_is_ignored_stays_so(tmp_path, monkeypatch):
@@ -112,7 +136,7 @@ def test_in_another_thread_signals_stay_the_users(tmp_path):
     assert final(tmp_path).step == 6
 
 
-def test_the_command_ends_with_the_code_of_the_signal(tmp_path, monkeypatch, capsys):
+def test_the_command_ends_with_the_code_of_the_signal(tmp_path, monkeypatch, capsys, interruptible):
     path = write_config(tmp_path / "config.yaml", _config(tmp_path / "run"))
     with monkeypatch.context() as patch:
         _signalled(patch, 2, signal.SIGTERM)
