@@ -31,7 +31,7 @@ def run_pieces(
     """Runs the pieces that are not in the report, each by its name; what there is no time for is its ``left_out``.
 
     Args:
-        pieces: each adds to the report, and what it raises ends the run. path: is written after each, marked as partial
+        pieces: each adds to the report; what it raises ends the run. path: is written after each, marked as partial
             until nothing is left.
 
     Raises:
@@ -44,7 +44,12 @@ def run_pieces(
         if time.monotonic() > end:
             report["left_out"].append(name)
             continue
-        run()
+        try:
+            run()
+        except Exception as error:
+            if not gpu_lost():
+                raise
+            report["refused"].append({"piece": name, "why": f"{type(error).__name__}: {error}"})
         report["pieces"].append(name)
         print(name, file=sys.stderr, flush=True)
         if path:

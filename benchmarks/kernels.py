@@ -20,7 +20,7 @@ import _interpreter  # noqa: F401
 import pytest
 import torch
 from _ops import DEVICE, DTYPE, bytes_moved, make_check, make_step, modes, options, selected
-from _pieces import begun, run_pieces
+from _pieces import begun, gpu_lost, run_pieces
 from _timing import Timer, copy_bandwidth, launch_floor_ms
 
 from soflow_fast.kernels import fused, reference
@@ -84,6 +84,8 @@ def measure(
                 rows = timings(case, provider, timer, max_rows)
             except Exception as error:  # what one provider cannot compile or capture must not cost the other rows
                 refuse(case, provider, f"{type(error).__name__}: {error}")
+                if gpu_lost():
+                    return
             else:
                 percent = 100 / report["copy_gb_per_s"]
                 report["rows"] += [{**row, "percent_of_copy": percent * row["gb_per_s"]} for row in rows]

@@ -22,7 +22,7 @@ from unittest import mock
 import _interpreter  # noqa: F401
 import torch
 from _ops import DEVICE, DTYPE, by_size, make_check, make_step, modes, options
-from _pieces import begun, run_pieces
+from _pieces import begun, gpu_lost, run_pieces
 from _timing import Timer, Timing
 
 from soflow_fast.kernels import (
@@ -197,6 +197,8 @@ def search(entry: Entry, case: Case, timer: Timer, max_rows: int | None, climbs:
                 timings[value] = timing = timed(entry, value, case, kernels, check, timer, max_rows)
             except Exception as error:  # what does not compile or fit costs that value alone
                 yield row | {"refused": f"{type(error).__name__}: {error}"}
+                if gpu_lost():  # of the rest nothing would be learnt
+                    return
             else:
                 yield row | {"ms": timing.median, "ms_low": timing.low, "ms_high": timing.high}
         fastest = min(timings, key=lambda value: timings[value].median, default=here)

@@ -53,7 +53,7 @@ def plan(config: TrainConfig, accept_changes: bool = False) -> Plan:
     resolved = replace(trainer.config, model=replace(trainer.config.model, **all_blocks))
     told = resolved.model.num_classes, null_condition(trainer.model.network)
     data = fingerprint(trainer.dataset, *told)
-    changes = run_folder.changes(trainer.run_dir, resolved, data, accept_changes)
+    changes = run_folder.changes(trainer.run_dir, replace(resolved, compute=config.compute), data, accept_changes)
     found = checkpoint.committed(trainer.checkpoints)
     precision, device, impl = trainer.step.precision, trainer.processes.device, trainer.model.impl
     plain = {"impl": "torch", **({"attention": "sdpa"} if is_dit else {})}

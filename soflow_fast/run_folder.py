@@ -70,6 +70,8 @@ def changes(run_dir: Path, config: TrainConfig, data: dict[str, object], accept:
     theirs, before = read_config(run_dir), _read_data(run_dir)
     if theirs.compute.precision == "auto":  # of an earlier version; what was chosen then is not known
         theirs = replace(theirs, compute=replace(theirs.compute, precision=config.compute.precision))
+    elif config.compute.precision == "auto":  # of a dry run, perhaps on another machine than the run's
+        config = replace(config, compute=replace(config.compute, precision=theirs.compute.precision))
     if not accept:
         require_same(run_dir, config, theirs, f"use that value, choose another run_dir, or go on with {ACCEPT}")
     found = [

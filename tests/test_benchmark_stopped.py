@@ -6,6 +6,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import _pieces
 import precision
 import pytest
 import sampling
@@ -89,3 +90,22 @@ def test_precision(reports, monkeypatch):
     whole, part = reports(precision, "quotient_errors", "--smoke", "--device", "cpu", "--weights", "random", "digits")
     assert ("partial" in whole, part["partial"]) == (False, True)
     assert (set(whole["relative_error"]), set(part["relative_error"])) == ({"random", "digits"}, {"random"})
+
+
+def test_a_piece_that_costs_the_gpu_is_not_tried_again(monkeypatch, tmp_path):
+    path, ran = tmp_path / "out.json", []
+
+    def lost():
+        ran.append("lost")
+        monkeypatch.setattr(_pieces, "gpu_lost", lambda: True)
+        raise RuntimeError("an illegal memory access was encountered")
+
+    pieces = [("lost", lost), ("next", lambda: ran.append("next"))]
+    with pytest.raises(SystemExit, match="lost has cost this process its GPU; --resume goes on"):
+        _pieces.run_pieces(_pieces.begun(None), pieces, 1.0, path)
+    monkeypatch.setattr(_pieces, "gpu_lost", lambda: False)
+    report = _pieces.begun(path)
+    _pieces.run_pieces(report, pieces, 1.0, path)
+    assert ran == ["lost", "next"]
+    assert [refused["piece"] for refused in report["refused"]] == ["lost"]
+    assert "partial" not in json.loads(path.read_text())

@@ -280,6 +280,18 @@ def test_a_dry_run_in_a_run_s_folder_says_what_training_would(tmp_path, capsys):
     assert files(tmp_path / "run") == before
 
 
+def test_a_dry_run_leaves_the_precision_to_the_machine_that_trains(tmp_path, capsys):
+    """Of a run on a GPU, on a machine without."""
+    config = tiny_config(tmp_path / "run")
+    Trainer(config).fit()
+    record = tmp_path / "run" / "config.yaml"
+    record.write_text(record.read_text().replace("\n  precision: fp32", "\n  precision: bf16"))
+    dry_run = ["train", str(write_config(tmp_path / "config.yaml", config)), "--dry-run"]
+    assert main(dry_run) == 0
+    assert main([*dry_run, "--compute.precision", "fp32"]) == 2
+    assert "holds a run with compute.precision='bf16'" in capsys.readouterr().err
+
+
 def test_the_advice_after_a_divergence_can_be_followed(tmp_path, capsys):
     output = OutputConfig(log_every=1, sample_every=0)
     path = write_config(tmp_path / "config.yaml", tiny_config(tmp_path / "run", output=output))
