@@ -148,10 +148,9 @@ def evaluate(
     A folder of real images is resized and cropped to the size of the samples: to a square as torch-fidelity does it,
     otherwise as ``data.kind=folder`` or ``soflow encode`` do it to train on them. Inception squeezes all of them into a
     square of its own. Real images are read before anything is drawn, and their statistics kept next to ``folder`` for
-    the next time. A ``.npz`` file of statistics
-    must be of the same features, see :func:`soflow_fast.fidelity.distance_to_statistics`; nothing is resized then: the
-    samples are scored at their own size, and that of the real images is not known. Grey samples count as RGB with three
-    equal channels.
+    the next time. A ``.npz`` file of statistics must be of the same features, see
+    :func:`soflow_fast.fidelity.distance_to_statistics`; nothing is resized then: the samples are scored at their own
+    size, and that of the real images is not known. Grey samples count as RGB with three equal channels.
 
     Several processes, all of which must call this, each draw, decode and write a share of the images, which are those
     of one process. The first scores them, and draws the digits alone.
@@ -201,7 +200,7 @@ def evaluate(
     processes.of_all(lambda: save_folder(draw(share), folder, share.start) if share else None)
     if processes.world_size > 1:
         processes.of_first(lambda: _await_samples(folder, wanted.samples))
-    return {"samples": str(folder), "frechet": processes.of_first(lambda: _frechet(folder, real))}
+    return {"samples": str(folder), "frechet": processes.of_first(lambda: real.distance(folder))}
 
 
 def _empty(folder: Path) -> None:
@@ -333,10 +332,6 @@ class _Real:
             return _fidelity().distance_to_statistics(samples, self._path, **self._options)
         kept = {"cache_folder": self._folder, "second_name": self._name}
         return _fidelity().frechet_distance(samples, self._images, **kept, **self._options)
-
-
-def _frechet(samples: Path, real: _Real) -> float:
-    return real.distance(samples)
 
 
 @torch.no_grad()

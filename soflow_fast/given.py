@@ -2,7 +2,6 @@
 
 import copy
 import logging
-import os
 
 import torch
 from torch import nn
@@ -11,6 +10,7 @@ from torch.utils.data import Dataset
 from soflow_fast import build
 from soflow_fast.conditions import OfItems, null_condition
 from soflow_fast.config import TrainConfig
+from soflow_fast.data.checks import is_first_process
 from soflow_fast.dit import DiT
 from soflow_fast.objectives.base import Objective
 from soflow_fast.sample import evaluating
@@ -72,7 +72,7 @@ def ensure_training_mode(model: Objective) -> None:
     if model.network.training:
         return
     model.train()
-    if os.environ.get("RANK", "0") == "0":
+    if is_first_process():
         _log.warning(
             "the network %s was given in eval mode, as from_pretrained returns it; it is put into training mode, in "
             "which dropout acts",

@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from soflow_fast import optim
 from soflow_fast.augment import Augment
 from soflow_fast.capture import Captured, compiled, on_side_stream
+from soflow_fast.config_io import require_count
 from soflow_fast.dit import DiT
 from soflow_fast.ema import EMA
 from soflow_fast.objectives.base import LossOutput, Objective, TotalLoss, require_choice
@@ -143,8 +144,7 @@ class TrainStep:
         if not hasattr(model, "velocity_share"):
             raise ValueError(f"this {type(model).__name__} is no objective; give one over it, such as SoFlow(net)")
         for name, value in (("total_steps", total_steps), ("accumulation", accumulation)):
-            if value < 1:
-                raise ValueError(f"{name}={value} is not possible; it must be at least 1")
+            require_count(name, value)
         if grad_clip is not None and not grad_clip > 0:
             raise ValueError(
                 f"grad_clip={grad_clip} is not a norm to clip at; give one above 0, or None for no clipping"

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from soflow_fast import checkpoint, trainer
+from soflow_fast.cli import main
 from soflow_fast.config import (
     DataConfig,
     EvaluationConfig,
@@ -60,6 +61,16 @@ def soflow(*args: str, environment: dict[str, str] | None = None, processes: int
         env={**inherited, "OMP_NUM_THREADS": "1", **(environment or {})},
         timeout=300,
     )
+
+
+def refused(capsys, *args) -> str:
+    """The sentence with which a command line is refused."""
+    assert main([str(arg) for arg in args]) == 2
+    printed = capsys.readouterr()
+    assert printed.err.startswith("soflow: ")
+    assert printed.err.count("\n") == 1
+    assert "Traceback" not in printed.err
+    return printed.err
 
 
 def write_latents(path: Path, n=40, channels=4, size=8, classes=10, **changes) -> Path:

@@ -8,7 +8,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from runs import pixel_features, soflow, tiny_config, write_config, write_images, write_latents, write_statistics
+from runs import (
+    pixel_features,
+    refused,
+    soflow,
+    tiny_config,
+    write_config,
+    write_images,
+    write_latents,
+    write_statistics,
+)
 from test_interop import IMAGENET
 
 from soflow_fast import Trainer, trainer
@@ -28,16 +37,6 @@ def run(tmp_path_factory):
 
 def _files(folder):
     return {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
-
-
-def _refused(capsys, *args) -> str:
-    """The sentence with which a command line is refused."""
-    assert main([str(arg) for arg in args]) == 2
-    printed = capsys.readouterr()
-    assert printed.err.startswith("soflow: ")
-    assert printed.err.count("\n") == 1
-    assert "Traceback" not in printed.err
-    return printed.err
 
 
 # ------------------------------------------------------------------------------------------------------ bad input
@@ -70,7 +69,7 @@ def test_bad_configurations(tmp_path, capsys, monkeypatch, text, words):
     if text is not None:
         (tmp_path / "config.yaml").write_text(text)
     before = _files(tmp_path)
-    sentence = _refused(capsys, "train", "config.yaml")
+    sentence = refused(capsys, "train", "config.yaml")
     for word in words:
         assert word in sentence
     assert _files(tmp_path) == before
@@ -107,7 +106,7 @@ def test_bad_latents(tmp_path, capsys, changes, words):
     path = write_latents(tmp_path / "latents.hdf5", **changes)
     model = ModelConfig(input_size=8, num_classes=10, hidden_size=16, depth=1, num_heads=2)
     config = tiny_config(tmp_path / "run", model=model, data=DataConfig(path=str(path)))
-    sentence = _refused(capsys, "train", write_config(tmp_path / "config.yaml", config))
+    sentence = refused(capsys, "train", write_config(tmp_path / "config.yaml", config))
     for word in ["latents.hdf5", *words]:
         assert word in sentence
     assert not (tmp_path / "run").exists()
@@ -118,31 +117,31 @@ def test_a_truncated_latents_file(tmp_path, capsys):
     path.write_bytes(path.read_bytes()[:-1000])
     config = tiny_config(tmp_path / "run", data=DataConfig(path=str(path)))
     config = replace(config, model=replace(config.model, in_channels=4))
-    assert "damaged or incomplete" in _refused(capsys, "train", write_config(tmp_path / "config.yaml", config))
+    assert "damaged or incomplete" in refused(capsys, "train", write_config(tmp_path / "config.yaml", config))
 
 
 def test_a_run_of_another_config_is_refused_and_kept(run, tmp_path, capsys):
     path, before = write_config(tmp_path / "config.yaml", tiny_config(run, seed=9)), _files(run)
-    assert "holds a run with seed=0, and this one has 9" in _refused(capsys, "train", path)
+    assert "holds a run with seed=0, and this one has 9" in refused(capsys, "train", path)
     assert _files(run) == before
 
 
 def test_a_folder_that_cannot_be_made(tmp_path, capsys):
     (tmp_path / "file").write_text("")
     path = write_config(tmp_path / "config.yaml", tiny_config(tmp_path / "file" / "run"))
-    assert str(tmp_path / "file" / "run") in _refused(capsys, "train", path)
+    assert str(tmp_path / "file" / "run") in refused(capsys, "train", path)
 
 
 def test_bad_arguments_of_the_other_commands(run, tmp_path, capsys):
-    assert "is not a run" in _refused(capsys, "sample", tmp_path)
-    assert "is not a run" in _refused(capsys, "eval", tmp_path)
-    assert "--count 0" in _refused(capsys, "sample", run, "--count", 0)
-    assert "--steps 0" in _refused(capsys, "sample", run, "--steps", 0)
-    assert "--labels '3,10'" in _refused(capsys, "sample", run, "--labels", "3,10")
+    assert "is not a run" in refused(capsys, "sample", tmp_path)
+    assert "is not a run" in refused(capsys, "eval", tmp_path)
+    assert "--count 0" in refused(capsys, "sample", run, "--count", 0)
+    assert "--steps 0" in refused(capsys, "sample", run, "--steps", 0)
+    assert "--labels '3,10'" in refused(capsys, "sample", run, "--labels", "3,10")
     for option in ("--reference", "--features", "--weights"):
-        assert f"evaluation.{option[2:]}='x' does nothing here" in _refused(capsys, "eval", run, option, "x")
-    assert "evaluation.steps=0" in _refused(capsys, "eval", run, "--steps", 0)
-    assert "device='gpu'" in _refused(capsys, "sample", run, "--device", "gpu")
+        assert f"evaluation.{option[2:]}='x' does nothing here" in refused(capsys, "eval", run, option, "x")
+    assert "evaluation.steps=0" in refused(capsys, "eval", run, "--steps", 0)
+    assert "device='gpu'" in refused(capsys, "sample", run, "--device", "gpu")
     with pytest.raises(SystemExit) as stopped:
         main(["sample", str(run), "--cuont", "3"])
     assert stopped.value.code == 2
@@ -155,7 +154,7 @@ def test_a_damaged_checkpoint_is_refused(tmp_path, capsys):
     weights.write_bytes(weights.read_bytes()[:-1])
     path = write_config(tmp_path / "config.yaml", config)
     for command in (["train", path], ["sample", config.run_dir], ["eval", config.run_dir]):
-        assert "is damaged (model.safetensors" in _refused(capsys, *command)
+        assert "is damaged (model.safetensors" in refused(capsys, *command)
 
 
 # ------------------------------------------------------------------------------------------------------- commands
@@ -189,7 +188,7 @@ def test_dry_run_of_a_published_file(tmp_path, capsys, monkeypatch, model, param
     (tmp_path / "imagenet.yaml").write_text(IMAGENET.replace("DiT-XL-2", model))
     write_latents(tmp_path / "imagenet_latent.hdf5", n=64, size=32)
     command = ["train", "imagenet.yaml", "--dry-run", "--batch_size", "64", "--device", "cpu"]
-    assert "imagenet_latent does not exist; set dataset_path" in _refused(capsys, *command)
+    assert "imagenet_latent does not exist; set dataset_path" in refused(capsys, *command)
     assert main([*command, "--data.path", "."]) == 0
     printed = capsys.readouterr().out
     assert f"preset: {model[:-2]}/{model[-1]}" in printed
@@ -216,7 +215,7 @@ def test_dry_run_fails_where_training_would(tmp_path, capsys):
         (["--batch_size=2000"], "more than the 1347 samples"),
         (["--evaluation.every=1", "--evaluation.features=x"], "evaluation.features='x' does nothing here"),
     ):
-        assert words in _refused(capsys, "train", path, "--dry_run", *option)
+        assert words in refused(capsys, "train", path, "--dry_run", *option)
     assert not (tmp_path / "run").exists()
 
 
@@ -280,9 +279,9 @@ def test_eval_against_images_and_against_their_statistics(tmp_path, capsys):
     assert scores[1] == pytest.approx(scores[0], rel=1e-6)
     before = _files(tmp_path / "run")
     write_statistics(file, pixel_features(levels)[:, :64])
-    assert "statistics of 64 features, and evaluation.features='pixels' gives 192" in _refused(capsys, *command, file)
-    assert "is neither a folder nor a .npz file" in _refused(capsys, *command, written)
-    assert "does not exist" in _refused(capsys, *command, tmp_path / "nowhere.npz")
+    assert "statistics of 64 features, and evaluation.features='pixels' gives 192" in refused(capsys, *command, file)
+    assert "is neither a folder nor a .npz file" in refused(capsys, *command, written)
+    assert "does not exist" in refused(capsys, *command, tmp_path / "nowhere.npz")
     assert _files(tmp_path / "run") == before
 
 
@@ -295,10 +294,10 @@ def test_latents_train_and_are_sampled_without_an_autoencoder(tmp_path, capsys):
     assert np.load(tmp_path / "run" / "samples" / "step-00000002.npy").shape == (10, 4, 8, 8)
     assert main(["sample", str(tmp_path / "run"), "--count", "3"]) == 0
     assert "3 latents (no autoencoder is set: --vae)" in capsys.readouterr().out
-    assert "--format npz is for images, and these are latents; give --vae" in _refused(
+    assert "--format npz is for images, and these are latents; give --vae" in refused(
         capsys, "sample", config.run_dir, "--format", "npz"
     )
-    assert _refused(capsys, "eval", config.run_dir, "--count", "5") == (
+    assert refused(capsys, "eval", config.run_dir, "--count", "5") == (
         "soflow: no score is possible: no autoencoder is set (data.vae), so samples stay latents; give --vae NAME, or "
         "draw without a score by soflow sample\n"
     )
@@ -310,7 +309,7 @@ def test_eval_says_that_the_reference_is_missing(tmp_path, capsys, options):
     data = DataConfig(kind="runs.Blobs", workers=0)
     Trainer(tiny_config(tmp_path / "run", data=data, total_steps=1)).fit()
     capsys.readouterr()
-    assert _refused(capsys, "eval", tmp_path / "run", *options) == (
+    assert refused(capsys, "eval", tmp_path / "run", *options) == (
         "soflow: no score is possible: evaluation.reference is not set to a folder of real images or a .npz file of "
         "their statistics; give --reference PATH, or draw without a score by soflow sample\n"
     )

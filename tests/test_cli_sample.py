@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from runs import tiny_config
+from runs import refused, tiny_config
 
 from soflow_fast import Trainer, capture, cli
 from soflow_fast.checkpoint import load_averages
@@ -21,16 +21,6 @@ def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
     Trainer(tiny_config(folder)).fit()
     return folder
-
-
-def _refused(capsys, *args) -> str:
-    """The sentence with which a command line is refused."""
-    assert main([str(arg) for arg in args]) == 2
-    printed = capsys.readouterr()
-    assert printed.err.startswith("soflow: ")
-    assert printed.err.count("\n") == 1
-    assert "Traceback" not in printed.err
-    return printed.err
 
 
 def test_sample(run, tmp_path, capsys):
@@ -63,11 +53,11 @@ def test_the_forms_of_samples_hold_the_same(run, tmp_path, capsys):
     np.testing.assert_array_equal(cells.transpose(0, 2, 1, 3).reshape(15, 8, 8)[:12], single)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["arrays.npz", "files", "shown.png"]
     for form, taken in (("grid", f"{shown}.png"), ("folder", files), ("folder", arrays), ("npz", arrays)):
-        said = _refused(capsys, "sample", run, "--count", 2, "--format", form, "--out", taken)
+        said = refused(capsys, "sample", run, "--count", 2, "--format", form, "--out", taken)
         assert f"{taken} exists already; choose another by --out, or remove it" in said
     assert len(list(files.iterdir())) == 12
     for form, out in (("npz", ".."), ("grid", "."), ("grid", "/"), ("folder", ".")):
-        said = _refused(capsys, "sample", run, "--format", form, "--out", out)
+        said = refused(capsys, "sample", run, "--format", form, "--out", out)
         assert f"--out '{out}' is no name of a file or folder" in said
 
 
@@ -81,7 +71,7 @@ def test_a_grid_is_called_as_asked(run, tmp_path, out, written):
 
 @pytest.mark.parametrize(("form", "suffix", "own"), [("grid", ".jpg", ".png"), ("npz", ".PNG", ".npz")])
 def test_files_of_another_suffix_are_refused(run, tmp_path, capsys, form, suffix, own):
-    said = _refused(capsys, "sample", run, "--format", form, "--out", tmp_path / f"x{suffix}")
+    said = refused(capsys, "sample", run, "--format", form, "--out", tmp_path / f"x{suffix}")
     assert f"x{suffix}' ends in {suffix}, and what is written is {own}; give that\n" in said
 
 
@@ -92,7 +82,7 @@ def test_what_is_drawn_otherwise_is_called_otherwise(run, tmp_path, capsys, monk
     options += ["--seed 1 --labels 1,2,3,4,5,6,7,8,9,1,2,3,4,5,6,7,8,9,0,1,2,3,4,5", "--no-renoise"]
     for given in options:
         assert main(["sample", str(run), "--count", "8", *given.split()]) == 0
-        assert "exists already" in _refused(capsys, "sample", run, "--count", 8, *given.split())
+        assert "exists already" in refused(capsys, "sample", run, "--count", 8, *given.split())
     assert sorted(path.name for path in (run / "samples").glob("step-00000007-*")) == [
         "step-00000007-1-step-8-samples-labels-3-5.png",
         "step-00000007-1-step-8-samples-labels-3.png",
@@ -149,7 +139,7 @@ def test_an_older_checkpoint(run, tmp_path, capsys):
     assert json.loads((run / "evaluation" / "step-00000004-1-step-66-samples.json").read_text())["step"] == 4
     capsys.readouterr()
     for command in ("sample", "eval"):
-        assert "has no checkpoint of step 5; choose one of 2, 4, 6\n" in _refused(capsys, command, run, "--step", 5)
+        assert "has no checkpoint of step 5; choose one of 2, 4, 6\n" in refused(capsys, command, run, "--step", 5)
 
 
 def test_several_steps_add_noise_again_or_do_not(run, tmp_path):
