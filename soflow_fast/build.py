@@ -1,7 +1,8 @@
-"""From a configuration to its objects: device, network, objective, data."""
+"""From a configuration to its objects: device, network, objective, optimizer, data."""
 
 import logging
-from dataclasses import asdict, fields, replace
+from collections.abc import Callable
+from dataclasses import asdict, replace
 from inspect import signature
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from soflow_fast import conditions
 from soflow_fast.attention import OF_A_GPU
 from soflow_fast.augment import AUGMENT_DIM
-from soflow_fast.config import GIVEN, OBJECTIVE_SECTIONS, ModelConfig, TrainConfig
+from soflow_fast.config import GIVEN, ModelConfig, TrainConfig
 from soflow_fast.config_model import UNET_PRESET
 from soflow_fast.data import CIFAR10, ImageFolder, LatentMoments, MomentsFolder, digits, find_moments_folder
 from soflow_fast.data.checks import require_pair, warn_of_unused_classes
@@ -27,6 +28,7 @@ from soflow_fast.objectives.flow_matching import FlowMatching
 from soflow_fast.objectives.improved_meanflow import ImprovedMeanFlow
 from soflow_fast.objectives.meanflow import MeanFlow
 from soflow_fast.objectives.soflow import SoFlow
+from soflow_fast.optim import OPTIMIZERS, can_leave_out
 from soflow_fast.size import height_and_width
 from soflow_fast.unet import UNet
 
@@ -123,6 +125,50 @@ def build_model(config: TrainConfig, given: nn.Module | None = None) -> nn.Modul
         return objective(given, **section)
 
 
+def build_optimizer(
+    config: TrainConfig, model: nn.Module, make: Callable[..., torch.optim.Optimizer] | None = None
+) -> torch.optim.Optimizer:
+    """The optimizer of a configuration over what of an objective is trained.
+
+    Args:
+        make: in place of the configuration's, called with the list of (name, parameter) and ``lr``.
+
+    Raises:
+        ValueError: if it makes no optimizer, leaves a parameter out, or cannot leave steps out where the configuration
+            allows them.
+    """
+    wanted, named = config.optimizer, [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    if wanted.name in OPTIMIZERS:
+        own = {name: getattr(wanted, name) for name in ("betas", "eps", "weight_decay")}
+        return OPTIMIZERS[wanted.name]([p for _, p in named], lr=wanted.learning_rate, impl=model.impl, **own)
+    if wanted.name == GIVEN:
+        if make is None:
+            raise ValueError(
+                "this configuration's optimizer was made by a function given to the Trainer; give it again, or its "
+                "import path as optimizer.name"
+            )
+        optimizer = make(named, lr=wanted.learning_rate)
+    else:
+        arguments = {"lr": wanted.learning_rate, **wanted.init_args}
+        optimizer = import_maker("optimizer.name", wanted.name, arguments, named)()
+    made = f"optimizer.name={wanted.name!r} makes"
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise ValueError(f"{made} an object of class {type(optimizer).__name__}; make a torch.optim.Optimizer")
+    taken = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    for name, p in named:
+        if id(p) not in taken:
+            raise ValueError(
+                f"{made} a {type(optimizer).__name__} without the parameter {name}; give it that too, or set "
+                "requires_grad_(False) on what is not to be trained"
+            )
+    if config.max_skipped_steps and not can_leave_out(optimizer):
+        raise ValueError(
+            f"max_skipped_steps={config.max_skipped_steps} needs an optimizer that can leave a step out, and "
+            f"{type(optimizer).__name__} cannot; make it with fused=True where it has that, or set max_skipped_steps=0"
+        )
+    return optimizer
+
+
 def runnable(config: TrainConfig) -> TrainConfig:
     """The configuration of a run, for its weights to be used: without a GPU nothing in it that needs one."""
     if resolve_device(config.device).type != "cpu":
@@ -163,7 +209,7 @@ def build_dataset(config: TrainConfig, null_condition: Tensor | None = None) -> 
         raise ValueError("data.kind='given' stands for Trainer(config, dataset=...); choose another data.kind")
     if is_import_path(data.kind):
         path = {} if data.path is None else {"path": data.path}
-        return _imported("data.kind", data.kind, path | data.init_args, config.seed)
+        return imported("data.kind", data.kind, path | data.init_args, config.seed)
     if data.kind == "digits":
         return digits("train")
     if data.path is None:
@@ -256,98 +302,9 @@ def _require_labels_from_0(dataset: Dataset, num_classes: int) -> None:
         )
 
 
-def with_given(
-    config: TrainConfig, model: nn.Module | None, dataset: Dataset | None = None
-) -> tuple[TrainConfig, nn.Module | None]:
-    """The configuration with what was given as an object marked as such, and with its values; and the model given.
-
-    That is also the one that the configuration names by its import path, made from the seed. The number of classes is
-    the network's, unless the configuration has 0, which trains without labels. An objective of this package brings its
-    section; of any other nothing is known.
-
-    Raises:
-        ValueError: for a network without ``num_classes`` or with others, and an import path of no network.
-    """
-    if not isinstance(config, TrainConfig):
-        raise ValueError(
-            f"config is a {type(config).__name__}; give a TrainConfig, such as TrainConfig.from_yaml(path) or "
-            "TrainConfig.from_dict(mapping)"
-        )
-    config = config.checked()
-    if model is not None and not isinstance(model, nn.Module):
-        raise ValueError(f"model={model!r} is no torch.nn.Module; give an object, such as Net(), and not its class")
-    model, preset = _uncompiled(model), GIVEN
-    if model is None and config.model.is_imported:
-        preset = config.model.preset
-        model = _imported("model.preset", preset, config.model.init_args, config.seed)
-        if not isinstance(model, nn.Module):
-            raise ValueError(
-                f"model.preset={preset!r} makes an object of class {type(model).__name__}; make a torch.nn.Module"
-            )
-        model = _uncompiled(model)
-    if dataset is not None:
-        config = replace(config, data=replace(config.data, kind=GIVEN, init_args={}))
-    return (config if model is None else _with_values_of(config, model, preset)), model
-
-
-def _uncompiled(model: nn.Module | None) -> nn.Module | None:
-    """A network or objective without torch.compile's wrapper, whose name would be in the names of the weights."""
-    found = getattr(model, "_orig_mod", model)
-    network = network_of(found)
-    if hasattr(network, "_orig_mod"):
-        network = found.network = network._orig_mod
-    elif found is model:
-        return model
-    _log.warning(
-        "the network %s was given compiled, and is taken without that: training compiles all of the loss, see "
-        "compute.compile",
-        type(network).__name__,
-    )
-    return found
-
-
-def _imported(setting: str, path: str, arguments: dict[str, Any], seed: int) -> Any:
+def imported(setting: str, path: str, arguments: dict[str, Any], seed: int) -> Any:
     """What is at an import path; what it draws is a function of the seed, and the caller's generators stay."""
     with caller_keeps_generators():
         make = import_maker(setting, path, arguments)  # which may draw too, but once a process
         seed_generators(f"{seed},{setting}")
         return make()
-
-
-def _with_values_of(config: TrainConfig, model: nn.Module, preset: str) -> TrainConfig:
-    network = network_of(model)
-    num_classes, null = getattr(network, "num_classes", None), conditions.null_condition(network)
-    if null is not None and not any(null is kept for kept in (*network.buffers(), *network.parameters())):
-        raise ValueError(
-            f"the network {type(network).__name__} has a null_condition of class {type(null).__name__} that is not "
-            "saved with its weights; make it a buffer, or a parameter, of the shape and dtype of a sample's condition"
-        )
-    if null is not None and num_classes:
-        raise ValueError(
-            f"the network {type(network).__name__} has num_classes={num_classes} and a null_condition; set the first "
-            "to None if it is told conditions, and the second if it is told classes"
-        )
-    conditions.require_classes(network)
-    if null is not None or config.model.num_classes == 0:
-        num_classes = 0
-    elif config.model.num_classes not in (num_classes, ModelConfig.num_classes):  # the default says nothing
-        raise ValueError(
-            f"model.num_classes={config.model.num_classes} and the network {type(network).__name__} has {num_classes}; "
-            "leave the first out, or make the network with as many"
-        )
-    arguments = {} if preset == GIVEN else config.model.init_args
-    config = replace(config, model=replace(config.model, preset=preset, init_args=arguments, num_classes=num_classes))
-    if not is_objective(model):
-        return config
-    name = next((name for name, objective in OBJECTIVES.items() if type(model) is objective), GIVEN)
-    sections = {} if name == GIVEN else {name: _section_of(model, name)}
-    return replace(config, objective=name, **sections)
-
-
-def _section_of(objective: nn.Module, name: str) -> object:
-    """The section of the configuration that would build this objective."""
-    values = {}
-    for f in fields(OBJECTIVE_SECTIONS[name]):
-        value = getattr(objective, f.name)
-        values[f.name] = value[0] if f.type is float and isinstance(value, tuple) else value  # one for all its times
-    return OBJECTIVE_SECTIONS[name](**values)

@@ -1,10 +1,14 @@
 """The optimizer's section of the configuration, and the learning rate of each step."""
 
 import math
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 from soflow_fast.config_io import Section, require, require_count
+from soflow_fast.config_model import GIVEN
+from soflow_fast.imported import check_arguments, is_import_path
+
+OPTIMIZER_NAMES = ("adamw", "radam", GIVEN)
 
 
 @dataclass
@@ -12,16 +16,19 @@ class OptimizerConfig(Section, section="optimizer."):
     """The optimizer, see :mod:`soflow_fast.optim`, and its learning rate.
 
     Attributes:
-        name: ``adamw``, or ``radam`` (Rectified Adam, arXiv 1908.03265, with AdamW's weight decay).
-        learning_rate: the highest. betas, eps, weight_decay: of the optimizer. grad_clip: largest global gradient norm,
-            or None. accumulation: micro-batches a batch is split into; it divides the batch.
+        name: ``adamw``; ``radam`` (Rectified Adam, arXiv 1908.03265, with AdamW's weight decay); ``given`` (made by a
+            function given to the Trainer); or the import path of a class or function, such as ``torch.optim.SGD``, that
+            makes a torch optimizer from the list of (name, parameter) that are trained, from lr and from init_args.
+        learning_rate: the highest; a group of parameters that was made with another keeps its ratio to this one.
+        betas, eps, weight_decay: of adamw and radam. grad_clip: largest global gradient norm, or None.
+        accumulation: micro-batches a batch is split into; it divides the batch.
         warmup_steps: in which the learning rate rises linearly, from learning_rate/warmup_steps.
         schedule: after that: ``constant``; ``linear`` and ``cosine`` fall to final_share of it, in [0, 1], at the end
             of the run; ``inverse_sqrt`` is ``1/sqrt(step/decay_start)`` of it (EDM2, arXiv 2312.02696).
         decay_start: step, counted from 0, after which it falls; by default warmup_steps.
     """
 
-    name: Literal["adamw", "radam"] = "adamw"
+    name: str = "adamw"
     learning_rate: float = 1e-4
     betas: tuple[float, float] = (0.9, 0.99)
     eps: float = 1e-8
@@ -32,9 +39,26 @@ class OptimizerConfig(Section, section="optimizer."):
     schedule: Literal["constant", "linear", "cosine", "inverse_sqrt"] = "constant"
     decay_start: int | None = None
     final_share: float = 0.0
+    init_args: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self):
         super().__post_init__()
+        require(
+            self.name in OPTIMIZER_NAMES or self.is_imported,
+            f"optimizer.name={self.name!r} is not known; choose one of {', '.join(OPTIMIZER_NAMES)}, or "
+            "package.module.Class",
+        )
+        check_arguments("optimizer.", self.name, self.init_args)
+        require(
+            "lr" not in self.init_args,
+            f"optimizer.init_args has lr={self.init_args.get('lr')!r}; give it as optimizer.learning_rate",
+        )
+        for name in ("betas", "eps", "weight_decay") if self.is_imported else ():
+            require(
+                getattr(self, name) == getattr(type(self), name),
+                f"optimizer.{name}={getattr(self, name)} does nothing with optimizer.name={self.name!r}; give what "
+                "that takes in optimizer.init_args",
+            )
         require(self.learning_rate > 0, f"optimizer.learning_rate={self.learning_rate} must be greater than 0")
         require(
             all(0 <= beta < 1 for beta in self.betas), f"optimizer.betas={tuple(self.betas)} must both be in [0, 1)"
@@ -67,6 +91,11 @@ class OptimizerConfig(Section, section="optimizer."):
             "optimizer.schedule='inverse_sqrt' falls from a step greater than 0; set optimizer.decay_start, such as "
             "70000, or optimizer.warmup_steps",
         )
+
+    @property
+    def is_imported(self) -> bool:
+        """Whether the name is an import path."""
+        return is_import_path(self.name)
 
     @property
     def _falls_to_the_end(self) -> bool:

@@ -1,15 +1,20 @@
-"""Checks of a network or objective given to the Trainer, whose own errors at the first step would say little."""
+"""What is given to the Trainer as an object: its place in the configuration, and checks of it.
+
+Without them a network's or an objective's own errors at the first step would say little.
+"""
 
 import copy
 import logging
+from collections.abc import Callable
+from dataclasses import fields, replace
 
 import torch
 from torch import nn
 from torch.utils.data import Dataset
 
 from soflow_fast import build
-from soflow_fast.conditions import OfItems, null_condition
-from soflow_fast.config import TrainConfig
+from soflow_fast.conditions import OfItems, null_condition, require_classes
+from soflow_fast.config import GIVEN, OBJECTIVE_SECTIONS, ModelConfig, TrainConfig
 from soflow_fast.data.checks import is_first_process
 from soflow_fast.dit import DiT
 from soflow_fast.objectives.base import Objective
@@ -17,6 +22,50 @@ from soflow_fast.sample import evaluating
 from soflow_fast.unet import UNet
 
 _log = logging.getLogger(__name__)
+
+
+def with_given(
+    config: TrainConfig,
+    model: nn.Module | None,
+    dataset: Dataset | None = None,
+    optimizer: Callable[..., torch.optim.Optimizer] | None = None,
+) -> tuple[TrainConfig, nn.Module | None]:
+    """The configuration with what was given as an object marked as such, and with its values; and the model given.
+
+    That is also the one that the configuration names by its import path, made from the seed. The number of classes is
+    the network's, unless the configuration has 0, which trains without labels. An objective of this package brings its
+    section; of any other nothing is known.
+
+    Raises:
+        ValueError: for a network without ``num_classes`` or with others, and an import path of no network.
+    """
+    if not isinstance(config, TrainConfig):
+        raise ValueError(
+            f"config is a {type(config).__name__}; give a TrainConfig, such as TrainConfig.from_yaml(path) or "
+            "TrainConfig.from_dict(mapping)"
+        )
+    config = config.checked()
+    if model is not None and not isinstance(model, nn.Module):
+        raise ValueError(f"model={model!r} is no torch.nn.Module; give an object, such as Net(), and not its class")
+    model, preset = _uncompiled(model), GIVEN
+    if model is None and config.model.is_imported:
+        preset = config.model.preset
+        model = build.imported("model.preset", preset, config.model.init_args, config.seed)
+        if not isinstance(model, nn.Module):
+            raise ValueError(
+                f"model.preset={preset!r} makes an object of class {type(model).__name__}; make a torch.nn.Module"
+            )
+        model = _uncompiled(model)
+    if dataset is not None:
+        config = replace(config, data=replace(config.data, kind=GIVEN, init_args={}))
+    if optimizer is not None:
+        if isinstance(optimizer, torch.optim.Optimizer) or not callable(optimizer):
+            raise ValueError(
+                f"optimizer is an object of class {type(optimizer).__name__}; give what makes one of the list of "
+                "(name, parameter) and lr, such as torch.optim.SGD"
+            )
+        config = replace(config, optimizer=replace(config.optimizer, name=GIVEN, init_args={}))
+    return (config if model is None else _with_values_of(config, model, preset)), model
 
 
 def check(model: Objective, config: TrainConfig, dataset: Dataset) -> None:
@@ -111,3 +160,58 @@ def _require_trainable(model: nn.Module) -> None:
 def _call(net: nn.Module, *inputs: torch.Tensor | None) -> object:
     with torch.no_grad(), torch.random.fork_rng(devices=[]), evaluating(net):
         return net(*inputs)
+
+
+def _uncompiled(model: nn.Module | None) -> nn.Module | None:
+    """A network or objective without torch.compile's wrapper, whose name would be in the names of the weights."""
+    found = getattr(model, "_orig_mod", model)
+    network = build.network_of(found)
+    if hasattr(network, "_orig_mod"):
+        network = found.network = network._orig_mod
+    elif found is model:
+        return model
+    _log.warning(
+        "the network %s was given compiled, and is taken without that: training compiles all of the loss, see "
+        "compute.compile",
+        type(network).__name__,
+    )
+    return found
+
+
+def _with_values_of(config: TrainConfig, model: nn.Module, preset: str) -> TrainConfig:
+    network = build.network_of(model)
+    num_classes, null = getattr(network, "num_classes", None), null_condition(network)
+    if null is not None and not any(null is kept for kept in (*network.buffers(), *network.parameters())):
+        raise ValueError(
+            f"the network {type(network).__name__} has a null_condition of class {type(null).__name__} that is not "
+            "saved with its weights; make it a buffer, or a parameter, of the shape and dtype of a sample's condition"
+        )
+    if null is not None and num_classes:
+        raise ValueError(
+            f"the network {type(network).__name__} has num_classes={num_classes} and a null_condition; set the first "
+            "to None if it is told conditions, and the second if it is told classes"
+        )
+    require_classes(network)
+    if null is not None or config.model.num_classes == 0:
+        num_classes = 0
+    elif config.model.num_classes not in (num_classes, ModelConfig.num_classes):  # the default says nothing
+        raise ValueError(
+            f"model.num_classes={config.model.num_classes} and the network {type(network).__name__} has {num_classes}; "
+            "leave the first out, or make the network with as many"
+        )
+    arguments = {} if preset == GIVEN else config.model.init_args
+    config = replace(config, model=replace(config.model, preset=preset, init_args=arguments, num_classes=num_classes))
+    if not build.is_objective(model):
+        return config
+    name = next((name for name, objective in build.OBJECTIVES.items() if type(model) is objective), GIVEN)
+    sections = {} if name == GIVEN else {name: _section_of(model, name)}
+    return replace(config, objective=name, **sections)
+
+
+def _section_of(objective: nn.Module, name: str) -> object:
+    """The section of the configuration that would build this objective."""
+    values = {}
+    for f in fields(OBJECTIVE_SECTIONS[name]):
+        value = getattr(objective, f.name)
+        values[f.name] = value[0] if f.type is float and isinstance(value, tuple) else value  # one for all its times
+    return OBJECTIVE_SECTIONS[name](**values)

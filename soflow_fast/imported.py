@@ -1,4 +1,4 @@
-"""Networks and data sets that a configuration names by their import path, ``package.module.Class``."""
+"""Networks, data sets and optimizers that a configuration names by their import path, ``package.module.Class``."""
 
 import importlib.util
 import inspect
@@ -9,8 +9,9 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-# Top-level names of what was imported.
+# Top-level names of what was imported, without those whose errors come by way of everything.
 _PACKAGES: set[str] = set()
+_EVERYWHERE = ("torch", "soflow_fast")
 
 
 def is_import_path(name: str) -> bool:
@@ -40,8 +41,8 @@ def check_arguments(setting: str, name: str, arguments: dict[str, Any]) -> None:
         )
 
 
-def import_maker(setting: str, path: str, arguments: dict[str, Any]) -> Callable[[], Any]:
-    """The class or function at an import path, to be called; with the keyword arguments already.
+def import_maker(setting: str, path: str, arguments: dict[str, Any], *first: Any) -> Callable[[], Any]:
+    """The class or function at an import path, to be called; with the keyword arguments, and those first, already.
 
     Modules are looked for where Python looks, and by the command ``soflow`` in the current folder too. This runs
     whatever the path names: a configuration, also that of a run, is to be trusted like a program.
@@ -59,14 +60,14 @@ def import_maker(setting: str, path: str, arguments: dict[str, Any]) -> Callable
             f"{setting}={path!r} cannot be imported ({type(error).__name__}: {error}); give package.module.Class of a "
             "package that is installed or lies in the current folder or on PYTHONPATH"
         ) from error
-    _PACKAGES.add(path.partition(".")[0])
+    _PACKAGES.update({path.partition(".")[0]}.difference(_EVERYWHERE))
     if not (inspect.isclass(made_by) or inspect.isroutine(made_by)):
         raise ValueError(f"{setting}={path!r} is a {type(made_by).__name__}; give a class or a function")
     try:
-        inspect.signature(made_by).bind(**arguments)
+        inspect.signature(made_by).bind(*first, **arguments)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{setting}={path!r} cannot be called with {arguments!r}: {error}") from None
-    return partial(made_by, **arguments)
+    return partial(made_by, *first, **arguments)
 
 
 def of_imported_code(error: BaseException) -> bool:

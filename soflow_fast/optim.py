@@ -219,6 +219,11 @@ class RAdam(OnePass, torch.optim.RAdam):
 OPTIMIZERS = {"adamw": AdamW, "radam": RAdam}
 
 
+def can_leave_out(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether :func:`update` leaves weights and state as they are where the gradient is not finite."""
+    return isinstance(optimizer, OnePass) or all(group.get("fused") for group in optimizer.param_groups)
+
+
 def _radam_factors(k: Tensor, beta1: float, beta2: float) -> tuple[Tensor, Tensor, Tensor]:
     """``1/(1−β₁ᵏ)``, ``r_k √(1−β₂ᵏ)`` and whether the latter is used, (n,) each, for steps k, (n,) float64."""
     power = beta2**k

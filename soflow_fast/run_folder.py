@@ -13,7 +13,7 @@ from typing import Literal, TextIO
 
 from torch import nn
 
-from soflow_fast import build, checkpoint, fingerprint, posthoc
+from soflow_fast import build, checkpoint, fingerprint, given, posthoc
 from soflow_fast.checkpoint import CHECKPOINTS
 from soflow_fast.config import OBJECTIVE_SECTIONS, TrainConfig
 from soflow_fast.config_io import read_yaml
@@ -145,8 +145,8 @@ def load_run(
     if not (run_dir / CONFIG_NAME).is_file():
         raise ValueError(f"{run_dir} is not a run: it holds no {CONFIG_NAME}; give the run_dir of a training run")
     config = replace(read_config(run_dir), device=device)
-    given, model = build.with_given(config, model)
-    require_same(run_dir, given, config, "give the model that it was trained with")
+    with_model, model = given.with_given(config, model)
+    require_same(run_dir, with_model, config, "give the model that it was trained with")
     found = checkpoint.committed(run_dir / CHECKPOINTS)
     if not found:
         raise ValueError(f"the run {run_dir} has no checkpoint yet; let it train to its first one")

@@ -107,8 +107,9 @@ class TrainStep:
             By default bf16 on a GPU, else fp32. Where the objective's ``needs_float32`` is true, no product is rounded
             to TensorFloat-32.
         compile: whether the loss is compiled, by default on a GPU; see :func:`~soflow_fast.capture.compiled`.
-        cuda_graph: replay the whole step as one CUDA graph, by default on a GPU with one process. The first steps run
-            without it, then it is captured; batches must keep their shape.
+        cuda_graph: replay the whole step as one CUDA graph, by default on a GPU with one process and an optimizer that
+            allows it: one of soflow_fast.optim, or one that is capturable, its learning rate a tensor. The first steps
+            run without it, then it is captured; batches must keep their shape.
         merged: compute the loss in its fewest network calls.
         augment: of the samples, before anything else; the network is told of it, see :mod:`soflow_fast.augment`.
         rank, world_size: this process holds rows ``rank·B .. (rank+1)·B-1`` of the global batch, and with more than
@@ -175,19 +176,22 @@ class TrainStep:
                 "the step compiles all of the loss"
             )
         self.compile = on_gpu if compile is None else compile
-        self.cuda_graph = on_gpu and world_size == 1 if cuda_graph is None else cuda_graph
+        is_ours = isinstance(optimizer, optim.OnePass)
+        capturable = all(group.get("capturable", True) for group in optimizer.param_groups)
+        lr_is_read = is_ours or all(torch.is_tensor(group["lr"]) for group in optimizer.param_groups)
+        possible = on_gpu and world_size == 1 and capturable and lr_is_read
+        self.cuda_graph = possible if cuda_graph is None else cuda_graph
         if self.cuda_graph and (not on_gpu or world_size > 1):
             raise ValueError(
                 f"cuda_graph=True needs the model on a CUDA GPU and one process; "
                 f"it is on {device} with {world_size}: set cuda_graph=False"
             )
-        if self.cuda_graph and not all(group.get("capturable", True) for group in optimizer.param_groups):
+        if self.cuda_graph and not capturable:
             raise ValueError(
                 "cuda_graph=True needs an optimizer built with capturable=True, or one of soflow_fast.optim; "
                 "this one was not: rebuild it or set cuda_graph=False"
             )
-        is_ours = isinstance(optimizer, optim.OnePass)
-        if self.cuda_graph and not is_ours and not all(torch.is_tensor(g["lr"]) for g in optimizer.param_groups):
+        if self.cuda_graph and not lr_is_read:
             raise ValueError(
                 "cuda_graph=True would keep a learning rate that is a number as it is at the capture: build the "
                 "optimizer with lr=torch.tensor(...) on the GPU, use one of soflow_fast.optim or set cuda_graph=False"

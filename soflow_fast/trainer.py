@@ -29,7 +29,6 @@ from soflow_fast.fingerprint import fingerprint
 from soflow_fast.grids import Grids
 from soflow_fast.images import are_images, labels_of_samples, vae_decoder
 from soflow_fast.logs import Meter, Quiet, RunLog, due
-from soflow_fast.optim import OPTIMIZERS
 from soflow_fast.run_folder import load_run
 from soflow_fast.scoring import Scoring
 from soflow_fast.step import TrainStep
@@ -60,6 +59,9 @@ class Trainer:
             One that is told other conditions than classes has ``null_condition``, see :mod:`soflow_fast.conditions`.
         dataset: map-style, of (sample, label) or (sample, condition), to train on instead of the configuration's data;
             samples (C, H, W) floating point, or (2C, H, W) latent moments.
+        optimizer: what makes a torch optimizer of the list of (name, parameter) that are trained and of ``lr``, such as
+            ``functools.partial(torch.optim.SGD, momentum=0.9)``, instead of the configuration's. The learning rates of
+            its groups keep their ratios to ``lr`` as that changes.
         accept_changes: go on with a run of another configuration or other data where the weights fit, and record what
             changed.
         on_log: called with every line of ``metrics.jsonl`` as it is written, a mapping with the ``step``, in the first
@@ -75,13 +77,14 @@ class Trainer:
         *,
         model: nn.Module | None = None,
         dataset: Dataset | None = None,
+        optimizer: Callable[..., torch.optim.Optimizer] | None = None,
         accept_changes: bool = False,
         on_log: Callable[[dict], object] | None = None,
     ):
         self._on_log = on_log
         self._accept_changes, self._changes = accept_changes, []
         self._began = False
-        config, model = build.with_given(config, model, dataset)
+        config, model = given.with_given(config, model, dataset, optimizer)
         config.require_effect()
         self.config = config
         device = build.resolve_device(config.device)
@@ -110,14 +113,8 @@ class Trainer:
         self.model.to(self.processes.device)
         distributed.begin_alike(self.processes, self.model)  # before the averages begin with what it has
         wanted = config.optimizer
-        self.optimizer = OPTIMIZERS[wanted.name](
-            [p for p in self.model.parameters() if p.requires_grad],
-            lr=wanted.learning_rate,
-            betas=wanted.betas,
-            eps=wanted.eps,
-            weight_decay=wanted.weight_decay,
-            impl=self.model.impl,
-        )
+        self.optimizer = build.build_optimizer(config, self.model, optimizer)
+        self._lr_ratios = [float(group["lr"]) / wanted.learning_rate for group in self.optimizer.param_groups]
         self.ema = EMA(self.model, config.ema.decay, config.ema.warmup)
         self.averages = [PowerEMA(self.model, std) for std in config.ema.posthoc]
         compute = {name: None if value == "auto" else value for name, value in asdict(config.compute).items()}
@@ -305,8 +302,11 @@ class Trainer:
     def _set_learning_rate(self, step: int) -> float:
         """That of a step, counted from 0."""
         rate = self.config.optimizer.learning_rate_at(step, self.config.total_steps)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
+        for group, ratio in zip(self.optimizer.param_groups, self._lr_ratios, strict=True):
+            if torch.is_tensor(group["lr"]):  # which a CUDA graph may hold
+                group["lr"].fill_(rate * ratio)
+            else:
+                group["lr"] = rate * ratio
         return rate
 
     def _load_initial_weights(self) -> str | None:
