@@ -89,6 +89,7 @@ def evaluation_name(config: TrainConfig, step: int, seed: int) -> str:
     parts = [samples_name(step, wanted.steps, wanted.samples, seed)]
     if wanted.features is not None:
         parts.append(_slug(wanted.features))
+    parts += wanted.metrics
     for name in ("reference", "weights"):
         path = getattr(wanted, name)
         if path is not None:  # two folders may be called the same
@@ -116,8 +117,8 @@ def check_evaluation(config: TrainConfig) -> None:
     wanted, unscored = config.evaluation, why_unscored(config)
     if config.data.kind == "digits" or unscored:
         why = unscored or "the digits are always compared with the real digits, pixel by pixel"
-        for name in ("reference", "features", "weights"):
-            if getattr(wanted, name) is not None:
+        for name in ("reference", "features", "weights", "metrics"):
+            if getattr(wanted, name) not in (None, ()):
                 remedy = "set that, or leave it out" if unscored else "leave it out"
                 raise ValueError(f"evaluation.{name}={getattr(wanted, name)!r} does nothing here: {why}; {remedy}")
     if config.data.kind == "digits":
@@ -200,7 +201,7 @@ def evaluate(
     processes.of_all(lambda: save_folder(draw(share), folder, share.start) if share else None)
     if processes.world_size > 1:
         processes.of_first(lambda: _await_samples(folder, wanted.samples))
-    return {"samples": str(folder), "frechet": processes.of_first(lambda: real.distance(folder))}
+    return {"samples": str(folder), **processes.of_first(lambda: real.scores(folder))}
 
 
 def _empty(folder: Path) -> None:
@@ -236,16 +237,20 @@ def _check_reference(reference: Path, config: TrainConfig) -> None:
     if _is_cifar10(config):
         CIFAR10(reference)
     elif reference.is_dir():
-        if len(list(itertools.islice(_image_files(reference), 2))) < 2:
-            raise ValueError(f"{named} holds fewer than two images; give more")
+        least = 1 + fidelity.NEIGHBOURS if "prc" in config.evaluation.metrics else 2
+        if len(list(itertools.islice(_image_files(reference), least))) < least:
+            raise ValueError(f"{named} holds fewer than {least} images; give more")
     elif not reference.exists():
         raise ValueError(f"{named} does not exist; give {_REFERENCES}")
     elif reference.suffix.lower() == ".npz":
         statistics = fidelity.load_statistics(reference)
+        if _needs_images(config):
+            fidelity.load_images(reference)
     else:
         raise ValueError(f"{named} is neither a folder nor a .npz file; give {_REFERENCES}")
     features = config.evaluation.features or _INCEPTION
     extractor = fidelity.load_extractor(features, config.evaluation.weights)
+    fidelity.require_metrics(extractor, config.evaluation.metrics)
     # How many pixels a decoded latent has shows when it is decoded; a network's features are as many of any size.
     if _are_pixels(config) or features != fidelity.PIXELS:
         length = fidelity.count_features(extractor, config.model.input_size)
@@ -283,6 +288,11 @@ def _are_pixels(config: TrainConfig) -> bool:
 
 def _image_files(folder: Path) -> Iterator[Path]:
     return (file for file in folder.rglob("*") if file.suffix.lower().removeprefix(".") in _IMAGE_SUFFIXES.split(","))
+
+
+def _needs_images(config: TrainConfig) -> bool:
+    """Whether statistics of the real images are not enough."""
+    return bool({"kid", "prc"}.intersection(config.evaluation.metrics))
 
 
 class _Real:
@@ -326,12 +336,17 @@ class _Real:
         self._name = hashlib.sha256(repr(depends_on).encode()).hexdigest()[:16]
         _fidelity().keep_statistics(self._images, self._folder, self._name, **self._options)
 
-    def distance(self, samples: Path) -> float:
-        """To the images in a folder."""
-        if self._images is None:
-            return _fidelity().distance_to_statistics(samples, self._path, **self._options)
-        kept = {"cache_folder": self._folder, "second_name": self._name}
-        return _fidelity().frechet_distance(samples, self._images, **kept, **self._options)
+    def scores(self, samples: Path) -> dict[str, float]:
+        """Of the images in a folder."""
+        fidelity, metrics, images = _fidelity(), self._config.evaluation.metrics, self._images
+        if images is None:
+            distance = fidelity.distance_to_statistics(samples, self._path, **self._options)
+            images = fidelity.load_images(self._path) if _needs_images(self._config) else None
+        else:
+            kept = {"cache_folder": self._folder, "second_name": self._name}
+            distance = fidelity.frechet_distance(samples, images, **kept, **self._options)
+        further = fidelity.further_scores(samples, images, metrics, **self._options) if metrics else {}
+        return {"frechet": distance, **further}
 
 
 @torch.no_grad()

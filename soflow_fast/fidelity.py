@@ -1,4 +1,4 @@
-"""Fréchet distances by torch-fidelity, with raw pixels as one more of its feature extractors.
+"""Fréchet distances and other scores by torch-fidelity, with raw pixels as one more of its feature extractors.
 
 Real images are given as such or as statistics of their features, F of each image. Importing this module needs the
 package torch-fidelity.
@@ -15,7 +15,7 @@ import torch
 import torch_fidelity
 from PIL import Image
 from torch import Tensor, is_tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Subset
 from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 from torch_fidelity.metric_fid import (
     fid_input_id_to_statistics,
@@ -30,6 +30,19 @@ from soflow_fast.data.folder import read_image
 from soflow_fast.size import Size, height_and_width
 
 PIXELS = "pixels"
+#: Neighbours that span a point's surroundings in the improved precision and recall.
+NEIGHBOURS = 3
+# Of how many real images KID, precision and recall are, as ADM's reference files hold them for the latter two.
+_MOST_REAL = 10_000
+_KID_SUBSET = 1000
+_NAMES = {
+    torch_fidelity.KEY_METRIC_ISC_MEAN: "inception_score",
+    torch_fidelity.KEY_METRIC_ISC_STD: "inception_score_std",
+    torch_fidelity.KEY_METRIC_KID_MEAN: "kid",
+    torch_fidelity.KEY_METRIC_KID_STD: "kid_std",
+    torch_fidelity.KEY_METRIC_PRECISION: "improved_precision",
+    torch_fidelity.KEY_METRIC_RECALL: "improved_recall",
+}
 _DEFAULTS = {"cuda": False, "save_cpu_ram": True, "verbose": False}
 
 
@@ -119,14 +132,7 @@ def load_statistics(file: Path) -> dict[str, np.ndarray]:
         ValueError: for a file that is no .npz, lacks one of the two, or holds others than finite numbers of these
             shapes.
     """
-    if not zipfile.is_zipfile(file):
-        raise ValueError(f"{_named(file)} is no .npz file, or not all of one; write or copy it again")
-    try:
-        with np.load(file, allow_pickle=False) as arrays:
-            names = arrays.files
-            read = {name: np.asarray(arrays[name]) for name in ("mu", "sigma") if name in names}
-    except (OSError, ValueError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
-        raise ValueError(f"{_named(file)} cannot be read ({error}); write or copy it again") from None
+    read, names = _read(file, ("mu", "sigma"))
     for name in ("mu", "sigma"):
         if name not in read:
             raise ValueError(
@@ -142,6 +148,22 @@ def load_statistics(file: Path) -> dict[str, np.ndarray]:
             "(F, F); give the mean and the covariance of the same features"
         )
     return {name: array.astype(np.float64) for name, array in read.items()}
+
+
+def load_images(file: Path) -> Tensor:
+    """The real images (n, 3, H, W) uint8 beside the statistics in a .npz file, ``arr_0`` (n, H, W, 3) as ADM has them.
+
+    Raises:
+        ValueError: for a file that has none, or in another form.
+    """
+    read, _ = _read(file, ("arr_0",))
+    images = read.get("arr_0")
+    if images is None or images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:
+        raise ValueError(
+            f"{_named(file)} holds no images (arr_0, (n, H, W, 3) uint8), and kid and prc compare with images; give a "
+            "file or a folder that has them, or leave the two out of evaluation.metrics"
+        )
+    return torch.from_numpy(images).permute(0, 3, 1, 2)
 
 
 def count_features(extractor: FeatureExtractorBase, size: Size) -> int:
@@ -236,6 +258,56 @@ def distance_to_statistics(images: Tensor | Path, file: Path, *, features: str =
     found = {name: array.astype(np.float64) for name, array in found.items()}  # the mean comes in the features' dtype
     require_length(file, statistics, features, len(found["mu"]))
     return fid_statistics_to_metric(found, statistics, verbose=False)[torch_fidelity.KEY_METRIC_FID]
+
+
+def require_metrics(extractor: FeatureExtractorBase, metrics: Sequence[str]) -> None:
+    """ValueError for the Inception Score by features that are of no classifier."""
+    of_classes, of_images = (extractor.get_default_feature_layer_for_metric(name) for name in ("isc", "fid"))
+    if "isc" in metrics and of_classes == of_images:
+        raise ValueError(
+            f"evaluation.metrics has isc, and evaluation.features={extractor.get_name()!r} tells no classes; leave one "
+            "of the two out"
+        )
+
+
+def further_scores(
+    first: Tensor | Path, second: Tensor | Dataset | None, metrics: Sequence[str], *, features: str = PIXELS, **options
+) -> dict[str, float]:
+    """Scores of a set of images beside the Fréchet distance.
+
+    Args:
+        first, features, options: as for :func:`frechet_distance`. second: the real images, of which at most 10,000,
+            evenly spread, are taken; None will do for ``isc``.
+        metrics: ``isc``, the Inception Score (Salimans et al. 2016, arXiv 1606.03498), mean and standard deviation
+            over 10 parts; ``kid``, the kernel distance (Bińkowski et al. 2018, arXiv 1801.01401), likewise over 100
+            draws of 1000 images, or of all where there are fewer; ``prc``, improved precision and recall (Kynkäänniemi
+            et al. 2019, arXiv 1904.06991) of 3 neighbours.
+
+    Returns:
+        ``inception_score``, ``inception_score_std``, ``kid``, ``kid_std``, ``improved_precision``, ``improved_recall``.
+    """
+    options = {**_DEFAULTS, **options, "cache": False, "prc_neighborhood": NEIGHBOURS}
+    if second is not None:
+        images, real = _input(second), len(second)
+        taken = min(real, _MOST_REAL)
+        options["input2"] = Subset(images, [i * real // taken for i in range(taken)])
+        drawn = len(first) if is_tensor(first) else sum(1 for _ in first.iterdir())
+        options["kid_subset_size"] = min(_KID_SUBSET, taken, drawn)
+    found = torch_fidelity.calculate_metrics(
+        input1=_input(first), feature_extractor=features, **dict.fromkeys(metrics, True), **options
+    )
+    return {_NAMES[name]: float(value) for name, value in found.items() if name in _NAMES}
+
+
+def _read(file: Path, wanted: Sequence[str]) -> tuple[dict[str, np.ndarray], list[str]]:
+    """Those of these arrays that a .npz file holds, and the names of all."""
+    if not zipfile.is_zipfile(file):
+        raise ValueError(f"{_named(file)} is no .npz file, or not all of one; write or copy it again")
+    try:
+        with np.load(file, allow_pickle=False) as arrays:
+            return {name: np.asarray(arrays[name]) for name in wanted if name in arrays.files}, arrays.files
+    except (OSError, ValueError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
+        raise ValueError(f"{_named(file)} cannot be read ({error}); write or copy it again") from None
 
 
 def _input(images: Tensor | Path | Dataset) -> Dataset | str:

@@ -201,7 +201,7 @@ def test_the_reference_is_read_before_anything_is_drawn_and_a_bad_image_named(tm
         ({"reference": "nowhere"}, ["evaluation.reference='nowhere' does not exist", "or a .npz file of their"]),
         ({"reference": "nowhere.npz"}, ["evaluation.reference='nowhere.npz' does not exist", "folder of real images"]),
         ({"reference": "text"}, ["evaluation.reference='text' is neither a folder nor a .npz file", "give a folder"]),
-        ({"reference": "empty"}, ["evaluation.reference='empty' holds fewer than two images"]),
+        ({"reference": "empty"}, ["evaluation.reference='empty' holds fewer than 2 images"]),
     ],
 )
 def test_what_would_fail_is_found_before_anything_is_drawn(tmp_path, monkeypatch, changes, words):
