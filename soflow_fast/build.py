@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from soflow_fast import conditions
+from soflow_fast import conditions, run_optimizer
 from soflow_fast.attention import OF_A_GPU
 from soflow_fast.augment import AUGMENT_DIM
 from soflow_fast.config import GIVEN, ModelConfig, TrainConfig
@@ -141,26 +141,19 @@ def build_optimizer(
     if wanted.name in OPTIMIZERS:
         own = {name: getattr(wanted, name) for name in ("betas", "eps", "weight_decay")}
         return OPTIMIZERS[wanted.name]([p for _, p in named], lr=wanted.learning_rate, impl=model.impl, **own)
-    if wanted.name == GIVEN:
-        if make is None:
-            raise ValueError(
-                "this configuration's optimizer was made by a function given to the Trainer; give it again, or its "
-                "import path as optimizer.name"
-            )
-        optimizer = make(named, lr=wanted.learning_rate)
-    else:
+    if wanted.name != GIVEN:
         arguments = {"lr": wanted.learning_rate, **wanted.init_args}
-        optimizer = import_maker("optimizer.name", wanted.name, arguments, named)()
-    made = f"optimizer.name={wanted.name!r} makes"
-    if not isinstance(optimizer, torch.optim.Optimizer):
-        raise ValueError(f"{made} an object of class {type(optimizer).__name__}; make a torch.optim.Optimizer")
-    taken = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    for name, p in named:
-        if id(p) not in taken:
-            raise ValueError(
-                f"{made} a {type(optimizer).__name__} without the parameter {name}; give it that too, or set "
-                "requires_grad_(False) on what is not to be trained"
-            )
+        optimizer = imported("optimizer.name", wanted.name, arguments, config.seed, named)
+    elif make is None:
+        raise ValueError(
+            "this configuration's optimizer was made by a function given to the Trainer; give it again, or its import "
+            "path as optimizer.name"
+        )
+    else:
+        with caller_keeps_generators():
+            seed_generators(f"{config.seed},optimizer.name")
+            optimizer = make(named, lr=wanted.learning_rate)
+    run_optimizer.require_optimizer(optimizer, model, f"optimizer.name={wanted.name!r} makes")
     if config.max_skipped_steps and not can_leave_out(optimizer):
         raise ValueError(
             f"max_skipped_steps={config.max_skipped_steps} needs an optimizer that can leave a step out, and "
@@ -302,9 +295,9 @@ def _require_labels_from_0(dataset: Dataset, num_classes: int) -> None:
         )
 
 
-def imported(setting: str, path: str, arguments: dict[str, Any], seed: int) -> Any:
+def imported(setting: str, path: str, arguments: dict[str, Any], seed: int, *first: Any) -> Any:
     """What is at an import path; what it draws is a function of the seed, and the caller's generators stay."""
     with caller_keeps_generators():
-        make = import_maker(setting, path, arguments)  # which may draw too, but once a process
+        make = import_maker(setting, path, arguments, *first)  # which may draw too, but once a process
         seed_generators(f"{seed},{setting}")
         return make()

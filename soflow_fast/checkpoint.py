@@ -158,7 +158,8 @@ def load(path: Path, device: torch.device | str = "cpu") -> State:
         model=_read(path / "model.safetensors", device),
         ema=_read(path / "ema.safetensors", device),
         posthoc=_read(posthoc, device) if posthoc.is_file() else {},
-        optimizer=torch.load(path / "optimizer.pt", map_location=device, weights_only=True),
+        # on the host: an optimizer moves what belongs on the device, and would read the rest from there in every step
+        optimizer=torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True),
         ema_updates=rest["ema_updates"],
         skipped_steps=rest["skipped_steps"],
     )

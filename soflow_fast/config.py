@@ -189,7 +189,7 @@ class EvaluationConfig(Section, section="evaluation."):
             ``pixels`` for the digits and ``inception-v3-compat`` otherwise. weights: file of the extractor's weights.
         reference: folder of the real images, or ``.npz`` file of their features' mean ``mu`` and covariance ``sigma``
             as ADM and EDM publish them; by default the training data, where they are a folder or CIFAR-10.
-        metrics: besides the Fréchet distance, see :func:`soflow_fast.fidelity.further_scores`; ``kid`` and ``prc`` need
+        metrics: besides the Fréchet distance, see :func:`soflow_fast.fidelity.scores`; ``kid`` and ``prc`` need
             real images, in a folder or in the array ``arr_0`` of ADM's files.
     """
 
@@ -208,8 +208,9 @@ class EvaluationConfig(Section, section="evaluation."):
         require_count("evaluation.every", self.every, least=0)
         for name in ("batch_size", "steps"):
             require_count(f"evaluation.{name}", getattr(self, name))
-        # a point's third neighbour, which is not itself, has to be there
-        require_count("evaluation.samples", self.samples, least=4 if "prc" in self.metrics else 2)
+        # the Inception Score is of ten parts, and a point's third neighbour is not itself
+        least = max({"isc": 10, "prc": 4}.get(name, 2) for name in ("", *self.metrics))
+        require_count("evaluation.samples", self.samples, least=least)
 
 
 # What may change between the parts of one run: it has no influence on the trained weights, but for the rounding of

@@ -53,11 +53,12 @@ class OptimizerConfig(Section, section="optimizer."):
             "lr" not in self.init_args,
             f"optimizer.init_args has lr={self.init_args.get('lr')!r}; give it as optimizer.learning_rate",
         )
-        for name in ("betas", "eps", "weight_decay") if self.is_imported else ():
+        is_own = self.name not in ("adamw", "radam")
+        for name in ("betas", "eps", "weight_decay") if is_own else ():
             require(
                 getattr(self, name) == getattr(type(self), name),
-                f"optimizer.{name}={getattr(self, name)} does nothing with optimizer.name={self.name!r}; give what "
-                "that takes in optimizer.init_args",
+                f"optimizer.{name}={getattr(self, name)} does nothing with optimizer.name={self.name!r}; leave it out, "
+                "and give what makes the optimizer its own (optimizer.init_args)",
             )
         require(self.learning_rate > 0, f"optimizer.learning_rate={self.learning_rate} must be greater than 0")
         require(

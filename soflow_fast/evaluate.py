@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
@@ -150,7 +151,7 @@ def evaluate(
     otherwise as ``data.kind=folder`` or ``soflow encode`` do it to train on them. Inception squeezes all of them into a
     square of its own. Real images are read before anything is drawn, and their statistics kept next to ``folder`` for
     the next time. A ``.npz`` file of statistics must be of the same features, see
-    :func:`soflow_fast.fidelity.distance_to_statistics`; nothing is resized then: the samples are scored at their own
+    :func:`soflow_fast.fidelity.scores`; nothing is resized then: the samples are scored at their own
     size, and that of the real images is not known. Grey samples count as RGB with three equal channels.
 
     Several processes, all of which must call this, each draw, decode and write a share of the images, which are those
@@ -234,29 +235,28 @@ def _is_cifar10(config: TrainConfig) -> bool:
 
 def _check_reference(reference: Path, config: TrainConfig) -> None:
     named, fidelity, statistics = f"evaluation.reference={str(reference)!r}", _fidelity(), None
+    wanted = config.evaluation
     if _is_cifar10(config):
         CIFAR10(reference)
     elif reference.is_dir():
-        least = 1 + fidelity.NEIGHBOURS if "prc" in config.evaluation.metrics else 2
-        if len(list(itertools.islice(_image_files(reference), least))) < least:
-            raise ValueError(f"{named} holds fewer than {least} images; give more")
+        fidelity.require_enough(named, len(list(itertools.islice(_image_files(reference), 9))), wanted.metrics)
     elif not reference.exists():
         raise ValueError(f"{named} does not exist; give {_REFERENCES}")
     elif reference.suffix.lower() == ".npz":
         statistics = fidelity.load_statistics(reference)
-        if _needs_images(config):
-            fidelity.load_images(reference)
+        if set(fidelity.OF_IMAGES).intersection(wanted.metrics):
+            fidelity.require_enough(named, len(fidelity.ImagesOfStatistics(reference)), wanted.metrics)
     else:
         raise ValueError(f"{named} is neither a folder nor a .npz file; give {_REFERENCES}")
-    features = config.evaluation.features or _INCEPTION
-    extractor = fidelity.load_extractor(features, config.evaluation.weights)
-    fidelity.require_metrics(extractor, config.evaluation.metrics)
+    features = wanted.features or _INCEPTION
+    extractor = fidelity.load_extractor(features, wanted.weights)
+    fidelity.require_metrics(extractor, wanted.metrics)
     # How many pixels a decoded latent has shows when it is decoded; a network's features are as many of any size.
     if _are_pixels(config) or features != fidelity.PIXELS:
         length = fidelity.count_features(extractor, config.model.input_size)
         if statistics:
             fidelity.require_length(reference, statistics, features, length)
-        _warn_of_few(config.evaluation.samples, length)
+        _warn_of_few(wanted.samples, length)
         if reference.is_dir() and not _is_cifar10(config):
             real = len(list(itertools.islice(_image_files(reference), length + 1)))
             _warn_of_few(real, length, f"real images in {reference}", "give more")
@@ -290,11 +290,6 @@ def _image_files(folder: Path) -> Iterator[Path]:
     return (file for file in folder.rglob("*") if file.suffix.lower().removeprefix(".") in _IMAGE_SUFFIXES.split(","))
 
 
-def _needs_images(config: TrainConfig) -> bool:
-    """Whether statistics of the real images are not enough."""
-    return bool({"kid", "prc"}.intersection(config.evaluation.metrics))
-
-
 class _Real:
     """What samples are compared with; used in one process alone, and cheap to make.
 
@@ -304,8 +299,8 @@ class _Real:
 
     def __init__(self, config: TrainConfig, folder: Path):
         self._config, self._path, self._folder = config, _reference(config), folder
-        self._images: Dataset | Tensor | None = None
-        self._name: str | None = None
+        self._statistics: dict[str, np.ndarray] = {}
+        self._features: dict[str, Tensor] | None = None
         self._options = {
             "features": config.evaluation.features or _INCEPTION,
             "cuda": torch.cuda.is_available() and config.device != "cpu",
@@ -315,38 +310,40 @@ class _Real:
         }
 
     def read(self, sides: tuple[int, int]) -> None:
-        """Computes, or finds, the statistics of the images, for samples of these sides; ValueError if there are none
-        to be had.
-        """
-        path, weights, size = self._path, self._config.evaluation.weights, as_size(*sides)
+        """Computes, or finds, what samples of these sides are compared with; ValueError if it is not to be had."""
+        path, wanted, size, fidelity = self._path, self._config.evaluation, as_size(*sides), _fidelity()
+        metrics = [one for one in wanted.metrics if one in fidelity.OF_IMAGES]
+        images = None
         if _is_cifar10(self._config):
-            self._images = CIFAR10(path).images
-            depends_on = ("cifar10", hashlib.sha256(self._images.numpy()).hexdigest(), weights)
+            images = CIFAR10(path).images
+            depends_on = ("cifar10", hashlib.sha256(images.numpy()).hexdigest(), wanted.weights)
         elif path.is_dir():
             found = sorted(_image_files(path))
             own = partial(centre_crop if self._config.data.kind == "latents" else centred, size=size)
-            self._images = _fidelity().RealImages(found, _fidelity().squared(size) if isinstance(size, int) else own)
+            images = fidelity.RealImages(found, fidelity.squared(size) if isinstance(size, int) else own)
             files = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in found]
-            depends_on = (str(path.resolve()), sorted(files), size, weights)
+            depends_on = (str(path.resolve()), sorted(files), size, wanted.weights)
         else:
-            features, fidelity = self._options["features"], _fidelity()
-            length = fidelity.count_features(fidelity.load_extractor(features, weights), size)
-            fidelity.require_length(path, fidelity.load_statistics(path), features, length)
-            return
-        self._name = hashlib.sha256(repr(depends_on).encode()).hexdigest()[:16]
-        _fidelity().keep_statistics(self._images, self._folder, self._name, **self._options)
+            length = fidelity.count_features(fidelity.load_extractor(self._options["features"], wanted.weights), size)
+            self._statistics = fidelity.load_statistics(path)
+            fidelity.require_length(path, self._statistics, self._options["features"], length)
+            depends_on = (str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns, wanted.weights)
+        name = hashlib.sha256(repr(depends_on).encode()).hexdigest()[:16]
+        if images is not None:
+            self._statistics = fidelity.statistics_of(images, self._folder, name, **self._options)
+        elif metrics:
+            images = fidelity.ImagesOfStatistics(path)
+        if metrics:
+            fidelity.require_enough(f"evaluation.reference={str(path)!r}", len(images), metrics)
+            self._features = fidelity.features_of(images, metrics, self._folder, name, **self._options)
+            for found in self._features.values():  # pixels, of other images than the statistics
+                fidelity.require_length(path, self._statistics, self._options["features"], found.shape[1])
 
     def scores(self, samples: Path) -> dict[str, float]:
         """Of the images in a folder."""
-        fidelity, metrics, images = _fidelity(), self._config.evaluation.metrics, self._images
-        if images is None:
-            distance = fidelity.distance_to_statistics(samples, self._path, **self._options)
-            images = fidelity.load_images(self._path) if _needs_images(self._config) else None
-        else:
-            kept = {"cache_folder": self._folder, "second_name": self._name}
-            distance = fidelity.frechet_distance(samples, images, **kept, **self._options)
-        further = fidelity.further_scores(samples, images, metrics, **self._options) if metrics else {}
-        return {"frechet": distance, **further}
+        return _fidelity().scores(
+            samples, self._statistics, self._config.evaluation.metrics, self._features, **self._options
+        )
 
 
 @torch.no_grad()

@@ -6,7 +6,8 @@ package torch-fidelity.
 
 import zipfile
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from pickle import UnpicklingError
 
@@ -18,24 +19,35 @@ from torch import Tensor, is_tensor
 from torch.utils.data import Dataset, Subset
 from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 from torch_fidelity.metric_fid import (
-    fid_input_id_to_statistics,
+    fid_features_to_statistics,
     fid_input_id_to_statistics_cached,
     fid_statistics_to_metric,
 )
+from torch_fidelity.metric_isc import isc_featuresdict_to_metric
+from torch_fidelity.metric_kid import kid_featuresdict_to_metric
+from torch_fidelity.metric_prc import prc_featuresdict_to_metric
 from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
-from torch_fidelity.utils import create_feature_extractor, resolve_feature_layer_for_metric
+from torch_fidelity.utils import (
+    create_feature_extractor,
+    extract_featuresdict_from_input_id_cached,
+    resolve_feature_layer_for_metric,
+)
 from torchvision.transforms import CenterCrop, Compose, Resize
 
 from soflow_fast.data.folder import read_image
 from soflow_fast.size import Size, height_and_width
 
 PIXELS = "pixels"
+#: The metrics that compare with images, and not with statistics of them.
+OF_IMAGES = ("kid", "prc")
+
 #: Neighbours that span a point's surroundings in the improved precision and recall.
 NEIGHBOURS = 3
 # Of how many real images KID, precision and recall are, as ADM's reference files hold them for the latter two.
 _MOST_REAL = 10_000
 _KID_SUBSET = 1000
 _NAMES = {
+    torch_fidelity.KEY_METRIC_FID: "frechet",
     torch_fidelity.KEY_METRIC_ISC_MEAN: "inception_score",
     torch_fidelity.KEY_METRIC_ISC_STD: "inception_score_std",
     torch_fidelity.KEY_METRIC_KID_MEAN: "kid",
@@ -150,20 +162,38 @@ def load_statistics(file: Path) -> dict[str, np.ndarray]:
     return {name: array.astype(np.float64) for name, array in read.items()}
 
 
-def load_images(file: Path) -> Tensor:
-    """The real images (n, 3, H, W) uint8 beside the statistics in a .npz file, ``arr_0`` (n, H, W, 3) as ADM has them.
+class ImagesOfStatistics(Dataset):
+    """The real images beside the statistics in a .npz file, (3, H, W) uint8: ``arr_0`` (n, H, W, 3), as ADM has them.
+
+    They are gigabytes and read when the first is asked for.
 
     Raises:
         ValueError: for a file that has none, or in another form.
     """
-    read, _ = _read(file, ("arr_0",))
-    images = read.get("arr_0")
-    if images is None or images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:
-        raise ValueError(
-            f"{_named(file)} holds no images (arr_0, (n, H, W, 3) uint8), and kid and prc compare with images; give a "
-            "file or a folder that has them, or leave the two out of evaluation.metrics"
-        )
-    return torch.from_numpy(images).permute(0, 3, 1, 2)
+
+    def __init__(self, file: Path):
+        self._file, self._images = file, None
+        shape, dtype = (), None
+        with zipfile.ZipFile(file) as members, suppress(KeyError), members.open("arr_0.npy") as member:
+            read = {1: np.lib.format.read_array_header_1_0}.get(
+                np.lib.format.read_magic(member)[0], np.lib.format.read_array_header_2_0
+            )
+            shape, _, dtype = read(member)
+        if dtype != np.uint8 or len(shape) != 4 or shape[-1] != 3:
+            raise ValueError(
+                f"{_named(file)} holds no images (arr_0, (n, H, W, 3) uint8), and kid and prc compare with images; "
+                "give a file or a folder that has them, or leave the two out of evaluation.metrics"
+            )
+        self._length = shape[0]
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, index: int) -> Tensor:
+        if self._images is None:
+            read, _ = _read(self._file, ("arr_0",))
+            self._images = torch.from_numpy(read["arr_0"]).permute(0, 3, 1, 2)
+        return self._images[index]
 
 
 def count_features(extractor: FeatureExtractorBase, size: Size) -> int:
@@ -183,81 +213,11 @@ def require_length(file: Path, statistics: dict[str, np.ndarray], features: str,
         )
 
 
-def frechet_distance(
-    first: Tensor | Path,
-    second: Tensor | Path | Dataset,
-    *,
-    features: str = PIXELS,
-    cache_folder: Path | None = None,
-    second_name: str | None = None,
-    **options,
-) -> float:
-    """Fréchet distance of two sets of images.
-
-    Args:
-        first, second: (n, C, H, W) images in [-1, 1] or uint8, folders of image files, or a data set of such images.
-            features: ``pixels``, for which all must have one size, or a feature extractor that torch-fidelity knows;
-            all but ``pixels`` need uint8.
-        cache_folder: where the statistics of the second are kept, under ``second_name``, and used again.
-        options: of ``torch_fidelity.calculate_metrics``.
-    """
-    metrics = torch_fidelity.calculate_metrics(
-        input1=_input(first),
-        input2=_input(second),
-        fid=True,
-        feature_extractor=features,
-        cache=cache_folder is not None,
-        cache_root=str(cache_folder),
-        input2_cache_name=second_name,
-        **{**_DEFAULTS, **options},
-    )
-    if cache_folder is not None:
-        _remove_features(cache_folder, second_name)
-    return float(metrics[torch_fidelity.KEY_METRIC_FID])
-
-
-def keep_statistics(images: Tensor | Dataset, folder: Path, name: str, *, features: str = PIXELS, **options) -> None:
-    """Computes and keeps the statistics with which :func:`frechet_distance` compares, unless they are there.
-
-    Args:
-        images, features, options: as there, of the second set. folder, name: its ``cache_folder`` and ``second_name``.
-    """
-    options = {**_DEFAULTS, **options, "input2": _input(images), "input2_cache_name": name, "cache": True}
-    options |= {"cache_root": str(folder), "feature_extractor": features}
-    layer = resolve_feature_layer_for_metric("fid", **options)
-    try:
-        fid_input_id_to_statistics_cached(2, create_feature_extractor(features, [layer], **options), layer, **options)
-    finally:
-        _remove_features(folder, name)
-
-
-def _remove_features(folder: Path, name: str) -> None:
-    for file in folder.glob(f"{name}-*-features-*.pt"):  # gigabytes, and only the statistics are used
-        file.unlink()
-
-
-def distance_to_statistics(images: Tensor | Path, file: Path, *, features: str = PIXELS, **options) -> float:
-    """Fréchet distance of a set of images to published statistics of real ones.
-
-    The statistics must be of the same features: those that ADM and EDM distribute are of the Inception of TensorFlow,
-    of which torch-fidelity's ``inception-v3-compat`` is a port, at its last pooling (F = 2048). Of the real images'
-    size nothing is known, so the images are taken at their own.
-
-    Args:
-        images, features, options: as for :func:`frechet_distance`.
-        file: see :func:`load_statistics`.
-
-    Raises:
-        ValueError: as :func:`load_statistics`, and for statistics of another number of features.
-    """
-    statistics = load_statistics(file)
-    options = {**_DEFAULTS, **options, "input1": _input(images), "feature_extractor": features, "cache": False}
-    layer = resolve_feature_layer_for_metric("fid", **options)
-    extractor = create_feature_extractor(features, [layer], **options)
-    found = fid_input_id_to_statistics(1, extractor, layer, **options)
-    found = {name: array.astype(np.float64) for name, array in found.items()}  # the mean comes in the features' dtype
-    require_length(file, statistics, features, len(found["mu"]))
-    return fid_statistics_to_metric(found, statistics, verbose=False)[torch_fidelity.KEY_METRIC_FID]
+def require_enough(what: str, n: int, metrics: Sequence[str]) -> None:
+    """ValueError for fewer images than a covariance, or a point's neighbours besides itself, need."""
+    least = 1 + NEIGHBOURS if "prc" in metrics else 2
+    if n < least:
+        raise ValueError(f"{what} holds fewer than {least} images; give more")
 
 
 def require_metrics(extractor: FeatureExtractorBase, metrics: Sequence[str]) -> None:
@@ -270,33 +230,111 @@ def require_metrics(extractor: FeatureExtractorBase, metrics: Sequence[str]) -> 
         )
 
 
-def further_scores(
-    first: Tensor | Path, second: Tensor | Dataset | None, metrics: Sequence[str], *, features: str = PIXELS, **options
-) -> dict[str, float]:
-    """Scores of a set of images beside the Fréchet distance.
+def frechet_distance(
+    first: Tensor | Path, second: Tensor | Path | Dataset, *, features: str = PIXELS, **options
+) -> float:
+    """Fréchet distance of two sets of images.
 
     Args:
-        first, features, options: as for :func:`frechet_distance`. second: the real images, of which at most 10,000,
-            evenly spread, are taken; None will do for ``isc``.
-        metrics: ``isc``, the Inception Score (Salimans et al. 2016, arXiv 1606.03498), mean and standard deviation
-            over 10 parts; ``kid``, the kernel distance (Bińkowski et al. 2018, arXiv 1801.01401), likewise over 100
-            draws of 1000 images, or of all where there are fewer; ``prc``, improved precision and recall (Kynkäänniemi
-            et al. 2019, arXiv 1904.06991) of 3 neighbours.
+        first, second: (n, C, H, W) images in [-1, 1] or uint8, folders of image files, or a data set of such images.
+            features: ``pixels``, for which all must have one size, or a feature extractor that torch-fidelity knows;
+            all but ``pixels`` need uint8.
+        options: of ``torch_fidelity.calculate_metrics``.
+    """
+    metrics = torch_fidelity.calculate_metrics(
+        input1=_input(first),
+        input2=_input(second),
+        fid=True,
+        feature_extractor=features,
+        **{**_DEFAULTS, "cache": False, **options},
+    )
+    return float(metrics[torch_fidelity.KEY_METRIC_FID])
+
+
+def statistics_of(
+    images: Tensor | Dataset, folder: Path, name: str, *, features: str = PIXELS, **options
+) -> dict[str, np.ndarray]:
+    """Mean ``mu`` and covariance ``sigma`` of the features of real images, kept in a folder and found there again.
+
+    Args:
+        images, features, options: as of :func:`frechet_distance`. folder, name: where and under which name.
+    """
+    options |= {"input2": _input(images), "input2_cache_name": name, "cache": True, "cache_root": str(folder)}
+    extractor, layers, options = _extractor(("fid",), features, options)
+    try:
+        return fid_input_id_to_statistics_cached(2, extractor, layers["fid"], **options)
+    finally:
+        for file in folder.glob(f"{name}-*-features-*.pt"):  # gigabytes, and only the statistics are used
+            file.unlink()
+
+
+def features_of(
+    images: Tensor | Dataset, metrics: Sequence[str], folder: Path, name: str, *, features: str = PIXELS, **options
+) -> dict[str, Tensor]:
+    """The features (n, F) of real images, of at most 10,000 evenly spread ones, by layer; for ``kid`` and ``prc``.
+
+    Args:
+        images, features, options, folder, name: as of :func:`statistics_of`.
+    """
+    taken = min(len(images), _MOST_REAL)
+    few = Subset(_input(images), [i * len(images) // taken for i in range(taken)])
+    options |= {"input2": few, "input2_cache_name": f"few-{name}", "cache": True, "cache_root": str(folder)}
+    extractor, _, options = _extractor([one for one in metrics if one in OF_IMAGES], features, options)
+    return extract_featuresdict_from_input_id_cached(2, extractor, **options)
+
+
+def scores(
+    images: Tensor | Path,
+    statistics: Mapping[str, np.ndarray],
+    metrics: Sequence[str] = (),
+    real: Mapping[str, Tensor] | None = None,
+    *,
+    features: str = PIXELS,
+    **options,
+) -> dict[str, float]:
+    """Scores of a set of images.
+
+    The Fréchet distance to statistics of real images, which must be of the same features: those that ADM and EDM
+    distribute are of the Inception of TensorFlow, of which torch-fidelity's ``inception-v3-compat`` is a port, at its
+    last pooling (F = 2048). And of the metrics:
+
+    - ``isc``, the Inception Score (Salimans et al. 2016, arXiv 1606.03498), mean and standard deviation over 10 parts;
+    - ``kid``, the kernel distance (Bińkowski et al. 2018, arXiv 1801.01401), likewise over 100 draws of 1000 images, or
+      of all where there are fewer;
+    - ``prc``, improved precision and recall (Kynkäänniemi et al. 2019, arXiv 1904.06991) of 3 neighbours.
+
+    Args:
+        images, features, options: as of :func:`frechet_distance`. statistics: mean ``mu`` and covariance ``sigma``.
+        real: :func:`features_of` the real images, for ``kid`` and ``prc``.
 
     Returns:
-        ``inception_score``, ``inception_score_std``, ``kid``, ``kid_std``, ``improved_precision``, ``improved_recall``.
+        ``frechet``, ``inception_score``, ``inception_score_std``, ``kid``, ``kid_std``, ``improved_precision``,
+        ``improved_recall``.
     """
-    options = {**_DEFAULTS, **options, "cache": False, "prc_neighborhood": NEIGHBOURS}
-    if second is not None:
-        images, real = _input(second), len(second)
-        taken = min(real, _MOST_REAL)
-        options["input2"] = Subset(images, [i * real // taken for i in range(taken)])
-        drawn = len(first) if is_tensor(first) else sum(1 for _ in first.iterdir())
-        options["kid_subset_size"] = min(_KID_SUBSET, taken, drawn)
-    found = torch_fidelity.calculate_metrics(
-        input1=_input(first), feature_extractor=features, **dict.fromkeys(metrics, True), **options
-    )
-    return {_NAMES[name]: float(value) for name, value in found.items() if name in _NAMES}
+    options |= {"input1": _input(images), "cache": False, "prc_neighborhood": NEIGHBOURS}
+    extractor, layers, options = _extractor(("fid", *metrics), features, options)
+    found = extract_featuresdict_from_input_id_cached(1, extractor, **options)
+    own = fid_features_to_statistics(found[layers["fid"]])
+    own, of_real = ({name: array.astype(np.float64) for name, array in one.items()} for one in (own, statistics))
+    results = fid_statistics_to_metric(own, of_real, verbose=False)
+    if "isc" in metrics:
+        results |= isc_featuresdict_to_metric(found, layers["isc"], **options)
+    if "kid" in metrics:
+        layer = layers["kid"]
+        options["kid_subset_size"] = min(_KID_SUBSET, len(found[layer]), len(real[layer]))
+        results |= kid_featuresdict_to_metric(found, real, layer, **options)
+    if "prc" in metrics:
+        results |= prc_featuresdict_to_metric(found, real, layers["prc"], **options)
+    return {_NAMES[name]: float(value) for name, value in results.items() if name in _NAMES}
+
+
+def _extractor(
+    metrics: Sequence[str], features: str, options: dict
+) -> tuple[FeatureExtractorBase, dict[str, str], dict]:
+    """The extractor of what these metrics need, the layer of each, and all options."""
+    options = {**_DEFAULTS, **options, "feature_extractor": features}
+    layers = {metric: resolve_feature_layer_for_metric(metric, **options) for metric in metrics}
+    return create_feature_extractor(features, list(dict.fromkeys(layers.values())), **options), layers, options
 
 
 def _read(file: Path, wanted: Sequence[str]) -> tuple[dict[str, np.ndarray], list[str]]:

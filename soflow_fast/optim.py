@@ -220,8 +220,13 @@ OPTIMIZERS = {"adamw": AdamW, "radam": RAdam}
 
 
 def can_leave_out(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether :func:`update` leaves weights and state as they are where the gradient is not finite."""
-    return isinstance(optimizer, OnePass) or all(group.get("fused") for group in optimizer.param_groups)
+    """Whether :func:`update` leaves weights and state as they are where the gradient is not finite.
+
+    Of torch's the fused forms of Adam, AdamW and Adagrad do; fused SGD would begin with momentum that it has not
+    written.
+    """
+    fused = all(group.get("fused") for group in optimizer.param_groups)
+    return isinstance(optimizer, OnePass) or (isinstance(optimizer, (torch.optim.Adam, torch.optim.Adagrad)) and fused)
 
 
 def _radam_factors(k: Tensor, beta1: float, beta2: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -243,7 +248,7 @@ def update(
     copy: ComputeCopy | None = None,
     grad_clip: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """:meth:`OnePass.update` for any torch optimizer; only fused ones can leave out a gradient that is not finite."""
+    """:meth:`OnePass.update` for any torch optimizer; unless :func:`can_leave_out`, it steps whatever the gradient."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     finite = torch.isfinite(norm)
@@ -251,7 +256,7 @@ def update(
         nn.utils.clip_grads_with_norm_(parameters, grad_clip, norm)
     if isinstance(optimizer, RAdam) and optimizer.impl == "torch":
         optimizer._step_where(finite)
-    elif any(group.get("fused") for group in optimizer.param_groups):
+    elif can_leave_out(optimizer):
         # the protocol by which torch's GradScaler tells a fused optimizer to leave a step out
         optimizer.grad_scale, optimizer.found_inf = None, 1 - finite.float()
         try:

@@ -101,6 +101,16 @@ def require_same(run_dir: Path, config: TrainConfig, theirs: TrainConfig, remedy
         )
 
 
+def require_accepted(run_dir: Path, changes: list[dict[str, object]], accept: bool) -> list[dict[str, object]]:
+    """The changes, if there are none or they are accepted; else a ValueError of the first."""
+    for change in () if accept else changes:
+        raise ValueError(
+            f"run_dir={str(run_dir)!r} holds a run with {change['key']} {change['before']!r}, and this one has "
+            f"{change['after']!r}; make it as it was, choose another run_dir, or go on with {ACCEPT}"
+        )
+    return changes
+
+
 def require_usable(state: checkpoint.State, config: TrainConfig, path: Path) -> None:
     """ValueError where a run cannot go on from the state at ``path`` with a configuration, though changes of it are
     accepted.

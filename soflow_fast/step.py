@@ -176,9 +176,9 @@ class TrainStep:
                 "the step compiles all of the loss"
             )
         self.compile = on_gpu if compile is None else compile
-        is_ours = isinstance(optimizer, optim.OnePass)
-        capturable = all(group.get("capturable", True) for group in optimizer.param_groups)
-        lr_is_read = is_ours or all(torch.is_tensor(group["lr"]) for group in optimizer.param_groups)
+        groups, is_ours = optimizer.param_groups, isinstance(optimizer, optim.OnePass)
+        capturable = is_ours or all(group.get("capturable", False) for group in groups)
+        lr_is_read = is_ours or all(torch.is_tensor(group["lr"]) and group["lr"].is_cuda for group in groups)
         possible = on_gpu and world_size == 1 and capturable and lr_is_read
         self.cuda_graph = possible if cuda_graph is None else cuda_graph
         if self.cuda_graph and (not on_gpu or world_size > 1):
@@ -252,6 +252,12 @@ class TrainStep:
         for one, saved in zip(own, state["averages"], strict=True):
             one.load_state_dict(saved["weights"], saved["updates"])
         self.step.fill_(state["step"])
+        self.forget_graph()
+
+    def forget_graph(self) -> None:
+        """Has the CUDA graph captured anew if the optimizer's state is now in other tensors, as when one was loaded."""
+        if not isinstance(self.optimizer, optim.OnePass):  # which keeps its tensors
+            self._graph, self._steps_run = None, 0
 
     def _all_averages(self) -> list[EMA]:
         return [*([] if self.ema is None else [self.ema]), *self.averages]

@@ -2,13 +2,12 @@
 
 import math
 import os
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable
+from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import nn
 from torch.utils.data import Dataset
@@ -29,7 +28,9 @@ from soflow_fast.fingerprint import fingerprint
 from soflow_fast.grids import Grids
 from soflow_fast.images import are_images, labels_of_samples, vae_decoder
 from soflow_fast.logs import Meter, Quiet, RunLog, due
+from soflow_fast.optim import can_leave_out
 from soflow_fast.run_folder import load_run
+from soflow_fast.run_optimizer import RunOptimizer
 from soflow_fast.scoring import Scoring
 from soflow_fast.step import TrainStep
 from soflow_fast.stopping import StopSignal
@@ -40,13 +41,14 @@ __all__ = ["Trainer", "load_run"]
 class Trainer:
     """One training run in a folder; the same call again goes on where it stopped.
 
-    The trained weights are a pure function of the configuration, the data, the network and the initial weights:
-    stopping, even by a kill, and going on changes nothing (bitwise on a CPU). Changes that it went on with, see
-    ``accept_changes``, are in its ``changes.jsonl``.
+    The trained weights are a pure function of the configuration, the data, the network, the optimizer and the initial
+    weights: stopping, even by a kill, and going on changes nothing (bitwise on a CPU). Changes that it went on with,
+    see ``accept_changes``, are in its ``changes.jsonl``.
 
-    Where the gradient norm is not finite, the step is left out: weights, optimizer and averages stay as they were.
-    Such steps, and any whose loss is not finite, are counted on the device and looked at whenever metrics or a
-    checkpoint are written; more than ``max_skipped_steps`` of them stop the run, before anything is saved.
+    Where the gradient norm is not finite, the step is left out: weights, optimizer and averages stay as they were. (An
+    optimizer of yours that cannot do that has to have ``max_skipped_steps=0``.) Such steps, and any whose loss is not
+    finite, are counted on the device and looked at whenever metrics or a checkpoint are written; more than
+    ``max_skipped_steps`` of them stop the run, before anything is saved.
 
     Started by torchrun, every process takes its rows of each batch and its share of the samples of an evaluation, and
     the first alone writes the rest; a run may go on with another number of processes, which only changes what the
@@ -82,7 +84,7 @@ class Trainer:
         on_log: Callable[[dict], object] | None = None,
     ):
         self._on_log = on_log
-        self._accept_changes, self._changes = accept_changes, []
+        self._accept_changes, self._changes, self._optimizer_changes = accept_changes, [], []
         self._began = False
         config, model = given.with_given(config, model, dataset, optimizer)
         config.require_effect()
@@ -114,7 +116,7 @@ class Trainer:
         distributed.begin_alike(self.processes, self.model)  # before the averages begin with what it has
         wanted = config.optimizer
         self.optimizer = build.build_optimizer(config, self.model, optimizer)
-        self._lr_ratios = [float(group["lr"]) / wanted.learning_rate for group in self.optimizer.param_groups]
+        self._of_run = RunOptimizer(self.optimizer, self.model, wanted.learning_rate)
         self.ema = EMA(self.model, config.ema.decay, config.ema.warmup)
         self.averages = [PowerEMA(self.model, std) for std in config.ema.posthoc]
         compute = {name: None if value == "auto" else value for name, value in asdict(config.compute).items()}
@@ -225,6 +227,7 @@ class Trainer:
         config, output = self.config, self.config.output
         null, num_classes = null_condition(self.model.network), config.model.num_classes
         meter = Meter(self.processes, skipped)
+        self._allowed = max(config.max_skipped_steps, 0 if can_leave_out(self.optimizer) else skipped)  # of before
         dataset, first = self.dataset, self.processes.is_first
         if self.on_device:
             dataset = load_resident(dataset, self.processes.device, num_classes, null_condition=null, show=first)
@@ -241,11 +244,15 @@ class Trainer:
             null_condition=null,
         )
         steps = stop.kept_from_workers(steps)
+        draws = type(self.model.network) is not DiT or self._of_run.made is not None
         try:
             for done, (x, labels) in enumerate(steps, start + 1):
-                learning_rate, self._began = self._set_learning_rate(done - 1), True
-                with self._draws_of_the_network(done):
+                learning_rate, self._began = config.optimizer.learning_rate_at(done - 1, config.total_steps), True
+                self._of_run.set_rate(learning_rate)
+                with self._of_run.draws(config.seed, done, self.processes.rank) if draws else nullcontext():
                     stats = self.step(x, labels)
+                if done == start + 1 and self._of_run.made is not None:
+                    self._of_run.require_storable()
                 meter.update(done, stats)
                 log.advance()
                 last = done == config.total_steps
@@ -287,28 +294,6 @@ class Trainer:
             "processes": self.processes.world_size,
         }
 
-    @contextmanager
-    def _draws_of_the_network(self, step: int) -> Iterator[None]:
-        """What a network draws by itself, as dropout does, depends on (seed, step, process) alone too."""
-        if type(self.model.network) is DiT:  # which draws nothing
-            yield
-            return
-        device = self.processes.device
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            seeds = np.random.SeedSequence((self.config.seed, step, self.processes.rank))
-            torch.manual_seed(int(seeds.generate_state(1, np.uint64)[0] >> 1))
-            yield
-
-    def _set_learning_rate(self, step: int) -> float:
-        """That of a step, counted from 0."""
-        rate = self.config.optimizer.learning_rate_at(step, self.config.total_steps)
-        for group, ratio in zip(self.optimizer.param_groups, self._lr_ratios, strict=True):
-            if torch.is_tensor(group["lr"]):  # which a CUDA graph may hold
-                group["lr"].fill_(rate * ratio)
-            else:
-                group["lr"] = rate * ratio
-        return rate
-
     def _load_initial_weights(self) -> str | None:
         """Starts network and averages from the weights of the configuration, if it has any; says what they are."""
         config, path = self.config, self.config.initial_weights
@@ -338,9 +323,10 @@ class Trainer:
         state = checkpoint.load(path, self.processes.device)
         run_folder.require_usable(state, self.config, path)
         checkpoint.load_weights(self.model, state.model, path)
-        # with the configuration's own hyper-parameters, which may have changed
-        groups = self.optimizer.state_dict()["param_groups"]
-        self.optimizer.load_state_dict({**state.optimizer, "param_groups": groups})
+        found = self._of_run.changes(state.optimizer)
+        self._optimizer_changes = run_folder.require_accepted(self.run_dir, found, self._accept_changes)
+        self._of_run.load_state_dict(state.optimizer)
+        self.step.forget_graph()
         self.ema.load_state_dict(state.ema, state.ema_updates)
         for average in self.averages:
             saved = {name: state.posthoc[f"{average.std}/{name}"] for name in average.averages}
@@ -357,6 +343,7 @@ class Trainer:
         """The later steps that snapshots were of: what they belong to does not go on."""
         self._until_the_end.enter_context(run_folder.locked(self.run_dir))
         newest = self._newest_checkpoint(data)  # once more: until here another process may have trained
+        self._changes += self._optimizer_changes
         if (checkpoint.step_of(newest) if newest else 0) != step:
             raise ValueError(
                 f"run_dir={str(self.run_dir)!r} was trained in by another process while this one read its step {step}; "
@@ -371,7 +358,7 @@ class Trainer:
             model=self.model.state_dict(),
             ema=self.ema.state_dict(),
             posthoc={f"{one.std}/{name}": value for one in self.averages for name, value in one.averages.items()},
-            optimizer=self.optimizer.state_dict(),
+            optimizer=self._of_run.state_dict(),
             ema_updates=int(self.ema.updates),
             skipped_steps=skipped,
         )
@@ -384,7 +371,7 @@ class Trainer:
     def _require_finite(self, meter: Meter) -> int:
         """How many steps were left out, if they are not too many."""
         skipped, first = meter.skipped()
-        if skipped <= self.config.max_skipped_steps:
+        if skipped <= self._allowed:
             return skipped
         found = checkpoint.committed(self.checkpoints)
         read = batch_indices(len(self.dataset), self.config.batch_size, first - 1, self.config.seed) if first else []
@@ -397,6 +384,6 @@ class Trainer:
         raise FloatingPointError(
             f"the loss or the gradient norm was not finite at step {first} ({skipped} such steps "
             f"so far, max_skipped_steps={self.config.max_skipped_steps}); the last good checkpoint is "
-            f"{found[-1] if found else 'the start'}: {remedy} and go on with {run_folder.ACCEPT}, or raise "
-            "max_skipped_steps"
+            f"{found[-1] if found else 'the start'}: {remedy} and go on with {run_folder.ACCEPT}"
+            f"{', or raise max_skipped_steps' if can_leave_out(self.optimizer) else ''}"
         )

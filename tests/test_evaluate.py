@@ -17,7 +17,7 @@ from soflow_fast import SoFlow, build, evaluate, fidelity
 from soflow_fast.config import DataConfig, EvaluationConfig, SoFlowConfig
 from soflow_fast.data import ImageFolder, digits
 from soflow_fast.data.crop import centre_crop
-from soflow_fast.fidelity import distance_to_statistics, frechet_distance
+from soflow_fast.fidelity import frechet_distance, load_statistics, scores
 from soflow_fast.images import balanced_labels, generate, grid, save_samples, to_uint8, vae_decoder
 from soflow_fast.kernels.reference import Stream, normal
 
@@ -38,10 +38,10 @@ def test_frechet_distance_of_a_shift_and_of_a_stretch():
 
 
 @pytest.mark.parametrize("dtype", [np.float64, np.float32])
-def test_distance_to_statistics_is_that_to_the_images(tmp_path, dtype):
+def test_the_distance_to_statistics_is_that_to_the_images(tmp_path, dtype):
     x, y = _points(), 1.5 * _points(seed=1) + 0.25
     file = write_statistics(tmp_path / "real.npz", y.flatten(1).numpy(), dtype)
-    assert distance_to_statistics(x, file) == pytest.approx(frechet_distance(x, y), rel=1e-6)
+    assert scores(x, load_statistics(file))["frechet"] == pytest.approx(frechet_distance(x, y), rel=1e-6)
 
 
 def test_images_of_bytes_and_of_floats_are_the_same_pixels():

@@ -1,5 +1,6 @@
 """The training step in its fast forms gives the numbers of the plain one."""
 
+import copy
 import gc
 import subprocess
 import sys
@@ -266,7 +267,30 @@ def test_a_graph_would_keep_a_learning_rate_that_is_a_number():
     model = make_model(torch.float32).cuda()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, capturable=True)
     with pytest.raises(ValueError, match=r"build the optimizer with lr=torch\.tensor"):
-        TrainStep(model, optimizer=optimizer, total_steps=STEPS)
+        TrainStep(model, optimizer=optimizer, total_steps=STEPS, cuda_graph=True)
+    assert not TrainStep(model, optimizer=optimizer, total_steps=STEPS).cuda_graph
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="a CUDA graph needs a GPU")
+def test_torchs_capturable_optimizer_in_a_graph_follows_the_learning_rate_and_a_loaded_state():
+    model = make_model(torch.float32).cuda()
+    lr = torch.tensor(1e-3, device="cuda")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, capturable=True)
+    step = TrainStep(model, optimizer=optimizer, total_steps=STEPS, compile=False)
+    assert step.cuda_graph
+    batches = [[part.cuda() for part in training_batch(k, torch.float32)] for k in range(8)]
+    for k in range(5):
+        step(*batches[k])
+    state = copy.deepcopy(step.state_dict())
+    lr.zero_()
+    before = [p.detach().clone() for p in model.parameters()]
+    step(*batches[5])
+    assert all(torch.equal(p, q) for p, q in zip(before, model.parameters(), strict=True))
+    step.load_state_dict(state)
+    for k in range(5, 8):
+        step(*batches[k])
+    counts = {float(one["step"]) for one in optimizer.state.values()}
+    assert counts == {8.0}  # of the state that was loaded, and not of the tensors of the first graph
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="Inductor, fused kernels and the CUDA graph need a GPU")

@@ -14,7 +14,6 @@ from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 from soflow_fast import Trainer, evaluate, fidelity
 from soflow_fast.cli import main
 from soflow_fast.config import DataConfig, EvaluationConfig
-from soflow_fast.fidelity import further_scores
 
 
 class _Classifier(FeatureExtractorBase):
@@ -54,33 +53,43 @@ def _kid(x, y):
     return sum(same(a, a)[other].sum() for a in (x, y)) / (n * (n - 1)) - 2 * same(x, y).mean()
 
 
-def test_kid_is_its_formula_on_images_evenly_spread(monkeypatch):
+def _scores(folder, samples, real, metrics, features="pixels"):
+    statistics = fidelity.statistics_of(real, folder, "real", features=features)
+    of_real = fidelity.features_of(real, metrics, folder, "real", features=features) if metrics != ["isc"] else None
+    found = fidelity.scores(samples, statistics, metrics, of_real, features=features)
+    distance = fidelity.frechet_distance(samples, real, features=features)
+    assert found.pop("frechet") == pytest.approx(distance, rel=1e-6, abs=1e-3)
+    return found
+
+
+def test_kid_is_its_formula_on_images_evenly_spread(tmp_path, monkeypatch):
     samples, real = _points(60), _points(60, 0.5, seed=1)
-    found = further_scores(samples, real, ["kid"])
+    found = _scores(tmp_path / "few", samples, real, ["kid"])
     assert found["kid"] == pytest.approx(_kid(samples, real), rel=1e-6)  # every draw is of all
     assert found["kid_std"] == pytest.approx(0, abs=1e-9)
     monkeypatch.setattr(fidelity, "_MOST_REAL", 60)
     of_more = torch.stack([real, _points(60, 9.0, seed=2)], 1).flatten(0, 1)  # every second is of the former
-    assert further_scores(samples, of_more, ["kid"])["kid"] == pytest.approx(found["kid"], rel=1e-6)
+    assert _scores(tmp_path / "more", samples, of_more, ["kid"])["kid"] == pytest.approx(found["kid"], rel=1e-6)
 
 
-def test_precision_and_recall_of_samples_that_lack_half_of_the_data():
+def test_precision_and_recall_of_samples_that_lack_half_of_the_data(tmp_path):
     near, far = _points(200, seed=1), _points(200, 100.0, seed=2)
-    found = further_scores(_points(100, seed=3), torch.cat([near, far]), ["prc"])
+    found = _scores(tmp_path / "lack", _points(100, seed=3), torch.cat([near, far]), ["prc"])
     assert found.keys() == {"improved_precision", "improved_recall"}
     assert found["improved_precision"] > 0.8
     assert 0.4 < found["improved_recall"] <= 0.5
-    stray = further_scores(torch.cat([_points(100, seed=3), _points(100, -100.0, seed=4)]), near, ["prc"])
-    assert 0.4 < stray["improved_precision"] <= 0.5
+    stray = torch.cat([_points(100, seed=3), _points(100, -100.0, seed=4)])
+    assert 0.4 < _scores(tmp_path / "stray", stray, near, ["prc"])["improved_precision"] <= 0.5
 
 
-def test_inception_score_of_certain_classes_is_how_many_there_are():
-    images = torch.zeros(500, 1, 2, 5)
+def test_inception_score_of_certain_classes_is_how_many_there_are(tmp_path):
+    images, features = torch.randn(500, 1, 2, 5, generator=torch.Generator().manual_seed(0)), "classifier-of-a-test"
+    images[:, :, 0] = 0.0
+    unsure = _scores(tmp_path / "unsure", images, images, ["isc"], features)
+    assert unsure == {"inception_score": pytest.approx(1), "inception_score_std": pytest.approx(0, abs=1e-9)}
     images[range(500), 0, 0, [i % 5 for i in range(500)]] = 50.0
-    found = further_scores(images, None, ["isc"], features="classifier-of-a-test", samples_shuffle=False)
-    assert found == {"inception_score": pytest.approx(5, rel=1e-6), "inception_score_std": pytest.approx(0, abs=1e-6)}
-    unsure = further_scores(torch.zeros(500, 1, 2, 5), None, ["isc"], features="classifier-of-a-test")
-    assert unsure["inception_score"] == pytest.approx(1)
+    certain = _scores(tmp_path / "certain", images, images, ["isc"], features)
+    assert certain["inception_score"] == pytest.approx(5, rel=0.05)  # ten parts, each with about ten of every class
 
 
 def _config(folder, real, **evaluation):
@@ -109,6 +118,13 @@ def test_scores_of_a_run(tmp_path, capsys):
     assert [found[0][name] for name in names] == pytest.approx([found[1][name] for name in names], rel=1e-5)
     assert found[0]["kid"] == pytest.approx(lines[-1]["evaluation/kid"], rel=1e-5)
     assert found[0]["precision"] == "fp32"  # of the sampling
+    for arrays, sentence in (
+        ({"arr_0": levels[:3]}, "holds fewer than 4 images"),
+        ({"arr_0": levels[:, :4]}, "holds statistics of 192 features, and evaluation.features='pixels' gives 96"),
+        ({"arr_0": levels / 255}, "holds no images (arr_0,"),
+    ):
+        write_statistics(file, pixel_features(levels), **arrays)
+        assert sentence in refused(capsys, *command, file)
     write_statistics(file, pixel_features(levels))
     assert "holds no images (arr_0," in refused(capsys, *command, file)
     assert "evaluation.metrics=('fid',) does not fit" in refused(capsys, "eval", tmp_path / "run", "--metrics", "fid")
@@ -118,6 +134,7 @@ def test_scores_of_a_run(tmp_path, capsys):
     ("changes", "sentence"),
     [
         ({"metrics": ("isc",)}, "evaluation.metrics has isc, and evaluation.features='pixels' tells no classes"),
+        ({"samples": 9, "metrics": ("isc",)}, "evaluation.samples=9 is not possible; it must be at least 10"),
         ({"samples": 3}, "evaluation.samples=3 is not possible; it must be at least 4"),
         ({"reference": "few"}, "evaluation.reference='few' holds fewer than 4 images"),
     ],

@@ -18,8 +18,8 @@ FLOORS = [
     [
         "attention", "augment", "build", "capture", "checkpoint", "conditions", "data", "distributed", "dit", "ema",
         "encode", "evaluate", "fidelity", "fingerprint", "flow_weights", "given", "images", "layers", "memory",
-        "objectives", "one_pass", "optim", "pair", "positions", "posthoc", "precision", "reduction", "sample", "unet",
-        "weights",
+        "objectives", "one_pass", "optim", "pair", "positions", "posthoc", "precision", "reduction", "run_optimizer",
+        "sample", "unet", "weights",
     ],
     [
         "cli", "demo", "doctor", "dry_run", "grids", "logs", "run_folder", "sampling_options", "scoring", "step",

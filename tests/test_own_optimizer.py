@@ -1,5 +1,7 @@
 """Training with a torch optimizer of the user's, given as a function or named by its import path."""
 
+import json
+from collections import deque
 from dataclasses import replace
 from functools import partial
 
@@ -46,6 +48,97 @@ def test_one_named_by_its_import_path_is_the_one_given(tmp_path):
     file = write_config(tmp_path / "c.yaml", _config(tmp_path / "named"))
     assert main(["train", str(file), "--optimizer.name=torch.optim.SGD", "--optimizer.init_args.momentum=0.9"]) == 0
     assert_bitwise_equal(final(tmp_path / "given"), final(tmp_path / "named"))
+
+
+class _Counting(torch.optim.SGD):
+    """Keeps what it needs in its groups too, as Prodigy does, and draws noise."""
+
+    def step(self, closure=None):
+        for group in self.param_groups:
+            group["k"] = group.get("k", 0) + 1
+            for p in group["params"]:
+                p.data.add_(torch.randn_like(p), alpha=1e-3 * group["k"])
+        return super().step(closure)
+
+
+def test_what_an_optimizer_keeps_in_its_groups_and_draws_goes_on(tmp_path, monkeypatch):
+    whole = Trainer(_config(tmp_path / "whole"), optimizer=_Counting)
+    whole.fit()
+    with monkeypatch.context() as patch:
+        stop_at(patch, 4)
+        with pytest.raises(StopError):
+            Trainer(_config(tmp_path / "parts"), optimizer=_Counting).fit()
+    torch.manual_seed(7)
+    parts = Trainer(_config(tmp_path / "parts"), optimizer=_Counting)
+    parts.fit()
+    assert parts.optimizer.param_groups[0]["k"] == 6
+    assert_bitwise_equal(final(tmp_path / "whole"), final(tmp_path / "parts"))
+
+
+def _stopped(folder, make, **changes):
+    """A run of four of six steps."""
+    Trainer(replace(_config(folder, **changes), total_steps=4), optimizer=make).fit()
+    return replace(_config(folder, **changes), total_steps=6)
+
+
+def test_a_run_goes_on_with_an_optimizer_made_otherwise_only_where_that_is_accepted(tmp_path):
+    longer = _stopped(tmp_path, partial(torch.optim.SGD, momentum=0.9))
+    assert len(final(tmp_path, 4).optimizer["made"]["groups"][0]["parameters"]) > 10
+    slower = partial(torch.optim.SGD, momentum=0.5)
+    with pytest.raises(ValueError, match=r"with optimizer group 0 momentum 0.9, and this one has 0.5; make it as"):
+        Trainer(replace(longer, total_steps=4), optimizer=slower).fit()
+    run = Trainer(longer, optimizer=slower, accept_changes=True)
+    run.fit()
+    assert run.optimizer.param_groups[0]["momentum"] == 0.5
+    changes = [json.loads(line) for line in (tmp_path / "changes.jsonl").read_text().splitlines()]
+    found = {"step": 4, "key": "optimizer group 0 momentum", "before": 0.9, "after": 0.5}
+    assert found in changes
+
+
+@pytest.mark.parametrize(("first", "second"), [(torch.optim.SGD, torch.optim.AdamW), (torch.optim.SGD, None)])
+def test_another_optimizer_begins_anew(tmp_path, first, second):
+    longer = _stopped(tmp_path, first)
+    with pytest.raises(ValueError, match="go on with --accept-changes"):
+        Trainer(longer, optimizer=second).fit()
+    Trainer(longer, optimizer=second, accept_changes=True).fit()
+    assert {float(state["step"]) for state in final(tmp_path).optimizer["state"].values()} == {2.0}
+    changes = [json.loads(line) for line in (tmp_path / "changes.jsonl").read_text().splitlines()]
+    (change,) = [change for change in changes if change["key"] == "optimizer"]
+    assert change["before"] == "torch.optim.sgd.SGD of [25] parameters"
+    assert change["after"].endswith(", begun anew")
+
+
+def test_parameters_in_another_order_are_noticed(tmp_path):
+    def turned(named, lr):
+        return torch.optim.SGD(named[::-1], lr=lr, momentum=0.9)
+
+    longer = _stopped(tmp_path, partial(torch.optim.SGD, momentum=0.9))
+    with pytest.raises(
+        ValueError,
+        match=r"a run with optimizer 'torch.optim.sgd.SGD of \[25\] parameters', and .* in another order, begun anew",
+    ):
+        Trainer(replace(longer, total_steps=4), optimizer=turned).fit()
+
+
+class _Keeping(torch.optim.SGD):
+    """Its state is what ``keep`` makes."""
+
+    def __init__(self, named, lr, keep):
+        super().__init__(named, lr=lr)
+        self.keep = keep
+
+    def step(self, closure=None):
+        super().step(closure)
+        for p in self.param_groups[0]["params"]:
+            self.state[p]["kept"] = self.keep()
+
+
+def test_a_state_that_would_not_come_back_is_noticed_at_once(tmp_path):
+    for keep, kind in ((deque, "deque"), (lambda: lambda: 0, "function")):
+        run = Trainer(_config(tmp_path), optimizer=partial(_Keeping, keep=keep))
+        with pytest.raises(ValueError, match=rf"_Keeping has a {kind} in its state of parameter 0, 'kept', which a"):
+            run.fit()
+    Trainer(_config(tmp_path), optimizer=partial(_Keeping, keep=lambda: {"a": [torch.ones(2), 1]})).fit()
 
 
 def test_torchs_adamw_is_the_librarys(tmp_path):
@@ -101,6 +194,13 @@ def test_refused_objects(tmp_path):
         Trainer(_config(tmp_path), optimizer=without_the_last)
     with pytest.raises(ValueError, match=r"max_skipped_steps=2 needs an optimizer that can leave a step out, and SGD"):
         Trainer(replace(_config(tmp_path), max_skipped_steps=2), optimizer=torch.optim.SGD)
+    fused = partial(torch.optim.SGD, momentum=0.9, fused=True)  # which begins with memory that it has not written
+    with pytest.raises(ValueError, match=r"max_skipped_steps=2 needs an optimizer that can leave a step out, and SGD"):
+        Trainer(replace(_config(tmp_path), max_skipped_steps=2), optimizer=fused)
+    with pytest.raises(ValueError, match=r"makes a LBFGS, whose step calls the loss again"):
+        Trainer(_config(tmp_path), optimizer=torch.optim.LBFGS)
+    with pytest.raises(ValueError, match=r"optimizer.weight_decay=0.1 does nothing with optimizer.name='given'"):
+        Trainer(_config(tmp_path, weight_decay=0.1), optimizer=torch.optim.SGD)
     optimizer = torch.optim.SGD([torch.zeros(1)])
     with pytest.raises(ValueError, match=r"optimizer is an object of class SGD; give what makes one"):
         Trainer(_config(tmp_path), optimizer=optimizer)

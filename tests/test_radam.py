@@ -3,7 +3,6 @@
 import math
 from dataclasses import replace
 from decimal import Decimal, localcontext
-from typing import get_args, get_type_hints
 
 import pytest
 import torch
@@ -14,7 +13,8 @@ from optim_runs import Net, assert_equal, give, gradients
 from runs import StopError, assert_bitwise_equal, final, stop_at, tiny_config
 
 from soflow_fast import Trainer
-from soflow_fast.config import OptimizerConfig
+from soflow_fast.config import GIVEN, OptimizerConfig
+from soflow_fast.config_optimizer import OPTIMIZER_NAMES
 from soflow_fast.ema import EMA
 from soflow_fast.kernels import optimizer as kernel
 from soflow_fast.kernels._launch import Launch, launch
@@ -133,7 +133,7 @@ def test_a_state_whose_decay_is_part_of_the_gradient_is_refused():
 
 
 def test_every_name_of_the_configuration_is_an_optimizer():
-    assert get_args(get_type_hints(OptimizerConfig)["name"]) == tuple(OPTIMIZERS)
+    assert (*OPTIMIZERS, GIVEN) == OPTIMIZER_NAMES
 
 
 def test_a_stopped_run_goes_on_exactly(tmp_path, monkeypatch):
