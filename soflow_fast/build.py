@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from functools import partial
 from inspect import signature
 from typing import Any
 
@@ -150,9 +151,7 @@ def build_optimizer(
             "path as optimizer.name"
         )
     else:
-        with caller_keeps_generators():
-            seed_generators(f"{config.seed},optimizer.name")
-            optimizer = make(named, lr=wanted.learning_rate)
+        optimizer = _seeded(partial(make, named, lr=wanted.learning_rate), config.seed, "optimizer.name")
     run_optimizer.require_optimizer(optimizer, model, f"optimizer.name={wanted.name!r} makes")
     if config.max_skipped_steps and not can_leave_out(optimizer):
         raise ValueError(
@@ -299,5 +298,10 @@ def imported(setting: str, path: str, arguments: dict[str, Any], seed: int, *fir
     """What is at an import path; what it draws is a function of the seed, and the caller's generators stay."""
     with caller_keeps_generators():
         make = import_maker(setting, path, arguments, *first)  # which may draw too, but once a process
+    return _seeded(make, seed, setting)
+
+
+def _seeded(make: Callable[[], Any], seed: int, setting: str) -> Any:
+    with caller_keeps_generators():
         seed_generators(f"{seed},{setting}")
         return make()

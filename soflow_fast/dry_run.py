@@ -13,6 +13,7 @@ from soflow_fast.config import TrainConfig
 from soflow_fast.data.look import described
 from soflow_fast.fingerprint import fingerprint
 from soflow_fast.paths import row_order
+from soflow_fast.run_optimizer import RunOptimizer
 from soflow_fast.trainer import Trainer
 from soflow_fast.weights import read_weights
 
@@ -53,7 +54,6 @@ def plan(config: TrainConfig, accept_changes: bool = False) -> Plan:
     resolved = replace(trainer.config, model=replace(trainer.config.model, **all_blocks))
     told = resolved.model.num_classes, null_condition(trainer.model.network)
     data = fingerprint(trainer.dataset, *told)
-    changes = run_folder.changes(trainer.run_dir, replace(resolved, compute=config.compute), data, accept_changes)
     found = checkpoint.committed(trainer.checkpoints)
     precision, device, impl = trainer.step.precision, trainer.processes.device, trainer.model.impl
     plain = {"impl": "torch", **({"attention": "sdpa"} if is_dit else {})}
@@ -65,12 +65,15 @@ def plan(config: TrainConfig, accept_changes: bool = False) -> Plan:
             model.impl = "torch"
         else:
             model = build.build_model(counted)
+        made = RunOptimizer(build.build_optimizer(counted, model), model, config.optimizer).made
         try:
             flops = _count_step(model, counted) * config.optimizer.accumulation
         except Exception:
             if not is_imported:
                 raise
             flops = None
+    recorded = replace(resolved, compute=config.compute)
+    changes = run_folder.changes(trainer.run_dir, recorded, data, accept_changes, made)
     if config.initial_weights is not None and not found:
         read_weights(model, config.initial_weights, config.initial_weights_except, config.initial_weights_form)
     rows = (trainer.rows.stop - trainer.rows.start) // config.optimizer.accumulation

@@ -239,7 +239,8 @@ def _check_reference(reference: Path, config: TrainConfig) -> None:
     if _is_cifar10(config):
         CIFAR10(reference)
     elif reference.is_dir():
-        fidelity.require_enough(named, len(list(itertools.islice(_image_files(reference), 9))), wanted.metrics)
+        first = list(itertools.islice(_image_files(reference), 1 + fidelity.NEIGHBOURS))
+        fidelity.require_enough(named, len(first), wanted.metrics)
     elif not reference.exists():
         raise ValueError(f"{named} does not exist; give {_REFERENCES}")
     elif reference.suffix.lower() == ".npz":

@@ -55,6 +55,7 @@ _NAMES = {
     torch_fidelity.KEY_METRIC_PRECISION: "improved_precision",
     torch_fidelity.KEY_METRIC_RECALL: "improved_recall",
 }
+_UNREADABLE = (OSError, ValueError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error)
 _DEFAULTS = {"cuda": False, "save_cpu_ram": True, "verbose": False}
 
 
@@ -174,11 +175,13 @@ class ImagesOfStatistics(Dataset):
     def __init__(self, file: Path):
         self._file, self._images = file, None
         shape, dtype = (), None
-        with zipfile.ZipFile(file) as members, suppress(KeyError), members.open("arr_0.npy") as member:
-            read = {1: np.lib.format.read_array_header_1_0}.get(
-                np.lib.format.read_magic(member)[0], np.lib.format.read_array_header_2_0
-            )
-            shape, _, dtype = read(member)
+        try:
+            with zipfile.ZipFile(file) as members, suppress(KeyError), members.open("arr_0.npy") as member:
+                form = np.lib.format
+                is_first = form.read_magic(member) == (1, 0)
+                shape, _, dtype = (form.read_array_header_1_0 if is_first else form.read_array_header_2_0)(member)
+        except _UNREADABLE as error:
+            raise _unreadable(file, error) from None
         if dtype != np.uint8 or len(shape) != 4 or shape[-1] != 3:
             raise ValueError(
                 f"{_named(file)} holds no images (arr_0, (n, H, W, 3) uint8), and kid and prc compare with images; "
@@ -344,8 +347,12 @@ def _read(file: Path, wanted: Sequence[str]) -> tuple[dict[str, np.ndarray], lis
     try:
         with np.load(file, allow_pickle=False) as arrays:
             return {name: np.asarray(arrays[name]) for name in wanted if name in arrays.files}, arrays.files
-    except (OSError, ValueError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
-        raise ValueError(f"{_named(file)} cannot be read ({error}); write or copy it again") from None
+    except _UNREADABLE as error:
+        raise _unreadable(file, error) from None
+
+
+def _unreadable(file: Path, error: Exception) -> ValueError:
+    return ValueError(f"{_named(file)} cannot be read ({error}); write or copy it again")
 
 
 def _input(images: Tensor | Path | Dataset) -> Dataset | str:

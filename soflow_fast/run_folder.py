@@ -13,7 +13,7 @@ from typing import Literal, TextIO
 
 from torch import nn
 
-from soflow_fast import build, checkpoint, fingerprint, given, posthoc
+from soflow_fast import build, checkpoint, fingerprint, given, posthoc, run_optimizer
 from soflow_fast.checkpoint import CHECKPOINTS
 from soflow_fast.config import OBJECTIVE_SECTIONS, TrainConfig
 from soflow_fast.config_io import read_yaml
@@ -23,6 +23,7 @@ _log = logging.getLogger(__name__)
 
 CONFIG_NAME = "config.yaml"
 DATA_NAME = "data.json"
+OPTIMIZER_NAME = "optimizer.json"
 CHANGES_NAME = "changes.jsonl"
 LOCK_NAME = ".lock"
 
@@ -50,12 +51,14 @@ def read_config(run_dir: Path) -> TrainConfig:
     return TrainConfig.from_dict({name: value for name, value in raw.items() if name not in others})
 
 
-def changes(run_dir: Path, config: TrainConfig, data: dict[str, object], accept: bool) -> list[dict[str, object]]:
+def changes(
+    run_dir: Path, config: TrainConfig, data: dict[str, object], accept: bool, made: dict | None = None
+) -> list[dict[str, object]]:
     """How a configuration and data differ from those of the run in the folder, if there is one: key, before, after.
 
     Args:
         data: their :func:`~soflow_fast.fingerprint.fingerprint`; a run that has none on record takes those at its path.
-        accept: whether they may differ where that changes the weights.
+        accept: whether they may differ where that changes the weights. made: how an optimizer of the user's was made.
 
     Raises:
         ValueError: where they may not, and for a folder that is a file.
@@ -67,7 +70,7 @@ def changes(run_dir: Path, config: TrainConfig, data: dict[str, object], accept:
         return []
     if not (run_dir / CONFIG_NAME).exists():
         raise ValueError(f"run_dir={str(run_dir)!r} holds a run without its {CONFIG_NAME}; choose another folder")
-    theirs, before = read_config(run_dir), _read_data(run_dir)
+    theirs, before = read_config(run_dir), _read_json(run_dir / DATA_NAME)
     if theirs.compute.precision == "auto":  # of an earlier version; what was chosen then is not known
         theirs = replace(theirs, compute=replace(theirs.compute, precision=config.compute.precision))
     elif config.compute.precision == "auto":  # of a dry run, perhaps on another machine than the run's
@@ -78,6 +81,12 @@ def changes(run_dir: Path, config: TrainConfig, data: dict[str, object], accept:
         {"key": name, "before": theirs.flat()[name], "after": config.flat()[name]}
         for name in config.differences(theirs)
     ]
+    found += run_optimizer.changes(_read_json(run_dir / OPTIMIZER_NAME), made)
+    for change in () if accept else found:
+        raise ValueError(
+            f"run_dir={str(run_dir)!r} holds a run with {change['key']} {change['before']!r}, and this one has "
+            f"{change['after']!r}; make it as it was, choose another run_dir, or go on with {ACCEPT}"
+        )
     if before is None:
         sentence, change = _other_path(theirs.data.path, config.data.path)
     else:
@@ -99,16 +108,6 @@ def require_same(run_dir: Path, config: TrainConfig, theirs: TrainConfig, remedy
             f"run_dir={str(run_dir)!r} holds a run with {name}={theirs.flat()[name]!r}, and this one has "
             f"{config.flat()[name]!r}; {remedy}"
         )
-
-
-def require_accepted(run_dir: Path, changes: list[dict[str, object]], accept: bool) -> list[dict[str, object]]:
-    """The changes, if there are none or they are accepted; else a ValueError of the first."""
-    for change in () if accept else changes:
-        raise ValueError(
-            f"run_dir={str(run_dir)!r} holds a run with {change['key']} {change['before']!r}, and this one has "
-            f"{change['after']!r}; make it as it was, choose another run_dir, or go on with {ACCEPT}"
-        )
-    return changes
 
 
 def require_usable(state: checkpoint.State, config: TrainConfig, path: Path) -> None:
@@ -224,7 +223,12 @@ def locked(run_dir: Path) -> Iterator[None]:
 
 
 def claim(
-    run_dir: Path, config: TrainConfig, data: dict[str, object], changed: list[dict[str, object]], step: int
+    run_dir: Path,
+    config: TrainConfig,
+    data: dict[str, object],
+    changed: list[dict[str, object]],
+    step: int,
+    made: dict | None = None,
 ) -> None:
     """Makes the folder that of a run: writes its records, and what changed after a step."""
     history = _text(run_dir / CHANGES_NAME) or ""
@@ -232,8 +236,9 @@ def claim(
     new = [line for line in lines if line not in history.splitlines()]  # a kill may have come before the records below
     if new:
         checkpoint.replace_text(run_dir / CHANGES_NAME, history + "".join(f"{line}\n" for line in new))
-    if _read_data(run_dir) != data:
-        checkpoint.replace_text(run_dir / DATA_NAME, json.dumps(data, indent=1) + "\n")
+    for name, record in ((DATA_NAME, data), (OPTIMIZER_NAME, made)):
+        if _read_json(run_dir / name) != record:
+            checkpoint.replace_text(run_dir / name, json.dumps(record, indent=1) + "\n")
     checkpoint.replace_text(run_dir / CONFIG_NAME, config.to_yaml())
 
 
@@ -244,8 +249,8 @@ def _other_path(before: str | None, after: str | None) -> tuple[str | None, dict
     return sentence, {"key": "data.path", "before": before, "after": after}
 
 
-def _read_data(run_dir: Path) -> dict[str, object] | None:
-    text = _text(run_dir / DATA_NAME)
+def _read_json(file: Path) -> dict[str, object] | None:
+    text = _text(file)
     return None if text is None else json.loads(text)
 
 

@@ -2,45 +2,50 @@
 
 import inspect
 import io
+import re
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from pickle import UnpicklingError
+from contextlib import contextmanager
+from pickle import PickleError
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils._pytree import tree_leaves, tree_map_only
 
-from soflow_fast.optim import OnePass
+from soflow_fast.config_optimizer import OptimizerConfig
+from soflow_fast.optim import OPTIMIZERS
 
 # Of a group, what is no hyper-parameter; and what may depend on the machine.
 _PARAMETERS, _OF_THE_MACHINE = ("params", "param_names"), ("capturable", "foreach", "fused", "differentiable")
+_NOT_PLAIN = object()
 
 
 class RunOptimizer:
     """An optimizer as a run sets, saves and restores it.
 
     Args:
-        optimizer: over parameters of the model. model: that it trains. lr: of the configuration, with which it was
-            made.
+        optimizer: over parameters of the model. model: that it trains. config: of the run, by whose learning rate it
+            was made.
 
     Attributes:
-        made: how one of the user's was made: its class, and of each group the names of the parameters and the values
-            that are plain, ``lr`` as its ratio to the configuration's. None of one of this library's, of which the
-            configuration says it.
+        made: how one of the user's was made: its class, and of each group the names of the parameters and the plain
+            values, ``lr`` as its ratio to the configuration's. None of one of which the configuration says it.
     """
 
-    def __init__(self, optimizer: Optimizer, model: nn.Module, lr: float):
+    def __init__(self, optimizer: Optimizer, model: nn.Module, config: OptimizerConfig):
         self.optimizer, self.made = optimizer, None
-        self._ratios = [float(group["lr"]) / lr for group in optimizer.param_groups]
-        if isinstance(optimizer, OnePass):
+        self._device = next(model.parameters()).device
+        self._ratios = [float(group["lr"]) / config.learning_rate for group in optimizer.param_groups]
+        if config.name in OPTIMIZERS:
             return
         names, groups = {id(p): name for name, p in model.named_parameters()}, []
         for group, ratio in zip(optimizer.param_groups, self._ratios, strict=True):
-            values = {k: v for k, v in group.items() if k not in (*_PARAMETERS, *_OF_THE_MACHINE) and _is_plain(v)}
+            values = {k: _plain(v) for k, v in group.items() if k not in (*_PARAMETERS, *_OF_THE_MACHINE)}
+            values = {key: value for key, value in values.items() if value is not _NOT_PLAIN}
             parameters = [names.get(id(p), "not of the model") for p in group["params"]]
-            groups.append({"parameters": parameters, "values": {**values, "lr": ratio}})
+            groups.append({"parameters": parameters, "values": {**values, "lr": float(f"{ratio:.6g}")}})
         self.made = {"class": f"{type(optimizer).__module__}.{type(optimizer).__qualname__}", "groups": groups}
 
     def set_rate(self, lr: float) -> None:
@@ -55,25 +60,8 @@ class RunOptimizer:
         """For a checkpoint: the optimizer's, and how it was made."""
         return {**self.optimizer.state_dict(), "made": self.made}
 
-    def changes(self, state: dict) -> list[dict[str, object]]:
-        """How the optimizer of a state was made otherwise than this: key, before, after.
-
-        A single one of the key ``optimizer`` means that there is nothing to go on from.
-        """
-        before, after = state.get("made"), self.made
-        if _parameters(before) != _parameters(after):
-            other = " in another order" if _named(before) == _named(after) else ""
-            return [{"key": "optimizer", "before": _named(before), "after": f"{_named(after)}{other}, begun anew"}]
-        found = []
-        for number, (old, new) in enumerate(zip(_values(before), _values(after), strict=True)):
-            for key in sorted(old.keys() | new.keys()):
-                if old.get(key) != new.get(key):
-                    key_of_group = f"optimizer group {number} {key}"
-                    found.append({"key": key_of_group, "before": old.get(key), "after": new.get(key)})
-        return found
-
     def load_state_dict(self, state: dict) -> None:
-        """Goes on from :meth:`state_dict`, unless :meth:`changes` says that there is nothing to go on from.
+        """Goes on from :meth:`state_dict`; begins anew where that is of another class or of other parameters.
 
         What an optimizer of the user's changes in its groups by itself is part of its state; what it was made with
         otherwise than before is as it is now.
@@ -81,49 +69,88 @@ class RunOptimizer:
         before, after = state.get("made"), self.made
         if _parameters(before) != _parameters(after):
             return
-        state = {name: state[name] for name in ("state", "param_groups")}
         fresh = [dict(group) for group in self.optimizer.param_groups]
+        state = {name: value for name, value in state.items() if name != "made"}
         if after is None:  # the configuration's hyper-parameters, which may have changed
             state["param_groups"] = self.optimizer.state_dict()["param_groups"]
-        self.optimizer.load_state_dict(state)
-        for group, own, old, new in zip(
-            self.optimizer.param_groups, fresh, _values(before), _values(after), strict=after is not None
-        ):
-            kept = [key for key in (*_OF_THE_MACHINE, "lr") if key in own]
-            kept += [key for key, value in new.items() if old.get(key) != value]
-            group |= {key: own[key] for key in kept}
+            self.optimizer.load_state_dict(state)
+            return
+        of_now = []
+        for own, old, new in zip(fresh, _values(before), _values(after), strict=True):
+            keys = [key for key in (*_OF_THE_MACHINE, "lr") if key in own]
+            of_now.append(keys + [key for key, value in new.items() if old.get(key) != value])
+        saved = [
+            group | {key: own[key] for key in keys}  # by which torch decides where a state has to lie
+            for group, own, keys in zip(state["param_groups"], fresh, of_now, strict=True)
+        ]
+        self.optimizer.load_state_dict({**state, "param_groups": saved})
+        for group, own, keys in zip(self.optimizer.param_groups, fresh, of_now, strict=True):
+            for key, value in own.items():
+                if key in keys:
+                    group[key] = value
+                elif torch.is_tensor(value):
+                    group[key] = group[key].to(value.device)
 
     @contextmanager
-    def draws(self, seed: int, step: int, rank: int) -> Iterator[None]:
+    def draws(self, seed: int, step: int, rank: int, world_size: int) -> Iterator[None]:
         """Within it what a network draws by itself, as dropout does, depends on (seed, step, process) alone.
 
-        And what the optimizer draws on (seed, step), so that all processes update alike.
+        And what an optimizer of the user's draws on (seed, step), so that all processes update alike.
         """
-        device = self.optimizer.param_groups[0]["params"][0].device
 
         def begin(*keys: int) -> None:
             seeds = np.random.SeedSequence((seed, step, *keys))
             torch.manual_seed(int(seeds.generate_state(1, np.uint64)[0] >> 1))
 
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        def begin_update(*_) -> None:  # whose classes may call each other's step
+            nonlocal updating
+            if not updating:
+                begin()
+            updating = True
+
+        updating = self.made is None or world_size == 1
+        with torch.random.fork_rng(devices=[self._device] if self._device.type == "cuda" else []):
             begin(rank)
-            before_update = self.optimizer.register_step_pre_hook(lambda *_: begin())
+            before_update = None if updating else self.optimizer.register_step_pre_hook(begin_update)
             try:
                 yield
             finally:
-                before_update.remove()
+                if before_update is not None:
+                    before_update.remove()
 
     def require_storable(self) -> None:
-        """ValueError, with its place, for a state that a checkpoint would not give back; after the first step."""
-        state = self.optimizer.state_dict()
-        parts = [(f"state of parameter {i}, {key!r}", x) for i, one in state["state"].items() for key, x in one.items()]
-        parts += [(f"group {i}, {key!r}", x) for i, one in enumerate(state["param_groups"]) for key, x in one.items()]
-        for where, value in parts:
-            if not torch.is_tensor(value) and not _is_plain(value) and not _comes_back(value):
-                raise ValueError(
-                    f"the optimizer {type(self.optimizer).__name__} has a {type(value).__name__} in its {where}, which "
-                    "a checkpoint does not give back; keep tensors, numbers, texts, lists and dicts there"
-                )
+        """ValueError for a state that a checkpoint would not give back; to be asked after the first step."""
+        state = tree_map_only(Tensor, lambda value: value.new_empty(0), self.state_dict())
+        name, remedy = type(self.optimizer).__name__, "keep tensors, numbers, lists and dicts in it"
+        file = io.BytesIO()
+        try:
+            torch.save(state, file)
+            file.seek(0)
+            torch.load(file, weights_only=True)
+        except (PickleError, AttributeError, TypeError, RuntimeError) as error:
+            found = re.search(r"GLOBAL (\S+)", str(error))
+            what = found.group(1) if found else " ".join(str(error).split())
+            raise ValueError(
+                f"a checkpoint does not give back the state of the optimizer {name} ({what}); {remedy}"
+            ) from None
+        if any(isinstance(value, str) for value in tree_leaves(state.get("state"))):
+            raise ValueError(f"the state of the optimizer {name} holds a text, which torch does not load; {remedy}")
+
+
+def changes(before: dict | None, after: dict | None) -> list[dict[str, object]]:
+    """How two optimizers were made otherwise, see :attr:`RunOptimizer.made`: key, before, after."""
+    if before is None or after is None:  # the configurations differ
+        return []
+    if _parameters(before) != _parameters(after):
+        other = " in another order" if _named(before) == _named(after) else ""
+        return [{"key": "optimizer", "before": _named(before), "after": f"{_named(after)}{other}, begun anew"}]
+    found = []
+    for number, (old, new) in enumerate(zip(_values(before), _values(after), strict=True)):
+        for key in sorted(old.keys() | new.keys()):
+            if old.get(key) != new.get(key):
+                where = f"optimizer group {number} {key}"
+                found.append({"key": where, "before": old.get(key), "after": new.get(key)})
+    return found
 
 
 def require_optimizer(optimizer: Any, model: nn.Module, made: str) -> None:
@@ -138,6 +165,12 @@ def require_optimizer(optimizer: Any, model: nn.Module, made: str) -> None:
     closure = inspect.signature(type(optimizer).step).parameters.get("closure")
     if closure is not None and closure.default is closure.empty:
         raise ValueError(f"{made} a {name}, whose step calls the loss again; make one that does without a closure")
+    for group in optimizer.param_groups:
+        lr = group.get("lr")
+        if not isinstance(lr, (int, float)) and not (torch.is_tensor(lr) and lr.numel() == 1):
+            raise ValueError(
+                f"{made} a {name} with lr={lr!r} in a group, which the run sets; make it with the number given"
+            )
     taken = {id(p) for group in optimizer.param_groups for p in group["params"]}
     for key, p in model.named_parameters():
         if p.requires_grad and id(p) not in taken:
@@ -155,23 +188,15 @@ def _values(made: dict | None) -> list[dict]:
     return [] if made is None else [group["values"] for group in made["groups"]]
 
 
-def _named(made: dict | None) -> str:
-    if made is None:
-        return "one of the library's"
+def _named(made: dict) -> str:
     return f"{made['class']} of {[len(group['parameters']) for group in made['groups']]} parameters"
 
 
-def _comes_back(value: Any) -> bool:
-    file = io.BytesIO()
-    with suppress(UnpicklingError, AttributeError, TypeError, RuntimeError):
-        torch.save(value, file)
-        file.seek(0)
-        torch.load(file, weights_only=True)
-        return True
-    return False
-
-
-def _is_plain(value: Any) -> bool:
-    if isinstance(value, (list, tuple)):
-        return all(map(_is_plain, value))
-    return value is None or type(value) in (bool, int, float, str)
+def _plain(value: Any) -> Any:
+    """A value as JSON gives it back, or ``_NOT_PLAIN``."""
+    if torch.is_tensor(value) and value.numel() == 1:
+        return value.item()
+    if type(value) in (list, tuple):
+        parts = [_plain(part) for part in value]
+        return _NOT_PLAIN if any(part is _NOT_PLAIN for part in parts) else parts
+    return value if value is None or type(value) in (bool, int, float, str) else _NOT_PLAIN

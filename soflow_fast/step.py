@@ -94,8 +94,8 @@ class TrainStep:
 
     Args:
         model: an objective such as :class:`~soflow_fast.SoFlow`, already on its device.
-        optimizer: over ``model.parameters()``, best :class:`~soflow_fast.optim.AdamW` or ``RAdam``; of torch's, only
-            those with ``fused=True`` can leave a step out and only those with ``capturable=True`` go into a CUDA graph.
+        optimizer: over ``model.parameters()``, best :class:`~soflow_fast.optim.AdamW` or ``RAdam``; of others, see
+            :func:`~soflow_fast.optim.can_leave_out`, and only those with ``capturable=True`` go into a CUDA graph.
         ema: updated after each step, or None. averages: further ones, such as :class:`~soflow_fast.ema.PowerEMA`; each
             is a pass of its own over the parameters, 12 bytes of traffic a parameter.
         total_steps: of the run; progress is step/total_steps. seed: of all draws.
@@ -256,7 +256,7 @@ class TrainStep:
 
     def forget_graph(self) -> None:
         """Has the CUDA graph captured anew if the optimizer's state is now in other tensors, as when one was loaded."""
-        if not isinstance(self.optimizer, optim.OnePass):  # which keeps its tensors
+        if getattr(self.optimizer, "impl", "") != "triton":  # which keeps its tensors
             self._graph, self._steps_run = None, 0
 
     def _all_averages(self) -> list[EMA]:

@@ -84,7 +84,7 @@ class Trainer:
         on_log: Callable[[dict], object] | None = None,
     ):
         self._on_log = on_log
-        self._accept_changes, self._changes, self._optimizer_changes = accept_changes, [], []
+        self._accept_changes, self._changes = accept_changes, []
         self._began = False
         config, model = given.with_given(config, model, dataset, optimizer)
         config.require_effect()
@@ -116,7 +116,7 @@ class Trainer:
         distributed.begin_alike(self.processes, self.model)  # before the averages begin with what it has
         wanted = config.optimizer
         self.optimizer = build.build_optimizer(config, self.model, optimizer)
-        self._of_run = RunOptimizer(self.optimizer, self.model, wanted.learning_rate)
+        self._of_run = RunOptimizer(self.optimizer, self.model, wanted)
         self.ema = EMA(self.model, config.ema.decay, config.ema.warmup)
         self.averages = [PowerEMA(self.model, std) for std in config.ema.posthoc]
         compute = {name: None if value == "auto" else value for name, value in asdict(config.compute).items()}
@@ -245,11 +245,12 @@ class Trainer:
         )
         steps = stop.kept_from_workers(steps)
         draws = type(self.model.network) is not DiT or self._of_run.made is not None
+        place = self.processes.rank, self.processes.world_size
         try:
             for done, (x, labels) in enumerate(steps, start + 1):
                 learning_rate, self._began = config.optimizer.learning_rate_at(done - 1, config.total_steps), True
                 self._of_run.set_rate(learning_rate)
-                with self._of_run.draws(config.seed, done, self.processes.rank) if draws else nullcontext():
+                with self._of_run.draws(config.seed, done, *place) if draws else nullcontext():
                     stats = self.step(x, labels)
                 if done == start + 1 and self._of_run.made is not None:
                     self._of_run.require_storable()
@@ -323,8 +324,6 @@ class Trainer:
         state = checkpoint.load(path, self.processes.device)
         run_folder.require_usable(state, self.config, path)
         checkpoint.load_weights(self.model, state.model, path)
-        found = self._of_run.changes(state.optimizer)
-        self._optimizer_changes = run_folder.require_accepted(self.run_dir, found, self._accept_changes)
         self._of_run.load_state_dict(state.optimizer)
         self.step.forget_graph()
         self.ema.load_state_dict(state.ema, state.ema_updates)
@@ -335,7 +334,8 @@ class Trainer:
         return state.step, state.skipped_steps
 
     def _newest_checkpoint(self, data: dict[str, object]) -> Path | None:
-        self._changes = run_folder.changes(self.run_dir, self.config, data, self._accept_changes)
+        made = self._of_run.made
+        self._changes = run_folder.changes(self.run_dir, self.config, data, self._accept_changes, made)
         found = checkpoint.committed(self.checkpoints)
         return found[-1] if found else None
 
@@ -343,13 +343,12 @@ class Trainer:
         """The later steps that snapshots were of: what they belong to does not go on."""
         self._until_the_end.enter_context(run_folder.locked(self.run_dir))
         newest = self._newest_checkpoint(data)  # once more: until here another process may have trained
-        self._changes += self._optimizer_changes
         if (checkpoint.step_of(newest) if newest else 0) != step:
             raise ValueError(
                 f"run_dir={str(self.run_dir)!r} was trained in by another process while this one read its step {step}; "
                 "give the same command again"
             )
-        run_folder.claim(self.run_dir, self.config, data, self._changes, step)
+        run_folder.claim(self.run_dir, self.config, data, self._changes, step, self._of_run.made)
         return posthoc.remove_after(self.run_dir, step)
 
     def _save(self, step: int, skipped: int) -> None:

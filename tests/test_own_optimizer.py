@@ -7,11 +7,13 @@ from functools import partial
 
 import pytest
 import torch
-from runs import StopError, assert_bitwise_equal, final, stop_at, tiny_config, write_config
+from runs import StopError, assert_bitwise_equal, final, refused, stop_at, tiny_config, write_config
 
-from soflow_fast import Trainer
+from soflow_fast import Trainer, run_optimizer
 from soflow_fast.cli import main
 from soflow_fast.config import OptimizerConfig
+from soflow_fast.optim import AdamW
+from soflow_fast.run_optimizer import RunOptimizer
 
 
 def _grouped(named, lr):
@@ -95,17 +97,109 @@ def test_a_run_goes_on_with_an_optimizer_made_otherwise_only_where_that_is_accep
     assert found in changes
 
 
-@pytest.mark.parametrize(("first", "second"), [(torch.optim.SGD, torch.optim.AdamW), (torch.optim.SGD, None)])
-def test_another_optimizer_begins_anew(tmp_path, first, second):
-    longer = _stopped(tmp_path, first)
+@pytest.mark.parametrize("second", [torch.optim.AdamW, None])
+def test_another_optimizer_begins_anew(tmp_path, second):
+    longer = _stopped(tmp_path, torch.optim.SGD)
     with pytest.raises(ValueError, match="go on with --accept-changes"):
         Trainer(longer, optimizer=second).fit()
     Trainer(longer, optimizer=second, accept_changes=True).fit()
     assert {float(state["step"]) for state in final(tmp_path).optimizer["state"].values()} == {2.0}
     changes = [json.loads(line) for line in (tmp_path / "changes.jsonl").read_text().splitlines()]
-    (change,) = [change for change in changes if change["key"] == "optimizer"]
-    assert change["before"] == "torch.optim.sgd.SGD of [25] parameters"
-    assert change["after"].endswith(", begun anew")
+    (change,) = [change for change in changes if change["key"] in ("optimizer", "optimizer.name")]
+    assert change["before"] == ("torch.optim.sgd.SGD of [25] parameters" if second else "given")
+    assert change["after"] == ("torch.optim.adamw.AdamW of [25] parameters, begun anew" if second else "adamw")
+
+
+def test_an_accepted_change_stays_accepted_before_the_next_checkpoint(tmp_path, monkeypatch):
+    longer = _stopped(tmp_path, partial(torch.optim.SGD, momentum=0.9))
+    slower = partial(torch.optim.SGD, momentum=0.5)
+    with monkeypatch.context() as patch:
+        stop_at(patch, 1)
+        with pytest.raises(StopError):
+            Trainer(longer, optimizer=slower, accept_changes=True).fit()
+    run = Trainer(longer, optimizer=slower)
+    run.fit()
+    assert run.optimizer.param_groups[0]["momentum"] == 0.5
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_groups_of_the_librarys_optimizer_are_compared_too(tmp_path, monkeypatch, impl):
+    """Made by a function its values are not in the configuration."""
+
+    def make(named, lr, weight_decay=0.0):
+        groups = [[p for _, p in named if (p.ndim >= 2) == matrices] for matrices in (True, False)]
+        return AdamW([{"params": group, "weight_decay": weight_decay} for group in groups], lr=lr, impl=impl)
+
+    Trainer(_config(tmp_path / "whole"), optimizer=make).fit()
+    with monkeypatch.context() as patch:
+        stop_at(patch, 5)
+        with pytest.raises(StopError):
+            Trainer(_config(tmp_path / "parts"), optimizer=make).fit()
+    with pytest.raises(ValueError, match=r"optimizer group 0 weight_decay 0.0, and this one has 0.5"):
+        Trainer(_config(tmp_path / "parts"), optimizer=partial(make, weight_decay=0.5)).fit()
+    Trainer(_config(tmp_path / "parts"), optimizer=make).fit()
+    assert_bitwise_equal(final(tmp_path / "whole"), final(tmp_path / "parts"))
+
+
+def test_a_dry_run_tells_of_another_optimizer(tmp_path, capsys):
+    file = write_config(tmp_path / "c.yaml", _config(tmp_path / "run", "torch.optim.SGD"))
+    assert main(["train", str(file)]) == 0
+    record = tmp_path / "run" / "optimizer.json"
+    assert main(["train", str(file), "--dry-run"]) == 0
+    record.write_text(record.read_text().replace('"nesterov": false', '"nesterov": true'))
+    capsys.readouterr()
+    assert "with optimizer group 0 nesterov True, and this one has False" in refused(capsys, "train", file, "--dry-run")
+
+
+class _Drawing(torch.optim.SGD):
+    def step(self, closure=None):
+        before = torch.rand(())
+        super().step(closure)
+        self.drawn = [before, torch.rand(())]
+
+
+def test_all_processes_update_alike_and_their_networks_draw_apart(tmp_path):
+    """Also where the classes of an optimizer call each other's step, and the base has been made before."""
+    torch.optim.SGD([torch.zeros(1, requires_grad=True)])
+    drawn = []
+    for rank in (0, 1):
+        run = Trainer(_config(tmp_path), optimizer=_Drawing)
+        with run._of_run.draws(seed=0, step=3, rank=rank, world_size=2):
+            of_network = torch.rand(())
+            run.optimizer.step()
+        drawn.append((of_network, *run.optimizer.drawn))
+    (network0, *update0), (network1, *update1) = drawn
+    assert network0 != network1
+    assert update0 == update1
+    assert update0[0] != update0[1]
+
+
+def test_a_state_goes_where_the_machine_of_now_needs_it(tmp_path):
+    """Of an optimizer that was not capturable in one that is, which is no change."""
+    run = Trainer(_config(tmp_path), optimizer=torch.optim.AdamW)
+    run.fit()
+    state = run._of_run.state_dict()
+    meta = torch.nn.Linear(2, 2, device="meta")
+    capturable = torch.optim.AdamW(meta.parameters(), lr=1e-3, capturable=True, foreach=False)
+    other = RunOptimizer(capturable, meta, run.config.optimizer)
+    state["made"]["groups"][0]["parameters"] = other.made["groups"][0]["parameters"]
+    assert run_optimizer.changes(state["made"], other.made) == []
+    moments = {"step": torch.tensor(6.0), "exp_avg": torch.zeros(2), "exp_avg_sq": torch.zeros(2)}
+    groups = [{**state["param_groups"][0], "params": [0, 1]}]
+    other.load_state_dict({**state, "state": {0: dict(moments), 1: dict(moments)}, "param_groups": groups})
+    assert capturable.param_groups[0]["capturable"]
+    assert {one["step"].device.type for one in capturable.state.values()} == {"meta"}
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="a CUDA graph needs a GPU")
+def test_a_capturable_optimizer_trains_in_a_graph(tmp_path):
+    def make(named, lr):
+        return torch.optim.AdamW(named, lr=torch.tensor(lr, device="cuda"), capturable=True)
+
+    run = Trainer(replace(_config(tmp_path), device="cuda", total_steps=8), optimizer=make)
+    assert run.step.cuda_graph
+    run.fit()
+    assert {float(state["step"]) for state in final(tmp_path, 8).optimizer["state"].values()} == {8.0}
 
 
 def test_parameters_in_another_order_are_noticed(tmp_path):
@@ -134,10 +228,15 @@ class _Keeping(torch.optim.SGD):
 
 
 def test_a_state_that_would_not_come_back_is_noticed_at_once(tmp_path):
-    for keep, kind in ((deque, "deque"), (lambda: lambda: 0, "function")):
+    for keep, sentence in (
+        (deque, r"does not give back the state of the optimizer _Keeping \(collections\.deque\); keep tensors"),
+        (lambda: lambda: 0, r"does not give back the state of the optimizer _Keeping \(Can't pickle"),
+        (lambda: "text", "the state of the optimizer _Keeping holds a text"),
+    ):
         run = Trainer(_config(tmp_path), optimizer=partial(_Keeping, keep=keep))
-        with pytest.raises(ValueError, match=rf"_Keeping has a {kind} in its state of parameter 0, 'kept', which a"):
+        with pytest.raises(ValueError, match=sentence) as error:
             run.fit()
+        assert "\n" not in str(error.value)
     Trainer(_config(tmp_path), optimizer=partial(_Keeping, keep=lambda: {"a": [torch.ones(2), 1]})).fit()
 
 
@@ -186,6 +285,12 @@ def test_refused_settings(tmp_path, changes, sentence):
     assert "\n" not in str(error.value)
 
 
+def _without_rate(named, lr):
+    optimizer = torch.optim.SGD(named, lr=lr)
+    optimizer.param_groups[0]["lr"] = None
+    return optimizer
+
+
 def test_refused_objects(tmp_path):
     def without_the_last(named, lr):
         return torch.optim.SGD(named[:-1], lr=lr)
@@ -201,6 +306,8 @@ def test_refused_objects(tmp_path):
         Trainer(_config(tmp_path), optimizer=torch.optim.LBFGS)
     with pytest.raises(ValueError, match=r"optimizer.weight_decay=0.1 does nothing with optimizer.name='given'"):
         Trainer(_config(tmp_path, weight_decay=0.1), optimizer=torch.optim.SGD)
+    with pytest.raises(ValueError, match=r"makes a SGD with lr=None in a group, which the run sets"):
+        Trainer(_config(tmp_path), optimizer=_without_rate)
     optimizer = torch.optim.SGD([torch.zeros(1)])
     with pytest.raises(ValueError, match=r"optimizer is an object of class SGD; give what makes one"):
         Trainer(_config(tmp_path), optimizer=optimizer)
