@@ -262,12 +262,14 @@ def _casts_to_float32(node: Node) -> bool:
 
 def _derived(program: ExportedProgram, name: str, tangent: bool, impl: str) -> Derived:
     """Operators that have no rule, or none for how they are called, are replaced by what torch defines them by."""
-    definitions, refusal = dict(torch.export.default_decompositions().items()), None
+    definitions, refusal = None, None
     while True:
         try:
             return Derivation(program, name, tangent, impl).derive()
         except Exception as error:
             found = isinstance(error, NoRuleError) and error.operator.overloadpacket not in _LOOPS
+            if found and definitions is None:  # slow to make, and mostly not needed
+                definitions = dict(torch.export.default_decompositions().items())
             definition = definitions.pop(error.operator, None) if found else None
             refusal = refusal or (error if found and error.refused else None)
             if definition is None:  # what an operator was refused for says more than what is amiss inside of it

@@ -3,10 +3,15 @@
 Inductor writes code for CPUs without vector instructions: to try which there are takes it half a minute a process.
 """
 
+import functools
 import os
 
 import torch
+import torch._export.utils
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 os.environ["TORCHINDUCTOR_VEC_ISA_OK"] = "0"
+
+# torch.export asks C++ for the names of all operators in every capture, a quarter of the time of the tests of captures.
+torch._export.utils._materialize_cpp_cia_ops = functools.cache(torch._export.utils._materialize_cpp_cia_ops)

@@ -18,7 +18,7 @@ from soflow_fast import Trainer, distributed
 FORMS = {
     "eager": {"precision": "fp32", "compile": False},
     "compiled": {"precision": "fp32", "compile": "aot_eager"},
-    "compiled, two micro-batches": {"precision": "fp32", "compile": "aot_eager", "accumulation": 2},
+    "eager, two micro-batches": {"precision": "fp32", "compile": False, "accumulation": 2},
     "compiled, bf16": {"precision": "bf16", "compile": "aot_eager"},
 }
 

@@ -131,8 +131,10 @@ def test_no_labels_are_no_label_of_every_row(objective):
     assert torch.equal(model.velocity(x, t), model.velocity(x, t, null))
 
 
-@pytest.mark.parametrize("setting", [{}, {"quotient": "two_forwards"}, {"quotient": "tangent"}])
-@pytest.mark.parametrize("compile", [False, "aot_eager"])
+@pytest.mark.parametrize(
+    ("setting", "compile"),
+    [({}, False), ({}, "aot_eager"), ({"quotient": "two_forwards"}, False), ({"quotient": "tangent"}, False)],
+)
 def test_a_step_without_labels(setting, compile):
     def run(labels):
         torch._dynamo.reset()
