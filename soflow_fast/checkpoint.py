@@ -11,7 +11,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,6 +19,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.serialization import default_restore_location
 
 from soflow_fast.positions import are_of_one_grid
 
@@ -158,8 +159,7 @@ def load(path: Path, device: torch.device | str = "cpu") -> State:
         model=_read(path / "model.safetensors", device),
         ema=_read(path / "ema.safetensors", device),
         posthoc=_read(posthoc, device) if posthoc.is_file() else {},
-        # on the host: an optimizer moves what belongs on the device, and would read the rest from there in every step
-        optimizer=torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True),
+        optimizer=torch.load(path / "optimizer.pt", map_location=_from_device_to(device), weights_only=True),
         ema_updates=rest["ema_updates"],
         skipped_steps=rest["skipped_steps"],
     )
@@ -225,6 +225,11 @@ def flush(path: Path) -> None:
 
 def _read(file: Path, device: torch.device | str = "cpu") -> dict[str, Tensor]:
     return {uncompiled(name): value for name, value in load_file(file, device=str(device)).items()}
+
+
+def _from_device_to(device: torch.device | str) -> Callable:
+    """What lay on a device goes to this one; what lay on the host, such as a count that is read there, stays."""
+    return lambda storage, place: storage if place == "cpu" else default_restore_location(storage, str(device))
 
 
 def _require_whole(path: Path, read: Sequence[str] | None = None) -> None:

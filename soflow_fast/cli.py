@@ -163,7 +163,9 @@ def _parser() -> argparse.ArgumentParser:
     score.add_argument("--seed", type=int, default=0, help="of the noise (default 0)")
     score.add_argument("--reference", help="folder of real images or .npz of their statistics (default: as configured)")
     score.add_argument("--features", help="feature extractor of torch-fidelity, or pixels (default: as configured)")
-    score.add_argument("--metrics", help="besides the Fréchet distance, such as isc,kid,prc (default: as configured)")
+    score.add_argument(
+        "--metrics", help="besides the Fréchet distance, of isc,kid,prc; '' for none (default: as configured)"
+    )
     score.add_argument("--weights", help="file of the extractor's weights (default: as configured, or downloaded)")
 
     demo = add("demo", _demo, "train on scikit-learn's digits and score the result, in minutes on a CPU")
@@ -286,7 +288,7 @@ def _eval(args: argparse.Namespace) -> None:
         "reference": args.reference,
         "features": args.features,
         "weights": args.weights,
-        "metrics": args.metrics and tuple(args.metrics.split(",")),
+        "metrics": None if args.metrics is None else tuple(name.strip() for name in args.metrics.split(",") if name),
     }
     wanted = replace(config.evaluation, **{name: value for name, value in given.items() if value is not None})
     config = replace(with_vae(config, args.vae), evaluation=wanted)

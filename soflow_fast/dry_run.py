@@ -48,7 +48,9 @@ def plan(config: TrainConfig, accept_changes: bool = False) -> Plan:
     """
     # The run's own trainer is asked, of a network of one block: only memory depends on how many there are.
     is_dit, is_imported = config.model.is_dit, config.model.is_imported
-    one_block = {"depth": 1} if is_dit else {} if is_imported else {"num_blocks": 1}
+    one_block = {"depth": 1} if is_dit else {"num_blocks": 1}
+    if is_imported or config.optimizer.is_imported:  # which may look for blocks by their numbers
+        one_block = {}
     trainer = Trainer(replace(config, model=replace(config.model, **one_block)))
     all_blocks = {name: getattr(config.model, name) for name in one_block}
     resolved = replace(trainer.config, model=replace(trainer.config.model, **all_blocks))
@@ -65,7 +67,8 @@ def plan(config: TrainConfig, accept_changes: bool = False) -> Plan:
             model.impl = "torch"
         else:
             model = build.build_model(counted)
-        made = RunOptimizer(build.build_optimizer(counted, model), model, config.optimizer).made
+        with torch.device("cpu"):  # of a learning rate in a tensor
+            made = RunOptimizer(build.build_optimizer(counted, model), model, config.optimizer).made
         try:
             flops = _count_step(model, counted) * config.optimizer.accumulation
         except Exception:

@@ -59,7 +59,7 @@ class ParameterPass:
         self.kernel, self.group, self.rectified = kernel, group, optimizer.rectified
         self.name = type(optimizer).__name__
         self.parameters = _with_gradient(group)
-        self.device = group["params"][0].device
+        self.device = optimizer.device
         if any(p.data_ptr() % 16 for p in self.parameters):
             raise ValueError(
                 f"{self.name}(impl='triton') got a parameter that does not start at 16 bytes; use impl='torch'"

@@ -43,6 +43,7 @@ class OnePass(torch.optim.Optimizer):
         self.impl = kernels.resolve_impl(impl)
         super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, **self._options)
         parameters = [p for group in self.param_groups for p in group["params"]]
+        self.device = parameters[0].device  # a group may be empty
         self._use_options()
         require_dense(type(self).__name__, parameters)
         if self.impl == "triton" and any(p.dtype != torch.float32 for p in parameters):
@@ -56,15 +57,15 @@ class OnePass(torch.optim.Optimizer):
     def _use_options(self) -> None:
         """In every group the form that can leave a step out and that a CUDA graph can hold."""
         for group in self.param_groups:
-            group |= {**self._options, "foreach": None, "capturable": group["params"][0].is_cuda}
+            group |= {**self._options, "foreach": None, "capturable": self.device.type == "cuda"}
 
     def prepare(self) -> None:
         """Before the replay of a CUDA graph that holds :meth:`update`: brings to the device what the host decides.
 
         Also before another such graph is captured.
         """
-        for group in self.param_groups[len(self._lrs) :]:
-            self._lrs.append(OnDevice(group["params"][0].device))
+        for _ in self.param_groups[len(self._lrs) :]:
+            self._lrs.append(OnDevice(self.device))
         for group, lr in zip(self.param_groups, self._lrs, strict=True):
             lr.set(float(group["lr"]))
         for one_pass in self._passes:

@@ -1,5 +1,6 @@
 """The optimizer in a run: learning rates, draws, its state, and how one of the user's was made."""
 
+import copy
 import inspect
 import io
 import re
@@ -12,10 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 from soflow_fast.config_optimizer import OptimizerConfig
-from soflow_fast.optim import OPTIMIZERS
+from soflow_fast.optim import OPTIMIZERS, OnePass
 
 # Of a group, what is no hyper-parameter; and what may depend on the machine.
 _PARAMETERS, _OF_THE_MACHINE = ("params", "param_names"), ("capturable", "foreach", "fused", "differentiable")
@@ -36,7 +37,7 @@ class RunOptimizer:
 
     def __init__(self, optimizer: Optimizer, model: nn.Module, config: OptimizerConfig):
         self.optimizer, self.made = optimizer, None
-        self._device = next(model.parameters()).device
+        self._device, self._fresh = next(model.parameters()).device, copy.deepcopy(optimizer.state_dict())
         self._ratios = [float(group["lr"]) / config.learning_rate for group in optimizer.param_groups]
         if config.name in OPTIMIZERS:
             return
@@ -67,9 +68,12 @@ class RunOptimizer:
         otherwise than before is as it is now.
         """
         before, after = state.get("made"), self.made
-        if _parameters(before) != _parameters(after):
-            return
         fresh = [dict(group) for group in self.optimizer.param_groups]
+        if _parameters(before) != _parameters(after):
+            self.optimizer.load_state_dict(copy.deepcopy(self._fresh))  # it may have stepped already
+            for group, own in zip(self.optimizer.param_groups, fresh, strict=True):
+                group["lr"] = own["lr"]
+            return
         state = {name: value for name, value in state.items() if name != "made"}
         if after is None:  # the configuration's hyper-parameters, which may have changed
             state["param_groups"] = self.optimizer.state_dict()["param_groups"]
@@ -84,12 +88,27 @@ class RunOptimizer:
             for group, own, keys in zip(state["param_groups"], fresh, of_now, strict=True)
         ]
         self.optimizer.load_state_dict({**state, "param_groups": saved})
+        self._restore_dtypes(state)
         for group, own, keys in zip(self.optimizer.param_groups, fresh, of_now, strict=True):
             for key, value in own.items():
                 if key in keys:
                     group[key] = value
                 elif torch.is_tensor(value):
                     group[key] = group[key].to(value.device)
+
+    def _restore_dtypes(self, state: dict) -> None:
+        """Puts the state of each parameter back into its own dtypes, where torch gave it the parameter's."""
+        if isinstance(self.optimizer, OnePass):  # of which all are float32, and stay in the tensors that a table has
+            return
+        for group, saved in zip(self.optimizer.param_groups, state["param_groups"], strict=True):
+            for p, number in zip(group["params"], saved["params"], strict=True):
+                own = self.optimizer.state[p] if number in state["state"] else {}
+                for key, value in own.items():
+                    own[key] = tree_map(
+                        lambda now, before: before.to(now.device) if torch.is_tensor(now) else now,
+                        value,
+                        state["state"][number][key],
+                    )
 
     @contextmanager
     def draws(self, seed: int, step: int, rank: int, world_size: int) -> Iterator[None]:
@@ -105,7 +124,7 @@ class RunOptimizer:
         def begin_update(*_) -> None:  # whose classes may call each other's step
             nonlocal updating
             if not updating:
-                begin()
+                begin(0, 1)  # of no process: a 0 at the end would be none
             updating = True
 
         updating = self.made is None or world_size == 1
@@ -162,6 +181,8 @@ def require_optimizer(optimizer: Any, model: nn.Module, made: str) -> None:
     name = type(optimizer).__name__
     if not isinstance(optimizer, Optimizer):
         raise ValueError(f"{made} an object of class {name}; make a torch.optim.Optimizer")
+    if not hasattr(optimizer, "_optimizer_step_pre_hooks"):
+        raise ValueError(f"{made} a {name} whose __init__ does not call that of torch.optim.Optimizer; have it do so")
     closure = inspect.signature(type(optimizer).step).parameters.get("closure")
     if closure is not None and closure.default is closure.empty:
         raise ValueError(f"{made} a {name}, whose step calls the loss again; make one that does without a closure")

@@ -66,3 +66,12 @@ OTHERS = {
     "bilinear": lambda x, t: nnf.bilinear(x, x * x, GAIN.view(4, 4, 4).to(x), x[0, 0, 0]),
     "norms": lambda x, t: torch.linalg.vector_norm(x, 1, 1) + torch.linalg.vector_norm(x, float("inf"), 2),
 }
+
+
+def inputs(step):
+    """x, t, and steps dx and dt of about that size."""
+    generator = torch.Generator().manual_seed(1)
+    x = torch.rand(3, 4, 4, 4, generator=generator, dtype=torch.float64) + 0.5
+    t = torch.rand(3, generator=generator, dtype=torch.float64) / 2 + 0.4
+    dx = step * torch.randn(x.shape, generator=generator, dtype=torch.float64)
+    return x, t, dx, -step * t

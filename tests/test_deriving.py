@@ -5,12 +5,15 @@ import sys
 
 import pytest
 import torch
+import torch.nn.functional as nnf
 from foreign_networks import Function, UNet
+from image_operators import inputs
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from soflow_fast import SoFlow, kernels
+from soflow_fast.difference_rules import RULES
 from soflow_fast.differencing import ForwardDifference
 from soflow_fast.objectives.meanflow import MeanFlow
 
@@ -197,3 +200,31 @@ def test_a_network_that_differentiates_in_its_forward_takes_two_forwards(caplog)
     x = torch.randn(8, 1, 4, 4, generator=torch.Generator().manual_seed(0))
     assert objective.loss(x, None, progress=0.5, step=0).loss.isfinite()
     assert "takes two forwards in float32" in caplog.text
+
+
+def test_rules_keep_their_digits_when_compiled():
+    """Inductor rewrites some functions into forms that cancel."""
+
+    def function(x, t):
+        y = torch.log(x) + torch.exp(-x) + torch.tanh(x) + nnf.silu(x) + nnf.gelu(x) + x.rsqrt() + nnf.softplus(x)
+        return torch.softmax(y, -1) + torch.sin(y) + nnf.normalize(y) + 1 / y
+
+    forward = ForwardDifference(Function(function))
+    x, t, dx, dt = inputs(1e-5)
+    single = [z.float() for z in (x, t, t / 2)]
+    forward.prepare(single[0], None)
+    _, difference = torch.compile(forward, fullgraph=True)(*single, None, dx.float(), dt.float())
+    truth = function(x + dx, t + dt) - function(x, t)
+    assert (difference - truth).norm() <= 3e-6 * truth.norm()
+
+
+def test_a_rule_can_be_added(monkeypatch):
+    net = Function(lambda x, t: x.cummax(1)[0])
+
+    def cummax(operator, out, arguments, differences, tangent):
+        return differences[0].gather(arguments[1], out[1]), None
+
+    monkeypatch.setitem(RULES, torch.ops.aten.cummax, cummax)
+    x, t, dx, dt = inputs(1e-6)
+    difference = ForwardDifference(net)(x, t, t / 2, None, dx, dt)[1]
+    assert torch.allclose(difference, (x + dx).cummax(1)[0] - x.cummax(1)[0], atol=1e-12)

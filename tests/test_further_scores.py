@@ -127,6 +127,7 @@ def test_scores_of_a_run(tmp_path, capsys):
         assert sentence in refused(capsys, *command, file)
     write_statistics(file, pixel_features(levels))
     assert "holds no images (arr_0," in refused(capsys, *command, file)
+    assert main([*command[:2], "--metrics", "", "--reference", str(file)]) == 0
     assert "evaluation.metrics=('fid',) does not fit" in refused(capsys, "eval", tmp_path / "run", "--metrics", "fid")
 
 

@@ -151,6 +151,19 @@ def test_a_dry_run_tells_of_another_optimizer(tmp_path, capsys):
     assert "with optimizer group 0 nesterov True, and this one has False" in refused(capsys, "train", file, "--dry-run")
 
 
+def with_rate_in_a_tensor(named, lr):
+    (last,) = [p for name, p in named if "blocks.1.attn.proj.bias" in name]
+    rest = [p for _, p in named if p is not last]
+    return torch.optim.AdamW([{"params": rest}, {"params": [last]}], lr=torch.tensor(lr), fused=True)
+
+
+def test_a_dry_run_of_an_optimizer_that_looks_for_a_block(tmp_path, capsys):
+    config = _config(tmp_path / "run", f"{__name__}.with_rate_in_a_tensor")
+    file = write_config(tmp_path / "c.yaml", replace(config, model=replace(config.model, depth=2)))
+    for arguments in (["--dry-run"], [], ["--dry-run"]):
+        assert main(["train", str(file), *arguments]) == 0
+
+
 class _Drawing(torch.optim.SGD):
     def step(self, closure=None):
         before = torch.rand(())
@@ -169,7 +182,7 @@ def test_all_processes_update_alike_and_their_networks_draw_apart(tmp_path):
             run.optimizer.step()
         drawn.append((of_network, *run.optimizer.drawn))
     (network0, *update0), (network1, *update1) = drawn
-    assert network0 != network1
+    assert len({network0.item(), network1.item(), update0[0].item()}) == 3
     assert update0 == update1
     assert update0[0] != update0[1]
 
@@ -200,6 +213,50 @@ def test_a_capturable_optimizer_trains_in_a_graph(tmp_path):
     assert run.step.cuda_graph
     run.fit()
     assert {float(state["step"]) for state in final(tmp_path, 8).optimizer["state"].values()} == {8.0}
+
+
+def test_another_optimizer_begins_anew_in_every_fit(tmp_path, monkeypatch):
+    run = Trainer(_stopped(tmp_path, torch.optim.SGD), optimizer=torch.optim.AdamW, accept_changes=True)
+    with monkeypatch.context() as patch:
+        stop_at(patch, 2)
+        with pytest.raises(StopError):
+            run.fit()
+    run.fit()
+    assert {float(state["step"]) for state in final(tmp_path).optimizer["state"].values()} == {2.0}
+
+
+class _ManyDtypes(torch.optim.SGD):
+    def step(self, closure=None):
+        super().step(closure)
+        for p in self.param_groups[0]["params"]:
+            state = self.state[p]
+            state["count"] = state.get("count", torch.tensor(2**40)) + 1
+            state["slow"] = {
+                "mean": state.get("slow", {"mean": torch.zeros_like(p).double()})["mean"].lerp(p.double(), 0.3)
+            }
+            p.data.sub_(state["slow"]["mean"], alpha=1e-3)
+
+
+def test_a_state_keeps_its_dtypes(tmp_path, monkeypatch):
+    Trainer(_config(tmp_path / "whole"), optimizer=_ManyDtypes).fit()
+    with monkeypatch.context() as patch:
+        stop_at(patch, 4)
+        with pytest.raises(StopError):
+            Trainer(_config(tmp_path / "parts"), optimizer=_ManyDtypes).fit()
+    Trainer(_config(tmp_path / "parts"), optimizer=_ManyDtypes).fit()
+    whole, parts = (final(tmp_path / name) for name in ("whole", "parts"))
+    assert all(torch.equal(value, parts.model[name]) for name, value in whole.model.items())
+    assert all(int(state["count"]) == 2**40 + 6 for state in parts.optimizer["state"].values())
+
+
+def test_an_empty_group_of_the_librarys_optimizer(tmp_path):
+    def make(named, lr):
+        return AdamW([{"params": []}, {"params": [p for _, p in named]}], lr=lr, impl="triton")
+
+    Trainer(_config(tmp_path / "groups"), optimizer=make).fit()
+    Trainer(_config(tmp_path / "plain")).fit()
+    groups, plain = (final(tmp_path / name).model for name in ("groups", "plain"))
+    assert all(torch.allclose(value, plain[name], atol=1e-5) for name, value in groups.items())
 
 
 def test_parameters_in_another_order_are_noticed(tmp_path):
