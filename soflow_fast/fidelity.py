@@ -274,15 +274,15 @@ def statistics_of(
 def features_of(
     images: Tensor | Dataset, metrics: Sequence[str], folder: Path, name: str, *, features: str = PIXELS, **options
 ) -> dict[str, Tensor]:
-    """The features (n, F) of real images, of at most 10,000 evenly spread ones, by layer; for ``kid`` and ``prc``.
+    """The features (n, F) of real images, of at most 10,000 evenly spread ones, by layer.
 
     Args:
-        images, features, options, folder, name: as of :func:`statistics_of`.
+        images, features, options, folder, name: as of :func:`statistics_of`. metrics: those of ``OF_IMAGES``.
     """
     taken = min(len(images), _MOST_REAL)
     few = Subset(_input(images), [i * len(images) // taken for i in range(taken)])
     options |= {"input2": few, "input2_cache_name": f"few-{name}", "cache": True, "cache_root": str(folder)}
-    extractor, _, options = _extractor([one for one in metrics if one in OF_IMAGES], features, options)
+    extractor, _, options = _extractor(metrics, features, options)
     return extract_featuresdict_from_input_id_cached(2, extractor, **options)
 
 
