@@ -2,6 +2,8 @@
 
 import json
 import re
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -60,6 +62,23 @@ def test_it_is_recognised_and_read_as_it_is_on_the_disk(tmp_path, inside, precis
     for (x, y), (x_held, y_held) in zip(batches(data, workers=2, **options), batches(held, **options), strict=True):
         assert torch.equal(x, x_held)
         assert torch.equal(y, y_held)
+
+
+def test_one_thread_at_a_time_is_in_pythons_parser(tmp_path, monkeypatch):
+    free, was_free, read_array = threading.Lock(), [], np.lib.format.read_array
+
+    def parse_slowly(*args, **kwargs):
+        was_free.append(alone := free.acquire(blocking=False))
+        time.sleep(0.001)  # the others run meanwhile
+        if alone:
+            free.release()
+        return read_array(*args, **kwargs)
+
+    _write(tmp_path, _moments())
+    data = MomentsFolder(tmp_path, **FORM)
+    monkeypatch.setattr(np.lib.format, "read_array", parse_slowly)
+    assert data.read(0, 70)[0].shape == (70, 8, 8, 8)
+    assert was_free == 70 * [True]
 
 
 def test_of_a_height_and_a_width(tmp_path):

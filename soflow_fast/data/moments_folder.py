@@ -8,8 +8,10 @@ REPA encodes images in [-1, 1], as everything here does. EDM2's own tool encodes
 on its latents, but what the autoencoder decodes of the model's samples then lies in [0, 1] too.
 """
 
+import io
 import json
 import os
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -24,6 +26,10 @@ _REPA_FOLDER = "vae-sd"
 
 # Files read at a time: what is waited for is mostly the file system.
 _READERS = 16
+
+# numpy reads a file's header with Python's parser, which fails now and then (SystemError, CPython's issue 106905) where
+# several threads are in it. Only the reading has to be waited for, so the parsing can be one thread's at a time.
+_PARSER = threading.Lock()
 
 
 def find_moments_folder(path: str | Path) -> Path | None:
@@ -93,7 +99,9 @@ class MomentsFolder(Moments):
     def _load(self, name: bytes) -> np.ndarray:
         file = self.path / os.fsdecode(name)
         try:
-            moments = np.load(file)
+            content = io.BytesIO(file.read_bytes())
+            with _PARSER:
+                moments = np.lib.format.read_array(content)
         except (OSError, ValueError, EOFError) as error:
             raise ValueError(f"the latents file {file} cannot be read ({error}); write or copy it again") from None
         if moments.shape != self._shape or moments.dtype.kind != "f":
