@@ -49,12 +49,12 @@ def told(network: nn.Module | None, labels: Tensor | None, x: Tensor) -> Tensor 
     if null is not None:
         # a view of a parameter that is made without gradient would still say that it requires one
         null = null if torch.is_grad_enabled() else null.detach()
-        return null.expand(len(x), *null.shape)
+        return null.expand(x.shape[0], *null.shape)
     num_classes = getattr(network, "num_classes", 0)
     if not num_classes:
         return None
     getattr(network, "null_label", None)  # which says so where a DiT has none
-    return torch.full((len(x),), num_classes, device=x.device)
+    return torch.full((x.shape[0],), num_classes, device=x.device)
 
 
 class OfItems:

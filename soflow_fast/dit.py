@@ -293,15 +293,15 @@ class DiT(nn.Module):
 
     def _told(self, labels: Tensor | None, t: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
         """A table of embeddings (K, D), which of them is each row's (B,), and the numbers (B, condition_dim)."""
-        numbers = t.new_zeros(len(t), self.condition_dim)
+        numbers = t.new_zeros(t.shape[0], self.condition_dim)
         if self.embedding_dim:
-            embeddings = self.null_condition.expand(len(t), -1) if labels is None else labels
-            if embeddings.shape != (len(t), self.embedding_dim):
+            embeddings = self.null_condition.expand(t.shape[0], -1) if labels is None else labels
+            if embeddings.shape != (t.shape[0], self.embedding_dim):
                 raise ValueError(
                     f"labels of shape {tuple(embeddings.shape)} do not fit a DiT with "
                     f"embedding_dim={self.embedding_dim}; give (B, {self.embedding_dim})"
                 )
-            return self.y_embedder(embeddings.to(dtype))[0], torch.arange(len(t), device=t.device), numbers
+            return self.y_embedder(embeddings.to(dtype))[0], torch.arange(t.shape[0], device=t.device), numbers
         table = self.y_embedder.embedding_table.weight
         if labels is None:
             return table, torch.full(t.shape, self.null_label, device=t.device), numbers

@@ -130,9 +130,16 @@ def vae_decoder(name: str, scale: float, device: torch.device) -> Decoder:
     Args:
         name: see :func:`load_vae`, also for what it raises. scale: what latents were multiplied by.
     """
-    vae = load_vae(name).to(device)
-    shift = shift_of(vae)
-    return lambda latents: vae.decode(latents / scale + shift).sample
+    return _VaeDecoder(load_vae(name), scale).to(device)
+
+
+class _VaeDecoder(nn.Module):
+    def __init__(self, vae: nn.Module, scale: float):
+        super().__init__()
+        self.vae, self.scale, self.shift = vae, scale, shift_of(vae)
+
+    def forward(self, latents: Tensor) -> Tensor:
+        return self.vae.decode(latents / self.scale + self.shift).sample
 
 
 def to_uint8(images: Tensor) -> Tensor:

@@ -50,7 +50,7 @@ def sample(
     """
     if steps < 1:
         raise ValueError(f"steps={steps} is not a number of sampling steps; it must be at least 1")
-    if labels is not None and len(labels) != len(noise):
+    if labels is not None and labels.shape[0] != noise.shape[0]:
         raise ValueError(f"there are {len(labels)} labels for {len(noise)} samples of noise; give one for each")
     if seed is None and steps > 1 and model.renoises:
         seed = int(torch.randint(2**62, (), generator=generator, device=generator and generator.device))

@@ -1,4 +1,4 @@
-"""The options that ``soflow sample`` and ``soflow eval`` share: which weights of a run, and how they are sampled."""
+"""The options that ``soflow sample``, ``eval`` and ``export`` share: which weights of a run, how they are sampled."""
 
 import argparse
 import hashlib
@@ -25,8 +25,8 @@ _NOT_IN_NAMES = str.maketrans({".": "_", "/": "-", ",": "-", " ": None})
 _LONGEST_VALUE = 40
 
 
-def add(parser: argparse.ArgumentParser) -> None:
-    """Adds the options that both commands take."""
+def add(parser: argparse.ArgumentParser, *, draws: bool = True) -> None:
+    """Adds the options that these commands take; of one that draws, also how it computes."""
     parser.add_argument(
         "--step",
         type=_step,
@@ -51,7 +51,11 @@ def add(parser: argparse.ArgumentParser) -> None:
         "for the objective: soflow renoises)",
     )
     parser.add_argument("--vae", help="autoencoder that decodes latents (default: data.vae of the run)")
-    parser.add_argument("--precision", choices=SAMPLE_PRECISIONS, help="default bf16 on a GPU, else fp32")
+    parser.add_argument(
+        "--precision", choices=SAMPLE_PRECISIONS, help=f"default {'bf16 on a GPU, else ' if draws else ''}fp32"
+    )
+    if not draws:
+        return
     parser.add_argument(
         "--compile",
         action=argparse.BooleanOptionalAction,

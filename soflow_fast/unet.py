@@ -160,7 +160,7 @@ class UNet(nn.Module):
 
     def _embedding(self, t: Tensor, s: Tensor, labels: Tensor | None) -> Tensor:
         """(B, E)."""
-        e, told = self._sinusoids(t), t.new_zeros(len(t), self.augment_dim)
+        e, told = self._sinusoids(t), t.new_zeros(t.shape[0], self.augment_dim)
         if labels is not None and labels.dim() == 2:
             if labels.shape[1] != 1 + self.augment_dim:
                 raise ValueError(

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from runs import refused, tiny_config
 
-from soflow_fast import Trainer, capture, cli
+from soflow_fast import Trainer, capture, commands
 from soflow_fast.checkpoint import load_averages
 from soflow_fast.cli import main
 from soflow_fast.images import save_npz
@@ -77,7 +77,7 @@ def test_files_of_another_suffix_are_refused(run, tmp_path, capsys, form, suffix
 
 def test_what_is_drawn_otherwise_is_called_otherwise(run, tmp_path, capsys, monkeypatch):
     """And what would be called alike is refused, as it is the same."""
-    monkeypatch.setattr(cli, "load_run", lambda *args, **options: (*load_run(*args, **options)[:2], 7))
+    monkeypatch.setattr(commands, "load_run", lambda *args, **options: (*load_run(*args, **options)[:2], 7))
     options = ["", "--steps 2", "--seed 1", "--labels 3", "--labels 3,5", "--count 9", "--precision bf16"]
     options += ["--seed 1 --labels 1,2,3,4,5,6,7,8,9,1,2,3,4,5,6,7,8,9,0,1,2,3,4,5", "--no-renoise"]
     for given in options:
@@ -115,7 +115,7 @@ def test_a_folder_of_samples_is_whole_or_not_there(run, tmp_path, monkeypatch, c
 
     command = ["sample", str(run), "--count", "3", "--format", "folder", "--out", str(tmp_path / "files")]
     with monkeypatch.context() as patched:
-        patched.setattr(cli, "save_folder", interrupted)
+        patched.setattr(commands, "save_folder", interrupted)
         assert main(command) == 130
     assert "goes on" not in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []

@@ -17,13 +17,13 @@ FLOORS = [
     ],
     [
         "attention", "augment", "build", "capture", "checkpoint", "conditions", "data", "distributed", "dit", "ema",
-        "encode", "evaluate", "fidelity", "fingerprint", "flow_weights", "given", "images", "layers", "memory",
-        "objectives", "one_pass", "optim", "pair", "positions", "posthoc", "precision", "reduction", "run_optimizer",
-        "sample", "unet", "weights",
+        "encode", "evaluate", "export", "fidelity", "fingerprint", "flow_weights", "given", "images", "layers",
+        "memory", "objectives", "one_pass", "optim", "pair", "positions", "posthoc", "precision", "reduction",
+        "run_optimizer", "sample", "unet", "weights",
     ],
     [
-        "cli", "demo", "doctor", "dry_run", "grids", "logs", "run_folder", "sampling_options", "scoring", "step",
-        "stopping", "trainer",
+        "cli", "commands", "demo", "doctor", "dry_run", "grids", "logs", "run_folder", "sampling_options", "scoring",
+        "step", "stopping", "trainer",
     ],
 ]  # fmt: skip
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
