@@ -235,16 +235,19 @@ def dataset_of_conditions(config: TrainConfig, network: nn.Module) -> Dataset | 
     return build_dataset(config, null)
 
 
-def check_dataset(config: TrainConfig, dataset: Dataset, null_condition: Tensor | None = None) -> float | None:
+def check_dataset(
+    config: TrainConfig, dataset: Dataset, null_condition: Tensor | None = None, *, trained_on: bool = True
+) -> float | None:
     """The scale of latent moments if that is what a data set holds, None if it holds samples.
 
-    Warns of classes that no sample is of, where the labels are at hand, and of the user's pixels that are not in
-    [-1, 1].
+    Of one that is trained on warns of classes that no sample is of, where the labels are at hand, and of the user's
+    pixels that are not in [-1, 1].
 
     Raises:
-        ValueError: if it has no length, no index or no full batch, its items are not pairs of a floating-point tensor
-            and a label, or where there is a null condition, a condition of its form, its labels seem to start at 1 or
-            are outside the classes, where they are at hand, or its samples are neither (C, H, W) nor (2C, H, W).
+        ValueError: if it has no length, no index, no sample or, to be trained on, no full batch, its items are not
+            pairs of a floating-point tensor and a label, or where there is a null condition, a condition of its form,
+            its labels seem to start at 1 or are outside the classes, where they are at hand, or its samples are neither
+            (C, H, W) nor (2C, H, W).
     """
     if isinstance(dataset, DataLoader):
         raise ValueError(
@@ -258,7 +261,9 @@ def check_dataset(config: TrainConfig, dataset: Dataset, null_condition: Tensor 
             f"the data set {type(dataset).__name__} cannot be indexed; give a map-style one, with __len__ and "
             "__getitem__"
         )
-    if len(dataset) < config.batch_size:
+    if not len(dataset):
+        raise ValueError(f"the data set {type(dataset).__name__} has no samples; give one that has")
+    if trained_on and len(dataset) < config.batch_size:
         raise ValueError(
             f"batch_size={config.batch_size} is more than the {len(dataset)} samples of the data; "
             f"choose at most {len(dataset)}"
@@ -268,9 +273,10 @@ def check_dataset(config: TrainConfig, dataset: Dataset, null_condition: Tensor 
     channels, *size = sample_shape(config)
     _require_labels_from_0(dataset, config.model.num_classes)
     require_labels_at_hand(dataset, config.model.num_classes)
-    warn_of_unused_classes(dataset, config.model.num_classes)
+    if trained_on:
+        warn_of_unused_classes(dataset, config.model.num_classes)
     if shape == (channels, *size):
-        if config.data.vae is None and (config.data.kind == GIVEN or is_import_path(config.data.kind)):
+        if trained_on and config.data.vae is None and (config.data.kind == GIVEN or is_import_path(config.data.kind)):
             warn_of_other_range(dataset)
         return None
     if shape == (2 * channels, *size):

@@ -62,6 +62,9 @@ class DataConfig(Section, section="data."):
         augment: the probability of each change of an image that the network is told of, see
             :class:`~soflow_fast.augment.Augment`; 0 for none, also without mirroring.
         workers: loader processes, 0 for none, at most one for each CPU. prefetch: batches each of them reads ahead.
+        validation: path of the data of the same kind and form that ``output.validate_every`` is of; ``held_out`` for
+            the digits that are not trained on and for CIFAR-10's test images; or ``given`` (an object given to the
+            Trainer). validation_samples: how many of them, the first of a fixed order.
     """
 
     kind: str = "latents"
@@ -74,10 +77,12 @@ class DataConfig(Section, section="data."):
     augment: float = 0.0
     workers: int = 4
     prefetch: int = 4
+    validation: str | None = None
+    validation_samples: int = 2048
     init_args: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self):
-        self.path = as_path(self.path)
+        self.path, self.validation = as_path(self.path), as_path(self.validation)
         super().__post_init__()
         require(0 <= self.augment <= 1, f"data.augment={self.augment} must be in [0, 1]")
         require(
@@ -96,6 +101,7 @@ class DataConfig(Section, section="data."):
         require(self.latent_scale > 0, f"data.latent_scale={self.latent_scale} must be greater than 0")
         require_count("data.workers", self.workers, least=0)
         require_count("data.prefetch", self.prefetch)
+        require_count("data.validation_samples", self.validation_samples)
 
 
 @dataclass
@@ -150,6 +156,7 @@ class OutputConfig(Section, section="output."):
         log_every: metrics. sample_every: sample grids, of sample_shape (rows, columns) in sample_steps sampling steps;
             sample_labels: their classes, repeated in turn, by default as evenly as they fit. checkpoint_every:
             checkpoints, of which the newest keep_checkpoints stay, and those whose step is a multiple of keep_every.
+        validate_every: losses on the data of ``data.validation``, see :mod:`soflow_fast.validation`.
         keep_best: whether the one with the lowest Fréchet distance in the evaluations during training stays too, by
             ``frechet``, or of the digits ``frechet_all``, among those that were scored in the same way.
     """
@@ -163,10 +170,11 @@ class OutputConfig(Section, section="output."):
     keep_checkpoints: int = 3
     keep_every: int = 0
     keep_best: bool = False
+    validate_every: int = 0
 
     def __post_init__(self):
         super().__post_init__()
-        for name in ("sample_every", "checkpoint_every", "keep_every"):
+        for name in ("sample_every", "checkpoint_every", "keep_every", "validate_every"):
             require_count(f"output.{name}", getattr(self, name), least=0)
         for name in ("log_every", "sample_steps", "keep_checkpoints"):
             require_count(f"output.{name}", getattr(self, name))
@@ -226,6 +234,8 @@ _FREE = {
     "data.path",
     "data.prefetch",
     "data.vae",
+    "data.validation",
+    "data.validation_samples",
     "data.workers",
     "ema.snapshot_every",
     "improved_meanflow.sample_interval",
@@ -317,6 +327,11 @@ class TrainConfig(Section):
             f"ema.snapshot_every={self.ema.snapshot_every} leaves ema.posthoc={list(self.ema.posthoc)} one snapshot in "
             f"total_steps={self.total_steps}, which gives hardly another average; choose fewer, such as "
             f"{max(1, self.total_steps // 20)}",
+        )
+        require(
+            not self.output.validate_every or self.data.validation is not None,
+            f"output.validate_every={self.output.validate_every} needs data that are not trained on; set "
+            "data.validation, or in Python give Trainer(config, validation=dataset)",
         )
 
     @property

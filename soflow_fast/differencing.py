@@ -130,7 +130,7 @@ class ForwardDifference:
 def draws(net: nn.Module, x: Tensor, labels: Tensor | None) -> bool:
     """Whether a forward takes numbers from torch's generator, as dropout does; inputs as of :meth:`prepare`."""
     state = partial(torch.cuda.get_rng_state, x.device) if x.is_cuda else torch.get_rng_state
-    with torch.no_grad(), torch.autocast(x.device.type, enabled=False), _left_as_it_was(net, x.device):
+    with torch.no_grad(), torch.autocast(x.device.type, enabled=False), left_as_it_was(net, x.device):
         before = state()
         net(*_inputs(x, labels))
         return not torch.equal(before, state())
@@ -291,7 +291,7 @@ def _run_once(net: nn.Module, inputs: tuple) -> None:
     """
     name = type(net).__name__
     nothing = torch.autograd.graph.saved_tensors_hooks(lambda x: None, lambda saved: saved)
-    with torch.enable_grad(), _left_as_it_was(net, inputs[0].device):
+    with torch.enable_grad(), left_as_it_was(net, inputs[0].device):
         try:
             with nothing:
                 out = net(*inputs)
@@ -305,8 +305,8 @@ def _run_once(net: nn.Module, inputs: tuple) -> None:
 
 
 @contextmanager
-def _left_as_it_was(net: nn.Module, device: torch.device) -> Iterator[None]:
-    """After it buffers and generators are what they were before."""
+def left_as_it_was(net: nn.Module, device: torch.device) -> Iterator[None]:
+    """After it the buffers of a network, and the generators of the CPU and of a device, are as they were before."""
     buffers = [(b, b.detach().clone()) for b in net.buffers()]
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         yield

@@ -15,6 +15,7 @@ from soflow_fast.fingerprint import fingerprint
 from soflow_fast.paths import row_order
 from soflow_fast.run_optimizer import RunOptimizer
 from soflow_fast.trainer import Trainer
+from soflow_fast.validation import describe_validation
 from soflow_fast.weights import read_weights
 
 
@@ -27,7 +28,7 @@ class Plan(NamedTuple):
             forward and backward; None of a network of the user's that fails on tensors without storage. bytes: of a
             process's memory, estimated by :func:`~soflow_fast.memory.step_bytes`. done: steps of the run in the folder.
         changes: with which that would go on, see :func:`~soflow_fast.run_folder.changes`. data: how many samples, of
-            how many classes.
+            how many classes. validation: of how many samples and how often there is one, or None.
     """
 
     choices: dict[str, object]
@@ -37,6 +38,7 @@ class Plan(NamedTuple):
     done: int
     changes: list[dict[str, object]]
     data: str
+    validation: str | None
 
 
 def plan(config: TrainConfig, accept_changes: bool = False) -> Plan:
@@ -93,6 +95,7 @@ def plan(config: TrainConfig, accept_changes: bool = False) -> Plan:
         done=checkpoint.step_of(found[-1]) if found else 0,
         changes=changes,
         data=size_of_data,
+        validation=None if trainer.validation is None else describe_validation(config, trainer.validation),
     )
 
 
@@ -106,6 +109,7 @@ def describe(config: TrainConfig, accept_changes: bool = False) -> str:
     lines = {
         **found.choices,
         "data set": found.data,
+        **({} if found.validation is None else {"validation": found.validation}),
         "parameters": f"{found.parameters / 1e6:,.1f} M",
         "FLOPs per step": flops,
         "memory, estimated": f"{found.bytes / 2**30:,.2f} GiB (weights, gradients, optimizer, EMA{kept})",

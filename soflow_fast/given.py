@@ -29,6 +29,7 @@ def with_given(
     model: nn.Module | None,
     dataset: Dataset | None = None,
     optimizer: Callable[..., torch.optim.Optimizer] | None = None,
+    validation: Dataset | None = None,
 ) -> tuple[TrainConfig, nn.Module | None]:
     """The configuration with what was given as an object marked as such, and with its values; and the model given.
 
@@ -58,6 +59,8 @@ def with_given(
         model = _uncompiled(model)
     if dataset is not None:
         config = replace(config, data=replace(config.data, kind=GIVEN, init_args={}))
+    if validation is not None:
+        config = replace(config, data=replace(config.data, validation=GIVEN))
     if optimizer is not None:
         if isinstance(optimizer, torch.optim.Optimizer) or not callable(optimizer):
             raise ValueError(

@@ -15,7 +15,7 @@ from soflow_fast.config import TrainConfig
 from soflow_fast.distributed import Processes
 from soflow_fast.ema import EMA
 from soflow_fast.images import generate, save_samples
-from soflow_fast.logs import due
+from soflow_fast.logs import Quiet, RunLog, due
 from soflow_fast.sample import Decoder
 
 _log = logging.getLogger(__name__)
@@ -45,17 +45,17 @@ class Grids:
         self._processes, self._decode = processes, decode
         self._folder = Path(config.run_dir) / "samples"
 
-    def are_due(self, step: int) -> bool:
+    def is_due(self, step: int) -> bool:
         """Whether a grid belongs to this step."""
         return due(step, self._config.output.sample_every)
 
-    def lack(self, step: int) -> bool:
+    def lacks(self, step: int) -> bool:
         """Whether the grid that belongs to this step is not there, as a kill may have come before it."""
-        return self.are_due(step) and self._processes.of_first(
+        return self.is_due(step) and self._processes.of_first(
             lambda: not any(self._folder.glob(f"{self._stem(step).name}.*"))
         )
 
-    def __call__(self, step: int) -> None:
+    def __call__(self, step: int, log: RunLog | Quiet) -> None:
         """Draws and writes one; a file that is there is whole."""
         self._processes.of_first(partial(self._try, step))
 

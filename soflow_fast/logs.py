@@ -4,8 +4,9 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -14,7 +15,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from soflow_fast.checkpoint import replace_text
-from soflow_fast.distributed import Processes
+from soflow_fast.distributed import LostProcessError, OtherProcessError, Processes
 from soflow_fast.objectives.base import LossOutput
 from soflow_fast.step import StepStats
 
@@ -42,6 +43,42 @@ def is_logged(folder: Path, step: int, prefix: str) -> bool:
     return False
 
 
+@contextmanager
+def going_on(what: str, processes: Processes) -> Iterator[None]:
+    """Within it a failure, in whichever process, is a warning that names what failed, and not the training's end."""
+    try:
+        yield
+    except LostProcessError:
+        raise
+    except OtherProcessError as error:
+        if processes.is_first:  # the one that failed says more
+            _log.warning("%s failed, and training goes on: %s", what, error)
+    except Exception as error:
+        _log.warning("%s failed, and training goes on: %s", what, error, exc_info=error)
+
+
+def sums_of(part: LossOutput) -> Tensor:
+    """(3 + 2·TIME_BINS,): rows, mse, weighted mse; then mse and rows of each time bin."""
+    bins = torch.bucketize(part.t.float(), _edges(part.t.device), right=True)
+    member = (bins[:, None] == torch.arange(TIME_BINS, device=bins.device)).float()
+    mse = part.mse.float()
+    plain = torch.stack([torch.ones_like(mse).sum(), mse.sum(), (part.weight * mse).sum()])
+    return torch.cat([plain, mse @ member, member.sum(0)])
+
+
+@cache
+def _edges(device: torch.device) -> Tensor:
+    return torch.arange(1, TIME_BINS, device=device) / TIME_BINS
+
+
+def means_of(name: str, sums: Sequence[float]) -> dict[str, float | list[float | None]]:
+    """From the :func:`sums_of` a part its metrics, ``<name>/mse`` and so on, see :meth:`Meter.read`."""
+    rows, mse, weighted, *bins = sums
+    totals, counts = bins[:TIME_BINS], bins[TIME_BINS:]
+    by_time = [total / n if n else None for total, n in zip(totals, counts, strict=True)]
+    return {f"{name}/mse": mse / rows, f"{name}/weighted": weighted / rows, f"{name}/mse_by_time": by_time}
+
+
 class Meter:
     """Means over the steps since it was last read, kept on the device; only reading waits for the device.
 
@@ -55,7 +92,6 @@ class Meter:
     def __init__(self, processes: Processes, skipped: int = 0):
         self._processes = processes
         self._skipped = torch.tensor([skipped, 0], device=processes.device)  # how many, and the first, from 1, or 0
-        self._edges = torch.arange(1, TIME_BINS, device=processes.device) / TIME_BINS
         self._sums: dict[str, Tensor] = {}
 
     def update(self, step: int, stats: StepStats) -> None:
@@ -65,7 +101,7 @@ class Meter:
         self._skipped[1] += (~finite & (self._skipped[1] == 0)) * step
         self._add("total", torch.stack([torch.ones_like(stats.loss), stats.loss, stats.grad_norm]), finite)
         for name, part in stats.parts.items():
-            self._add(name, self._sums_of(part), finite)
+            self._add(name, sums_of(part), finite)
 
     def skipped(self) -> tuple[int, int]:
         """How many such steps the whole run had, and the first of them since it was started, from 1, or 0."""
@@ -87,20 +123,9 @@ class Meter:
         if not steps:
             return {}
         values = {"loss": loss / steps, "grad_norm": grad_norm / steps}
-        for name, (rows, mse, weighted, *bins) in sums.items():
-            totals, counts = bins[:TIME_BINS], bins[TIME_BINS:]
-            values[f"{name}/mse"], values[f"{name}/weighted"] = mse / rows, weighted / rows
-            by_time = [total / n if n else None for total, n in zip(totals, counts, strict=True)]
-            values[f"{name}/mse_by_time"] = by_time
+        for name, of_part in sums.items():
+            values |= means_of(name, of_part)
         return values
-
-    def _sums_of(self, part: LossOutput) -> Tensor:
-        """(3 + 2·TIME_BINS,): rows, mse, weighted mse; then mse and rows of each time bin."""
-        bins = torch.bucketize(part.t.float(), self._edges, right=True)
-        member = (bins[:, None] == torch.arange(TIME_BINS, device=bins.device)).float()
-        mse = part.mse.float()
-        plain = torch.stack([torch.ones_like(mse).sum(), mse.sum(), (part.weight * mse).sum()])
-        return torch.cat([plain, mse @ member, member.sum(0)])
 
     def _add(self, name: str, values: Tensor, finite: Tensor) -> None:
         values = torch.where(finite, values, 0)

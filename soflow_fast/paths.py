@@ -29,6 +29,7 @@ __all__ = [
     "path_coefficients",
     "quotient_coefficients",
     "row_order",
+    "row_period",
     "solution_coefficients",
     "velocity_scale",
 ]
@@ -71,7 +72,16 @@ def row_order(n: int, velocity_share: float, first_row: int = 0) -> tuple[list[i
     Returns:
         ``(order, n_velocity)``: the offsets 0..n-1 with the velocity rows first, and how many they are.
     """
-    rest = 1 - Fraction(velocity_share).limit_denominator(10**6)
+    rest = 1 - _fraction(velocity_share)
     consistency = [math.floor((g + 1) * rest) > math.floor(g * rest) for g in range(first_row, first_row + n)]
     order = sorted(range(n), key=consistency.__getitem__)
     return order, n - sum(consistency)
+
+
+def row_period(velocity_share: float) -> int:
+    """After how many rows the pattern of :func:`row_order` repeats."""
+    return _fraction(velocity_share).denominator
+
+
+def _fraction(share: float) -> Fraction:
+    return Fraction(share).limit_denominator(10**6)

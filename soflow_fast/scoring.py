@@ -9,10 +9,10 @@ from torch.utils.data import Dataset
 
 from soflow_fast import checkpoint
 from soflow_fast.config import TrainConfig
-from soflow_fast.distributed import LostProcessError, OtherProcessError, Processes
+from soflow_fast.distributed import Processes
 from soflow_fast.ema import EMA
 from soflow_fast.evaluate import compared_with, evaluate, why_unscored
-from soflow_fast.logs import Quiet, RunLog, due, is_logged
+from soflow_fast.logs import Quiet, RunLog, due, going_on, is_logged
 from soflow_fast.sample import Decoder
 
 _log = logging.getLogger(__name__)
@@ -58,18 +58,11 @@ class Scoring:
     def __call__(self, step: int, log: RunLog | Quiet) -> None:
         """Draws, scores, writes the scores among the metrics, and keeps the best checkpoint where that is asked for."""
         folder = self._run_dir / "evaluation" / "during-training"  # the next one overwrites its samples
-        with self._ema.applied():
-            try:
-                scores = evaluate(self._model, self._config, folder, **self._drawing)
-            except LostProcessError:
-                raise
-            except OtherProcessError as error:
-                if self._processes.is_first:  # the one that failed says more
-                    _log.warning("the evaluation at step %d failed, and training goes on: %s", step, error)
-                return
-            except Exception as error:
-                _log.warning("the evaluation at step %d failed, and training goes on: %s", step, error, exc_info=error)
-                return
+        scores = None
+        with going_on(f"the evaluation at step {step}", self._processes), self._ema.applied():
+            scores = evaluate(self._model, self._config, folder, **self._drawing)
+        if scores is None:
+            return
         # First: what the metrics have is not scored again.
         if self._config.output.keep_best and self._processes.is_first:
             self._keep_best(step, scores)

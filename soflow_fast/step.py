@@ -1,9 +1,9 @@
 """One training step: loss, backward, optimizer, EMA; compiled, in low precision and as one CUDA graph where asked."""
 
 import contextlib
+import copy
 import logging
 from collections.abc import Sequence
-from fractions import Fraction
 from functools import partial
 from typing import NamedTuple
 
@@ -17,12 +17,14 @@ from soflow_fast import optim
 from soflow_fast.augment import Augment
 from soflow_fast.capture import Captured, compiled, on_side_stream
 from soflow_fast.config_io import require_count
+from soflow_fast.differencing import left_as_it_was
 from soflow_fast.dit import DiT
 from soflow_fast.ema import EMA
 from soflow_fast.objectives.base import LossOutput, Objective, TotalLoss, require_choice
-from soflow_fast.paths import row_order
+from soflow_fast.paths import row_order, row_period
 from soflow_fast.precision import PRECISIONS, ComputeCopy, tensor_cores
 from soflow_fast.reduction import INDUCTOR_OPTIONS, CompiledReduction
+from soflow_fast.sample import evaluating
 
 _log = logging.getLogger(__name__)
 
@@ -209,16 +211,15 @@ class TrainStep:
         is_dit = type(model.network) is DiT
         in_backward = world_size > 1 and self.compile and accumulation == 1 and is_dit
         self.reduction = CompiledReduction(model) if in_backward else None
-        self._loss = _Loss(
-            model,
-            latent_scale=latent_scale,
-            merged=merged,
-            augment=augment,
-            copy=self.copy,
-            autocast=self.precision == "bf16" and not follows_parameters,
-            compile=self.compile,
-            reduction=self.reduction,
-        )
+        settings = {
+            "latent_scale": latent_scale,
+            "merged": merged,
+            "copy": self.copy,
+            "autocast": self.precision == "bf16" and not follows_parameters,
+        }
+        self._loss = _Loss(model, augment=augment, compile=self.compile, reduction=self.reduction, **settings)
+        self._for_evaluation = partial(_Loss, augment=None, compile=False, reduction=None, **settings)
+        self._evaluation: _Loss | None = None
         if world_size > 1 and self.reduction is None:
             devices = [device] if on_gpu else None
             self._loss = DistributedDataParallel(
@@ -300,10 +301,10 @@ class TrainStep:
 
     def _run(self, x0: Tensor, labels: Tensor | None) -> StepStats:
         self.optimizer.zero_grad(set_to_none=True)
-        progress = (self.step.float() / self.total_steps).clamp(max=1)
+        progress = self._progress()
         outputs = []
         orders = self._row_orders(x0.shape[0])
-        self._prepare(x0, labels, len(orders[0][1]) - orders[0][2])
+        self._prepare(self.model, x0, labels, len(orders[0][1]) - orders[0][2], self._augment)
         by_ddp = isinstance(self._loss, DistributedDataParallel)  # which averages, and only when it should
         share = self.accumulation if self.reduction is None else self.reduction.world_size
         with tensor_cores("fp32" if self.model.needs_float32 else self.precision):
@@ -327,14 +328,42 @@ class TrainStep:
         loss = torch.stack([out.loss.detach() for out in outputs]).mean()
         return StepStats(loss, grad_norm, _joined([out.parts for out in outputs]), finite)
 
-    def _prepare(self, x0: Tensor, labels: Tensor | None, rows: int) -> None:
-        """Has the objective make what cannot be made while its loss is compiled."""
-        prepare = getattr(self.model, "prepare", None)  # an objective of one's own may need none
+    @torch.no_grad()
+    def evaluate(self, x0: Tensor, labels: Tensor | None = None, *, first_row: int = 0, seed: int = 0) -> TotalLoss:
+        """The loss, without gradient, of samples that are not trained on, at the training's progress.
+
+        The network is in evaluation mode and has the weights that it has now, in the precision of the training; nothing
+        is augmented or compiled. Every draw is of (seed, global row), whatever the step. It changes nothing.
+
+        Args:
+            x0, labels: as of a step, of any number of rows. first_row: index of x0[0] among all that is evaluated.
+            seed: of the draws.
+        """
+        if self._evaluation is None:  # the training's own difference forward is of another mode, and stays as it is
+            self._evaluation = self._for_evaluation(copy.copy(self.model))
+        if self.copy is not None:
+            self.copy.refresh()
+        model, device = self._evaluation.model, self.step.device
+        order, n_velocity = row_order(len(x0), model.velocity_share, first_row)
+        order = torch.tensor(order, device=device)
+        with evaluating(model), left_as_it_was(model, device):
+            torch.manual_seed(seed + first_row)  # of what a network draws by itself
+            self._prepare(model, x0, labels, len(x0) - n_velocity)
+            with tensor_cores("fp32" if model.needs_float32 else self.precision):
+                draws = first_row + order, n_velocity, self._progress(), torch.full_like(self.step, seed)
+                return self._evaluation(x0, labels, order, *draws, torch.zeros_like(self.step))
+
+    def _progress(self) -> Tensor:
+        return (self.step.float() / self.total_steps).clamp(max=1)
+
+    def _prepare(self, model: Objective, x0: Tensor, labels: Tensor | None, rows: int, augment=None) -> None:
+        """Has an objective make what cannot be made while its loss is compiled."""
+        prepare = getattr(model, "prepare", None)  # an objective of one's own may need none
         if rows and prepare is not None:
             channels = x0.shape[1] if self._latent_scale is None else x0.shape[1] // 2
             samples = x0[:rows, :channels].to(torch.promote_types(x0.dtype, torch.float32))
-            if self._augment is not None:
-                labels = self._augment.conditions(samples, None)
+            if augment is not None:
+                labels = augment.conditions(samples, None)
             prepare(samples, labels)
 
     def _row_orders(self, batch: int) -> list[tuple[Tensor, Tensor, int]]:
@@ -347,7 +376,7 @@ class TrainStep:
             if len(counts) > 1:
                 raise ValueError(
                     f"batches of {n} rows do not all hold the same number of velocity rows at velocity_share={share}; "
-                    f"choose a batch per process and micro-batch that is a multiple of {_period(share)}"
+                    f"choose a batch per process and micro-batch that is a multiple of {row_period(share)}"
                 )
             orders = []
             for first in range(0, batch, n):
@@ -366,8 +395,3 @@ def _joined(parts: list[dict[str, LossOutput]]) -> dict[str, LossOutput]:
         mean = torch.stack([loss.detach() for loss in losses]).mean()
         joined[name] = LossOutput(mean, *(torch.cat(values) for values in rows))
     return joined
-
-
-def _period(share: float) -> int:
-    """After how many rows the pattern of velocity and consistency rows repeats."""
-    return Fraction(share).limit_denominator(10**6).denominator

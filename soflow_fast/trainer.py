@@ -34,6 +34,7 @@ from soflow_fast.run_optimizer import RunOptimizer
 from soflow_fast.scoring import Scoring
 from soflow_fast.step import TrainStep
 from soflow_fast.stopping import StopSignal
+from soflow_fast.validation import Validation, build_validation, describe_validation
 
 __all__ = ["Trainer", "load_run"]
 
@@ -60,7 +61,8 @@ class Trainer:
             own, or an objective such as :class:`~soflow_fast.SoFlow` over one; its values replace the configuration's.
             One that is told other conditions than classes has ``null_condition``, see :mod:`soflow_fast.conditions`.
         dataset: map-style, of (sample, label) or (sample, condition), to train on instead of the configuration's data;
-            samples (C, H, W) floating point, or (2C, H, W) latent moments.
+            samples (C, H, W) floating point, or (2C, H, W) latent moments. validation: of the same form, to compute the
+            losses of every ``output.validate_every`` steps, instead of the configuration's.
         optimizer: what makes a torch optimizer of the list of (name, parameter) that are trained and of ``lr``, such as
             ``functools.partial(torch.optim.SGD, momentum=0.9)``, instead of the configuration's. The learning rates of
             its groups keep their ratios to ``lr`` as that changes.
@@ -79,6 +81,7 @@ class Trainer:
         *,
         model: nn.Module | None = None,
         dataset: Dataset | None = None,
+        validation: Dataset | None = None,
         optimizer: Callable[..., torch.optim.Optimizer] | None = None,
         accept_changes: bool = False,
         on_log: Callable[[dict], object] | None = None,
@@ -86,7 +89,7 @@ class Trainer:
         self._on_log = on_log
         self._accept_changes, self._changes = accept_changes, []
         self._began = False
-        config, model = given.with_given(config, model, dataset, optimizer)
+        config, model = given.with_given(config, model, dataset, optimizer, validation)
         config.require_effect()
         self.config = config
         device = build.resolve_device(config.device)
@@ -99,6 +102,7 @@ class Trainer:
         null = null_condition(network)
         self.dataset = build.build_dataset(config, null) if dataset is None else dataset
         latent_scale = build.check_dataset(config, self.dataset, null)
+        self.validation = build_validation(config, self.dataset, latent_scale, null, validation)
         chosen, n = config.output.sample_labels, math.prod(config.output.sample_shape)
         classes, setting = config.model.num_classes, f"output.sample_labels={list(chosen)}"
         self._grid_labels = labels_of_samples(network, self.dataset, chosen, n, classes, setting)
@@ -163,7 +167,8 @@ class Trainer:
     def fit(self) -> Path:
         """Trains to the last step, from the newest checkpoint of the run's folder if there is one.
 
-        If a stop came before the sample grid or the score of that checkpoint's step, they are made first.
+        If a stop came before the validation, the sample grid or the score of that checkpoint's step, they are made
+        first.
 
         Ctrl-C (once), SIGTERM, SIGUSR1 and SIGHUP, where this is the main thread, end it after the step, with several
         processes after the next that ten divides, with a checkpoint; their handlers are put back at the end.
@@ -188,10 +193,12 @@ class Trainer:
         start, skipped = self._restore(data)
         origin = self._load_initial_weights() if start == 0 else None
         removed = self.processes.of_first(partial(self._claim_folder, start, data))
+        validation = Validation(config, self.step, self.ema, self.validation, self.processes, self.workers)
         grids = Grids(config, self.model, self.ema, self._grid_labels, self.processes, self._decode)
         scoring = Scoring(config, self.model, self.ema, self.dataset, self.processes, self._decode)
-        late = grids.lack(start), scoring.lacks(start)
-        if start == config.total_steps and not any((removed, *late)):
+        reports = validation, grids, scoring
+        late = [report for report in reports if report.lacks(start)]
+        if start == config.total_steps and not (removed or late):
             return last_checkpoint
         log = Quiet()
         if self.processes.is_first:
@@ -199,6 +206,8 @@ class Trainer:
         try:
             chosen = ", ".join(f"{name}={value}" for name, value in self.choices().items())
             log.say(f"data: {described(self.dataset, config.model.num_classes, null)}")
+            if self.validation is not None:
+                log.say(f"validation: {describe_validation(config, self.validation)}")
             log.say(f"step {start} of {config.total_steps}: {chosen}")
             for change in self._changes:
                 log.say(f"changed after step {start}: {change['key']} from {change['before']} to {change['after']}")
@@ -211,19 +220,15 @@ class Trainer:
             if scoring.lacking:
                 log.say(f"no evaluation during training: {scoring.lacking}")
             with log.off_the_clock():
-                if late[0]:
-                    grids(start)
-                if late[1]:
-                    scoring(start, log)
+                for report in late:
+                    report(start, log)
             if start < config.total_steps:
-                self._train(start, skipped, stop, log, grids, scoring)
+                self._train(start, skipped, stop, log, reports)
         finally:
             log.close()
         return last_checkpoint
 
-    def _train(
-        self, start: int, skipped: int, stop: StopSignal, log: RunLog | Quiet, grids: Grids, scoring: Scoring
-    ) -> None:
+    def _train(self, start: int, skipped: int, stop: StopSignal, log: RunLog | Quiet, reports: tuple) -> None:
         config, output = self.config, self.config.output
         null, num_classes = null_condition(self.model.network), config.model.num_classes
         meter = Meter(self.processes, skipped)
@@ -274,10 +279,9 @@ class Trainer:
                     if stopped:  # what may take long is left to the run that goes on
                         log.say(stopping.sentence(stopped, done, checkpoint.path_of(self.checkpoints, done)))
                         raise stopping.ended_by(stopped)
-                    if grids.are_due(done):
-                        grids(done)
-                    if scoring.is_due(done):
-                        scoring(done, log)
+                    for report in reports:
+                        if report.is_due(done):
+                            report(done, log)
         finally:
             steps.close()
 

@@ -9,15 +9,16 @@ import torch
 from runs import soflow, tiny_config, write_config
 
 from soflow_fast import Trainer, checkpoint, distributed, posthoc
-from soflow_fast.config import EMAConfig, OptimizerConfig, OutputConfig
+from soflow_fast.config import DataConfig, EMAConfig, OptimizerConfig, OutputConfig
 
 STEPS = 20
 
 
 def _config(folder, **changes):
-    output = OutputConfig(log_every=10, sample_every=0, checkpoint_every=10)
+    output = OutputConfig(log_every=10, sample_every=0, checkpoint_every=10, validate_every=20)
     ema = EMAConfig(posthoc=(0.05, 0.1), snapshot_every=10)
-    return tiny_config(folder, total_steps=STEPS, output=output, ema=ema, **changes)
+    data = DataConfig(kind="digits", workers=0, validation="held_out", validation_samples=45)
+    return tiny_config(folder, total_steps=STEPS, output=output, ema=ema, data=data, **changes)
 
 
 def _train(folder, processes, *overrides):
@@ -71,8 +72,9 @@ def _assert_same_run(folder, other):
             assert (x - y).norm() <= 3e-5 * y.norm(), name
     assert (ours.step, ours.ema_updates) == (theirs.step, theirs.ema_updates)
     lines = [[json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()] for run in (folder, other)]
-    assert [line["step"] for line in lines[0]] == [10, 20]
+    assert [(line["step"], "validation/loss" in line) for line in lines[0]] == [(10, False), (20, False), (20, True)]
     for a, b in zip(*lines, strict=True):
+        assert a.keys() == b.keys()
         for name in b.keys() - {"images_per_second"}:
             values = [line[name] if isinstance(line[name], list) else [line[name]] for line in (a, b)]
             for x, y in zip(*values, strict=True):

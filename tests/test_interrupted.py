@@ -79,7 +79,7 @@ def test_a_kill_in_their_removal_leaves_whole_ones(tmp_path, monkeypatch):
     assert len(list((tmp_path / "ema").iterdir())) == 4
 
 
-# ------------------------------------------------------------------------------------------ sample grids and scores
+# ----------------------------------------------------------------------------- validation, sample grids and scores
 
 
 def test_a_failing_grid_costs_itself_and_not_the_run(tmp_path, monkeypatch, caplog):
@@ -112,16 +112,17 @@ def test_a_failing_grid_does_not_keep_other_processes_waiting(tmp_path):
     assert final(tmp_path / "run").step == 6
 
 
-def _scored(run_dir):
+def _scored(run_dir, name="evaluation/frechet_all"):
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return [line["step"] for line in lines if "evaluation/frechet_all" in line]
+    return [line["step"] for line in lines if name in line]
 
 
 @pytest.mark.parametrize("step", [3, 6])
-@pytest.mark.parametrize("before", ["Grids", "Scoring"])
+@pytest.mark.parametrize("before", ["Validation", "Grids", "Scoring"])
 def test_what_a_kill_after_the_checkpoint_prevented_is_made_first(tmp_path, monkeypatch, before, step):
-    output = OutputConfig(log_every=2, sample_every=3, checkpoint_every=3)
+    output = OutputConfig(log_every=2, sample_every=3, checkpoint_every=3, validate_every=3)
     config = tiny_config(tmp_path / "run", output=output, evaluation=EvaluationConfig(every=3, samples=20))
+    config = replace(config, data=replace(config.data, validation="held_out", validation_samples=40))
     Trainer(replace(config, run_dir=str(tmp_path / "straight"))).fit()
     call = getattr(trainer, before).__call__
 
@@ -136,15 +137,15 @@ def test_what_a_kill_after_the_checkpoint_prevented_is_made_first(tmp_path, monk
             Trainer(config).fit()
     assert _scored(tmp_path / "run") == [3][: step // 3 - 1]
     Trainer(config).fit()
-    assert _scored(tmp_path / "run") == [3, 6]
+    assert _scored(tmp_path / "run") == _scored(tmp_path / "run", "validation/loss") == [3, 6]
     assert files(tmp_path / "run" / "samples") == files(tmp_path / "straight" / "samples")
     scores = [
-        [line for line in (tmp_path / run / "metrics.jsonl").read_text().splitlines() if "evaluation/" in line]
+        [line for line in (tmp_path / run / "metrics.jsonl").read_text().splitlines() if "ation/" in line]
         for run in ("run", "straight")
     ]
     assert scores[0] == scores[1]
     with monkeypatch.context() as patch:
-        for name in ("Grids", "Scoring"):
+        for name in ("Validation", "Grids", "Scoring"):
             patch.setattr(getattr(trainer, name), "__call__", lambda *_: 1 / 0)
         Trainer(config).fit()  # nothing is missing
 
@@ -169,7 +170,8 @@ def test_several_processes_make_what_is_missing_of_a_finished_run(tmp_path):
     config = tiny_config(tmp_path / "run")
     Trainer(config).fit()
     missing = ["--output.sample_every=6", "--evaluation.every=6"]  # as if a kill had come before them
+    missing += ["--output.validate_every=6", "--data.validation=held_out", "--data.validation_samples=3"]
     result = soflow("train", str(write_config(tmp_path / "config.yaml", config)), *missing, processes=2)
     assert result.returncode == 0, result.stderr
-    assert _scored(tmp_path / "run") == [6]
+    assert _scored(tmp_path / "run") == _scored(tmp_path / "run", "validation/loss") == [6]
     assert [file.name for file in (tmp_path / "run" / "samples").iterdir()] == ["step-00000006.png"]

@@ -1,6 +1,6 @@
 """CIFAR-10 (Krizhevsky, 2009): 50,000 training images of 32×32 pixels in ten classes, as published for Python.
 
-torchvision reads, checks and downloads it; the 10,000 test images are not used.
+torchvision reads, checks and downloads it; the 10,000 test images can be validated on.
 """
 
 import fcntl
@@ -18,21 +18,22 @@ NUM_CLASSES = 10
 
 
 class CIFAR10(Dataset):
-    """Map-style data set of (image, label), the training images in their published order.
+    """Map-style data set of (image, label), the training or the test images in their published order.
 
     Args:
         path: of the folder that holds ``cifar-10-batches-py``; if that is not there it is downloaded, 170 MB, and may
             be asked for by several processes at once. num_classes: 10, or 0 where the labels will not be looked at.
+        train: whether it is of the 50,000 training images, or of the 10,000 test images.
 
     Attributes:
-        images: (50000, 3, 32, 32) uint8, RGB. labels: (50000,) int64 in [0, 10).
+        images: (50000, 3, 32, 32) uint8, RGB, or (10000, 3, 32, 32). labels: (n,) int64 in [0, 10).
 
     Raises:
         ValueError: if torchvision is not installed, for another number of classes, a failed download, and files that
             are not the published ones.
     """
 
-    def __init__(self, path: str | Path, *, num_classes: int = NUM_CLASSES):
+    def __init__(self, path: str | Path, *, num_classes: int = NUM_CLASSES, train: bool = True):
         if num_classes not in (0, NUM_CLASSES):
             raise ValueError(
                 f"model.num_classes={num_classes} does not fit CIFAR-10, which has {NUM_CLASSES} classes; set "
@@ -50,7 +51,7 @@ class CIFAR10(Dataset):
         if not folder.exists():
             _download(path)
         try:
-            published = datasets.CIFAR10(path)
+            published = datasets.CIFAR10(path, train=train)
         except RuntimeError:
             raise ValueError(
                 f"{folder} is incomplete or damaged: the MD5 sums of its files are not those of CIFAR-10; remove it, "

@@ -21,17 +21,24 @@ class _Steps(Dataset):
     What an item draws from the global generators of torch, numpy and Python depends on (seed, step, global row).
     """
 
-    def __init__(self, dataset: Dataset, batch: int, seed: int, rows: slice, null_condition: Tensor | None):
-        self.dataset, self.batch, self.seed = dataset, batch, seed
+    def __init__(
+        self,
+        dataset: Dataset,
+        batch: int,
+        seed: int,
+        rows: slice,
+        items: list[int] | None,
+        null_condition: Tensor | None,
+    ):
+        self.dataset, self.batch, self.seed, self.items = dataset, batch, seed, items
         # only its form is of interest, and workers cannot have a tensor of a GPU
         self.null = None if null_condition is None else null_condition.detach().to("meta")
         self.rows = range(batch)[rows]
 
     def __getitem__(self, step: int) -> tuple[Tensor, Tensor] | ValueError:
-        indices = batch_indices(len(self.dataset), self.batch, step, self.seed)
-        indices = [indices[row] for row in self.rows]
+        wanted = self._wanted(step)
         try:
-            samples = self._all_at_once(indices) if draws_nothing(self.dataset) else self._one_by_one(step, indices)
+            samples = self._all_at_once(wanted) if draws_nothing(self.dataset) else self._one_by_one(wanted)
             if self.null is not None:
                 samples = [(x, as_condition(condition, self.null)) for x, condition in samples]
             require_one_shape([sample[0] for sample in samples])
@@ -39,16 +46,24 @@ class _Steps(Dataset):
             return error
         return default_collate(samples)
 
-    def _all_at_once(self, indices: list[int]) -> list[tuple[Tensor, Tensor]]:
-        if hasattr(self.dataset, "__getitems__"):
-            return self.dataset.__getitems__(indices)
-        return [self.dataset[index] for index in indices]
+    def _wanted(self, step: int) -> dict[str, int]:
+        """The items of a batch, by what their draws depend on."""
+        if self.items is not None:
+            rows = range(len(self.items))[step * self.batch : (step + 1) * self.batch]
+            return {f"{self.seed},{row}": self.items[row] for row in rows}
+        indices = batch_indices(len(self.dataset), self.batch, step, self.seed)
+        return {f"{self.seed},{step},{row}": indices[row] for row in self.rows}
 
-    def _one_by_one(self, step: int, indices: list[int]) -> list[tuple[Tensor, Tensor]]:
+    def _all_at_once(self, wanted: dict[str, int]) -> list[tuple[Tensor, Tensor]]:
+        if hasattr(self.dataset, "__getitems__"):
+            return self.dataset.__getitems__(list(wanted.values()))
+        return [self.dataset[index] for index in wanted.values()]
+
+    def _one_by_one(self, wanted: dict[str, int]) -> list[tuple[Tensor, Tensor]]:
         with caller_keeps_generators():
             samples = []
-            for row, index in zip(self.rows, indices, strict=True):
-                seed_generators(f"{self.seed},{step},{row}")
+            for key, index in wanted.items():
+                seed_generators(key)
                 samples.append(self.dataset[index])
             return samples
 
@@ -86,6 +101,7 @@ def batches(
     seed: int,
     num_classes: int,
     rows: slice = slice(None),
+    items: list[int] | None = None,
     workers: int = 0,
     prefetch: int = 2,
     device: torch.device,
@@ -101,6 +117,8 @@ def batches(
             no loader. Of (sample, condition) where there is a null condition.
         batch: rows of the global batch. steps: the steps wanted. seed: of the order.
         num_classes: 0 yields labels None. rows: which of the global batch are wanted, by default all.
+        items: the samples of rows 0, 1, .. in place of the order, each once; step k is then rows k·batch to
+            (k+1)·batch-1, the last batch may have fewer, and draws depend on (seed, row). Not of a :class:`Resident`.
         workers: loader processes. prefetch: batches each of them reads ahead, into pinned memory for a GPU.
         null_condition: of a network that is told conditions, see :mod:`soflow_fast.conditions`.
 
@@ -114,7 +132,7 @@ def batches(
         yield from dataset.batches(batch=batch, steps=steps, seed=seed, rows=rows)
         return
     loader = DataLoader(
-        _Steps(dataset, batch, seed, rows, null_condition),
+        _Steps(dataset, batch, seed, rows, items, null_condition),
         batch_size=None,
         sampler=steps,
         num_workers=workers,

@@ -109,6 +109,12 @@ class Objective(nn.Module):
             x: (n, C, H, W) samples that do not only train the velocity; their values do not matter. labels: of a batch.
         """
 
+    def __copy__(self) -> "Objective":
+        """An objective over the same network that derives a difference forward of its own, as in another mode."""
+        other = type(self).__new__(type(self))
+        other.__dict__.update(self.__dict__, _derived=None)
+        return other
+
     def require_subtractable(self, x: Tensor, labels: Tensor | None, setting: str) -> None:
         """ValueError for a setting that subtracts two outputs of a network whose outputs differ at any step: one that
         draws numbers, see :meth:`network_draws`, or that normalises by the batch."""
