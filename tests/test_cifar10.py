@@ -119,6 +119,16 @@ def test_pieces_and_lists_are_the_items(written):
             assert label == data[index][1]
 
 
+def test_the_test_images_can_be_validated_on(written, tmp_path):
+    data = DataConfig(kind="cifar10", path=str(written[0]), workers=0, validation="held_out")
+    config = tiny_config(tmp_path / "run", data=data)
+    model = replace(config.model, in_channels=3, input_size=32, patch_size=16)
+    run = Trainer(replace(config, model=model, output=replace(config.output, validate_every=2)))
+    published = pickle.loads((written[0] / FOLDER / "test_batch").read_bytes())
+    assert np.array_equal(run.validation.images.numpy().reshape(PER_FILE, -1), published["data"])
+    assert run.validation.labels.tolist() == published["labels"]
+
+
 @pytest.mark.parametrize("num_classes", [10, 0])
 def test_batches_are_the_same_read_worked_on_and_held(written, monkeypatch, num_classes):
     path, rows, _ = written
