@@ -57,8 +57,10 @@ def going_on(what: str, processes: Processes) -> Iterator[None]:
         _log.warning("%s failed, and training goes on: %s", what, error, exc_info=error)
 
 
-def sums_of(part: LossOutput) -> Tensor:
-    """(3 + 2·TIME_BINS,): rows, mse, weighted mse; then mse and rows of each time bin."""
+def sums_of(part: LossOutput | Tensor) -> Tensor:
+    """(3 + 2·TIME_BINS,): rows, mse, weighted mse; then mse and rows of each time bin. Of one number (2,): 1 and it."""
+    if torch.is_tensor(part):
+        return torch.stack([torch.ones_like(part), part]).float()
     bins = torch.bucketize(part.t.float(), _edges(part.t.device), right=True)
     member = (bins[:, None] == torch.arange(TIME_BINS, device=bins.device)).float()
     mse = part.mse.float()
@@ -72,7 +74,11 @@ def _edges(device: torch.device) -> Tensor:
 
 
 def means_of(name: str, sums: Sequence[float]) -> dict[str, float | list[float | None]]:
-    """From the :func:`sums_of` a part its metrics, ``<name>/mse`` and so on, see :meth:`Meter.read`."""
+    """From the :func:`sums_of` a part its metrics, ``<name>/mse`` and so on, see :meth:`Meter.read`; of one number
+    ``<name>/loss``.
+    """
+    if len(sums) == 2:
+        return {f"{name}/loss": sums[1] / sums[0]}
     rows, mse, weighted, *bins = sums
     totals, counts = bins[:TIME_BINS], bins[TIME_BINS:]
     by_time = [total / n if n else None for total, n in zip(totals, counts, strict=True)]
@@ -113,13 +119,13 @@ class Meter:
         ``<part>/mse`` is unweighted and ``<part>/weighted`` is times the adaptive weight; ``<part>/mse_by_time`` is
         over :data:`TIME_BINS` equal bins of t, None where a bin had no rows.
         """
-        names = list(self._sums)
-        if not names:
+        sizes = {name: len(sums) for name, sums in self._sums.items()}
+        if not sizes:
             return {}
         rows = self._processes.sum(torch.nn.utils.rnn.pad_sequence(list(self._sums.values())).T.contiguous())
-        sums = dict(zip(names, rows.tolist(), strict=True))
+        sums = {name: row[: sizes[name]] for name, row in zip(sizes, rows.tolist(), strict=True)}
         self._sums = {}
-        steps, loss, grad_norm = sums.pop("total")[:3]
+        steps, loss, grad_norm = sums.pop("total")
         if not steps:
             return {}
         values = {"loss": loss / steps, "grad_norm": grad_norm / steps}

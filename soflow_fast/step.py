@@ -218,8 +218,7 @@ class TrainStep:
             "autocast": self.precision == "bf16" and not follows_parameters,
         }
         self._loss = _Loss(model, augment=augment, compile=self.compile, reduction=self.reduction, **settings)
-        self._for_evaluation = partial(_Loss, augment=None, compile=False, reduction=None, **settings)
-        self._evaluation: _Loss | None = None
+        self._loss_of_evaluation = partial(_Loss, augment=None, compile=False, reduction=None, **settings)
         if world_size > 1 and self.reduction is None:
             devices = [device] if on_gpu else None
             self._loss = DistributedDataParallel(
@@ -339,11 +338,9 @@ class TrainStep:
             x0, labels: as of a step, of any number of rows. first_row: index of x0[0] among all that is evaluated.
             seed: of the draws.
         """
-        if self._evaluation is None:  # the training's own difference forward is of another mode, and stays as it is
-            self._evaluation = self._for_evaluation(copy.copy(self.model))
+        model, device = copy.copy(self.model), self.step.device  # a copy: what it keeps of this is not the training's
         if self.copy is not None:
             self.copy.refresh()
-        model, device = self._evaluation.model, self.step.device
         order, n_velocity = row_order(len(x0), model.velocity_share, first_row)
         order = torch.tensor(order, device=device)
         with evaluating(model), left_as_it_was(model, device):
@@ -351,7 +348,7 @@ class TrainStep:
             self._prepare(model, x0, labels, len(x0) - n_velocity)
             with tensor_cores("fp32" if model.needs_float32 else self.precision):
                 draws = first_row + order, n_velocity, self._progress(), torch.full_like(self.step, seed)
-                return self._evaluation(x0, labels, order, *draws, torch.zeros_like(self.step))
+                return self._loss_of_evaluation(model)(x0, labels, order, *draws, torch.zeros_like(self.step))
 
     def _progress(self) -> Tensor:
         return (self.step.float() / self.total_steps).clamp(max=1)

@@ -24,7 +24,7 @@ from soflow_fast.step import TrainStep
 _log = logging.getLogger(__name__)
 
 HELD_OUT = "held_out"
-_PREFIX = "validation/"
+_PREFIX = "validation"
 # Of the order of the samples and of all draws: not the run's, so that runs of other seeds can be compared.
 _SEED = int.from_bytes(b"validate", "big")
 
@@ -64,7 +64,7 @@ class Validation:
     def lacks(self, step: int) -> bool:
         """Whether the validation that belongs to this step is not there, as a kill may have come before it."""
         folder = Path(self._config.run_dir)
-        return self.is_due(step) and self._processes.of_first(lambda: not is_logged(folder, step, _PREFIX))
+        return self.is_due(step) and self._processes.of_first(lambda: not is_logged(folder, step, f"{_PREFIX}/"))
 
     def __call__(self, step: int, log: RunLog | Quiet) -> None:
         """Computes the losses and writes them among the metrics; the training has done so many steps."""
@@ -75,7 +75,7 @@ class Validation:
             log.append({"step": step, **_means(found)})
 
     def _sums_of_share(self) -> dict[tuple[str, str], list[float]]:
-        """Sums over this process's samples, by ``ema/`` or nothing, and the part; of all parts, rows and loss."""
+        """Sums over this process's samples, by ``ema`` or nothing, and the part, nothing for all of it."""
         config, device = self._config, self._processes.device
         share = self._processes.share(len(self._items), self._rows)
         steps = range(share.start // self._rows, -(-share.stop // self._rows))
@@ -93,14 +93,14 @@ class Validation:
         )
         sums: dict[tuple[str, str], Tensor] = {}
         for step, (x, labels) in zip(steps, read, strict=True):
-            for weights, applied in (("", nullcontext()), ("ema/", self._ema.applied())):
+            for weights, applied in (("", nullcontext()), ("ema", self._ema.applied())):
                 with applied:
                     total = self._step.evaluate(x, labels, first_row=step * self._rows, seed=_SEED)
-                rows = len(x) * torch.ones_like(total.loss)
-                of_parts = {name: sums_of(part) for name, part in total.parts.items()}
-                for name, values in {"": torch.stack([rows, rows * total.loss]), **of_parts}.items():
-                    key = weights, name
-                    sums[key] = values.double() + sums.get(key, 0)
+                for name, part in {"": total.loss, **total.parts}.items():
+                    values = sums_of(part).double()
+                    if torch.is_tensor(part):  # a mean over the rows
+                        values *= len(x)
+                    sums[weights, name] = values + sums.get((weights, name), 0)
         return {key: values.tolist() for key, values in sums.items()}
 
 
@@ -187,10 +187,6 @@ def _means(found: list[dict[tuple[str, str], list[float]]]) -> dict[str, float |
             sums[key] = [a + b for a, b in zip(before, values, strict=True)]
     values = {}
     for (weights, name), of_part in sums.items():
-        prefix = f"{_PREFIX}{weights}"
-        if name:
-            values |= means_of(f"{prefix}{name}", of_part)
-        else:
-            rows, loss = of_part
-            values[f"{prefix}loss"] = loss / rows
+        path = "/".join(part for part in (_PREFIX, weights, name) if part)
+        values |= means_of(path, of_part)
     return values

@@ -146,7 +146,7 @@ def test_a_derived_graph_has_the_objective_s_choice_of_kernels(impl, monkeypatch
     net.num_classes = 0
     model, asked = MeanFlow(net, guidance_scale=1.0, guidance_mix=0.0, label_drop=0.0, impl=impl), []
     model.derive(_batch()[0], None, "tangent")
-    assert model._derived.impl == model.impl
+    assert model.forward_difference.impl == model.impl
     monkeypatch.setattr(kernels, "resolve_impl", lambda name: asked.append(name) or "torch")
     monkeypatch.setattr(FakeTensor, "is_cuda", True)
     ForwardDifference(net, impl).prepare(_batch()[0], None)

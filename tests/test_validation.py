@@ -67,6 +67,10 @@ def test_it_is_the_objectives_loss_at_the_trainings_progress(make):
         for of_whole, of_parts in ((getattr(whole.parts[name], key), key) for key in ("mse", "weight", "t")):
             torch.testing.assert_close(of_whole, getattr(part, of_parts).detach())
             torch.testing.assert_close(torch.cat([getattr(one.parts[name], of_parts) for one in parts]), of_whole)
+    if make is SoFlow:  # what is changed between two steps is what holds
+        step.model.velocity_share, step.model.label_drop = 0.25, 0.5
+        expected = step.model.loss(x, labels, 2 / step.total_steps, seed=5, step=0)
+        torch.testing.assert_close(step.evaluate(x, labels, seed=5).loss, expected.loss.detach())
 
 
 class _Noisy(nn.Module):

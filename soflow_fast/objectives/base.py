@@ -74,7 +74,7 @@ class Objective(nn.Module):
         require_range("velocity_share", velocity_share, 0, 1)
         require_classes(net)
         self.network, self.velocity_share = net, velocity_share
-        self._derived: ForwardDifference | None = None
+        self._derived: dict[bool, ForwardDifference | None] = {True: None, False: None}  # of the training mode or not
         self._drawless: set[bool] = set()
         self.needs_float32 = False
         self.impl = kernels.resolve_impl(impl or getattr(net, "impl", "auto"))
@@ -86,8 +86,8 @@ class Objective(nn.Module):
 
     @property
     def forward_difference(self):
-        """The network's own, or after :meth:`prepare` the one derived from its operators."""
-        return self._derived or self.network.forward_difference
+        """The network's own, or after :meth:`prepare` the one derived from its operators in the mode that it has."""
+        return self._derived[self.network.training] or self.network.forward_difference
 
     def derive(self, x: Tensor, labels: Tensor | None, mode: str) -> None:
         """Derives the difference forward of a network that has none, for rows of this form.
@@ -95,12 +95,14 @@ class Objective(nn.Module):
         Raises:
             ValueError: where it cannot be derived.
         """
+        training = self.network.training
+        derived = self._derived[training]
         if hasattr(self.network, "forward_difference"):
-            self._derived = None
+            self._derived[training] = None
             return
-        if self._derived is None or self._derived.net is not self.network:
-            self._derived = ForwardDifference(self.network, self.impl)
-        self._derived.prepare(x, told(self.network, labels, x), mode)
+        if derived is None or derived.net is not self.network:
+            derived = self._derived[training] = ForwardDifference(self.network, self.impl)
+        derived.prepare(x, told(self.network, labels, x), mode)
 
     def prepare(self, x: Tensor, labels: Tensor | None) -> None:
         """Readies what cannot be made while the loss is compiled, for rows of this form; before every step.
@@ -108,12 +110,6 @@ class Objective(nn.Module):
         Args:
             x: (n, C, H, W) samples that do not only train the velocity; their values do not matter. labels: of a batch.
         """
-
-    def __copy__(self) -> "Objective":
-        """An objective over the same network that derives a difference forward of its own, as in another mode."""
-        other = type(self).__new__(type(self))
-        other.__dict__.update(self.__dict__, _derived=None)
-        return other
 
     def require_subtractable(self, x: Tensor, labels: Tensor | None, setting: str) -> None:
         """ValueError for a setting that subtracts two outputs of a network whose outputs differ at any step: one that
