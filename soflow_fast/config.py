@@ -328,11 +328,6 @@ class TrainConfig(Section):
             f"total_steps={self.total_steps}, which gives hardly another average; choose fewer, such as "
             f"{max(1, self.total_steps // 20)}",
         )
-        require(
-            not self.output.validate_every or self.data.validation is not None,
-            f"output.validate_every={self.output.validate_every} needs data that are not trained on; set "
-            "data.validation, or in Python give Trainer(config, validation=dataset)",
-        )
 
     @property
     def objective_section(self) -> Any:

@@ -272,3 +272,34 @@ def update(
     if copy is not None:
         copy.write()
     return norm, finite
+
+
+def choose_cuda_graph(
+    wanted: bool | None, optimizer: torch.optim.Optimizer, device: torch.device, world_size: int
+) -> bool:
+    """Whether a step with this optimizer is one CUDA graph: as wanted, by default where it can be.
+
+    Raises:
+        ValueError: where it is wanted and cannot be.
+    """
+    on_gpu, groups, is_ours = device.type == "cuda", optimizer.param_groups, isinstance(optimizer, OnePass)
+    capturable = is_ours or all(group.get("capturable", False) for group in groups)
+    lr_is_read = is_ours or all(torch.is_tensor(group["lr"]) and group["lr"].is_cuda for group in groups)
+    if wanted is None:
+        return on_gpu and world_size == 1 and capturable and lr_is_read
+    if wanted and (not on_gpu or world_size > 1):
+        raise ValueError(
+            f"cuda_graph=True needs the model on a CUDA GPU and one process; "
+            f"it is on {device} with {world_size}: set cuda_graph=False"
+        )
+    if wanted and not capturable:
+        raise ValueError(
+            "cuda_graph=True needs an optimizer built with capturable=True, or one of soflow_fast.optim; "
+            "this one was not: rebuild it or set cuda_graph=False"
+        )
+    if wanted and not lr_is_read:
+        raise ValueError(
+            "cuda_graph=True would keep a learning rate that is a number as it is at the capture: build the "
+            "optimizer with lr=torch.tensor(...) on the GPU, use one of soflow_fast.optim or set cuda_graph=False"
+        )
+    return wanted

@@ -178,26 +178,7 @@ class TrainStep:
                 "the step compiles all of the loss"
             )
         self.compile = on_gpu if compile is None else compile
-        groups, is_ours = optimizer.param_groups, isinstance(optimizer, optim.OnePass)
-        capturable = is_ours or all(group.get("capturable", False) for group in groups)
-        lr_is_read = is_ours or all(torch.is_tensor(group["lr"]) and group["lr"].is_cuda for group in groups)
-        possible = on_gpu and world_size == 1 and capturable and lr_is_read
-        self.cuda_graph = possible if cuda_graph is None else cuda_graph
-        if self.cuda_graph and (not on_gpu or world_size > 1):
-            raise ValueError(
-                f"cuda_graph=True needs the model on a CUDA GPU and one process; "
-                f"it is on {device} with {world_size}: set cuda_graph=False"
-            )
-        if self.cuda_graph and not capturable:
-            raise ValueError(
-                "cuda_graph=True needs an optimizer built with capturable=True, or one of soflow_fast.optim; "
-                "this one was not: rebuild it or set cuda_graph=False"
-            )
-        if self.cuda_graph and not lr_is_read:
-            raise ValueError(
-                "cuda_graph=True would keep a learning rate that is a number as it is at the capture: build the "
-                "optimizer with lr=torch.tensor(...) on the GPU, use one of soflow_fast.optim or set cuda_graph=False"
-            )
+        self.cuda_graph = optim.choose_cuda_graph(cuda_graph, optimizer, device, world_size)
         subtracts = model.velocity_share < 1 and getattr(model, "quotient", "") == "two_forwards"
         if on_copies and subtracts:
             _log.warning("quotient='two_forwards' is lost to rounding in bf16; use quotient='difference' or fp32")

@@ -125,11 +125,14 @@ def build_validation(
     Raises:
         ValueError: for data that are not there, or are of another form, of other classes or no data to train on.
     """
-    data = config.data
-    if data.validation is None:
-        return None
-    if not config.output.validate_every:
-        if is_first_process():
+    data, every = config.data, config.output.validate_every
+    if every and data.validation is None:
+        raise ValueError(
+            f"output.validate_every={every} needs data that are not trained on; set data.validation, or in Python give "
+            "Trainer(config, validation=dataset)"
+        )
+    if not every:
+        if data.validation is not None and is_first_process():
             _log.warning("data.validation=%r is not used: output.validate_every is 0, never", data.validation)
         return None
     with _as_of_validation(data.validation):

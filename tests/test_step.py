@@ -203,3 +203,17 @@ def test_settings_that_cannot_be():
         _step(_model(), precision="fp8")
     with pytest.raises(ValueError, match="cuda_graph=True needs the model on a CUDA GPU"):
         _step(_model(), cuda_graph=True)
+
+
+def test_a_cuda_graph_is_chosen_where_the_optimizer_allows_it():
+    parameters, gpu = [torch.nn.Parameter(torch.zeros(2))], torch.device("cuda")
+    ours, sgd = optim.AdamW(parameters, lr=LR, impl="torch"), torch.optim.SGD(parameters, lr=LR)
+    assert optim.choose_cuda_graph(None, ours, gpu, 1)
+    assert not optim.choose_cuda_graph(None, ours, gpu, 2)
+    assert not optim.choose_cuda_graph(None, sgd, gpu, 1)
+    with pytest.raises(ValueError, match="needs an optimizer built with capturable=True"):
+        optim.choose_cuda_graph(True, sgd, gpu, 1)
+    capturable = torch.optim.AdamW(parameters, lr=LR, capturable=True)
+    assert not optim.choose_cuda_graph(None, capturable, gpu, 1)
+    with pytest.raises(ValueError, match="would keep a learning rate that is a number"):
+        optim.choose_cuda_graph(True, capturable, gpu, 1)
