@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import partial
 from inspect import signature
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -35,6 +36,9 @@ from soflow_fast.unet import UNet
 
 _log = logging.getLogger(__name__)
 
+# There where the kernel has loaded NVIDIA's driver.
+_DRIVER = Path("/proc/driver/nvidia/version")
+
 #: The class of each objective; its section of the configuration holds its arguments.
 OBJECTIVES = {
     "soflow": SoFlow,
@@ -52,7 +56,15 @@ def resolve_device(name: str) -> torch.device:
         ValueError: for another name, or a GPU that is not there.
     """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        if _DRIVER.exists() and torch.version.cuda:
+            _log.warning(
+                "there is an NVIDIA driver, and torch, built for CUDA %s, finds no GPU that it can use: a driver too "
+                "old, or CUDA_VISIBLE_DEVICES; computing on the CPU",
+                torch.version.cuda,
+            )
+        return torch.device("cpu")
     kind, _, index = name.partition(":")
     if kind not in ("cpu", "cuda") or (index and not index.isdecimal()):
         raise ValueError(f"device={name!r} is not known; choose auto, cpu, cuda or cuda:N")

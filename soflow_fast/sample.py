@@ -21,6 +21,9 @@ SAMPLE_PRECISIONS = ("bf16", "fp32")
 
 Decoder = Callable[[Tensor], Tensor]
 
+# How many latents are decoded at a time.
+_DECODED_ROWS = 32
+
 
 @torch.no_grad()
 def sample(
@@ -169,7 +172,9 @@ class Sampler:
         for first in range(rows.start, rows.stop, self.batch):
             some = None if labels is None else labels[first : first + self.batch].to(self.device)
             samples = self(some, first)[: rows.stop - first]
-            yield (samples if decode is None else decode(samples)).float().cpu()
+            if decode is not None:  # a few at a time: an image takes 100 times the memory of its latent, and more
+                samples = torch.cat([decode(part) for part in samples.split(_DECODED_ROWS)])
+            yield samples.float().cpu()
 
     def __call__(self, labels: Tensor | None, first_row: int = 0) -> Tensor:
         """The batch whose first sample has the given number; the first call compiles and captures.
