@@ -65,7 +65,8 @@ class Meter:
         self._skipped[1] += (~finite & (self._skipped[1] == 0)) * step
         self._add("total", torch.stack([torch.ones_like(stats.loss), stats.loss, stats.grad_norm]), finite)
         for name, part in stats.parts.items():
-            self._add(name, self._sums_of(part), finite)
+            sums = torch.stack([torch.ones_like(part), part]).float() if torch.is_tensor(part) else self._sums_of(part)
+            self._add(name, sums, finite)
 
     def skipped(self) -> tuple[int, int]:
         """How many such steps the whole run had, and the first of them since it was started, from 1, or 0."""
@@ -75,9 +76,10 @@ class Meter:
         """The means by name, and a fresh start.
 
         ``<part>/mse`` is unweighted and ``<part>/weighted`` is times the adaptive weight; ``<part>/mse_by_time`` is
-        over :data:`TIME_BINS` equal bins of t, None where a bin had no rows.
+        over :data:`TIME_BINS` equal bins of t, None where a bin had no rows. Of a part that is one number there is
+        ``<part>/loss``.
         """
-        names = list(self._sums)
+        names, single = list(self._sums), {name for name, sums in self._sums.items() if len(sums) == 2}
         if not names:
             return {}
         rows = self._processes.sum(torch.nn.utils.rnn.pad_sequence(list(self._sums.values())).T.contiguous())
@@ -88,6 +90,9 @@ class Meter:
             return {}
         values = {"loss": loss / steps, "grad_norm": grad_norm / steps}
         for name, (rows, mse, weighted, *bins) in sums.items():
+            if name in single:
+                values[f"{name}/loss"] = mse / rows
+                continue
             totals, counts = bins[:TIME_BINS], bins[TIME_BINS:]
             values[f"{name}/mse"], values[f"{name}/weighted"] = mse / rows, weighted / rows
             by_time = [total / n if n else None for total, n in zip(totals, counts, strict=True)]

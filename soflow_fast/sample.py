@@ -108,8 +108,8 @@ class Sampler:
     Args:
         model: an objective, on its device. shape: (C, H, W). steps: as in :func:`sample`. seed: of the noise.
         batch: B, samples at a time.
-        precision: ``bf16`` computes on bfloat16 copies of the parameters (networks other than DiT under autocast),
-            ``fp32`` on the parameters as they are. By default bf16 on a GPU, else fp32.
+        precision: ``bf16`` computes on bfloat16 copies of the network's parameters (networks other than DiT under
+            autocast), ``fp32`` on the parameters as they are. By default bf16 on a GPU, else fp32.
         compile: whether a batch is compiled, by default on a GPU; see :func:`~soflow_fast.capture.compiled`.
         cuda_graph: whether a batch is one CUDA graph; by default where it is compiled for a GPU.
 
@@ -144,7 +144,7 @@ class Sampler:
         self._batch = _Batch(model, tuple(shape), steps, seed, batch)
         low = self.precision == "bf16"
         follows_parameters = hasattr(model.network, "compute_dtype")
-        self._copy = ComputeCopy(self._batch) if low and follows_parameters else None
+        self._copy = ComputeCopy(self._batch, model.network) if low and follows_parameters else None
         self._autocast = low and not follows_parameters
         self._run = compiled(_draw, self.compile)  # a method of this object would keep it in a cycle
         self._graph: Captured | None = None
