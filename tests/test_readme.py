@@ -80,7 +80,7 @@ def test_the_python_of_the_readme_runs(tmp_path, monkeypatch):
         "step": 7,
         "batches": [(x0, labels), (x0, labels)],
     }
-    _, loss, fast, trained = _blocks("python")[:4]
+    _, loss, fast, trained, own = _blocks("python")
     for block in (loss, fast):
         exec(block.replace("DiT-B/4", "DiT-S/4"), names)
     assert names["loss"].isfinite()
@@ -94,11 +94,17 @@ def test_the_python_of_the_readme_runs(tmp_path, monkeypatch):
     assert names["images"].shape == (3, 1, 8, 8)
     assert torch.equal(names["model"].network.final_layer.linear.bias, wanted)
     assert sorted(path.name for path in Path("runs").iterdir()) == ["digits", "given"]
+    exec(own, names)
+    objective = names["Distilled"](names["my_network"], SoFlow(DiT(8, 4, 1, 16, 1, 2, num_classes=3)), guidance_scale=2)
+    total = objective.loss(torch.ones(4, 1, 8, 8), torch.zeros(4, dtype=torch.int64), 0.5, step=3)
+    assert {*total.parts} == {"velocity", "consistency", "squares"}
+    assert total.loss.isfinite()
+    assert not any("teacher" in name for name in objective.state_dict())
 
 
 def test_the_configurations_of_the_readme_are_read():
     own, flowers, cifar10 = (TrainConfig.from_dict(yaml.safe_load(block)) for block in _blocks("yaml"))
-    assert own.optimizer.name == "torch.optim.SGD"
+    assert (own.optimizer.name, own.objective_args) == ("torch.optim.SGD", {"weight": 0.5})
     assert (own.model.init_args, own.data.kind) == ({"width": 128}, "my_package.Photos")
     assert (flowers.data.kind, flowers.ema.posthoc) == ("folder", (0.05, 0.1))
     published = TrainConfig.from_dict(yaml.safe_load(CIFAR10))

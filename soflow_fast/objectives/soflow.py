@@ -285,7 +285,7 @@ class SoFlow(Objective):
         t = paths.logit_normal(z[n_velocity:, 0], self.time_mean[2], self.time_std[2]).clamp(min=_MIN_TIME)
         s = paths.logit_normal(z[n_velocity:, 1], self.time_mean[1], self.time_std[1])
         s = torch.minimum(s, t - _MIN_TIME)
-        ratio = self.gap_ratio(progress).to(t)
+        ratio = torch.as_tensor(self.gap_ratio(progress)).to(t)
         gap = torch.minimum(((t - s) * ratio).clamp(min=self.min_gap), t - s)
         return Times(torch.cat([velocity_t, t]), s, gap)
 
