@@ -19,8 +19,11 @@ BACKENDS = ("auto", "sdpa", "triton", "torch_flash", "torch_efficient", "cudnn",
 #: those that run on a GPU alone
 OF_A_GPU = ("triton", "torch_efficient", "cudnn", "flash_attn")
 
-# What ``sdpa`` chooses from.
+# Torch's own. ``sdpa`` is its choice without cuDNN, which torch 2.11 would take first on an H100: its backward there is
+# reported to return NaN for rows whose logsumexp is below −88 at 64, 192, ... tokens (pytorch's issue 196678), and a
+# DiT-B/4 at 32×32 has 64.
 _OF_TORCH = {
+    "sdpa": [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH],
     "torch_flash": SDPBackend.FLASH_ATTENTION,
     "torch_efficient": SDPBackend.EFFICIENT_ATTENTION,
     "cudnn": SDPBackend.CUDNN_ATTENTION,
@@ -36,12 +39,13 @@ _FLASH_MAX_HEAD_DIM = 256
 def resolve_attention(name: str, head_dim: int, compute_dtype: torch.dtype | None = None) -> str:
     """The backend that ``name`` stands for on this machine; logged.
 
-    ``auto`` is ``sdpa``, torch's own choice among flash, memory-efficient, cuDNN and math attention: which is fastest
-    for a shape has not been measured on a GPU yet. ``math`` is the plain formula, the only backend with forward-mode AD
-    and with float64 on a GPU. ``triton`` is the library's own, of a layer from its projection on, see
-    :func:`soflow_fast.kernels.fused.self_attention`; a DiT takes it with ``impl="triton"``, up to the head dims of
-    :data:`soflow_fast.kernels.MAX_HEAD_DIM`. ``torch_flash``, ``torch_efficient`` and ``cudnn`` hold torch to one of
-    its own. All that need a GPU are unverified when asked for by name, never run natively for this project.
+    ``auto`` is ``sdpa``, torch's own choice among flash, memory-efficient and math attention; cuDNN's has to be asked
+    for by name. Which is fastest for a shape has not been measured on a GPU yet. ``math`` is the plain formula, the
+    only backend with forward-mode AD and with float64 on a GPU. ``triton`` is the library's own, of a layer from its
+    projection on, see :func:`soflow_fast.kernels.fused.self_attention`; a DiT takes it with ``impl="triton"``, up to
+    the head dims of :data:`soflow_fast.kernels.MAX_HEAD_DIM`. ``torch_flash``, ``torch_efficient`` and ``cudnn`` hold
+    torch to one of its own. All that need a GPU are unverified when asked for by name, never run natively for this
+    project.
 
     Args:
         name: one of ``BACKENDS``. head_dim: h. compute_dtype: of q, k and v, where it is known.
@@ -118,7 +122,5 @@ def attention(q: Tensor, k: Tensor, v: Tensor, backend: str) -> Tensor:
         from flash_attn import flash_attn_func  # of (B, N, H, h); its default scale is h^-½
 
         return flash_attn_func(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2)
-    if backend in _OF_TORCH:
-        with sdpa_kernel(_OF_TORCH[backend]):
-            return nn.functional.scaled_dot_product_attention(q, k, v)
-    return nn.functional.scaled_dot_product_attention(q, k, v)
+    with sdpa_kernel(_OF_TORCH[backend]):
+        return nn.functional.scaled_dot_product_attention(q, k, v)

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import partial
 from inspect import signature
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from soflow_fast import conditions, run_optimizer
+from soflow_fast import conditions, kernels, run_optimizer
 from soflow_fast.attention import OF_A_GPU
 from soflow_fast.augment import AUGMENT_DIM
 from soflow_fast.config import GIVEN, ModelConfig, TrainConfig
@@ -25,6 +26,7 @@ from soflow_fast.dit import PRESETS, DiT
 from soflow_fast.fingerprint import labels_of
 from soflow_fast.imported import import_maker, is_import_path
 from soflow_fast.objectives.alphaflow import AlphaFlow
+from soflow_fast.objectives.base import Objective
 from soflow_fast.objectives.flow_matching import FlowMatching
 from soflow_fast.objectives.improved_meanflow import ImprovedMeanFlow
 from soflow_fast.objectives.meanflow import MeanFlow
@@ -34,6 +36,9 @@ from soflow_fast.size import height_and_width
 from soflow_fast.unet import UNet
 
 _log = logging.getLogger(__name__)
+
+# There where the kernel has loaded NVIDIA's driver.
+_DRIVER = Path("/proc/driver/nvidia/version")
 
 #: The class of each objective; its section of the configuration holds its arguments.
 OBJECTIVES = {
@@ -52,7 +57,15 @@ def resolve_device(name: str) -> torch.device:
         ValueError: for another name, or a GPU that is not there.
     """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        if _DRIVER.exists() and torch.version.cuda:
+            _log.warning(
+                "there is an NVIDIA driver, and torch, built for CUDA %s, finds no GPU that it can use: a driver too "
+                "old, or CUDA_VISIBLE_DEVICES; computing on the CPU",
+                torch.version.cuda,
+            )
+        return torch.device("cpu")
     kind, _, index = name.partition(":")
     if kind not in ("cpu", "cuda") or (index and not index.isdecimal()):
         raise ValueError(f"device={name!r} is not known; choose auto, cpu, cuda or cuda:N")
@@ -111,19 +124,46 @@ def build_model(config: TrainConfig, given: nn.Module | None = None) -> nn.Modul
     if config.objective == GIVEN:
         raise ValueError(
             "this configuration's objective was given to the Trainer as an object; give it again, to the Trainer or to "
-            "soflow_fast.trainer.load_run(run_dir, model=...)"
+            "soflow_fast.trainer.load_run(run_dir, model=...); a run whose objective is the import path of its class "
+            "needs neither"
         )
+    impl = config.model.impl
+    if impl == "auto" and resolve_device(config.device).type == "cpu":
+        impl = "torch"  # the fused kernels are for GPUs, also where there is one that is not used
+    if is_import_path(config.objective):
+        return _imported_objective(config, given, impl)
     objective = OBJECTIVES[config.objective]
     _require_classes(config, objective)
-    section = {**asdict(config.objective_section), "impl": config.model.impl}
-    if config.model.impl == "auto" and resolve_device(config.device).type == "cpu":
-        section["impl"] = "torch"  # the fused kernels are for GPUs, also where there is one that is not used
+    section = {**asdict(config.objective_section), "impl": impl}
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(config.seed)
         if given is None:
-            model = replace(config.model, impl=section["impl"])
+            model = replace(config.model, impl=impl)
             given = build_network(model, section["label_drop"], objective.condition_dim)
         return objective(given, **section)
+
+
+def _imported_objective(config: TrainConfig, network: nn.Module | None, impl: str) -> Objective:
+    """The objective at an import path; its network is drawn as of any other, what it draws beside it is of the seed."""
+    path, arguments = config.objective, config.objective_args
+    with caller_keeps_generators():
+        objective = import_maker("objective", path, arguments, network).func
+    _require_classes(config, objective)
+    if network is None:
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(config.seed)
+            drops = float(arguments.get("label_drop") != 0)  # what is not said may be its default
+            model = replace(config.model, impl=impl)
+            network = build_network(model, drops, getattr(objective, "condition_dim", 0))
+    made = imported("objective", path, arguments, config.seed, network)
+    if not isinstance(made, Objective):
+        raise ValueError(
+            f"objective={path!r} makes an object of class {type(made).__name__}; make a "
+            "soflow_fast.objectives.base.Objective"
+        )
+    if impl != "auto" and "impl" not in arguments:
+        made.impl = kernels.resolve_impl(impl)
+    return made
 
 
 def build_optimizer(

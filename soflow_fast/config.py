@@ -89,7 +89,7 @@ class DataConfig(Section, section="data."):
             self.kind in DATA_KINDS or is_import_path(self.kind),
             f"data.kind={self.kind!r} is not known; choose one of {', '.join(DATA_KINDS)}, or package.module.Class",
         )
-        check_arguments("data.", self.kind, self.init_args)
+        check_arguments("data.init_args", self.kind, self.init_args)
         require(
             self.path is None or "path" not in self.init_args,
             f"data.path={self.path!r} and data.init_args both give path; leave one out",
@@ -250,8 +250,10 @@ class TrainConfig(Section):
 
     Attributes:
         run_dir: where the run is written and continued; here, in data.path, initial_weights and evaluation.reference
-            ``~`` is the home. objective: the name of its section, such as ``soflow``; or ``given`` (an object of
-            another class given to the Trainer, of which nothing else is recorded).
+            ``~`` is the home. objective: the name of its section, such as ``soflow``; ``given`` (an object of another
+            class given to the Trainer, see :mod:`soflow_fast.records`); or the import path of a class or function,
+            such as ``my_package.Aligned``, that makes an :class:`~soflow_fast.objectives.base.Objective` of the network
+            and of objective_args.
         batch_size: rows of a step, over all micro-batches and processes, which share them equally.
         total_steps: of the run. seed: of every draw.
         device: ``auto`` (a GPU where there is one), ``cpu``, ``cuda`` or ``cuda:1``.
@@ -266,6 +268,7 @@ class TrainConfig(Section):
 
     run_dir: str = "runs/soflow"
     objective: str = "soflow"
+    objective_args: dict[str, Any] = field(default_factory=dict)
     batch_size: int = 256
     total_steps: int = 400_000
     seed: int = 0
@@ -292,9 +295,11 @@ class TrainConfig(Section):
         super().__post_init__()
         require(self.run_dir != "", "run_dir is empty; name the folder of the run, such as runs/soflow")
         require(
-            self.objective in (*OBJECTIVE_SECTIONS, GIVEN),
-            f"objective={self.objective!r} is not known; choose one of {', '.join(OBJECTIVE_SECTIONS)}",
+            self.objective in (*OBJECTIVE_SECTIONS, GIVEN) or is_import_path(self.objective),
+            f"objective={self.objective!r} is not known; choose one of {', '.join(OBJECTIVE_SECTIONS)}, or "
+            "package.module.Class",
         )
+        check_arguments("objective_args", self.objective, self.objective_args)
         for name in ("batch_size", "total_steps"):
             require_count(name, getattr(self, name))
         require_count("max_skipped_steps", self.max_skipped_steps, least=0)
@@ -330,8 +335,13 @@ class TrainConfig(Section):
         )
 
     @property
+    def has_imported_objective(self) -> bool:
+        """Whether the objective is an import path."""
+        return is_import_path(self.objective)
+
+    @property
     def objective_section(self) -> Any:
-        """The section of the chosen objective, which is not ``given``."""
+        """The section of the chosen objective, which is one of this package's."""
         return getattr(self, self.objective)
 
     @classmethod

@@ -117,8 +117,10 @@ def parse(cls: type, raw: dict, overrides: Sequence[str] = ()) -> dict[str, Any]
             require(value is not None, f"{name} has no value; give one, or leave the key out")
     built = parser.instantiate(namespace)
     for name, value in taken.items():
-        section, key = name.split(".")
-        built[section] = replace(built[section], **{key: value})
+        section, _, key = name.rpartition(".")
+        if section:
+            value, key = replace(built[section], **{key: value}), section
+        built[key] = value
     return {f.name: built[f.name] for f in fields(cls)}
 
 
@@ -127,9 +129,10 @@ def _take_mappings(raw: dict, overrides: Sequence[str], names: set[str]) -> tupl
     raw = {section: dict(values) if isinstance(values, dict) else values for section, values in raw.items()}
     taken, rest, arguments = {}, [], iter(overrides)
     for name in names:
-        section, key = name.split(".")
-        if isinstance(raw.get(section), dict) and key in raw[section]:
-            taken[name] = raw[section].pop(key)
+        section, _, key = name.rpartition(".")
+        values = raw.get(section) if section else raw
+        if isinstance(values, dict) and key in values:
+            taken[name] = values.pop(key)
     for argument in arguments:
         path, equals, text = argument.removeprefix("--").partition("=")
         name = next((name for name in names if f"{path}.".startswith(f"{name}.")), None)

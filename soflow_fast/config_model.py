@@ -79,7 +79,7 @@ class ModelConfig(Section, section="model."):
                 raise ValueError(
                     f"model.{name}={getattr(self, name)!r} does nothing with model.preset={self.preset!r}; {remedy}"
                 )
-        check_arguments("model.", self.preset, self.init_args)
+        check_arguments("model.init_args", self.preset, self.init_args)
         require(
             self.embedding_dim is None or self.num_classes == 0,
             f"model.embedding_dim={self.embedding_dim} stands in place of classes, and model.num_classes is "

@@ -48,7 +48,7 @@ class OptimizerConfig(Section, section="optimizer."):
             f"optimizer.name={self.name!r} is not known; choose one of {', '.join(OPTIMIZER_NAMES)}, or "
             "package.module.Class",
         )
-        check_arguments("optimizer.", self.name, self.init_args)
+        check_arguments("optimizer.init_args", self.name, self.init_args)
         require(
             "lr" not in self.init_args,
             f"optimizer.init_args has lr={self.init_args.get('lr')!r}; give it as optimizer.learning_rate",

@@ -171,6 +171,8 @@ def join(device: torch.device) -> Processes:
     """
     world_size = dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
     if world_size == 1:
+        if device.type == "cuda" and device.index is not None:
+            torch.cuda.set_device(device)  # else pinned memory would begin to use the first GPU too
         return Processes(0, 1, device)
     if device.type == "cuda":
         device = _own_gpu(device, world_size)

@@ -11,8 +11,10 @@ from soflow_fast import build, checkpoint, memory, run_folder
 from soflow_fast.conditions import null_condition
 from soflow_fast.config import TrainConfig
 from soflow_fast.data.look import described
+from soflow_fast.export import use_torch
 from soflow_fast.fingerprint import fingerprint
 from soflow_fast.paths import row_order
+from soflow_fast.records import of_given
 from soflow_fast.run_optimizer import RunOptimizer
 from soflow_fast.trainer import Trainer
 from soflow_fast.validation import describe_validation
@@ -49,7 +51,7 @@ def plan(config: TrainConfig, accept_changes: bool = False) -> Plan:
             or is another than that of the run in its folder.
     """
     # The run's own trainer is asked, of a network of one block: only memory depends on how many there are.
-    is_dit, is_imported = config.model.is_dit, config.model.is_imported
+    is_dit, is_imported = config.model.is_dit, config.model.is_imported or config.has_imported_objective
     one_block = {"depth": 1} if is_dit else {"num_blocks": 1}
     if is_imported or config.optimizer.is_imported:  # which may look for blocks by their numbers
         one_block = {}
@@ -62,11 +64,11 @@ def plan(config: TrainConfig, accept_changes: bool = False) -> Plan:
     precision, device, impl = trainer.step.precision, trainer.processes.device, trainer.model.impl
     plain = {"impl": "torch", **({"attention": "sdpa"} if is_dit else {})}
     counted = replace(config, model=replace(config.model, **plain))
+    objects = of_given(resolved, trainer.model)
     size_of_data = described(trainer.dataset, *told)
     with torch.device("meta"):
         if is_imported:
-            model, counted = trainer.model.to("meta"), trainer.config
-            model.impl = "torch"
+            model, counted = use_torch(trainer.model.to("meta")), trainer.config
         else:
             model = build.build_model(counted)
         with torch.device("cpu"):  # of a learning rate in a tensor
@@ -78,7 +80,7 @@ def plan(config: TrainConfig, accept_changes: bool = False) -> Plan:
                 raise
             flops = None
     recorded = replace(resolved, compute=config.compute)
-    changes = run_folder.changes(trainer.run_dir, recorded, data, accept_changes, made)
+    changes = run_folder.changes(trainer.run_dir, recorded, data, accept_changes, made, objects)
     if config.initial_weights is not None and not found:
         read_weights(model, config.initial_weights, config.initial_weights_except, config.initial_weights_form)
     rows = (trainer.rows.stop - trainer.rows.start) // config.optimizer.accumulation

@@ -78,12 +78,7 @@ def write_program(
     """
     if precision not in SAMPLE_PRECISIONS:
         raise ValueError(f"precision={precision!r} is not known; choose one of {', '.join(SAMPLE_PRECISIONS)}")
-    network = model.network
-    for module in (model, network):
-        if hasattr(module, "impl"):
-            module.impl = "torch"
-    if isinstance(network, DiT):
-        network.attention = "sdpa"
+    network = use_torch(model).network
     low, follows_parameters = precision == "bf16", hasattr(network, "compute_dtype")
     if low and follows_parameters:
         for parameter in network.parameters():
@@ -113,6 +108,16 @@ def write_program(
             )
     limits = [int(found.upper) for found in program.range_constraints.values() if found.upper < _UNLIMITED]
     return _usage(path, arguments, seed) + (f"  # at most {min(limits)} rows a call" if limits else "")
+
+
+def use_torch(model: nn.Module) -> nn.Module:
+    """The objective, from now on with torch's operators in place of the fused ones."""
+    for module in (model, model.network):
+        if hasattr(module, "impl"):
+            module.impl = "torch"
+    if isinstance(model.network, DiT):
+        model.network.attention = "sdpa"
+    return model
 
 
 def write_weights(model: nn.Module, path: Path, about: dict) -> None:

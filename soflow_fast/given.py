@@ -120,10 +120,14 @@ def check(model: Objective, config: TrainConfig, dataset: Dataset) -> None:
 
 
 def ensure_training_mode(model: Objective) -> None:
-    """Puts an objective into training mode, with a warning, where its network is not: dropout would never act."""
+    """Puts an objective's network, and what is trained beside it, into training mode, with a warning, where the network
+    is not: dropout would never act. What is not trained, such as a teacher, stays in its mode.
+    """
     if model.network.training:
         return
-    model.train()
+    for part in model.children():
+        if any(p.requires_grad for p in part.parameters()):
+            part.train()
     if is_first_process():
         _log.warning(
             "the network %s was given in eval mode, as from_pretrained returns it; it is put into training mode, in "
@@ -208,7 +212,7 @@ def _with_values_of(config: TrainConfig, model: nn.Module, preset: str) -> Train
         return config
     name = next((name for name, objective in build.OBJECTIVES.items() if type(model) is objective), GIVEN)
     sections = {} if name == GIVEN else {name: _section_of(model, name)}
-    return replace(config, objective=name, **sections)
+    return replace(config, objective=name, objective_args={}, **sections)
 
 
 def _section_of(objective: nn.Module, name: str) -> object:

@@ -1,4 +1,4 @@
-"""Networks, data sets and optimizers that a configuration names by their import path, ``package.module.Class``."""
+"""What a configuration names by its import path, ``package.module.Class``: networks, objectives, data, optimizers."""
 
 import importlib.util
 import inspect
@@ -23,11 +23,11 @@ def check_arguments(setting: str, name: str, arguments: dict[str, Any]) -> None:
     """ValueError for arguments that no import path takes, or that YAML and JSON do not hold as they are.
 
     Args:
-        setting: the section, with its dot. name: the preset or kind.
+        setting: the name of the arguments, such as ``model.init_args``. name: the preset, kind or objective.
     """
     if arguments and not is_import_path(name):
         raise ValueError(
-            f"{setting}init_args={arguments!r} does nothing with {name!r}; it is for classes named as "
+            f"{setting}={arguments!r} does nothing with {name!r}; it is for classes named as "
             "package.module.Class; leave it out"
         )
     try:
@@ -36,7 +36,7 @@ def check_arguments(setting: str, name: str, arguments: dict[str, Any]) -> None:
         same = False
     if not same:
         raise ValueError(
-            f"{setting}init_args={arguments!r} cannot be kept on record as it is; use numbers, texts, lists and "
+            f"{setting}={arguments!r} cannot be kept on record as it is; use numbers, texts, lists and "
             "mappings of names"
         )
 

@@ -117,7 +117,8 @@ class Meter:
         """The means by name, and a fresh start.
 
         ``<part>/mse`` is unweighted and ``<part>/weighted`` is times the adaptive weight; ``<part>/mse_by_time`` is
-        over :data:`TIME_BINS` equal bins of t, None where a bin had no rows.
+        over :data:`TIME_BINS` equal bins of t, None where a bin had no rows. Of a part that is one number there is
+        ``<part>/loss``.
         """
         sizes = {name: len(sums) for name, sums in self._sums.items()}
         if not sizes:

@@ -35,13 +35,20 @@ class ComputeCopy:
     does not count, call :meth:`write`.
 
     Args:
-        module: whose parameters are the masters. dtype: of the copies.
+        module: by whose names its parameters, the masters, are known. part: the module in it that has copies, such as
+            an objective's network; all of it by default. What is beside it computes on its own parameters.
+        dtype: of the copies.
     """
 
-    def __init__(self, module: nn.Module, dtype: torch.dtype = torch.bfloat16):
-        self._masters = dict(module.named_parameters())
+    def __init__(self, module: nn.Module, part: nn.Module | None = None, dtype: torch.dtype = torch.bfloat16):
+        inside = {id(p) for p in (module if part is None else part).parameters()}
+        named = dict(module.named_parameters())
+        self._masters = {name: p for name, p in named.items() if id(p) in inside}
         self.copies = {name: p.detach().to(dtype) for name, p in self._masters.items()}
         self._trained = [name for name, p in self._masters.items() if p.requires_grad]
+        # an optimizer that writes the copies writes one of each parameter
+        beside = [p for p in named.values() if p.requires_grad and id(p) not in inside]
+        self._unread = {id(p): torch.empty_like(p, dtype=dtype) for p in beside}
         self._versions = self._current_versions()
 
     def _current_versions(self) -> list[int]:
@@ -58,8 +65,8 @@ class ComputeCopy:
         self._versions = self._current_versions()
 
     def copies_of(self, parameters: Sequence[Tensor]) -> list[Tensor]:
-        """The copies of the given masters, for an optimizer that writes them itself."""
-        by_master = {id(p): self.copies[name] for name, p in self._masters.items()}
+        """The copies of the given parameters, also those that nothing reads, for an optimizer that writes them."""
+        by_master = self._unread | {id(p): self.copies[name] for name, p in self._masters.items()}
         return [by_master[id(p)] for p in parameters]
 
     def refresh(self) -> None:

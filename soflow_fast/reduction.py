@@ -74,11 +74,12 @@ class CompiledReduction:
 
         Args:
             parameters: :attr:`parameters`, as inputs of what is compiled.
-            values: that stand for them, such as copies in low precision, and for others; empty: they are their own.
+            values: that stand for them, such as copies in low precision, and for others; those without are their own.
         """
         entering = dict(values)
         for names in self._names:
-            own, others = [parameters[name] for name in names], [values[name] for name in names if name in values]
+            own = [parameters[name] for name in names]
+            others = [values.get(name, parameters[name]) for name in names] if values else []
             entering.update(zip(names, _Summed.apply(self._group, len(names), *own, *others), strict=True))
         return entering
 

@@ -13,7 +13,7 @@ from typing import Literal, TextIO
 
 from torch import nn
 
-from soflow_fast import build, checkpoint, fingerprint, given, posthoc, run_optimizer
+from soflow_fast import build, checkpoint, fingerprint, given, posthoc, records, run_optimizer
 from soflow_fast.checkpoint import CHECKPOINTS
 from soflow_fast.config import OBJECTIVE_SECTIONS, TrainConfig
 from soflow_fast.config_io import read_yaml
@@ -24,6 +24,7 @@ _log = logging.getLogger(__name__)
 CONFIG_NAME = "config.yaml"
 DATA_NAME = "data.json"
 OPTIMIZER_NAME = "optimizer.json"
+GIVEN_NAME = "given.json"
 CHANGES_NAME = "changes.jsonl"
 LOCK_NAME = ".lock"
 
@@ -52,13 +53,19 @@ def read_config(run_dir: Path) -> TrainConfig:
 
 
 def changes(
-    run_dir: Path, config: TrainConfig, data: dict[str, object], accept: bool, made: dict | None = None
+    run_dir: Path,
+    config: TrainConfig,
+    data: dict[str, object],
+    accept: bool,
+    made: dict | None = None,
+    objects: dict | None = None,
 ) -> list[dict[str, object]]:
     """How a configuration and data differ from those of the run in the folder, if there is one: key, before, after.
 
     Args:
         data: their :func:`~soflow_fast.fingerprint.fingerprint`; a run that has none on record takes those at its path.
         accept: whether they may differ where that changes the weights. made: how an optimizer of the user's was made.
+        objects: :func:`~soflow_fast.records.of_given` of the run; one that has none on record takes any.
 
     Raises:
         ValueError: where they may not, and for a folder that is a file.
@@ -82,6 +89,7 @@ def changes(
         for name in config.differences(theirs)
     ]
     found += run_optimizer.changes(_read_json(run_dir / OPTIMIZER_NAME), made)
+    found += records.changes_of_given(_read_json(run_dir / GIVEN_NAME), objects)
     for change in () if accept else found:
         raise ValueError(
             f"run_dir={str(run_dir)!r} holds a run with {change['key']} {change['before']!r}, and this one has "
@@ -229,6 +237,7 @@ def claim(
     changed: list[dict[str, object]],
     step: int,
     made: dict | None = None,
+    objects: dict | None = None,
 ) -> None:
     """Makes the folder that of a run: writes its records, and what changed after a step."""
     history = _text(run_dir / CHANGES_NAME) or ""
@@ -236,7 +245,7 @@ def claim(
     new = [line for line in lines if line not in history.splitlines()]  # a kill may have come before the records below
     if new:
         checkpoint.replace_text(run_dir / CHANGES_NAME, history + "".join(f"{line}\n" for line in new))
-    for name, record in ((DATA_NAME, data), (OPTIMIZER_NAME, made)):
+    for name, record in ((DATA_NAME, data), (OPTIMIZER_NAME, made), (GIVEN_NAME, objects)):
         if _read_json(run_dir / name) != record:
             checkpoint.replace_text(run_dir / name, json.dumps(record, indent=1) + "\n")
     checkpoint.replace_text(run_dir / CONFIG_NAME, config.to_yaml())

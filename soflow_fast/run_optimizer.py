@@ -17,10 +17,10 @@ from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 from soflow_fast.config_optimizer import OptimizerConfig
 from soflow_fast.optim import OPTIMIZERS, OnePass
+from soflow_fast.records import class_of, differences, plain_values
 
 # Of a group, what is no hyper-parameter; and what may depend on the machine.
 _PARAMETERS, _OF_THE_MACHINE = ("params", "param_names"), ("capturable", "foreach", "fused", "differentiable")
-_NOT_PLAIN = object()
 
 
 class RunOptimizer:
@@ -43,11 +43,10 @@ class RunOptimizer:
             return
         names, groups = {id(p): name for name, p in model.named_parameters()}, []
         for group, ratio in zip(optimizer.param_groups, self._ratios, strict=True):
-            values = {k: _plain(v) for k, v in group.items() if k not in (*_PARAMETERS, *_OF_THE_MACHINE)}
-            values = {key: value for key, value in values.items() if value is not _NOT_PLAIN}
+            values = plain_values({k: v for k, v in group.items() if k not in (*_PARAMETERS, *_OF_THE_MACHINE)})
             parameters = [names.get(id(p), "not of the model") for p in group["params"]]
             groups.append({"parameters": parameters, "values": {**values, "lr": float(f"{ratio:.6g}")}})
-        self.made = {"class": f"{type(optimizer).__module__}.{type(optimizer).__qualname__}", "groups": groups}
+        self.made = {"class": class_of(optimizer), "groups": groups}
 
     def set_rate(self, lr: float) -> None:
         """Sets the learning rate; of a group that was made with another one, in its ratio to it."""
@@ -165,10 +164,7 @@ def changes(before: dict | None, after: dict | None) -> list[dict[str, object]]:
         return [{"key": "optimizer", "before": _named(before), "after": f"{_named(after)}{other}, begun anew"}]
     found = []
     for number, (old, new) in enumerate(zip(_values(before), _values(after), strict=True)):
-        for key in sorted(old.keys() | new.keys()):
-            if old.get(key) != new.get(key):
-                where = f"optimizer group {number} {key}"
-                found.append({"key": where, "before": old.get(key), "after": new.get(key)})
+        found += differences(f"optimizer group {number}", old, new)
     return found
 
 
@@ -211,13 +207,3 @@ def _values(made: dict | None) -> list[dict]:
 
 def _named(made: dict) -> str:
     return f"{made['class']} of {[len(group['parameters']) for group in made['groups']]} parameters"
-
-
-def _plain(value: Any) -> Any:
-    """A value as JSON gives it back, or ``_NOT_PLAIN``."""
-    if torch.is_tensor(value) and value.numel() == 1:
-        return value.item()
-    if type(value) in (list, tuple):
-        parts = [_plain(part) for part in value]
-        return _NOT_PLAIN if any(part is _NOT_PLAIN for part in parts) else parts
-    return value if value is None or type(value) in (bool, int, float, str) else _NOT_PLAIN

@@ -21,6 +21,9 @@ SAMPLE_PRECISIONS = ("bf16", "fp32")
 
 Decoder = Callable[[Tensor], Tensor]
 
+# How many latents are decoded at a time.
+_DECODED_ROWS = 32
+
 
 @torch.no_grad()
 def sample(
@@ -105,8 +108,8 @@ class Sampler:
     Args:
         model: an objective, on its device. shape: (C, H, W). steps: as in :func:`sample`. seed: of the noise.
         batch: B, samples at a time.
-        precision: ``bf16`` computes on bfloat16 copies of the parameters (networks other than DiT under autocast),
-            ``fp32`` on the parameters as they are. By default bf16 on a GPU, else fp32.
+        precision: ``bf16`` computes on bfloat16 copies of the network's parameters (networks other than DiT under
+            autocast), ``fp32`` on the parameters as they are. By default bf16 on a GPU, else fp32.
         compile: whether a batch is compiled, by default on a GPU; see :func:`~soflow_fast.capture.compiled`.
         cuda_graph: whether a batch is one CUDA graph; by default where it is compiled for a GPU.
 
@@ -141,7 +144,7 @@ class Sampler:
         self._batch = _Batch(model, tuple(shape), steps, seed, batch)
         low = self.precision == "bf16"
         follows_parameters = hasattr(model.network, "compute_dtype")
-        self._copy = ComputeCopy(self._batch) if low and follows_parameters else None
+        self._copy = ComputeCopy(self._batch, model.network) if low and follows_parameters else None
         self._autocast = low and not follows_parameters
         self._run = compiled(_draw, self.compile)  # a method of this object would keep it in a cycle
         self._graph: Captured | None = None
@@ -169,7 +172,9 @@ class Sampler:
         for first in range(rows.start, rows.stop, self.batch):
             some = None if labels is None else labels[first : first + self.batch].to(self.device)
             samples = self(some, first)[: rows.stop - first]
-            yield (samples if decode is None else decode(samples)).float().cpu()
+            if decode is not None:  # a few at a time: an image takes 100 times the memory of its latent, and more
+                samples = torch.cat([decode(part) for part in samples.split(_DECODED_ROWS)])
+            yield samples.float().cpu()
 
     def __call__(self, labels: Tensor | None, first_row: int = 0) -> Tensor:
         """The batch whose first sample has the given number; the first call compiles and captures.

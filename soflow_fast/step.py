@@ -36,13 +36,14 @@ class StepStats(NamedTuple):
     """What a step reports, on the device; reading a value on the host synchronises. The next step may overwrite it.
 
     Attributes:
-        loss: 0-d. grad_norm: 0-d, global L2 norm before clipping. parts: the losses by name, over this process's rows.
+        loss: 0-d. grad_norm: 0-d, global L2 norm before clipping. parts: the losses by name, over this process's rows;
+            0-d where the objective reports a term so.
         finite: 0-d bool, whether the gradient is; if not, the step was left out.
     """
 
     loss: Tensor
     grad_norm: Tensor
-    parts: dict[str, LossOutput]
+    parts: dict[str, LossOutput | Tensor]
     finite: Tensor
 
 
@@ -94,6 +95,10 @@ class TrainStep:
     gradient is not finite, an optimizer that can leave a step out and the EMA stay as they were: that too is decided
     on the device.
 
+    The objective's attributes, such as ``model.velocity_share = 0.5``, may be changed between steps; where the loss is
+    compiled, it is compiled anew for them. A CUDA graph has them as they were at its capture: what is changed after
+    that is ignored.
+
     Args:
         model: an objective such as :class:`~soflow_fast.SoFlow`, already on its device.
         optimizer: over ``model.parameters()``, best :class:`~soflow_fast.optim.AdamW` or ``RAdam``; of others, see
@@ -104,10 +109,10 @@ class TrainStep:
         accumulation: micro-batches per step; it divides the batch. grad_clip: largest global gradient norm, or None.
         latent_scale: x0 holds latent moments (B, 2C, H, W), see
             :func:`soflow_fast.kernels.reference.noisy_sample`; None: x0 are samples.
-        precision: ``bf16`` computes on bfloat16 copies of the float32 parameters (networks other than DiT under
-            autocast), ``tf32`` on the parameters with TensorFloat-32 products, ``fp32`` on the parameters as they are.
-            By default bf16 on a GPU, else fp32. Where the objective's ``needs_float32`` is true, no product is rounded
-            to TensorFloat-32.
+        precision: ``bf16`` computes on bfloat16 copies of the network's float32 parameters, and what the objective has
+            beside it on its own ones (networks other than DiT: all under autocast), ``tf32`` on the parameters with
+            TensorFloat-32 products, ``fp32`` on the parameters as they are. By default bf16 on a GPU, else fp32. Where
+            the objective's ``needs_float32`` is true, no product is rounded to TensorFloat-32.
         compile: whether the loss is compiled, by default on a GPU; see :func:`~soflow_fast.capture.compiled`.
         cuda_graph: replay the whole step as one CUDA graph, by default on a GPU with one process and an optimizer that
             allows it: one of soflow_fast.optim, or one that is capturable, its learning rate a tensor. The first steps
@@ -187,7 +192,7 @@ class TrainStep:
         self.rank, self.world_size = rank, world_size
         self.step = torch.zeros((), dtype=torch.int64, device=device)
         self._seed = torch.full_like(self.step, seed)  # a number would be a constant of the compiled code
-        self.copy = ComputeCopy(model) if on_copies else None
+        self.copy = ComputeCopy(model, model.network) if on_copies else None
         # its order of gradients is known; in another order, products would be put off with all that they need
         is_dit = type(model.network) is DiT
         in_backward = world_size > 1 and self.compile and accumulation == 1 and is_dit
@@ -205,7 +210,7 @@ class TrainStep:
             self._loss = DistributedDataParallel(
                 self._loss, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True
             )
-        self._orders: dict[int, list[tuple[Tensor, Tensor, int]]] = {}
+        self._orders: dict[tuple[int, float], list[tuple[Tensor, Tensor, int]]] = {}
         self._latent_scale, self._augment = latent_scale, augment
         self._steps_run = 0
         # One for all steps before the capture: the allocator keeps its blocks by stream.
@@ -346,10 +351,11 @@ class TrainStep:
 
     def _row_orders(self, batch: int) -> list[tuple[Tensor, Tensor, int]]:
         """For each micro-batch: offsets into the rows, velocity first; their global rows; how many are velocity."""
-        if batch not in self._orders:
+        key = batch, self.model.velocity_share
+        if key not in self._orders:
             if batch % self.accumulation:
                 raise ValueError(f"accumulation={self.accumulation} does not divide the batch of {batch} rows")
-            n, device, share = batch // self.accumulation, self.step.device, self.model.velocity_share
+            n, device, share = batch // self.accumulation, self.step.device, key[1]
             counts = {row_order(n, share, first)[1] for first in range(0, batch * self.world_size, n)}
             if len(counts) > 1:
                 raise ValueError(
@@ -361,14 +367,23 @@ class TrainStep:
                 order, n_velocity = row_order(n, share, self.rank * batch + first)
                 order = torch.tensor(order, device=device) + first
                 orders.append((order, order + self.rank * batch, n_velocity))
-            self._orders[batch] = orders
-        return self._orders[batch]
+            self._orders[key] = orders
+        return self._orders[key]
 
 
-def _joined(parts: list[dict[str, LossOutput]]) -> dict[str, LossOutput]:
+def _joined(parts: list[dict[str, LossOutput | Tensor]]) -> dict[str, LossOutput | Tensor]:
     """The parts of all micro-batches as one."""
     joined = {}
-    for name in parts[0]:
+    for name, first in parts[0].items():
+        if torch.is_tensor(first) and first.dim() == 0:
+            joined[name] = torch.stack([part[name].detach() for part in parts]).mean()
+            continue
+        if not isinstance(first, LossOutput):
+            what = f"a tensor of shape {tuple(first.shape)}" if torch.is_tensor(first) else f"a {type(first).__name__}"
+            raise ValueError(
+                f"the part {name!r} of the loss is {what}; report a LossOutput of soflow_fast.objectives.base, or a "
+                "0-d tensor, such as the mean of a term"
+            )
         losses, *rows = zip(*(part[name] for part in parts), strict=True)
         mean = torch.stack([loss.detach() for loss in losses]).mean()
         joined[name] = LossOutput(mean, *(torch.cat(values) for values in rows))

@@ -29,6 +29,7 @@ from soflow_fast.grids import Grids
 from soflow_fast.images import are_images, labels_of_samples, vae_decoder
 from soflow_fast.logs import Meter, Quiet, RunLog, due
 from soflow_fast.optim import can_leave_out
+from soflow_fast.records import of_given
 from soflow_fast.run_folder import load_run
 from soflow_fast.run_optimizer import RunOptimizer
 from soflow_fast.scoring import Scoring
@@ -93,7 +94,9 @@ class Trainer:
         config.require_effect()
         self.config = config
         device = build.resolve_device(config.device)
-        if model is None:
+        if model is None and config.has_imported_objective:
+            model = build.build_model(config)  # the user's code may not run on the meta device
+        elif model is None:
             with torch.device("meta"):  # a value that cannot be is found before large weights are drawn
                 planned = build.build_model(config)
         network = build.network_of(planned if model is None else model)
@@ -121,6 +124,7 @@ class Trainer:
         wanted = config.optimizer
         self.optimizer = build.build_optimizer(config, self.model, optimizer)
         self._of_run = RunOptimizer(self.optimizer, self.model, wanted)
+        self._given = of_given(config, self.model)
         self.ema = EMA(self.model, config.ema.decay, config.ema.warmup)
         self.averages = [PowerEMA(self.model, std) for std in config.ema.posthoc]
         compute = {name: None if value == "auto" else value for name, value in asdict(config.compute).items()}
@@ -338,8 +342,8 @@ class Trainer:
         return state.step, state.skipped_steps
 
     def _newest_checkpoint(self, data: dict[str, object]) -> Path | None:
-        made = self._of_run.made
-        self._changes = run_folder.changes(self.run_dir, self.config, data, self._accept_changes, made)
+        made = self._of_run.made, self._given
+        self._changes = run_folder.changes(self.run_dir, self.config, data, self._accept_changes, *made)
         found = checkpoint.committed(self.checkpoints)
         return found[-1] if found else None
 
@@ -352,7 +356,7 @@ class Trainer:
                 f"run_dir={str(self.run_dir)!r} was trained in by another process while this one read its step {step}; "
                 "give the same command again"
             )
-        run_folder.claim(self.run_dir, self.config, data, self._changes, step, self._of_run.made)
+        run_folder.claim(self.run_dir, self.config, data, self._changes, step, self._of_run.made, self._given)
         return posthoc.remove_after(self.run_dir, step)
 
     def _save(self, step: int, skipped: int) -> None:

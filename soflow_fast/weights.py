@@ -11,11 +11,15 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from soflow_fast import checkpoint, flow_weights
+from soflow_fast.objectives.base import Objective
 from soflow_fast.positions import are_of_one_grid
 
 # Under which names trainings keep weights beside other things; the averages first, as they are the better ones.
 _USUAL = ("ema", "ema_state_dict", "ema_model", "model_ema", "state_dict_ema")
 _USUAL += ("model", "model_state_dict", "state_dict", "network", "net")
+
+# Before the names of a network's weights in an objective.
+_PREFIX = "network."
 
 _OF_OTHER_TRAININGS = ", or set initial_weights_form (sit, repa, meanflow) if it is of one of those"
 
@@ -40,7 +44,9 @@ def read_weights(
             checkpoints, whose averages are taken. A file of torch.save holds a state_dict, or several and other things
             by name (also the state of a TrainStep); the averages are taken, if there are any, and what they leave out,
             such as buffers, from the others. Objects of Python code in it are refused, not run. The state_dict may be
-            of an objective or of a network, with a prefix that a wrapper put before every name.
+            of an objective or of a network, with a prefix that a wrapper put before every name. What an objective
+            has beside its network, such as a projection for a term of its loss, is left out where the model does not
+            have it.
         keep: parts of the network that stay as they are, such as ``y_embedder`` or ``blocks.3``, whatever the weights
             have there.
         form: ``own``: of this network; ``sit``, ``repa`` or ``meanflow``: of those trainings' transformers, see
@@ -61,6 +67,10 @@ def read_weights(
     weights: dict[str, Tensor] = {}
     for part in reversed([_renamed(part, own) for part in parts]):  # averages may be of parameters alone
         weights = {name: value for name, value in weights.items() if name in own} | part
+    beside = set()
+    if isinstance(model, Objective) and any(name.startswith(_PREFIX) for name in weights):
+        beside = {name for name in weights.keys() - own if not name.startswith(_PREFIX)}
+        weights = {name: value for name, value in weights.items() if name not in beside}
     if form != "own":
         weights = flow_weights.converted(weights, form, model)
         origin = f"{origin}, converted from {form}"
@@ -170,10 +180,12 @@ def _renamed(weights: Mapping[str, Tensor], own: Set[str]) -> dict[str, Tensor]:
     """
     weights = {name: value for name, value in weights.items() if value.dim() or "." in name or name in own}
     prefixes = ["", *accumulate(f"{part}." for part in next(iter(weights), "").split(".")[:-1])]
-    forms = [
-        {added + name.removeprefix(prefix): value for name, value in weights.items()}
-        for prefix in prefixes
-        if all(name.startswith(prefix) for name in weights)
-        for added in ("", "network.")
-    ]
+    forms = []
+    for prefix in prefixes:
+        if all(name.startswith(prefix) for name in weights):
+            form = {name.removeprefix(prefix): value for name, value in weights.items()}
+            forms += [form, {_PREFIX + name: value for name, value in form.items()}]
+            # of an objective with more in it, for a network
+            inside = {name: value for name, value in form.items() if name.startswith(_PREFIX)}
+            forms.append({name.removeprefix(_PREFIX): value for name, value in inside.items()})
     return max(forms, key=lambda form: len(form.keys() & own))

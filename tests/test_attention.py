@@ -21,10 +21,10 @@ CPU_BACKENDS = ("sdpa", "torch_flash", "math")
 HEAD_DIMS = (8, 36, 64, 72)
 
 
-def _qkv(head_dim, dtype=torch.float64, device="cpu"):
+def _qkv(head_dim, dtype=torch.float64, device="cpu", tokens=24):
     generator = torch.Generator().manual_seed(0)
     # heads in the middle, as the fused qkv projection leaves them: the tensors are strided
-    qkv = torch.randn(2, 24, 3, 4, head_dim, generator=generator, dtype=torch.float64)
+    qkv = torch.randn(2, tokens, 3, 4, head_dim, generator=generator, dtype=torch.float64)
     return [y.to(device, dtype).requires_grad_() for y in qkv.permute(2, 0, 3, 1, 4)]
 
 
@@ -119,6 +119,32 @@ def test_gpu_backend_and_its_gradients(backend, head_dim):
         pytest.skip("flash-attn is not installed")
     ours = _outputs_and_gradients(lambda q, k, v: attention(q, k, v, backend), _qkv(head_dim, torch.bfloat16, "cuda"))
     _assert_within_bfloat16(ours, _outputs_and_gradients(_plain, _qkv(head_dim)))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="a bug of cuDNN's on GPUs")
+@pytest.mark.parametrize("head_dim", [64, 72])
+def test_gradients_of_peaks_far_below_zero_are_finite_on_a_gpu(head_dim):
+    """Of 64 tokens whose logits are about −120, which cuDNN's backward was reported to turn into NaN."""
+    q, k, v = (0.1 * y.detach() for y in _qkv(head_dim, torch.float32, "cuda", tokens=64))
+    q[..., 0], k[..., 0] = 1.0, -120 * head_dim**0.5
+    inputs = [y.bfloat16().requires_grad_() for y in (q, k, v)]
+    output = attention(*inputs, "sdpa")
+    assert all(gradient.isfinite().all() for gradient in torch.autograd.grad(output.sum(), inputs))
+
+
+def test_cudnn_is_not_chosen_by_itself(monkeypatch):
+    seen, sdpa = [], torch.nn.functional.scaled_dot_product_attention
+    enabled = torch.backends.cuda.cudnn_sdp_enabled
+
+    def called(*args):
+        seen.append((enabled(), torch.backends.cuda.flash_sdp_enabled(), torch.backends.cuda.math_sdp_enabled()))
+        return sdpa(*args)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", called)
+    before = enabled()
+    attention(*_qkv(8), "sdpa")
+    assert seen == [(False, True, True)]
+    assert enabled() == before
 
 
 def test_math_has_a_forward_mode_derivative():

@@ -76,6 +76,20 @@ def test_devices_that_cannot_be(device, words):
         build.resolve_device(device)
 
 
+def test_a_gpu_that_torch_cannot_use_is_said(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(build, "_DRIVER", tmp_path / "version")
+    assert build.resolve_device("auto") == torch.device("cpu")
+    assert not caplog.records
+    build._DRIVER.write_text("NVRM version: 535")
+    assert build.resolve_device("auto") == torch.device("cpu")
+    (record,) = caplog.records
+    assert "there is an NVIDIA driver, and torch, built for CUDA 13.0, finds no GPU" in record.getMessage()
+    build.resolve_device("cpu")
+    assert len(caplog.records) == 1
+
+
 def test_data_that_does_not_fit_the_model(tmp_path):
     config = tiny_config(tmp_path)
     assert build.check_dataset(config, Blobs(shape=(1, 8, 8))) is None

@@ -13,7 +13,7 @@ from PIL import Image
 from runs import pixel_features, tiny_config, write_images, write_statistics
 from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
 
-from soflow_fast import SoFlow, build, evaluate, fidelity
+from soflow_fast import SoFlow, build, evaluate, fidelity, sample
 from soflow_fast.config import DataConfig, EvaluationConfig, SoFlowConfig
 from soflow_fast.data import ImageFolder, digits
 from soflow_fast.data.crop import centre_crop
@@ -376,6 +376,10 @@ def test_latents_are_unscaled_and_decoded(monkeypatch):
         torch.cat(list(generate(model, None, 3, (4, 8, 8), decode=function, **options))) for function in (None, decode)
     )
     torch.testing.assert_close(decoded, decode(plain))
+    monkeypatch.setattr(sample, "_DECODED_ROWS", 1)  # a few at a time
+    monkeypatch.setattr(_FakeVae, "decode", lambda self, latents, whole=_FakeVae.decode: whole(self, latents[:1]))
+    in_parts = torch.cat(list(generate(model, None, 3, (4, 8, 8), decode=decode, **options)))
+    torch.testing.assert_close(in_parts, decoded)
     with pytest.raises(ValueError, match=r"data\.vae='nowhere' cannot be read \(no such autoencoder\)"):
         vae_decoder("nowhere", 1.0, torch.device("cpu"))
 

@@ -16,11 +16,14 @@ README = Path(__file__).parents[1] / "README.md"
 class _Samples(torch.utils.data.Dataset):
     """Eight samples of a class each."""
 
+    def __init__(self, shape):
+        self.shape = shape
+
     def __len__(self):
         return 8
 
     def __getitem__(self, i):
-        return torch.full((1, 8, 8), i / 8), i % 3
+        return torch.full(self.shape, i / 8), i % 3
 
 
 def _settings(folder):
@@ -37,6 +40,26 @@ def _settings(folder):
     }  # fmt: skip
 
 
+def _blocks(language):
+    return re.findall(rf"```{language}\n(.*?)```", README.read_text(), re.DOTALL)
+
+
+def test_the_network_of_the_readme_trains(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    block = _blocks("python")[0]
+    assert "10_000" in block
+    names = {"my_dataset": _Samples((3, 32, 32))}
+    exec(block.replace("10_000", "2, 'batch_size': 8, 'device': 'cpu', 'output': {'sample_every': 0}"), names)
+    assert sorted(path.name for path in Path("runs/mine/checkpoints").iterdir()) == ["step-00000002"]
+    net = names["Net"]()
+    assert net.num_classes == names["config"].model.num_classes
+    objective = SoFlow(net)
+    images = torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    objective.loss(images, torch.arange(8), progress=0.5, seed=0, step=0).loss.backward()
+    assert not objective.needs_float32  # its difference forward could be derived
+    assert all(p.grad.any() for p in net.parameters())
+
+
 def test_the_python_of_the_readme_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     digits = _settings("runs/digits") | {"data": {"kind": "digits"}}
@@ -49,7 +72,7 @@ def test_the_python_of_the_readme_runs(tmp_path, monkeypatch):
     names = {
         "config": TrainConfig.from_yaml("given.yaml"),
         "my_network": DiT(8, 4, 1, 16, 1, 2, num_classes=3),
-        "my_dataset": _Samples(),
+        "my_dataset": _Samples((1, 8, 8)),
         "x0": x0,
         "noise": noise,
         "labels": labels,
@@ -57,36 +80,31 @@ def test_the_python_of_the_readme_runs(tmp_path, monkeypatch):
         "step": 7,
         "batches": [(x0, labels), (x0, labels)],
     }
-    blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
-    assert len(blocks) == 5
-    for block in blocks[:2]:
+    _, loss, fast, trained, own = _blocks("python")
+    for block in (loss, fast):
         exec(block.replace("DiT-B/4", "DiT-S/4"), names)
     assert names["loss"].isfinite()
     assert names["images"].shape == x0.shape
     assert names["stats"].finite
     names |= {"noise": noise[:3, :1, :8, :8], "labels": labels[:3]}
-    exec(blocks[2], names)
-    trained = names["model"].network
-    torch.save({"ema": {name: value + 1 for name, value in trained.state_dict().items()}}, "weights.pt")
-    before = trained.final_layer.linear.bias.clone()
-    exec(blocks[3], names)
-    assert torch.equal(trained.final_layer.linear.bias, before + 1)
+    weights = names["my_network"].state_dict()
+    torch.save({"ema": {name: value + 1 for name, value in weights.items()}}, "weights.pt")
+    wanted = weights["final_layer.linear.bias"] + 1
+    exec(trained, names)
+    assert names["images"].shape == (3, 1, 8, 8)
+    assert torch.equal(names["model"].network.final_layer.linear.bias, wanted)
     assert sorted(path.name for path in Path("runs").iterdir()) == ["digits", "given"]
-    exec(blocks[4], names)
-    net, model_config = names["Net"](), names["config"].model
-    images = torch.randn(8, model_config.in_channels, 8, 8, generator=generator)
-    objective = SoFlow(net)
-    objective.loss(images, torch.arange(8), progress=0.5, seed=0, step=0).loss.backward()
-    assert not objective.needs_float32  # its difference forward could be derived
-    assert all(p.grad.any() for p in net.parameters())
-    assert net.num_classes == model_config.num_classes
+    exec(own, names)
+    objective = names["Distilled"](names["my_network"], SoFlow(DiT(8, 4, 1, 16, 1, 2, num_classes=3)), guidance_scale=2)
+    total = objective.loss(torch.ones(4, 1, 8, 8), torch.zeros(4, dtype=torch.int64), 0.5, step=3)
+    assert {*total.parts} == {"velocity", "consistency", "squares"}
+    assert total.loss.isfinite()
+    assert not any("teacher" in name for name in objective.state_dict())
 
 
 def test_the_configurations_of_the_readme_are_read():
-    own, flowers, cifar10 = (
-        TrainConfig.from_dict(yaml.safe_load(block))
-        for block in re.findall(r"```yaml\n(.*?)```", README.read_text(), re.DOTALL)
-    )
+    own, flowers, cifar10 = (TrainConfig.from_dict(yaml.safe_load(block)) for block in _blocks("yaml"))
+    assert (own.optimizer.name, own.objective_args) == ("torch.optim.SGD", {"weight": 0.5})
     assert (own.model.init_args, own.data.kind) == ({"width": 128}, "my_package.Photos")
     assert (flowers.data.kind, flowers.ema.posthoc) == ("folder", (0.05, 0.1))
     published = TrainConfig.from_dict(yaml.safe_load(CIFAR10))

@@ -28,6 +28,7 @@ from soflow_fast.data import LatentMoments, batches, digits
 from soflow_fast.data.order import permutation
 from soflow_fast.logs import Quiet
 from soflow_fast.objectives.alphaflow import AlphaFlow
+from soflow_fast.objectives.base import TotalLoss
 from soflow_fast.objectives.flow_matching import FlowMatching
 from soflow_fast.objectives.improved_meanflow import ImprovedMeanFlow
 from soflow_fast.objectives.meanflow import MeanFlow
@@ -288,6 +289,22 @@ class Waves(Blobs):
     def __init__(self, path, n=30):
         super().__init__(n=n)
         self.n, self.path = n, path
+
+
+class _WithTerm(FlowMatching):
+    """Adds the mean of the labels to the loss."""
+
+    def loss_of_rows(self, x0, labels, *arguments, **keywords):
+        total, term = super().loss_of_rows(x0, labels, *arguments, **keywords), labels.double().mean()
+        return TotalLoss(total.loss + term, {**total.parts, "term": term})
+
+
+def test_a_term_of_ones_own_is_a_mean_over_the_rows(tmp_path):
+    config = _config(tmp_path, data={"validation_samples": 20})  # a batch of 16, and one of 4
+    found = _at(Trainer(config, model=_WithTerm(_WithDropout())))
+    mean = float(digits("held_out").tensors[1][permutation(450, _SEED, 0)[:20]].double().mean())
+    assert found["validation/term/loss"] == found["validation/ema/term/loss"] == pytest.approx(mean)
+    assert found["validation/loss"] == pytest.approx(found["validation/velocity/weighted"] + mean)
 
 
 def test_a_dry_run_mentions_it(tmp_path, capsys):

@@ -140,7 +140,7 @@ def batches(
         pin_memory=device.type == "cuda",
         generator=torch.Generator().manual_seed(seed),  # the loader seeds its workers from it, not from the global one
     )
-    items = iter(loader)
+    items, copied = iter(loader), _Copies(device)
     try:
         for item in items:
             if isinstance(item, ValueError):
@@ -149,10 +149,26 @@ def batches(
             require_floating_point(x)
             if null_condition is None:
                 labels = checked_labels(labels, num_classes) if num_classes else None
-            if labels is not None:
-                labels = labels.to(device, non_blocking=True)
             # In its own dtype to the device, where it is widened: half the bytes, and no copy on the host.
-            yield x.to(device, non_blocking=True).float(), labels
+            yield copied(x).float(), None if labels is None else copied(labels)
     finally:
         if workers:  # the traceback of a worker's error would keep them, and torch raises for one that is killed later
             items._shutdown_workers()
+
+
+class _Copies:
+    """From pinned memory to a GPU on a stream of their own, beside the step before, which is still computed there."""
+
+    def __init__(self, device: torch.device):
+        self._device = device
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def __call__(self, tensor: Tensor) -> Tensor:
+        if self._stream is None:
+            return tensor.to(self._device)
+        with torch.cuda.stream(self._stream):
+            copy = tensor.to(self._device, non_blocking=True)
+        reader = torch.cuda.current_stream(self._device)
+        reader.wait_stream(self._stream)
+        copy.record_stream(reader)
+        return copy

@@ -9,9 +9,9 @@ from soflow_fast.kernels.reference import Stream, philox
 
 
 @lru_cache(maxsize=2)
-def permutation(n: int, seed: int, epoch: int) -> Tensor:
+def permutation(n: int, seed: int, epoch: int, device: torch.device | str = "cpu") -> Tensor:
     """The order of n samples in one epoch, (n,) int64: the stable argsort of one Philox word per sample."""
-    rows = torch.arange(n, device="cpu")
+    rows = torch.arange(n, device=device)
     words = philox(rows, 1, seed=seed, step=epoch, stream=Stream.ORDER)[:, 0]
     return words.argsort(stable=True)
 

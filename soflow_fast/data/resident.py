@@ -32,7 +32,7 @@ class Resident(NamedTuple):
         for step in steps:
             wanted, position = divmod(step, n // batch)
             if wanted != epoch:
-                epoch, order = wanted, permutation(n, seed, wanted).to(self.samples.device)
+                epoch, order = wanted, permutation(n, seed, wanted, self.samples.device)
             indices = order[position * batch : (position + 1) * batch][rows]
             yield self.samples[indices].float(), None if self.labels is None else self.labels[indices]
 

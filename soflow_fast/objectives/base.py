@@ -36,17 +36,22 @@ class TotalLoss(NamedTuple):
     """The loss of a batch and the parts it is the row-weighted mean of, by name.
 
     Attributes:
-        loss: 0-d, carries the gradient. parts: ``{"velocity": LossOutput, ...}``, without those that have no rows.
+        loss: 0-d, carries the gradient. parts: ``{"velocity": LossOutput, ...}``, without those that have no rows; what
+            an objective adds to the mean may be reported as a 0-d tensor.
     """
 
     loss: Tensor
-    parts: dict[str, LossOutput]
+    parts: dict[str, LossOutput | Tensor]
 
 
 class Objective(nn.Module):
-    """A loss over any network ``F = net(x, t, s, labels)``; the state_dict holds the network alone.
+    """A loss over any network ``F = net(x, t, s, labels)``; the state_dict holds the network, and what a subclass
+    trains beside it.
 
-    A subclass sets ``path`` and implements :meth:`loss_of_rows` and :meth:`solution`.
+    A subclass sets ``path`` and implements :meth:`loss_of_rows` and :meth:`solution`. One that adds a term to another's
+    loss returns ``TotalLoss(total.loss + term, {**total.parts, "term": term})`` of its ``super().loss_of_rows(...)``.
+    Modules that it is given as attributes are trained, averaged and saved with the network; those that only serve the
+    loss, such as a teacher, are given by :meth:`add_companion`.
 
     Args:
         net: module with ``net(x, t, s, labels)`` and ``net.num_classes``, the index that means "no label"; or with
@@ -76,8 +81,38 @@ class Objective(nn.Module):
         self.network, self.velocity_share = net, velocity_share
         self._derived: dict[bool, ForwardDifference | None] = {True: None, False: None}  # of the training mode or not
         self._drawless: set[bool] = set()
+        self._companions: list[nn.Module] = []
         self.needs_float32 = False
         self.impl = kernels.resolve_impl(impl or getattr(net, "impl", "auto"))
+
+    def add_companion(self, name: str, module: nn.Module) -> None:
+        """Gives the loss a frozen module, such as a teacher or a feature extractor, as the attribute of that name.
+
+        It moves with the objective, to another device or dtype, and is in evaluation mode, without gradients. It is no
+        part of the model: it is in no state_dict and among no parameters, so that it is neither trained, averaged nor
+        saved, and has no copy in low precision. Each process, and each run that goes on, makes its own.
+
+        Raises:
+            ValueError: for what is no module, a name that is taken, and a module that shares parameters with this
+                objective, which would be frozen.
+        """
+        if not isinstance(module, nn.Module):
+            raise ValueError(f"the companion {name!r} is a {type(module).__name__}; give a torch.nn.Module")
+        if hasattr(self, name):
+            raise ValueError(f"this {type(self).__name__} has {name!r} already; give the companion another name")
+        own = {id(p) for p in self.parameters()}
+        if any(id(p) in own for p in module.parameters()):
+            raise ValueError(
+                f"the companion {name!r} has parameters of this {type(self).__name__}, and would freeze them; give a "
+                "copy, such as copy.deepcopy(net)"
+            )
+        self._companions.append(module.eval().requires_grad_(False))
+        self.__dict__[name] = module  # not by setattr, which would make it a part of the model
+
+    def _apply(self, fn, recurse=True):
+        for companion in self._companions:
+            companion._apply(fn)
+        return super()._apply(fn, recurse)
 
     @property
     def ops(self):

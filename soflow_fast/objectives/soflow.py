@@ -46,6 +46,10 @@ class SoFlow(Objective):
     ``f(x,t,s) = a(t,s) x + b(t,s) F(x,t,s)`` carries a sample from time t to time s; ``x_0 = f(ε,1,0)`` is a one-step
     sample. The state_dict holds the network alone, under ``network.``.
 
+    A subclass may override, beside what :class:`~soflow_fast.objectives.base.Objective` says: :meth:`gap_ratio` and
+    :meth:`draw_times`, the schedule and the draws of the times; :meth:`data_velocity`, the velocity that is regressed,
+    such as a teacher's; :meth:`row_weight`, a weight of each row.
+
     Args:
         net: module with ``net(x, t, s, labels)`` and ``net.num_classes``, the index that means "no label"; or with
             ``net.null_condition``, see :mod:`soflow_fast.conditions`.
@@ -177,7 +181,7 @@ class SoFlow(Objective):
                 without label; None is none.
         """
         x_t, v_t = self.ops.interpolate(x0, noise, t, path=self.path)
-        return self._velocity_loss(x_t, v_t, t, labels, drop)
+        return self._velocity_loss(x_t, self._regressed(x_t, v_t, t, labels), t, labels, drop)
 
     def consistency_loss(
         self,
@@ -200,6 +204,7 @@ class SoFlow(Objective):
         if (l is None) == (gap is None):
             raise ValueError("consistency_loss takes exactly one of l and gap")
         x_t, v_t = self.ops.interpolate(x0, noise, t, path=self.path)
+        v_t = self._regressed(x_t, v_t, t, labels)
         return self._consistency_loss(x_t, v_t, t, t - l if gap is None else gap, s, labels, drop)
 
     def loss_of_rows(
@@ -227,6 +232,7 @@ class SoFlow(Objective):
         x_t, v_t = self.ops.noisy_sample(
             x0, times.t, rows, seed=seed, step=step, path=self.path, latent_scale=latent_scale
         )
+        v_t = self._regressed(x_t, v_t, times.t, labels)
         if merged:
             parts = self._merged_parts(x_t, v_t, times, labels, drop, n_velocity)
         else:
@@ -279,9 +285,45 @@ class SoFlow(Objective):
         t = paths.logit_normal(z[n_velocity:, 0], self.time_mean[2], self.time_std[2]).clamp(min=_MIN_TIME)
         s = paths.logit_normal(z[n_velocity:, 1], self.time_mean[1], self.time_std[1])
         s = torch.minimum(s, t - _MIN_TIME)
-        ratio = paths.gap_ratio(progress, self.gap_schedule, self.gap_init, self.gap_end).to(t)
+        ratio = torch.as_tensor(self.gap_ratio(progress)).to(t)
         gap = torch.minimum(((t - s) * ratio).clamp(min=self.min_gap), t - s)
         return Times(torch.cat([velocity_t, t]), s, gap)
+
+    def gap_ratio(self, progress: float | Tensor) -> Tensor:
+        """``r(k)``, the gap t−l as a share of t−s: 0-d, in (0, 1]; of a tensor progress, which is not read."""
+        return paths.gap_ratio(progress, self.gap_schedule, self.gap_init, self.gap_end)
+
+    def data_velocity(self, x_t: Tensor, v_t: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
+        """The velocity that is regressed, before guidance is mixed in: v_t, that of the path. Called without gradient.
+
+        Args:
+            x_t, v_t: (n, C, H, W). t: (n,). labels: (n,) int64 or (n, ...) conditions, none of them dropped, or None.
+
+        Returns:
+            (n, C, H, W).
+        """
+        return v_t
+
+    def row_weight(self, t: Tensor, s: Tensor) -> Tensor | None:
+        """What each row's loss is multiplied by, beside its adaptive weight; None is 1.
+
+        Args:
+            t, s: (n,), equal on rows that train the velocity.
+
+        Returns:
+            (n,) or None.
+        """
+        return None
+
+    def _weighted(self, loss, mse, weight, t, s) -> LossOutput:
+        own = self.row_weight(t, s)
+        if own is not None:
+            loss, weight = loss * own, weight * own.detach()
+        return LossOutput(loss.mean(), mse, weight, t)
+
+    @torch.no_grad()
+    def _regressed(self, x_t, v_t, t, labels) -> Tensor:
+        return self.data_velocity(x_t, v_t, t, labels).to(v_t.dtype)
 
     def _guided(self, labels: Tensor | None) -> bool:
         return labels is not None and self.guidance_scale != 1 and takes_labels(self.network)
@@ -306,7 +348,7 @@ class SoFlow(Objective):
     def _reduce_velocity(self, F, v_t, F_null, t, drop) -> LossOutput:
         drop = torch.zeros_like(t, dtype=torch.bool) if drop is None else drop
         loss, mse, weight = self.ops.velocity_loss(F, v_t, F_null, t, drop, **self._guidance(), p=self.p, eps=self.eps)
-        return LossOutput(loss.mean(), mse, weight, t)
+        return self._weighted(loss, mse, weight, t, t)
 
     def _target_velocity(self, v_t, F_null, F_own, t, drop) -> Tensor:
         drop = torch.zeros_like(t, dtype=torch.bool) if drop is None else drop
@@ -352,4 +394,4 @@ class SoFlow(Objective):
             eps=self.eps,
             tangent=self.quotient == "tangent",
         )
-        return LossOutput(loss.mean(), mse, weight, t)
+        return self._weighted(loss, mse, weight, t, s)
