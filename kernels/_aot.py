@@ -31,7 +31,8 @@ from ._launch import Record, recording
 
 ARCHITECTURES = (80, 90, 100)
 
-# The one whose launches are tuned; a brief table has it in full in bfloat16.
+# The one whose launches are tuned; a brief table has it in full in bfloat16, and only that disassembled, which takes as
+# long as compiling.
 _TUNED = 90
 
 _CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -44,7 +45,8 @@ _WIDE, _MUCH = 8, 16 << 20
 class Binary(NamedTuple):
     """What the compiler reports of one kernel: registers per thread, bytes of stack and of shared memory.
 
-    And what it wrote: instructions, those of a loop or a branch once, and the bytes of a thread's widest access.
+    And what it wrote: instructions, those of a loop or a branch once, and the bytes of a thread's widest access; None
+    where that was not looked at.
     """
 
     kernel: str
@@ -53,15 +55,15 @@ class Binary(NamedTuple):
     registers: int
     stack: int
     shared: int
-    instructions: int
-    widest_access: int
+    instructions: int | None
+    widest_access: int | None
     bytes_moved: int
     max_registers: int
 
     @property
     def problem(self) -> str | None:
         """Why this binary is refused, or None."""
-        if 0 < self.widest_access < _WIDE and self.bytes_moved > _MUCH:
+        if 0 < (self.widest_access or 0) < _WIDE and self.bytes_moved > _MUCH:
             return f"moves {self.bytes_moved} bytes in accesses of {self.widest_access} bytes at most"
         if self.stack:
             return f"spills ({self.stack} bytes of stack)"
@@ -105,19 +107,15 @@ def _target(arch: int) -> GPUTarget:
     return GPUTarget("cuda", arch, 32)
 
 
-def compile_record(record: Record, case: str, arch: int) -> Binary:
-    """Compiles one recorded launch and reads the compiler's resource report and the instructions."""
+def compile_record(record: Record, case: str, arch: int, disassemble: bool = True) -> Binary:
+    """Compiles one recorded launch and reads the compiler's resource report and, if asked to, the instructions."""
     compiled = compile_launch(record, arch)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        report, code = (
-            subprocess.run([_CUOBJDUMP, option, file.name], check=True, capture_output=True, text=True).stdout
-            for option in ("-res-usage", "-sass")
-        )
+        report = _cuobjdump("-res-usage", file.name)
+        instructions, widest_access = _code(_cuobjdump("-sass", file.name)) if disassemble else (None, None)
     usage = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", report)}
-    instructions = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@\S+\s+)?([A-Z][\w.]*)", code, re.MULTILINE)
-    accesses = [parts for parts in (i.split(".") for i in instructions) if parts[0] in ("LDG", "STG", "LDGSTS")]
     return Binary(
         kernel=record.kernel.__name__.strip("_").removesuffix("_kernel"),
         case=case,
@@ -125,11 +123,22 @@ def compile_record(record: Record, case: str, arch: int) -> Binary:
         registers=usage["REG"],
         stack=usage["STACK"] + usage["LOCAL"],
         shared=compiled.metadata.shared,
-        instructions=sum(i != "NOP" for i in instructions),
-        widest_access=max((_access_bytes(a) for a in accesses), default=0),
+        instructions=instructions,
+        widest_access=widest_access,
         bytes_moved=record.bytes_moved,
         max_registers=record.config.max_registers,
     )
+
+
+def _cuobjdump(option: str, file: str) -> str:
+    return subprocess.run([_CUOBJDUMP, option, file], check=True, capture_output=True, text=True).stdout
+
+
+def _code(disassembly: str) -> tuple[int, int]:
+    """How many instructions there are, and the bytes of the widest access to global memory."""
+    instructions = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@\S+\s+)?([A-Z][\w.]*)", disassembly, re.MULTILINE)
+    accesses = [parts for parts in (i.split(".") for i in instructions) if parts[0] in ("LDG", "STG", "LDGSTS")]
+    return sum(i != "NOP" for i in instructions), max((_access_bytes(a) for a in accesses), default=0)
 
 
 def _access_bytes(parts: list[str]) -> int:
@@ -153,7 +162,7 @@ def compile_all(only: str | None = None, brief: bool = False) -> list[Binary]:
 
     Args:
         only: of ops whose name contains this. brief: one binary of each kernel in float32, and for architectures other
-            than sm_90.
+            than sm_90, without its instructions.
     """
     binaries, seen = [], set()
     for name, records in recorded():
@@ -162,11 +171,12 @@ def compile_all(only: str | None = None, brief: bool = False) -> list[Binary]:
         for record in records:
             for arch in ARCHITECTURES:
                 keys = {(specialize(record, arch)[0].hash(), record.config, arch)}
-                if brief and (arch != _TUNED or name.endswith("fp32")):
+                in_full = not brief or (arch == _TUNED and not name.endswith("fp32"))
+                if not in_full:
                     keys.add((record.kernel.__name__, arch))
                 if not keys & seen:
                     seen |= keys
-                    binaries.append(compile_record(record, name, arch))
+                    binaries.append(compile_record(record, name, arch, disassemble=in_full))
     return binaries
 
 
@@ -176,7 +186,9 @@ def main() -> int:
     parser.add_argument("--write", type=Path, metavar="TABLE.json", help="save the table here")
     parser.add_argument("--only", metavar="OP", help="compile only ops whose name contains this")
     parser.add_argument(
-        "--brief", action="store_true", help="one case of each kernel in float32 and for other architectures than sm_90"
+        "--brief",
+        action="store_true",
+        help="one case of each kernel in float32 and for other architectures than sm_90, without its instructions",
     )
     arguments = parser.parse_args()
     binaries = compile_all(arguments.only, arguments.brief)
@@ -185,9 +197,10 @@ def main() -> int:
         f" {'instr':>6} {'widest':>6} {'bytes moved':>14}"
     )
     for b in binaries:
+        instructions, widest = ("-" if x is None else x for x in (b.instructions, b.widest_access))
         print(
             f"{b.kernel:34} {b.case:52} {b.arch:>5} {b.registers:>5} {b.stack:>5} {b.shared:>7}"
-            f" {b.instructions:>6} {b.widest_access:>6} {b.bytes_moved:>14,}"
+            f" {instructions:>6} {widest:>6} {b.bytes_moved:>14,}"
         )
     if arguments.write:
         rows = [b._asdict() for b in binaries]

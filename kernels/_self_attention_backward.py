@@ -13,7 +13,7 @@ from ._launch import launch
 
 # As many queries as keys: the kernel for keys has blocks of the size that the others pad lse and delta to.
 #
-# 64 × 64 scores by 4 warps: on sm_90 three programs fit on an SM, two of the backward's for keys (244 registers), and
+# 64 × 64 scores by 4 warps: on sm_90 three programs fit on an SM, two of the backward's for keys (202 registers), and
 # the products of some hide behind the exponentials of others. Larger blocks with 8 warps leave fewer, or spill.
 _HALF = Blocks(num_warps=4, num_stages=2, queries=64, keys=64)
 # Head dims above 80.
@@ -73,18 +73,32 @@ def _delta(o_ptr, do, do_tail, stride, rows, n, HEAD: tl.constexpr, MAIN: tl.con
 
 
 @triton.jit
-def _store_columns(dy_ptr, sums_ptr, dy, rows, columns, left, stride, HEAD: tl.constexpr):
-    dy = tl.where(rows[:, None] < left, dy, 0.0).to(dy_ptr.dtype.element_ty)
-    store(dy_ptr, dy, rows, columns, left, stride, HEAD)
-    tl.store(sums_ptr + columns, tl.sum(dy.to(tl.float32), 0), mask=columns < HEAD)
+def _store(dy_ptr, dy, dy_tail, rows, left, stride, HEAD: tl.constexpr, MAIN: tl.constexpr):
+    """A block of dq, dk or dv."""
+    store(dy_ptr, dy, rows, tl.arange(0, MAIN), left, stride, HEAD)
+    if HEAD > MAIN:
+        store(dy_ptr, dy_tail, rows, MAIN + tl.arange(0, 16), left, stride, HEAD)
 
 
 @triton.jit
-def _store_with_sums(dy_ptr, sums_ptr, dy, dy_tail, rows, left, stride, HEAD: tl.constexpr, MAIN: tl.constexpr):
-    """A block of dy, and the sums of its columns as they were rounded."""
-    _store_columns(dy_ptr, sums_ptr, dy, rows, tl.arange(0, MAIN), left, stride, HEAD)
+def _store_sums(sums_ptr, sums, sums_tail, HEAD: tl.constexpr, MAIN: tl.constexpr):
+    columns = tl.arange(0, MAIN)
+    tl.store(sums_ptr + columns, sums, mask=columns < HEAD)
     if HEAD > MAIN:
-        _store_columns(dy_ptr, sums_ptr, dy_tail, rows, MAIN + tl.arange(0, 16), left, stride, HEAD)
+        columns = MAIN + tl.arange(0, 16)
+        tl.store(sums_ptr + columns, sums_tail, mask=columns < HEAD)
+
+
+@triton.jit
+def _store_known_sums(sums_ptr, do, do_tail, width, HEAD: tl.constexpr, MAIN: tl.constexpr):
+    """What the columns of dk and of dv add up to over all tokens, known without them: zeros, and the sums of do.
+
+    Each row of dS adds up to 0, and each of P to 1. A bias of the keys moves all scores of a query alike, which the
+    softmax does not see; added up, dk would leave rounding errors, and Adam makes whole steps of the smallest gradient.
+    """
+    _store_sums(sums_ptr + width, tl.zeros((MAIN,), tl.float32), tl.zeros((16,), tl.float32), HEAD, MAIN)
+    sums, sums_tail = tl.sum(do.to(tl.float32), 0), tl.sum(do_tail.to(tl.float32), 0)
+    _store_sums(sums_ptr + 2 * width, sums, sums_tail, HEAD, MAIN)
 
 
 @triton.jit(do_not_specialize=["n", "heads"])
@@ -95,7 +109,7 @@ def _queries_backward_kernel(
     lse_ptr,  # (B, H, blocks · QUERIES)
     delta_ptr,  # (B, H, blocks · QUERIES), written
     dy_ptr,  # (B, N, 3, H, h), of which dq is written
-    sums_ptr,  # (B, blocks, 3, H, h), of which those of dq are written
+    sums_ptr,  # (B, blocks, 3, H, h), written
     n,
     heads,
     HEAD: tl.constexpr,
@@ -118,10 +132,12 @@ def _queries_backward_kernel(
 
     rows = _rows(queries, left, EVEN)
     q, q_tail = load(y_ptr + own, stride, rows, left, HEAD, MAIN, True)
-    do, do_tail = load(do_ptr + own_o, width, rows, left, HEAD, MAIN, True)
+    do, do_tail = load(do_ptr + own_o, width, queries, left, HEAD, MAIN, EVEN)  # without copies: it is summed
     lse = tl.load(lse_ptr + statistics)
     delta = _delta(o_ptr + own_o, do, do_tail, width, rows, left, HEAD, MAIN, True)
     tl.store(delta_ptr + statistics, delta)
+    sums_ptr += (row * tl.cdiv(n, QUERIES) + first // QUERIES) * stride + head * HEAD
+    _store_known_sums(sums_ptr, do, do_tail, width, HEAD, MAIN)  # after the loop: 218 registers
     dq = tl.zeros((QUERIES, MAIN), tl.float32)
     dq_tail = tl.zeros((QUERIES, 16), tl.float32)
     for start in range(0, n, KEYS):
@@ -137,8 +153,10 @@ def _queries_backward_kernel(
         ds = (p * (dp - delta[:, None])).to(q.dtype)
         dq, dq_tail = _dots(ds, k, k_tail, dq, dq_tail, TAIL)
 
-    sums_ptr += (row * tl.cdiv(n, QUERIES) + first // QUERIES) * stride + head * HEAD
-    _store_with_sums(dy_ptr + own, sums_ptr, dq * scale, dq_tail * scale, queries, left, stride, HEAD, MAIN)
+    dq, dq_tail = dq * scale, dq_tail * scale
+    _store(dy_ptr + own, dq, dq_tail, queries, left, stride, HEAD, MAIN)
+    # Of rows beyond the sequence p is 0, and so is dq.
+    _store_sums(sums_ptr, tl.sum(dq, 0), tl.sum(dq_tail, 0), HEAD, MAIN)
 
 
 @triton.jit(do_not_specialize=["n", "heads"])
@@ -148,7 +166,6 @@ def _keys_backward_kernel(
     lse_ptr,  # (B, H, blocks · KEYS)
     delta_ptr,  # (B, H, blocks · KEYS)
     dy_ptr,  # (B, N, 3, H, h), of which dk and dv are written
-    sums_ptr,  # (B, blocks, 3, H, h), of which those of dk and dv are written
     n,
     heads,
     HEAD: tl.constexpr,
@@ -168,9 +185,9 @@ def _keys_backward_kernel(
     scale: tl.constexpr = HEAD**-0.5
     scale_log2: tl.constexpr = scale * 1.4426950408889634
 
-    # Masked even if no key is missing: without masks sm_80 is a register short.
-    k, k_tail = load(y_ptr + own, stride, keys, left, HEAD, MAIN, False)
-    v, v_tail = load(y_ptr + own + width, stride, keys, left, HEAD, MAIN, False)
+    rows = _rows(keys, left, False)  # with masks sm_80 is a register short, even where no key is missing
+    k, k_tail = load(y_ptr + own, stride, rows, left, HEAD, MAIN, True)
+    v, v_tail = load(y_ptr + own + width, stride, rows, left, HEAD, MAIN, True)
     dk = tl.zeros((KEYS, MAIN), tl.float32)
     dv = tl.zeros((KEYS, MAIN), tl.float32)
     dk_tail = tl.zeros((KEYS, 16), tl.float32)
@@ -190,9 +207,8 @@ def _keys_backward_kernel(
         ds = (p * (dp - delta[None, :])).to(k.dtype)
         dk, dk_tail = _dots(ds, q, q_tail, dk, dk_tail, TAIL)
 
-    sums_ptr += (row * tl.cdiv(n, KEYS) + first // KEYS) * stride + head * HEAD + width
-    _store_with_sums(dy_ptr + own, sums_ptr, dk * scale, dk_tail * scale, keys, left, stride, HEAD, MAIN)
-    _store_with_sums(dy_ptr + own + width, sums_ptr + width, dv, dv_tail, keys, left, stride, HEAD, MAIN)
+    _store(dy_ptr + own, dk * scale, dk_tail * scale, keys, left, stride, HEAD, MAIN)
+    _store(dy_ptr + own + width, dv, dv_tail, keys, left, stride, HEAD, MAIN)
 
 
 @triton.jit(do_not_specialize=["n", "heads"])
@@ -228,6 +244,8 @@ def _short_backward_kernel(
     do, do_tail = load(do_ptr + own_o, width, tokens, n, HEAD, MAIN, EVEN)
     lse = tl.load(lse_ptr + tl.program_id(0).to(tl.int64) * QUERIES + tokens)
     delta = _delta(o_ptr + own_o, do, do_tail, width, tokens, n, HEAD, MAIN, EVEN)
+    sums_ptr += row * stride + head * HEAD
+    _store_known_sums(sums_ptr, do, do_tail, width, HEAD, MAIN)
     s = scores(k, k_tail, q, q_tail, tl.zeros((KEYS, QUERIES), tl.float32), TAIL)  # transposed
     if not EVEN:
         s = tl.where(tokens[:, None] < n, s, float("-inf"))
@@ -235,18 +253,19 @@ def _short_backward_kernel(
     dp = scores(v, v_tail, do, do_tail, tl.zeros((KEYS, QUERIES), tl.float32), TAIL)
     ds = (p * (dp - delta[None, :])).to(k.dtype)
 
-    sums_ptr += row * stride + head * HEAD
     zero, zero_tail = tl.zeros((KEYS, MAIN), tl.float32), tl.zeros((KEYS, 16), tl.float32)
     dv, dv_tail = _dots(p.to(k.dtype), do, do_tail, zero, zero_tail, TAIL)
-    _store_with_sums(dy_ptr + own + 2 * width, sums_ptr + 2 * width, dv, dv_tail, tokens, n, stride, HEAD, MAIN)
+    _store(dy_ptr + own + 2 * width, dv, dv_tail, tokens, n, stride, HEAD, MAIN)
     dk, dk_tail = _dots(ds, q, q_tail, zero, zero_tail, TAIL)
-    _store_with_sums(dy_ptr + own + width, sums_ptr + width, dk * scale, dk_tail * scale, tokens, n, stride, HEAD, MAIN)
+    _store(dy_ptr + own + width, dk * scale, dk_tail * scale, tokens, n, stride, HEAD, MAIN)
     dq, dq_tail = _dots(ds.T, k, k_tail, zero, zero_tail, TAIL)
-    _store_with_sums(dy_ptr + own, sums_ptr, dq * scale, dq_tail * scale, tokens, n, stride, HEAD, MAIN)
+    dq, dq_tail = dq * scale, dq_tail * scale
+    _store(dy_ptr + own, dq, dq_tail, tokens, n, stride, HEAD, MAIN)
+    _store_sums(sums_ptr, tl.sum(dq, 0), tl.sum(dq_tail, 0), HEAD, MAIN)
 
 
 def backward(y: Tensor, do: Tensor, o: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
-    """``(dy, sums)``, (B, N, 3, H, h), and of its columns over each block of tokens (B, blocks, 3·H·h)."""
+    """``(dy, sums)``: (B, N, 3, H, h), and (B, blocks, 3·H·h), which add up to the sums of its columns."""
     B, n, _, heads, h = y.shape
     config = blocks(y)
     dy, do = torch.empty_like(y), do.contiguous()
@@ -257,5 +276,5 @@ def backward(y: Tensor, do: Tensor, o: Tensor, lse: Tensor) -> tuple[Tensor, Ten
         return dy, sums
     delta = torch.empty_like(lse)
     run(_queries_backward_kernel, (y, do, o, lse, delta, dy, sums), y, config, EVEN=even)
-    run(_keys_backward_kernel, (y, do, lse, delta, dy, sums), y, config)
+    run(_keys_backward_kernel, (y, do, lse, delta, dy), y, config)
     return dy, sums

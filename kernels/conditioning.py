@@ -7,9 +7,9 @@
 
 The tangent of the sinusoids is the same at dt/2 → 0 in the midpoint and ωdt as the chord. Shapes: B rows, b rows that
 carry a difference, D width. Bytes: the sinusoids write 4·width per row in bfloat16 and read two floats; condition reads
-8·D (the table is float32) and writes 4·D. Its backward reads 10·D per row twice, once for the embeddings and once for
-the table, and writes 2·D per row and the whole table gradient; c is recomputed in float32 from the saved inputs, as
-the stored one is rounded. All of it is a few microseconds; what counts is one launch instead of many.
+8·D (the table is float32) and writes 4·D. Its backward reads 10·D per row for the embeddings, 6·D per row and the whole
+table for the table, and writes 2·D per row and the whole table gradient; c is recomputed in float32 from the saved
+inputs, as the stored one is rounded. All of it is a few microseconds; what counts is one launch instead of many.
 """
 
 import math
@@ -23,13 +23,17 @@ from ._cases import Case, Inputs
 from ._launch import Launch, constants, launch, require_dtype, require_shape
 from ._math import sin_cos
 from ._op import raw_op
+from ._partials import sum_chunks
 from ._rows import load_row, row_columns, row_warps, store_row
 
 # A program per row (or class): even a thousand of them fit on an H100's 132 SMs at once, at up to 80 registers.
 _SINUSOIDS = Launch(num_warps=1, max_registers=64)
 _REGISTERS = 80
-# Labels looked at together when a program of the table gradient searches the batch for its class.
-_LABELS = 256
+# Labels looked at together when a program of the table gradient searches the batch for its class. With 256 some spill.
+_LABELS = 128
+# It adds the rows of its class one after another, about a microsecond each. Where classes are few (without labels, one)
+# up to 64 programs share a class: were all equally frequent, each would find 8 rows.
+_ROWS, _MOST_PROGRAMS = 8, 64
 
 
 @triton.jit
@@ -140,31 +144,36 @@ def _condition_backward_kernel(
     store_row(dc_ptr + row * D, columns, load_row(dactive_ptr + row * D, columns, D) * _silu_gradient(c), D)
 
 
-@triton.jit(do_not_specialize=["B"])
+@triton.jit(do_not_specialize=["B", "chunk"])
 def _table_gradient_kernel(
     dactive_ptr,  # (B, D)
     t_ptr,  # (B, D)
     s_ptr,  # (B, D)
     table_ptr,  # (classes, D)
     labels_ptr,  # (B,)
-    dtable_ptr,  # (classes, D)
+    dtable_ptr,  # (chunks, classes, D)
     B: tl.int64,
+    chunk: tl.int64,  # rows that a program searches
     D: tl.constexpr,
     THREADS: tl.constexpr,
     LABELS: tl.constexpr,
 ):
     label, classes = tl.program_id(0).to(tl.int64), tl.num_programs(0).to(tl.int64)
     columns = row_columns(D, THREADS)
+    part = tl.program_id(1).to(tl.int64)
+    start, end = part * chunk, tl.minimum((part + 1) * chunk, B)
     total = tl.zeros(columns.shape, tl.float32)
-    for first in range(0, B, LABELS):
-        rows = first + tl.arange(0, LABELS)
-        found = tl.load(labels_ptr + rows, mask=rows < B, other=-1) == label
-        row = tl.min(tl.where(found, rows, B))
-        while row < B:
-            c = _load_condition(t_ptr, s_ptr, table_ptr, label, row, columns, classes, D)
+    y = load_row(table_ptr + label * D, columns, D)
+    places = tl.arange(0, LABELS)
+    for first in range(start, end, LABELS):
+        found = tl.load(labels_ptr + first + places, mask=places < end - first, other=-1) == label
+        place = tl.min(tl.where(found, places, LABELS))
+        while place < LABELS:
+            row = first + place
+            c = load_row(t_ptr + row * D, columns, D) + load_row(s_ptr + row * D, columns, D) + y
             total += load_row(dactive_ptr + row * D, columns, D) * _silu_gradient(c)
-            row = tl.min(tl.where(found & (rows > row), rows, B))
-    store_row(dtable_ptr + label * D, columns, total, D)
+            place = tl.min(tl.where(found & (places > place), places, LABELS))
+    store_row(dtable_ptr + (part * classes + label) * D, columns, total, D)
 
 
 def _time_sinusoids(t: Tensor, s: Tensor, width: int, dtype: torch.dtype) -> Tensor:
@@ -229,14 +238,19 @@ def _condition_fwd(t_embedding: Tensor, s_embedding: Tensor, table: Tensor, labe
 def _condition_bwd(
     dactive: Tensor, t_embedding: Tensor, s_embedding: Tensor, table: Tensor, labels: Tensor
 ) -> tuple[Tensor, Tensor]:
-    B, D = t_embedding.shape
+    (B, D), classes = t_embedding.shape, table.shape[0]
     dactive = dactive.contiguous()
     dc, dtable = torch.empty_like(t_embedding), torch.empty_like(table)
+    chunks = min(max(1, triton.cdiv(B, _ROWS * classes)), _MOST_PROGRAMS)
+    partials = dtable if chunks == 1 else table.new_empty((1, chunks, classes, D), dtype=torch.float32)
     warps = row_warps(D)
     row = {"D": D, "THREADS": 32 * warps, "config": Launch(warps, max_registers=_REGISTERS)}
     inputs = (dactive, t_embedding, s_embedding, table, labels)
-    launch(_condition_backward_kernel, lambda: (B,), *inputs, dc, table.shape[0], **row)
-    launch(_table_gradient_kernel, lambda: (table.shape[0],), *inputs, dtable, B, LABELS=_LABELS, **row)
+    launch(_condition_backward_kernel, lambda: (B,), *inputs, dc, classes, **row)
+    rows = (B, triton.cdiv(B, chunks))
+    launch(_table_gradient_kernel, lambda: (classes, chunks), *inputs, partials, *rows, LABELS=_LABELS, **row)
+    if chunks > 1:
+        sum_chunks(partials, dtable[None])
     return dc, dtable
 
 

@@ -69,8 +69,8 @@ def _gelu_backward_kernel(
     M: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    first = tl.program_id(0).to(tl.int64) * chunk
-    columns = tl.program_id(1).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    first = tl.program_id(1).to(tl.int64) * chunk
+    columns = tl.program_id(0).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     rows = first + tl.arange(0, _ROWS)[:, None]
     total = tl.zeros((_ROWS, COLUMNS), tl.float32)
     for _ in range(0, chunk, _ROWS):
@@ -85,8 +85,8 @@ def _gelu_backward_kernel(
             tl.store(g_ptr + offset, g.to(g_ptr.dtype.element_ty), mask=mask)
         total += du
         rows += _ROWS
-    columns = tl.program_id(1).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
-    tl.store(partial_ptr + tl.program_id(0).to(tl.int64) * M + columns, tl.sum(total, 0), mask=columns < M)
+    columns = tl.program_id(0).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
+    tl.store(partial_ptr + tl.program_id(1).to(tl.int64) * M + columns, tl.sum(total, 0), mask=columns < M)
 
 
 def _gelu(u: Tensor) -> Tensor:
@@ -106,7 +106,7 @@ def _gelu_bwd(u: Tensor, dg: Tensor, with_g: bool) -> tuple[Tensor, Tensor, Tens
     partials = u.new_empty((chunks, M), dtype=torch.float32)
     launch(
         _gelu_backward_kernel,
-        lambda: (chunks, triton.cdiv(M, _COLUMNS)),
+        lambda: (triton.cdiv(M, _COLUMNS), chunks),  # programs side by side read whole rows
         *(u, dg, du, g if with_g else None, partials),
         *(R, chunk),
         M=M,

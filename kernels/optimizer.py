@@ -138,7 +138,7 @@ def _adamw_kernel(
     table_ptr,  # (tensors, 6) addresses
     blocks_ptr,  # (blocks, 3): tensor, first element, elements left
     norm_ptr,  # () gradient norm
-    step_ptr,  # () steps before this one
+    steps_ptr,  # (tensors,) steps before this one
     lr_ptr,  # ()
     weight_ptr,  # () of the parameter in its average
     log_beta1: tl.float32,
@@ -154,7 +154,9 @@ def _adamw_kernel(
 ):
     norm = tl.load(norm_ptr)
     if (norm == norm) & (norm < float("inf")):
-        step = tl.load(step_ptr) + 1
+        block = tl.program_id(0).to(tl.int64)
+        index = tl.load(blocks_ptr + block * 3)
+        step = tl.load(steps_ptr + index) + 1
         lr = tl.load(lr_ptr)
         scalars = (
             tl.minimum(1.0, grad_clip / (norm + 1e-6)),
@@ -168,8 +170,6 @@ def _adamw_kernel(
         )
         if RECTIFIED:
             scalars = _rectified(scalars, step, log_beta2)
-        block = tl.program_id(0).to(tl.int64)
-        index = tl.load(blocks_ptr + block * 3)
         start = tl.multiple_of(tl.load(blocks_ptr + block * 3 + 1), BLOCK)
         left = tl.load(blocks_ptr + block * 3 + 2)
         # 4 elements at a time also of the copy, of which 8 fit: the float32 tensors keep their layout
@@ -220,7 +220,7 @@ def adamw_(
     table: Tensor,
     blocks: Tensor,
     norm: Tensor,
-    step: Tensor,
+    steps: Tensor,
     lr: Tensor,
     average_weight: Tensor | None,
     *,
@@ -235,7 +235,7 @@ def adamw_(
     """One step on every tensor of the table, in place; the module's docstring has the equations.
 
     Args:
-        norm: 0-d float32 gradient norm. step: 0-d float32, steps before this one. lr: 0-d float32.
+        norm: 0-d float32 gradient norm. steps: (tensors,) float32, of each the steps before this one. lr: 0-d float32.
         average_weight: 0-d float32 weight of the new parameter in its average, or None without averages.
         log_betas: natural logarithms of β₁, β₂. grad_clip: largest norm, ``inf`` for none.
         rectified: RAdam in place of AdamW.
@@ -246,7 +246,7 @@ def adamw_(
         table,
         blocks,
         norm,
-        step,
+        steps,
         lr,
         norm if average_weight is None else average_weight,
         *log_betas,
@@ -269,10 +269,11 @@ def passes() -> dict[str, Callable[[], None]]:
         def run() -> None:
             parameter, scalar = torch.empty(1000, 1000, device="meta"), torch.empty((), device="meta")
             table, blocks = torch.empty(_ROLES, dtype=torch.int64, device="meta"), block_table([parameter]).to("meta")
+            steps = torch.empty(1, device="meta")
             norm = gradient_norm(table, blocks, gradient)
             hyper = {"log_betas": (-0.1, -0.01), "eps": 1e-8, "weight_decay": 0.0, "grad_clip": 1.0}
             form = {"rectified": rectified, "gradient_dtype": gradient, "copy_dtype": copy}
-            adamw_(table, blocks, norm, scalar, scalar, scalar if averaged else None, **hyper, **form)
+            adamw_(table, blocks, norm, steps, scalar, scalar if averaged else None, **hyper, **form)
 
         return run
 

@@ -3,15 +3,16 @@
     y = h Wᵀ + bias, (B, N, 3, H, h), is q, k and v;   P = softmax(qkᵀ/√h),   o = P v
 
     backward:  δ = Σ_h do·o,  dS = P(do vᵀ − δ),  dq = dS k/√h,  dk = dSᵀ q/√h,  dv = Pᵀ do,  dy = [dq dk dv]
-               dbias = Σ_tokens dy,  dh = dy W,  dW = dyᵀ h
+               dbias = Σ_tokens dy = [Σ dq, 0, Σ do],  dh = dy W,  dW = dyᵀ h
 
 The forward is flash attention; beside o it writes ``log₂ Σ exp`` of each query's scores. The backward
 (``_self_attention_backward.py``) is two kernels that take the scores again from it: one has a block of queries and goes
 over the keys, for δ and dq, the other a block of keys and goes over the queries, for dk and dv. So no gradient is added
 up in memory, nothing is atomic, and results repeat bitwise. That takes 7 products instead of 5; where all tokens are
-one block, one kernel makes everything with 5. What is written is dy itself, with float32 sums of its columns from each
-program. Flash attention adds dq up in float32 in memory, then rounds it, and dq, dk and dv are packed and summed after
-it (``heads.py``): about 24 bytes more per token and column of o.
+one block, one kernel makes everything with 5. What is written is dy itself, with each program's float32 sums of the
+columns of dq and do: rows of dS add up to 0 and rows of P to 1. Flash attention adds dq up in float32 in memory, then
+rounds it, and dq, dk and dv are packed and summed after it (``heads.py``): about 24 bytes more per token and column of
+o.
 
 Shapes: B rows (samples), N tokens, D = H·h width, H heads, h head dim. Bytes per token and column of o in bfloat16,
 where other programs of a head find what the first has read in the L2 cache: forward 8; backward reads q, k, v, do twice

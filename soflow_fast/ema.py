@@ -27,7 +27,7 @@ class EMA:
             raise ValueError(f"ema decay={decay} is outside [0, 1)")
         self.decay, self.warmup = decay, warmup
         self._parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
-        self._fixed = {name: p.detach() for name, p in module.named_parameters() if not p.requires_grad}
+        self._fixed = {name: p for name, p in module.named_parameters() if not p.requires_grad}
         self.averages = {name: p.detach().clone().float() for name, p in self._parameters.items()}
         first = {id(p): name for name, p in self._parameters.items()}
         every = module.named_parameters(remove_duplicate=False)
@@ -53,8 +53,18 @@ class EMA:
         self.updates += taken
 
     def averages_of(self, parameters: Sequence[Tensor]) -> list[Tensor]:
-        """The averages of the given parameters, for an optimizer that updates them itself."""
+        """The averages of the given parameters, for an optimizer that updates them itself.
+
+        Raises:
+            ValueError: for one that has none, as it was frozen when the averages were made.
+        """
         by_parameter = {id(p): self.averages[name] for name, p in self._parameters.items()}
+        for p in parameters:
+            if id(p) not in by_parameter:
+                raise ValueError(
+                    f"there is no average of a parameter of shape {tuple(p.shape)} that is updated; set "
+                    "requires_grad_(True) on all that is trained before the averages are made"
+                )
         return [by_parameter[id(p)] for p in parameters]
 
     @contextmanager
@@ -77,7 +87,7 @@ class EMA:
 
     def state_dict(self) -> dict[str, Tensor]:
         """A state_dict of the averaged module, with the module's own keys."""
-        return {**self._fixed, **self.named_averages()}
+        return {**{name: p.detach() for name, p in self._fixed.items()}, **self.named_averages()}
 
     def load_state_dict(self, state: dict[str, Tensor], updates: int) -> None:
         """Restores :meth:`state_dict` and the number of updates behind it."""

@@ -8,6 +8,9 @@ from torch import Tensor
 from soflow_fast.ema import EMA
 from soflow_fast.precision import ComputeCopy
 
+#: The names of the moments in the state of a parameter.
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
 
 class OnDevice:
     """A number and its copy on the device, written when it changes."""
@@ -37,10 +40,20 @@ def require_dense(name: str, parameters: list[Tensor]) -> None:
 
 
 def with_moments(state: dict, p: Tensor) -> dict:
-    """The state of a parameter, with moments of zero where it has none yet."""
-    for name in ("exp_avg", "exp_avg_sq"):
-        state.setdefault(name, torch.zeros_like(p, memory_format=torch.preserve_format))
+    """The state of a parameter, with moments of zero where it has none yet, and laid out as the parameter is."""
+    for name in MOMENTS:
+        state[name] = laid_out_as(p, state[name]) if name in state else torch.zeros_like(p)
     return state
+
+
+def laid_out_as(p: Tensor, tensor: Tensor) -> Tensor:
+    """The tensor, or a copy where the kernel's accesses, 16 bytes wide and in the order of p, would miss it.
+
+    Gradients that are views into the buckets of data parallelism may start anywhere.
+    """
+    if tensor.data_ptr() % 16 == 0 and tensor.stride() == p.stride():
+        return tensor
+    return torch.empty_like(p, dtype=tensor.dtype).copy_(tensor)
 
 
 class ParameterPass:
@@ -48,9 +61,6 @@ class ParameterPass:
 
     Args:
         optimizer: an ``OnePass``, whose group it is; the gradients of its first update are there.
-
-    Raises:
-        ValueError: for a parameter that 16-byte accesses would miss.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, group: dict):
@@ -60,18 +70,12 @@ class ParameterPass:
         self.name = type(optimizer).__name__
         self.parameters = _with_gradient(group)
         self.device = optimizer.device
-        if any(p.data_ptr() % 16 for p in self.parameters):
-            raise ValueError(
-                f"{self.name}(impl='triton') got a parameter that does not start at 16 bytes; use impl='torch'"
-            )
         states = [with_moments(optimizer.state[p], p) for p in self.parameters]
-        steps = [state["step"] for state in states if "step" in state]
-        self.step_count = torch.zeros((), device=self.device)
-        if steps:
-            self.step_count.copy_(steps[0])
-        for state in states:
-            state["step"] = self.step_count  # one counter for the group, as all its parameters step together
-        self.states = [[state[name] for state in states] for name in ("exp_avg", "exp_avg_sq")]
+        # A count for each: one that is trained since later has its bias corrected by its own.
+        self.step_counts = torch.zeros(len(states), device=self.device)
+        for count, state in zip(self.step_counts.unbind(), states, strict=True):
+            _count_in(count, state)
+        self.states = [[state[name] for state in states] for name in MOMENTS]
         self.ema = self.copy = self.averages = self.copies = None
         self.blocks = kernel.block_table(self.parameters).to(self.device)
         self.table, self.addresses = self._new_table(), []
@@ -96,17 +100,17 @@ class ParameterPass:
         self.group = group
         for i, p in enumerate(self.parameters):
             state = with_moments(optimizer.state[p], p)  # of an optimizer that has not stepped there is none
-            self.step_count.copy_(state.get("step", torch.zeros(())))
-            for name, tensors in zip(("exp_avg", "exp_avg_sq"), self.states, strict=True):
+            for name, tensors in zip(MOMENTS, self.states, strict=True):
                 tensors[i].copy_(state[name])
                 state[name] = tensors[i]
-            state["step"] = self.step_count
+            _count_in(self.step_counts[i], state)
 
     def norm(self, ema: EMA | None, copy: ComputeCopy | None) -> Tensor:
         """The 0-d norm of the gradients; the tables are then those of :meth:`step`, to be called next.
 
         Raises:
             RuntimeError: where other parameters have a gradient than at first.
+            ValueError: for what the kernel would take in another order, or its 16-byte accesses would miss.
         """
         if len(_with_gradient(self.group)) != len(self.parameters) or any(p.grad is None for p in self.parameters):
             raise RuntimeError(
@@ -116,7 +120,7 @@ class ParameterPass:
             )
         if not self.parameters:  # a group of frozen ones
             return torch.zeros((), device=self.device)
-        self.gradients = [_laid_out_as(p, p.grad) for p in self.parameters]
+        self.gradients = [laid_out_as(p, p.grad) for p in self.parameters]
         if ema is not self.ema:
             self.ema, self.averages = ema, None if ema is None else ema.averages_of(self.parameters)
         if copy is not self.copy:
@@ -125,12 +129,31 @@ class ParameterPass:
         self.in_use = self.table
         if capturing():
             # A graph has gradients, and so a table, of its own; it is filled after the capture.
+            self._require_alike()
             self.in_use = self._captured_table()
             self.unfilled.append((self.in_use, addresses))
         elif addresses != self.addresses:
+            self._require_alike()
             self.addresses = addresses
             _fill(self.table, addresses)
         return self.kernel.gradient_norm(self.in_use, self.blocks, self.gradients[0].dtype)
+
+    def _require_alike(self) -> None:
+        """ValueError for a tensor that does not lie in memory as its parameter does: they are gone through together."""
+        moments = [("a moment", tensors) for tensors in self.states]
+        others = [("an average", self.averages), ("a compute copy", self.copies)]
+        for what, tensors in (("a parameter", self.parameters), *moments, *others):
+            for p, tensor in zip(self.parameters, tensors or self.parameters, strict=True):
+                if tensor.data_ptr() % 16:
+                    raise ValueError(
+                        f"{self.name}(impl='triton') got {what} that does not start at 16 bytes; use impl='torch'"
+                    )
+                if tensor.stride() != p.stride():
+                    raise ValueError(
+                        f"{self.name}(impl='triton') got {what} of strides {tensor.stride()} for a parameter of shape "
+                        f"{tuple(p.shape)} and strides {p.stride()}; call model.to(memory_format=...) before the "
+                        "optimizer, averages and copies are made, or use impl='torch'"
+                    )
 
     def fill_captured_tables(self) -> None:
         """Outside of a capture: fills the tables of the ones before, and has one for the next."""
@@ -149,7 +172,7 @@ class ParameterPass:
             self.in_use,
             self.blocks,
             norm,
-            self.step_count,
+            self.step_counts,
             lr,
             average_weight,
             log_betas=log_betas,
@@ -160,7 +183,7 @@ class ParameterPass:
             gradient_dtype=self.gradients[0].dtype,
             copy_dtype=None if self.copies is None else self.copies[0].dtype,
         )
-        self.step_count += torch.isfinite(norm)
+        self.step_counts += torch.isfinite(norm)
         self.gradients = []  # so that zero_grad frees them, and the next ones have their place
 
 
@@ -168,14 +191,10 @@ def _with_gradient(group: dict) -> list[Tensor]:
     return [p for p in group["params"] if p.requires_grad and p.grad is not None]
 
 
-def _laid_out_as(p: Tensor, gradient: Tensor) -> Tensor:
-    """The gradient, or a copy where the kernel's accesses, 16 bytes wide and in the order of p, would miss it.
-
-    Views into the buckets of data parallelism may start anywhere.
-    """
-    if gradient.data_ptr() % 16 == 0 and gradient.stride() == p.stride():
-        return gradient
-    return torch.empty_like(p, dtype=gradient.dtype).copy_(gradient)
+def _count_in(count: Tensor, state: dict) -> None:
+    """Has the steps of a parameter counted in that 0-d tensor."""
+    count.copy_(state.get("step", torch.zeros(())))
+    state["step"] = count
 
 
 def _fill(table: Tensor, addresses: list[int]) -> None:

@@ -9,7 +9,15 @@ from torch import Tensor, nn
 
 from soflow_fast import kernels
 from soflow_fast.ema import EMA
-from soflow_fast.one_pass import OnDevice, ParameterPass, capturing, require_dense, with_moments
+from soflow_fast.one_pass import (
+    MOMENTS,
+    OnDevice,
+    ParameterPass,
+    capturing,
+    laid_out_as,
+    require_dense,
+    with_moments,
+)
 from soflow_fast.precision import ComputeCopy
 
 
@@ -129,7 +137,7 @@ class OnePass(torch.optim.Optimizer):
         return loss
 
     def state_dict(self) -> dict:
-        """As torch's, which wants a step counter for each parameter where here the parameters of a group share one."""
+        """As torch's, which wants a step counter for each parameter where here those of a group are in one tensor."""
         saved = super().state_dict()
         saved["state"] = {
             key: {**state, "step": state["step"].clone()} if "step" in state else state
@@ -141,12 +149,21 @@ class OnePass(torch.optim.Optimizer):
         """As torch's; also takes the state of torch's optimizer of the same name.
 
         Raises:
-            ValueError: for one with an option that this step does not have; nothing is changed.
+            ValueError: for one with an option that this step does not have, or of parameters of other shapes; nothing
+                is changed.
         """
-        for group in state_dict["param_groups"]:
+        for own, group in zip(self.param_groups, state_dict["param_groups"], strict=False):  # torch compares how many
             for option in ("maximize", "amsgrad"):
                 if group.get(option):
                     raise ValueError(f"the state has {option}=True, which {type(self).__name__} here does not")
+            for p, number in zip(own["params"], group["params"], strict=False):
+                saved = state_dict["state"].get(number, {})
+                for name in MOMENTS:  # torch does not look, and the update would write beyond them
+                    if name in saved and saved[name].shape != p.shape:
+                        raise ValueError(
+                            f"the state has {name} of shape {tuple(saved[name].shape)} for a parameter of shape "
+                            f"{tuple(p.shape)}; give that of an optimizer over the same parameters in the same order"
+                        )
         super().load_state_dict(state_dict)
         self._use_options()
         for p, state in self.state.items():
@@ -164,7 +181,24 @@ class AdamW(OnePass, torch.optim.AdamW):
 
     def step(self, closure: Callable[[], Tensor] | None = None):
         """As torch's: :meth:`update` without clipping, averages and copies."""
-        return torch.optim.AdamW.step(self, closure) if self.impl == "torch" else super().step(closure)
+        if self.impl == "triton":
+            return super().step(closure)
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._lay_out()
+        torch.optim.AdamW.step(self)
+        return loss
+
+    @torch.no_grad()
+    def _lay_out(self) -> None:
+        """Gradients and moments as their parameters: torch's fused update goes through them by address too."""
+        for p in (p for group in self.param_groups for p in group["params"]):
+            if p.grad is not None and p.grad.stride() != p.stride():
+                p.grad = laid_out_as(p, p.grad)
+            if "exp_avg" in self.state.get(p, ()):
+                with_moments(self.state[p], p)
 
 
 class RAdam(OnePass, torch.optim.RAdam):

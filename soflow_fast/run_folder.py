@@ -5,7 +5,7 @@ import json
 import logging
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -64,7 +64,7 @@ def changes(
 
     Args:
         data: their :func:`~soflow_fast.fingerprint.fingerprint`; a run that has none on record takes those at its path.
-        accept: whether they may differ where that changes the weights. made: how an optimizer of the user's was made.
+        accept: whether they may differ where that changes the weights. made: how the optimizer was made.
         objects: :func:`~soflow_fast.records.of_given` of the run; one that has none on record takes any.
 
     Raises:
@@ -88,8 +88,8 @@ def changes(
         {"key": name, "before": theirs.flat()[name], "after": config.flat()[name]}
         for name in config.differences(theirs)
     ]
-    found += run_optimizer.changes(_read_json(run_dir / OPTIMIZER_NAME), made)
     found += records.changes_of_given(_read_json(run_dir / GIVEN_NAME), objects)
+    found += run_optimizer.changes(_read_json(run_dir / OPTIMIZER_NAME), made)
     for change in () if accept else found:
         raise ValueError(
             f"run_dir={str(run_dir)!r} holds a run with {change['key']} {change['before']!r}, and this one has "
@@ -118,9 +118,9 @@ def require_same(run_dir: Path, config: TrainConfig, theirs: TrainConfig, remedy
         )
 
 
-def require_usable(state: checkpoint.State, config: TrainConfig, path: Path) -> None:
-    """ValueError where a run cannot go on from the state at ``path`` with a configuration, though changes of it are
-    accepted.
+def require_usable(state: checkpoint.State, config: TrainConfig, path: Path, trained: Iterable[str]) -> None:
+    """ValueError where a run cannot go on from the state at ``path`` with a configuration and the names of what is
+    trained, though changes of them are accepted.
     """
     if state.step > config.total_steps:
         raise ValueError(
@@ -134,6 +134,12 @@ def require_usable(state: checkpoint.State, config: TrainConfig, path: Path) -> 
                 f"ema.posthoc has {std}, which the run has not averaged from its beginning; leave it out, or choose "
                 "another run_dir"
             )
+        for name in trained:
+            if f"{std}/{name}" not in state.posthoc:
+                raise ValueError(
+                    f"ema.posthoc has {std}, and {name} was not trained, so not averaged, from the run's beginning; "
+                    "leave ema.posthoc out, set requires_grad_(False) on it, or choose another run_dir"
+                )
 
 
 def load_run(

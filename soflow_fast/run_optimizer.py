@@ -31,22 +31,22 @@ class RunOptimizer:
             was made.
 
     Attributes:
-        made: how one of the user's was made: its class, and of each group the names of the parameters and the plain
-            values, ``lr`` as its ratio to the configuration's. None of one of which the configuration says it.
+        of_user: whether it is one of the user's.
+        made: how it was made: its class, and of each group the names of the parameters and the plain values, ``lr`` as
+            its ratio to the configuration's; of the library's its name, without values, as the configuration has them.
     """
 
     def __init__(self, optimizer: Optimizer, model: nn.Module, config: OptimizerConfig):
-        self.optimizer, self.made = optimizer, None
+        self.optimizer, self.of_user = optimizer, config.name not in OPTIMIZERS
         self._device, self._fresh = next(model.parameters()).device, copy.deepcopy(optimizer.state_dict())
         self._ratios = [float(group["lr"]) / config.learning_rate for group in optimizer.param_groups]
-        if config.name in OPTIMIZERS:
-            return
         names, groups = {id(p): name for name, p in model.named_parameters()}, []
         for group, ratio in zip(optimizer.param_groups, self._ratios, strict=True):
             values = plain_values({k: v for k, v in group.items() if k not in (*_PARAMETERS, *_OF_THE_MACHINE)})
             parameters = [names.get(id(p), "not of the model") for p in group["params"]]
-            groups.append({"parameters": parameters, "values": {**values, "lr": float(f"{ratio:.6g}")}})
-        self.made = {"class": class_of(optimizer), "groups": groups}
+            values = {**values, "lr": float(f"{ratio:.6g}")} if self.of_user else {}
+            groups.append({"parameters": parameters, "values": values})
+        self.made = {"class": class_of(optimizer) if self.of_user else config.name, "groups": groups}
 
     def set_rate(self, lr: float) -> None:
         """Sets the learning rate; of a group that was made with another one, in its ratio to it."""
@@ -61,12 +61,21 @@ class RunOptimizer:
         return {**self.optimizer.state_dict(), "made": self.made}
 
     def load_state_dict(self, state: dict) -> None:
-        """Goes on from :meth:`state_dict`; begins anew where that is of another class or of other parameters.
+        """Goes on from :meth:`state_dict`.
 
-        What an optimizer of the user's changes in its groups by itself is part of its state; what it was made with
-        otherwise than before is as it is now.
+        The library's goes on by the names of the parameters: those that are trained since begin with moments of zero
+        and a step count of their own, by which their bias is corrected. One of the user's begins anew where the state
+        is of another class or of other parameters, as does each after one of the other kind. What one of the user's
+        changes in its groups by itself is part of its state; what it was made with otherwise than before is as it is
+        now.
+
+        Raises:
+            ValueError: where the parameters of a state are others and their names are not on record.
         """
         before, after = state.get("made"), self.made
+        if not self.of_user and (before is None or before["class"] in OPTIMIZERS):
+            self.optimizer.load_state_dict(self._by_name(state))
+            return
         fresh = [dict(group) for group in self.optimizer.param_groups]
         if _parameters(before) != _parameters(after):
             self.optimizer.load_state_dict(copy.deepcopy(self._fresh))  # it may have stepped already
@@ -74,26 +83,45 @@ class RunOptimizer:
                 group["lr"] = own["lr"]
             return
         state = {name: value for name, value in state.items() if name != "made"}
-        if after is None:  # the configuration's hyper-parameters, which may have changed
-            state["param_groups"] = self.optimizer.state_dict()["param_groups"]
-            self.optimizer.load_state_dict(state)
-            return
         of_now = []
         for own, old, new in zip(fresh, _values(before), _values(after), strict=True):
             keys = [key for key in (*_OF_THE_MACHINE, "lr") if key in own]
             of_now.append(keys + [key for key, value in new.items() if old.get(key) != value])
-        saved = [
-            group | {key: own[key] for key in keys}  # by which torch decides where a state has to lie
-            for group, own, keys in zip(state["param_groups"], fresh, of_now, strict=True)
-        ]
-        self.optimizer.load_state_dict({**state, "param_groups": saved})
-        self._restore_dtypes(state)
+        if {"state", "param_groups"} <= state.keys():
+            saved = [
+                group | {key: own[key] for key in keys}  # by which torch decides where a state has to lie
+                for group, own, keys in zip(state["param_groups"], fresh, of_now, strict=True)
+            ]
+            self.optimizer.load_state_dict({**state, "param_groups": saved})
+            self._restore_dtypes(state)
+        else:  # of a form of its own, such as that of several optimizers in one
+            self.optimizer.load_state_dict(state)
         for group, own, keys in zip(self.optimizer.param_groups, fresh, of_now, strict=True):
             for key, value in own.items():
                 if key in keys:
                     group[key] = value
                 elif torch.is_tensor(value):
                     group[key] = group[key].to(value.device)
+
+    def _by_name(self, state: dict) -> dict:
+        """The state of one of the library's for the parameters of now, with the hyper-parameters of now."""
+        groups, made = self.optimizer.state_dict()["param_groups"], state.get("made")
+        names, parameters = self.made["groups"][0]["parameters"], self.optimizer.param_groups[0]["params"]
+        before = names if made is None else made["groups"][0]["parameters"]
+        saved = [state["state"].get(number) for number in state["param_groups"][0]["params"]]
+        if made is None:  # of a version that did not record the names: as many, of the same shapes, are the same
+            fit = len(saved) == len(parameters) and all(
+                one is None or one["exp_avg"].shape == p.shape for one, p in zip(saved, parameters, strict=True)
+            )
+            if not fit:
+                raise ValueError(
+                    f"the optimizer in this run's checkpoint has the state of {len(saved)} parameters without their "
+                    f"names, which are not the {len(names)} that are trained now; train those that were, or choose "
+                    "another run_dir and this one as initial_weights"
+                )
+        found = {name: one for name, one in zip(before, saved, strict=True) if one is not None}
+        kept = {number: found[name] for number, name in zip(groups[0]["params"], names, strict=True) if name in found}
+        return {"state": kept, "param_groups": groups}
 
     def _restore_dtypes(self, state: dict) -> None:
         """Puts the state of each parameter back into its own dtypes, where torch gave it the parameter's."""
@@ -126,7 +154,7 @@ class RunOptimizer:
                 begin(0, 1)  # of no process: a 0 at the end would be none
             updating = True
 
-        updating = self.made is None or world_size == 1
+        updating = not self.of_user or world_size == 1
         with torch.random.fork_rng(devices=[self._device] if self._device.type == "cuda" else []):
             begin(rank)
             before_update = None if updating else self.optimizer.register_step_pre_hook(begin_update)
@@ -151,18 +179,32 @@ class RunOptimizer:
             raise ValueError(
                 f"a checkpoint does not give back the state of the optimizer {name} ({what}); {remedy}"
             ) from None
+        inner = [one for one in tree_leaves(list(vars(self.optimizer).values())) if isinstance(one, Optimizer)]
+        for one in inner:
+            if _tensors(one.state) > _tensors(state):
+                raise ValueError(
+                    f"state_dict() of the optimizer {name} leaves out the state of the {type(one).__name__} in it; "
+                    "have it return that too, and load_state_dict take it"
+                )
         if any(isinstance(value, str) for value in tree_leaves(state.get("state"))):
             raise ValueError(f"the state of the optimizer {name} holds a text, which torch does not load; {remedy}")
 
 
 def changes(before: dict | None, after: dict | None) -> list[dict[str, object]]:
     """How two optimizers were made otherwise, see :attr:`RunOptimizer.made`: key, before, after."""
-    if before is None or after is None:  # the configurations differ
+    if before is None or after is None:  # of an earlier version, which recorded none of the library's
         return []
-    if _parameters(before) != _parameters(after):
-        other = " in another order" if _named(before) == _named(after) else ""
-        return [{"key": "optimizer", "before": _named(before), "after": f"{_named(after)}{other}, begun anew"}]
+    names = [[name for group in made["groups"] for name in group["parameters"]] for made in (before, after)]
     found = []
+    if set(names[0]) != set(names[1]):
+        were, are = _among(*names), _among(*reversed(names))
+        found.append({"key": "trained parameters", "before": were, "after": are})
+    if before["class"] in OPTIMIZERS or after["class"] in OPTIMIZERS:  # of which the configuration says the rest
+        return found
+    if _parameters(before) != _parameters(after):
+        other = " in another order" if not found and _named(before) == _named(after) else ""
+        change = {"key": "optimizer", "before": _named(before), "after": f"{_named(after)}{other}, begun anew"}
+        return [*found, change]
     for number, (old, new) in enumerate(zip(_values(before), _values(after), strict=True)):
         found += differences(f"optimizer group {number}", old, new)
     return found
@@ -201,9 +243,21 @@ def _parameters(made: dict | None) -> tuple | None:
     return None if made is None else (made["class"], [group["parameters"] for group in made["groups"]])
 
 
-def _values(made: dict | None) -> list[dict]:
-    return [] if made is None else [group["values"] for group in made["groups"]]
+def _values(made: dict) -> list[dict]:
+    return [group["values"] for group in made["groups"]]
 
 
 def _named(made: dict) -> str:
     return f"{made['class']} of {[len(group['parameters']) for group in made['groups']]} parameters"
+
+
+def _among(names: list[str], others: list[str]) -> str:
+    """How many names these are, and what tells them from the others."""
+    word, apart = "with", [name for name in names if name not in others]
+    if not apart:
+        word, apart = "without", [name for name in others if name not in names]
+    return f"{len(names)} {word} {apart[0]}" + (f" and {len(apart) - 1} more" if apart[1:] else "")
+
+
+def _tensors(state: Any) -> int:
+    return sum(torch.is_tensor(leaf) for leaf in tree_leaves(state))

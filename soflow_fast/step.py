@@ -5,6 +5,7 @@ import copy
 import logging
 from collections.abc import Sequence
 from functools import partial
+from itertools import zip_longest
 from typing import NamedTuple
 
 import torch
@@ -220,13 +221,14 @@ class TrainStep:
     def state_dict(self) -> dict:
         """What a run needs beside the model's weights to go on: its step, the optimizer's state and the averages."""
         averages = [{"weights": one.averages, "updates": int(one.updates)} for one in self._all_averages()]
-        return {"step": int(self.step), "optimizer": self.optimizer.state_dict(), "averages": averages}
+        state = {"step": int(self.step), "optimizer": self.optimizer.state_dict(), "averages": averages}
+        return {**state, "parameters": self._names_of_trained()}
 
     def load_state_dict(self, state: dict) -> None:
         """Restores :meth:`state_dict`; the weights are the model's own.
 
         Raises:
-            ValueError: for the state of a step with more or fewer averages; nothing is changed.
+            ValueError: for the state of a step with more or fewer averages, or of other parameters; nothing is changed.
         """
         own = self._all_averages()
         if len(own) != len(state["averages"]):
@@ -234,7 +236,17 @@ class TrainStep:
                 f"the state has {len(state['averages'])} averages and this step {len(own)}; give it the same ema and "
                 "averages"
             )
+        trained = self._names_of_trained()
+        for theirs, ours in zip_longest(state.get("parameters", trained), trained, fillvalue="nothing more"):
+            if theirs != ours:  # an optimizer knows its state by the order of the parameters alone
+                raise ValueError(
+                    f"the state is of a step that trains {theirs} where this one trains {ours}; set requires_grad as "
+                    "it was"
+                )
+        constants = self._constants_of_a_graph()
         self.optimizer.load_state_dict(state["optimizer"])
+        if self._constants_of_a_graph() != constants:
+            self._graph, self._steps_run = None, 0
         for one, saved in zip(own, state["averages"], strict=True):
             one.load_state_dict(saved["weights"], saved["updates"])
         self.step.fill_(state["step"])
@@ -244,6 +256,14 @@ class TrainStep:
         """Has the CUDA graph captured anew if the optimizer's state is now in other tensors, as when one was loaded."""
         if getattr(self.optimizer, "impl", "") != "triton":  # which keeps its tensors
             self._graph, self._steps_run = None, 0
+
+    def _constants_of_a_graph(self) -> list[dict]:
+        """The hyper-parameters that a captured update of one of soflow_fast.optim keeps as they were."""
+        groups = self.optimizer.param_groups if isinstance(self.optimizer, optim.OnePass) else []
+        return [{name: group[name] for name in ("betas", "eps", "weight_decay")} for group in groups]
+
+    def _names_of_trained(self) -> list[str]:
+        return [name for name, p in self.model.named_parameters() if p.requires_grad]
 
     def _all_averages(self) -> list[EMA]:
         return [*([] if self.ema is None else [self.ema]), *self.averages]

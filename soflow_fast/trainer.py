@@ -67,8 +67,8 @@ class Trainer:
         optimizer: what makes a torch optimizer of the list of (name, parameter) that are trained and of ``lr``, such as
             ``functools.partial(torch.optim.SGD, momentum=0.9)``, instead of the configuration's. The learning rates of
             its groups keep their ratios to ``lr`` as that changes.
-        accept_changes: go on with a run of another configuration or other data where the weights fit, and record what
-            changed.
+        accept_changes: go on with a run of another configuration, other data or other trained parameters where the
+            weights fit, and record what changed.
         on_log: called with every line of ``metrics.jsonl`` as it is written, a mapping with the ``step``, in the first
             process; such as ``wandb.log``. Its errors become warnings.
 
@@ -253,7 +253,7 @@ class Trainer:
             null_condition=null,
         )
         steps = stop.kept_from_workers(steps)
-        draws = type(self.model.network) is not DiT or self._of_run.made is not None
+        draws = type(self.model.network) is not DiT or self._of_run.of_user
         place = self.processes.rank, self.processes.world_size
         try:
             for done, (x, labels) in enumerate(steps, start + 1):
@@ -261,7 +261,7 @@ class Trainer:
                 self._of_run.set_rate(learning_rate)
                 with self._of_run.draws(config.seed, done, *place) if draws else nullcontext():
                     stats = self.step(x, labels)
-                if done == start + 1 and self._of_run.made is not None:
+                if done == start + 1 and self._of_run.of_user:
                     self._of_run.require_storable()
                 meter.update(done, stats)
                 log.advance()
@@ -330,7 +330,7 @@ class Trainer:
                 "choose a run_dir in a file system that all processes share"
             )
         state = checkpoint.load(path, self.processes.device)
-        run_folder.require_usable(state, self.config, path)
+        run_folder.require_usable(state, self.config, path, self.ema.averages)
         checkpoint.load_weights(self.model, state.model, path)
         self._of_run.load_state_dict(state.optimizer)
         self.step.forget_graph()

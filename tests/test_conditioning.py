@@ -11,6 +11,7 @@ from op_checks import (
 )
 
 from soflow_fast.kernels import conditioning, fused
+from soflow_fast.kernels._launch import recording
 
 SINUSOIDS, DIFFERENCE, CONDITION = "time_sinusoids", "time_sinusoids_difference", "condition"
 GRADIENTS = {SINUSOIDS: (), DIFFERENCE: (), CONDITION: ("t_embedding", "s_embedding", "table")}
@@ -94,6 +95,20 @@ def test_table_gradient_sums_over_a_batch_longer_than_one_search(monkeypatch):
     """Every row of the batch adds to its class, in whichever block of labels it stands."""
     monkeypatch.setattr(conditioning, "_LABELS", 8)
     check_accuracy(CONDITION, _embeddings(8, rows=20, classes=3), {}, GRADIENTS[CONDITION])
+
+
+@pytest.mark.parametrize(("rows", "classes", "programs"), [(3, 1, 2), (5, 2, 2), (9, 1, 4), (4, 2, 1)])
+def test_programs_share_a_class_where_classes_are_few(rows, classes, programs, monkeypatch):
+    """Of the last one there are fewer rows, or none."""
+    monkeypatch.setattr(conditioning, "_ROWS", 2)
+    monkeypatch.setattr(conditioning, "_MOST_PROGRAMS", 4)
+    arguments = _embeddings(8, rows=rows, classes=classes + 1)
+    arguments["table"] = arguments["table"][:classes]
+    with recording() as records:
+        check_accuracy(CONDITION, arguments, {}, GRADIENTS[CONDITION])
+    _, _, of_table, *sums = records
+    assert of_table.grid() == (classes, programs)
+    assert len(sums) == (programs > 1)
 
 
 def test_a_class_without_rows_gets_a_zero_gradient():

@@ -57,6 +57,16 @@ def test_fixed_parameters_are_part_of_the_state_and_never_averaged():
     assert torch.equal(ema.state_dict()["bias"], module.bias)
 
 
+def test_fixed_parameters_are_the_modules_though_their_memory_changes():
+    module = nn.Linear(3, 2)
+    module.weight.requires_grad_(False)
+    ema = EMA(module)
+    module.double()
+    with torch.no_grad():
+        module.weight.fill_(7)
+    assert torch.equal(ema.state_dict()["weight"], module.weight)
+
+
 def _fail_while_averaged(ema, module):
     with ema.applied():
         assert not module.weight.any()

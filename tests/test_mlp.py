@@ -8,6 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from soflow_fast.kernels import fused, mlp, reference
+from soflow_fast.kernels._launch import recording
 
 NAME, GRADIENTS = "mlp", ("h", "w1", "b1", "w2")
 # rows, width, hidden units: parts of the XL's columns and several chunks of rows, the last with one row; a width that
@@ -84,6 +85,14 @@ def test_chunks_of_rows(most, fewest, monkeypatch):
     monkeypatch.setattr(mlp, "_MOST_CHUNKS", most)
     monkeypatch.setattr(mlp, "_FEWEST_ROWS", fewest)
     check_accuracy(NAME, _inputs((2, 43), 13, 51), {"recompute": True}, GRADIENTS)
+
+
+def test_programs_side_by_side_have_a_row_side_by_side():
+    """And the grid's second axis, which ends at 65535, does not grow with the rows."""
+    u = torch.empty(1 << 26, 520, device="meta", dtype=torch.bfloat16)
+    with recording() as records:
+        mlp._gelu_bwd(u, u, False)
+    assert [record.grid() for record in records] == [(3, 256)]
 
 
 def test_a_broken_row_does_not_spread():

@@ -55,6 +55,20 @@ def test_one_gradient_alone(needed):
     check_accuracy(NAME, _inputs(2, 7, 3, 13), {"heads": 3}, (needed,))
 
 
+@pytest.mark.parametrize(
+    ("shape", "dtype"), [((2, 7, 3, 13), torch.float32), ((2, 33, 2, 8), torch.float32), ((2, 70, 1, 72), HALF)]
+)
+def test_biases_of_keys_and_values(shape, dtype):
+    """Of the keys' the gradient is exactly 0, as it changes no output; of the values' it is what arrives, summed."""
+    arguments = _inputs(*shape, dtype)
+    o, *_ = fused.self_attention(**{**arguments, "bias": arguments["bias"].requires_grad_()}, heads=shape[2])
+    do = torch.randn(o.shape, generator=torch.Generator().manual_seed(0)).to(o)
+    of_queries, of_keys, of_values = torch.autograd.grad(o, arguments["bias"], do)[0].chunk(3)
+    assert of_queries.all()
+    assert not of_keys.any()
+    torch.testing.assert_close(of_values, do.double().sum((0, 2)).flatten().to(dtype))
+
+
 def test_strided_gradients():
     """``.sum().backward()`` sends a gradient of stride 0; a slice sends one with gaps."""
     arguments, generator = _inputs(2, 5, 2, 8), torch.Generator().manual_seed(0)

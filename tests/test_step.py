@@ -154,6 +154,34 @@ def test_a_run_goes_on_from_its_states():
         _step(_model(dtype=torch.float32)).load_state_dict(state[1])
 
 
+def test_a_state_of_other_parameters_is_refused():
+    steps = []
+    for trained in ("weight", "bias"):
+        model = _model(dtype=torch.float32)
+        for name, p in model.named_parameters():
+            p.requires_grad_(name.endswith(f"final_layer.linear.{trained}"))
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        steps.append(TrainStep(model, optimizer=optim.AdamW(parameters, impl="torch"), total_steps=10))
+    state = steps[0].state_dict()
+    with pytest.raises(
+        ValueError, match=r"a step that trains network\.\S+\.weight where this one trains \S+\.bias; set"
+    ):
+        steps[1].load_state_dict(state)
+    steps[0].load_state_dict({name: value for name, value in state.items() if name != "parameters"})  # as before
+
+
+def test_a_graph_with_other_hyper_parameters_than_those_loaded_is_captured_anew():
+    model = _model(dtype=torch.float32)
+    optimizer = optim.AdamW([p for p in model.parameters() if p.requires_grad], impl="triton")
+    step = TrainStep(model, optimizer=optimizer, total_steps=10)
+    state, graph = copy.deepcopy(step.state_dict()), object()
+    for changes, kept in (({"lr": 0.5}, True), ({"weight_decay": 0.5}, False)):
+        state["optimizer"]["param_groups"][0] |= changes
+        step._graph = graph
+        step.load_state_dict(state)
+        assert (step._graph is graph) == kept
+
+
 @pytest.mark.parametrize("optimizer_class", [optim.AdamW, optim.RAdam])
 def test_our_optimizers_are_prepared_and_do_the_whole_update(monkeypatch, optimizer_class):
     """A captured step has no other way to what the host decides, and only so is it one pass."""
