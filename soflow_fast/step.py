@@ -21,7 +21,7 @@ from soflow_fast.config_io import require_count
 from soflow_fast.differencing import left_as_it_was
 from soflow_fast.dit import DiT
 from soflow_fast.ema import EMA
-from soflow_fast.objectives.base import LossOutput, Objective, TotalLoss, require_choice
+from soflow_fast.objectives.base import LossOutput, Objective, TotalLoss, joined, require_choice
 from soflow_fast.paths import row_order, row_period
 from soflow_fast.precision import PRECISIONS, ComputeCopy, tensor_cores
 from soflow_fast.reduction import INDUCTOR_OPTIONS, CompiledReduction
@@ -331,7 +331,7 @@ class TrainStep:
             average.update(finite)
         self.step += 1
         loss = torch.stack([out.loss.detach() for out in outputs]).mean()
-        return StepStats(loss, grad_norm, _joined([out.parts for out in outputs]), finite)
+        return StepStats(loss, grad_norm, joined([out.parts for out in outputs]), finite)
 
     @torch.no_grad()
     def evaluate(self, x0: Tensor, labels: Tensor | None = None, *, first_row: int = 0, seed: int = 0) -> TotalLoss:
@@ -389,22 +389,3 @@ class TrainStep:
                 orders.append((order, order + self.rank * batch, n_velocity))
             self._orders[key] = orders
         return self._orders[key]
-
-
-def _joined(parts: list[dict[str, LossOutput | Tensor]]) -> dict[str, LossOutput | Tensor]:
-    """The parts of all micro-batches as one."""
-    joined = {}
-    for name, first in parts[0].items():
-        if torch.is_tensor(first) and first.dim() == 0:
-            joined[name] = torch.stack([part[name].detach() for part in parts]).mean()
-            continue
-        if not isinstance(first, LossOutput):
-            what = f"a tensor of shape {tuple(first.shape)}" if torch.is_tensor(first) else f"a {type(first).__name__}"
-            raise ValueError(
-                f"the part {name!r} of the loss is {what}; report a LossOutput of soflow_fast.objectives.base, or a "
-                "0-d tensor, such as the mean of a term"
-            )
-        losses, *rows = zip(*(part[name] for part in parts), strict=True)
-        mean = torch.stack([loss.detach() for loss in losses]).mean()
-        joined[name] = LossOutput(mean, *(torch.cat(values) for values in rows))
-    return joined

@@ -300,6 +300,29 @@ def combine(parts: dict[str, LossOutput]) -> TotalLoss:
     return TotalLoss(sum(part.loss * (len(part.t) / total) for part in parts.values()), parts)
 
 
+def joined(parts: list[dict[str, LossOutput | Tensor]]) -> dict[str, LossOutput | Tensor]:
+    """The parts of the losses of all micro-batches as one, without gradient.
+
+    Raises:
+        ValueError: for a part that is neither a LossOutput nor 0-d.
+    """
+    found = {}
+    for name, first in parts[0].items():
+        if torch.is_tensor(first) and first.dim() == 0:
+            found[name] = torch.stack([part[name].detach() for part in parts]).mean()
+            continue
+        if not isinstance(first, LossOutput):
+            what = f"a tensor of shape {tuple(first.shape)}" if torch.is_tensor(first) else f"a {type(first).__name__}"
+            raise ValueError(
+                f"the part {name!r} of the loss is {what}; report a LossOutput of soflow_fast.objectives.base, or a "
+                "0-d tensor, such as the mean of a term"
+            )
+        losses, *rows = zip(*(part[name] for part in parts), strict=True)
+        mean = torch.stack([loss.detach() for loss in losses]).mean()
+        found[name] = LossOutput(mean, *(torch.cat(values) for values in rows))
+    return found
+
+
 def by_batch(net: nn.Module) -> str | None:
     """The first norm of a network that takes the statistics of a batch, in words; None where no norm does."""
     for name, module in net.named_modules():
