@@ -14,7 +14,7 @@ from soflow_fast.conditions import OfItems
 from soflow_fast.config import TrainConfig
 from soflow_fast.distributed import Processes
 from soflow_fast.ema import EMA
-from soflow_fast.images import generate, save_samples
+from soflow_fast.images import are_images, generate, grid, save_samples, to_uint8
 from soflow_fast.logs import Quiet, RunLog, due
 from soflow_fast.sample import Decoder
 
@@ -57,15 +57,15 @@ class Grids:
 
     def __call__(self, step: int, log: RunLog | Quiet) -> None:
         """Draws and writes one; a file that is there is whole."""
-        self._processes.of_first(partial(self._try, step))
+        self._processes.of_first(partial(self._try, step, log))
 
-    def _try(self, step: int) -> None:
+    def _try(self, step: int, log: RunLog | Quiet) -> None:
         try:  # here, so that the other processes, which draw nothing, do not learn of it
-            self._draw(step)
+            self._draw(step, log)
         except Exception as error:
             _log.warning("the sample grid at step %d failed, and training goes on: %s", step, error, exc_info=error)
 
-    def _draw(self, step: int) -> None:
+    def _draw(self, step: int, log: RunLog | Quiet) -> None:
         config, output = self._config, self._config.output
         with self._ema.applied():
             parts = generate(
@@ -81,7 +81,10 @@ class Grids:
             )
             samples = torch.cat(list(parts))
         temporary = save_samples(samples, self._folder / ".writing", output.sample_shape[1])
-        os.replace(temporary, self._stem(step).with_suffix(temporary.suffix))
+        path = self._stem(step).with_suffix(temporary.suffix)
+        os.replace(temporary, path)
+        if are_images(samples.shape[1]):
+            log.show("samples", step, path, to_uint8(grid(samples, output.sample_shape[1])))
 
     def _stem(self, step: int) -> Path:
         return self._folder / f"step-{step:08d}"

@@ -144,7 +144,8 @@ class RunLog:
     beyond that is taken back.
 
     Args:
-        folder: of the run. batch: images per step. hook: called with every line that is written.
+        folder: of the run. batch: images per step. hook: called with every line that is written, and with the path of
+            every picture.
     """
 
     def __init__(self, folder: Path, start: int, total: int, batch: int, hook: Callable[[dict], object] | None = None):
@@ -177,6 +178,14 @@ class RunLog:
         for name, value in values.items():
             for suffix, number in _scalars(value):
                 self._writer.add_scalar(name + suffix, number, values["step"])
+        self._call_hook(values)
+
+    def show(self, name: str, step: int, path: Path, image: Tensor) -> None:
+        """A picture, (C, H, W) uint8, to TensorBoard, and the path of its file to the hook, by that name."""
+        self._writer.add_image(name, image, step)
+        self._call_hook({"step": step, name: str(path)})
+
+    def _call_hook(self, values: dict) -> None:
         if self._hook is not None:
             try:
                 self._hook(dict(values))
@@ -222,6 +231,8 @@ class Quiet:
     def write(self, step: int, values: dict) -> None: ...
 
     def append(self, values: dict) -> None: ...
+
+    def show(self, name: str, step: int, path: Path, image: Tensor) -> None: ...
 
     def say(self, sentence: str) -> None: ...
 

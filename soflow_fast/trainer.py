@@ -70,7 +70,7 @@ class Trainer:
         accept_changes: go on with a run of another configuration, other data or other trained parameters where the
             weights fit, and record what changed.
         on_log: called with every line of ``metrics.jsonl`` as it is written, a mapping with the ``step``, in the first
-            process; such as ``wandb.log``. Its errors become warnings.
+            process; such as ``wandb.log``; and of a grid of images with its path, ``samples``. Its errors are warnings.
 
     Raises:
         ValueError: for a configuration that is impossible on this machine or does not fit the data.

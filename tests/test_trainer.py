@@ -1,5 +1,6 @@
 """The training run: resuming, also after a kill, is exact; what it writes; what it refuses."""
 
+import io
 import json
 import os
 import re
@@ -11,6 +12,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from runs import (
     Blobs,
     StopError,
@@ -186,6 +188,17 @@ def test_every_line_of_the_metrics_goes_to_the_hook(tmp_path):
     Trainer(config, on_log=lines.append).fit()
     assert lines == [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [2, 3, 4, 6, 6]
+
+
+def test_a_grid_goes_to_the_hook_and_to_tensorboard(tmp_path):
+    config, lines = tiny_config(tmp_path, output=OutputConfig(log_every=6, sample_every=6, sample_shape=(2, 5))), []
+    Trainer(config, on_log=lines.append).fit()
+    path = tmp_path / "samples" / "step-00000006.png"
+    assert [line for line in lines if "samples" in line] == [{"step": 6, "samples": str(path)}]
+    events = EventAccumulator(str(tmp_path)).Reload()
+    (shown,) = events.Images("samples")
+    assert shown.step == 6
+    assert np.array_equal(np.asarray(Image.open(io.BytesIO(shown.encoded_image_string)))[..., 0], Image.open(path))
 
 
 def test_an_error_of_the_hook_costs_its_line_and_not_the_run(tmp_path, caplog):
