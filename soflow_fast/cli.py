@@ -151,7 +151,8 @@ def _parser() -> argparse.ArgumentParser:
     encoder.add_argument("--precision", choices=PRECISIONS, help="of the encoder (default tf32 on a GPU, else fp32)")
     encoder.add_argument("--workers", type=int, help="processes that read images (default: the CPU cores, up to 16)")
 
-    for sub in (encoder, sample, score, exporter, demo):
+    exporter.add_argument("--device", default="cpu", help="that the program is for: cpu, cuda or cuda:N (default cpu)")
+    for sub in (encoder, sample, score, demo):
         sub.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default auto)")
     for sub in (sample, score, exporter):
         sampling_options.add(sub, draws=sub is not exporter)

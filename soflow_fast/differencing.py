@@ -307,12 +307,17 @@ def _run_once(net: nn.Module, inputs: tuple) -> None:
 @contextmanager
 def left_as_it_was(net: nn.Module, device: torch.device) -> Iterator[None]:
     """After it the buffers of a network, and the generators of the CPU and of a device, are as they were before."""
-    buffers = [(b, b.detach().clone()) for b in net.buffers()]
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        yield
-    with torch.no_grad():
-        for buffer, value in buffers:
-            buffer.copy_(value)
+    modules = [(m, name, b) for m in net.modules() for name, b in m.named_buffers(recurse=False)]
+    before = [(*where, b, b._version, b.detach().clone()) for *where, b in modules]
+    try:
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            yield
+    finally:
+        for module, name, buffer, version, value in before:
+            setattr(module, name, buffer)  # a forward may also assign another one
+            if buffer._version != version:
+                with torch.no_grad():
+                    buffer.copy_(value)
 
 
 def _graph_of(out: Tensor) -> Iterator:

@@ -25,6 +25,9 @@ PROGRAM, WEIGHTS = ".pt2", ".safetensors"
 #: The file in a program's archive, and the entry of the weights' metadata, that says what they are.
 ABOUT = "soflow.json"
 
+# Each is a part of the program: of 32, as of flow_matching, torch.export takes an hour.
+_MOST_CALLS = 8
+
 # Rows that a program is captured with, and others that it is tried with; of 0 and 1 torch.export makes constants.
 _CAPTURED_ROWS, _TRIED_ROWS = 3, 2
 
@@ -74,8 +77,15 @@ def write_program(
         How it is called, in Python.
 
     Raises:
-        ValueError: for a network that cannot be captured, or whose capture draws other samples than it does.
+        ValueError: for a network that cannot be captured, or whose capture draws other samples than it does, and for
+            more than eight network calls.
     """
+    calls = steps * getattr(model, "ode_steps", 1)
+    if calls > _MOST_CALLS:
+        raise ValueError(
+            f"a program of {calls} network calls takes torch.export too long; choose steps (and of flow_matching "
+            f"ode_steps) with at most {_MOST_CALLS}"
+        )
     if precision not in SAMPLE_PRECISIONS:
         raise ValueError(f"precision={precision!r} is not known; choose one of {', '.join(SAMPLE_PRECISIONS)}")
     network = use_torch(model).network
@@ -107,7 +117,7 @@ def write_program(
                 "depends on what a capture keeps as it was, such as random numbers; make it a function of its inputs"
             )
     limits = [int(found.upper) for found in program.range_constraints.values() if found.upper < _UNLIMITED]
-    return _usage(path, arguments, seed) + (f"  # at most {min(limits)} rows a call" if limits else "")
+    return _usage(path, arguments, seed, network) + (f"  # at most {min(limits)} rows a call" if limits else "")
 
 
 def use_torch(model: nn.Module) -> nn.Module:
@@ -155,10 +165,13 @@ def _arguments(
     return (noise, *labels), {"seed": torch.zeros((), dtype=torch.int64, device=device)} if renoises else {}
 
 
-def _usage(path: Path, arguments: tuple[Tensor, ...], seed: dict[str, Tensor]) -> str:
+def _usage(path: Path, arguments: tuple[Tensor, ...], seed: dict[str, Tensor], network: nn.Module) -> str:
+    device = f", device={str(arguments[0].device)!r}" if arguments[0].is_cuda else ""
     sizes = [", ".join(map(str, (8, *tensor.shape[1:]))) for tensor in arguments]
-    given = [f"torch.randn({sizes[0]})"]
-    if len(arguments) > 1:
-        given.append("torch.arange(8)" if arguments[1].dim() == 1 else f"torch.zeros({sizes[1]})")
-    given += ["seed=torch.tensor(0)"] if seed else []
+    given = [f"torch.randn({sizes[0]}{device})"]
+    if null_condition(network) is not None:
+        given.append(f"torch.zeros({sizes[1]}, dtype={arguments[1].dtype}{device})")
+    elif len(arguments) > 1:
+        given.append(f"torch.arange(8{device}) % {network.num_classes}")
+    given += [f"seed=torch.tensor(0{device})"] if seed else []
     return f"generator = torch.export.load({str(path)!r}).module()\nsamples = generator({', '.join(given)})"

@@ -105,7 +105,7 @@ class Meter:
         finite = stats.finite & stats.loss.isfinite()
         self._skipped[0] += ~finite
         self._skipped[1] += (~finite & (self._skipped[1] == 0)) * step
-        self._add("total", torch.stack([torch.ones_like(stats.loss), stats.loss, stats.grad_norm]), finite)
+        self._add("", torch.stack([torch.ones_like(stats.loss), stats.loss, stats.grad_norm]), finite)
         for name, part in stats.parts.items():
             self._add(name, sums_of(part), finite)
 
@@ -126,7 +126,7 @@ class Meter:
         rows = self._processes.sum(torch.nn.utils.rnn.pad_sequence(list(self._sums.values())).T.contiguous())
         sums = {name: row[: sizes[name]] for name, row in zip(sizes, rows.tolist(), strict=True)}
         self._sums = {}
-        steps, loss, grad_norm = sums.pop("total")
+        steps, loss, grad_norm = sums.pop("")
         if not steps:
             return {}
         values = {"loss": loss / steps, "grad_norm": grad_norm / steps}

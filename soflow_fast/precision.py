@@ -76,6 +76,8 @@ class ComputeCopy:
 
     def parameters(self) -> dict[str, Tensor]:
         """The copies by their masters' names, for :func:`torch.func.functional_call`; gradients go to the masters."""
+        if not self._trained:
+            return self.copies
         copies = [self.copies[name] for name in self._trained]
         masters = [self._masters[name] for name in self._trained]
         return {**self.copies, **dict(zip(self._trained, _ToMaster.apply(copies, *masters), strict=True))}

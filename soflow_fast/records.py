@@ -1,5 +1,6 @@
 """What a run records of objects that are no part of its configuration: their classes and plain values."""
 
+import json
 from typing import Any
 
 import torch
@@ -40,7 +41,7 @@ def differences(what: str, before: dict[str, Any], after: dict[str, Any]) -> lis
     return [
         {"key": f"{what} {key}", "before": before.get(key), "after": after.get(key)}
         for key in sorted(before.keys() | after.keys())
-        if before.get(key) != after.get(key)
+        if json.dumps(before.get(key)) != json.dumps(after.get(key))  # a NaN is as it was
     ]
 
 

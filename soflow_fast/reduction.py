@@ -79,7 +79,8 @@ class CompiledReduction:
         entering = dict(values)
         for names in self._names:
             own = [parameters[name] for name in names]
-            others = [values.get(name, parameters[name]) for name in names] if values else []
+            # given twice, a tensor would lose one of its two gradients
+            others = [values[name] if name in values else parameters[name].detach() for name in names] if values else []
             entering.update(zip(names, _Summed.apply(self._group, len(names), *own, *others), strict=True))
         return entering
 

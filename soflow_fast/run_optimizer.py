@@ -180,12 +180,11 @@ class RunOptimizer:
                 f"a checkpoint does not give back the state of the optimizer {name} ({what}); {remedy}"
             ) from None
         inner = [one for one in tree_leaves(list(vars(self.optimizer).values())) if isinstance(one, Optimizer)]
-        for one in inner:
-            if _tensors(one.state) > _tensors(state):
-                raise ValueError(
-                    f"state_dict() of the optimizer {name} leaves out the state of the {type(one).__name__} in it; "
-                    "have it return that too, and load_state_dict take it"
-                )
+        if sum(_tensors(one.state) for one in {id(one): one for one in inner}.values()) > _tensors(state):
+            raise ValueError(
+                f"state_dict() of the optimizer {name} leaves out a state of those in it, "
+                f"{', '.join(type(one).__name__ for one in inner)}; have it return all, and load_state_dict take them"
+            )
         if any(isinstance(value, str) for value in tree_leaves(state.get("state"))):
             raise ValueError(f"the state of the optimizer {name} holds a text, which torch does not load; {remedy}")
 

@@ -197,7 +197,8 @@ class Trainer:
         start, skipped = self._restore(data)
         origin = self._load_initial_weights() if start == 0 else None
         removed = self.processes.of_first(partial(self._claim_folder, start, data))
-        validation = Validation(config, self.step, self.ema, self.validation, self.processes, self.workers)
+        of_validation = self.step, self.ema, self.validation, self.processes, self.workers, stop.kept_from_workers
+        validation = Validation(config, *of_validation)
         grids = Grids(config, self.model, self.ema, self._grid_labels, self.processes, self._decode)
         scoring = Scoring(config, self.model, self.ema, self.dataset, self.processes, self._decode)
         reports = validation, grids, scoring

@@ -1,8 +1,8 @@
 """The validation loss: the objective's own losses, of samples that are not trained on."""
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -40,6 +40,7 @@ class Validation:
     Args:
         config: of the run. step: that it trains by. ema: its averages.
         dataset: of :func:`build_validation`. workers: that read it where it cannot be read in pieces.
+        kept: makes them deaf to signals, see :meth:`~soflow_fast.stopping.StopSignal.kept_from_workers`.
     """
 
     def __init__(
@@ -50,9 +51,10 @@ class Validation:
         dataset: Dataset | None,
         processes: Processes,
         workers: int = 0,
+        kept: Callable[[Iterator], Iterator] = lambda batches: batches,
     ):
         self._config, self._step, self._ema, self._dataset = config, step, ema, dataset
-        self._processes, self._workers = processes, workers
+        self._processes, self._workers, self._kept = processes, workers, kept
         n = 0 if dataset is None else len(dataset)
         self._items = permutation(n, _SEED, 0)[: config.data.validation_samples].tolist()
         self._rows = config.batch_size // processes.world_size // config.optimizer.accumulation  # of a micro-batch
@@ -78,7 +80,7 @@ class Validation:
         """Sums over this process's samples, by ``ema`` or nothing, and the part, nothing for all of it."""
         config, device = self._config, self._processes.device
         share = self._processes.share(len(self._items), self._rows)
-        steps = range(share.start // self._rows, -(-share.stop // self._rows))
+        steps = range(share.start // self._rows, -(-share.stop // self._rows)) if share else range(0)
         read = batches(
             self._dataset,
             batch=self._rows,
@@ -92,15 +94,16 @@ class Validation:
             null_condition=null_condition(self._step.model.network),
         )
         sums: dict[tuple[str, str], Tensor] = {}
-        for step, (x, labels) in zip(steps, read, strict=True):
-            for weights, applied in (("", nullcontext()), ("ema", self._ema.applied())):
-                with applied:
-                    total = self._step.evaluate(x, labels, first_row=step * self._rows, seed=_SEED)
-                for name, part in {"": total.loss, **total.parts}.items():
-                    values = sums_of(part).double()
-                    if torch.is_tensor(part):  # a mean over the rows
-                        values *= len(x)
-                    sums[weights, name] = values + sums.get((weights, name), 0)
+        with closing(self._kept(read)) as read:
+            for step, (x, labels) in zip(steps, read, strict=True):
+                for weights, applied in (("", nullcontext()), ("ema", self._ema.applied())):
+                    with applied:
+                        total = self._step.evaluate(x, labels, first_row=step * self._rows, seed=_SEED)
+                    for name, part in {"": total.loss, **total.parts}.items():
+                        values = sums_of(part).double()
+                        if torch.is_tensor(part):  # a mean over the rows
+                            values *= len(x)
+                        sums[weights, name] = values + sums.get((weights, name), 0)
         return {key: values.tolist() for key, values in sums.items()}
 
 

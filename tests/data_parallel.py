@@ -11,9 +11,10 @@ import torch
 import torch.distributed as dist
 from fast_step_runs import BATCH, STEPS, make_model, make_step, training_batch
 from foreign_networks import Transformer
+from own_objectives import Aligned, small_dit
 from runs import tiny_config
 
-from soflow_fast import Trainer, distributed
+from soflow_fast import Trainer, TrainStep, distributed
 
 FORMS = {
     "eager": {"precision": "fp32", "compile": False},
@@ -41,6 +42,18 @@ def train(processes: distributed.Processes, options: dict) -> dict:
     return {"losses": losses, "parameters": model.state_dict(), "ema": ema.state_dict()}
 
 
+def beside(rank: int = 0, world: int = 1) -> list[torch.Tensor]:
+    """The gradients of what an objective has beside its network, compiled in bfloat16."""
+    torch.manual_seed(0)
+    model = Aligned(small_dit())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    options = {"precision": "bf16", "compile": "eager", "rank": rank, "world_size": world}
+    x, labels = training_batch(0, torch.float32)
+    rows = slice(rank * BATCH // world, (rank + 1) * BATCH // world)
+    TrainStep(model, optimizer=optimizer, total_steps=4, **options)(x[rows], labels[rows])
+    return [p.grad for p in model.projection.parameters()]
+
+
 def start(processes: distributed.Processes, folder: Path) -> dict:
     """Of a run whose network each process draws for itself its averages in each, and what other networks are told."""
     torch.manual_seed(processes.rank)
@@ -61,7 +74,7 @@ def main(folder: Path) -> None:
         result = train(processes, options)
         if processes.is_first:
             torch.save(result, folder / f"{form}.pt")
-    result = start(processes, folder)
+    result = {**start(processes, folder), "beside": beside(processes.rank, processes.world_size)}
     if processes.is_first:
         torch.save(result, folder / "start.pt")
     distributed.leave()

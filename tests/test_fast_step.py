@@ -8,6 +8,7 @@ import weakref
 from functools import partial
 from pathlib import Path
 
+import data_parallel
 import pytest
 import torch
 from fast_step_runs import STEPS, distances, make_model, make_step, train, training_batch
@@ -222,6 +223,7 @@ def test_two_processes_follow_one(tmp_path, plain32):
     assert done.returncode == 0, done.stderr[-2000:]
     saved = {path.stem: torch.load(path) for path in tmp_path.glob("*.pt")}
     start = saved.pop("start")
+    torch.testing.assert_close(start.pop("beside"), data_parallel.beside(), rtol=0.02, atol=1e-3)
     assert start["refused"] == (
         "process 1 has another Linear than the first, weight (3, 3) torch.float32 in place of weight (2, 3) "
         "torch.float32; build the same network in every process"

@@ -101,6 +101,24 @@ def _trained(run_dir, model, **changes):
     return Trainer(tiny_config(run_dir, total_steps=1), model=model, dataset=Blobs(), **changes).fit()
 
 
+def test_a_frozen_network_and_a_part_of_any_name(tmp_path):
+    """What is beside a DiT is trained alone, in bfloat16; its term is called as the whole might be."""
+
+    class Beside(Aligned):
+        def loss_of_rows(self, *arguments, **keywords):
+            total = super().loss_of_rows(*arguments, **keywords)
+            return TotalLoss(total.loss, {**total.parts, "total": total.parts["alignment"]})
+
+    model = Beside(small_dit())
+    model.network.requires_grad_(False)
+    before = model.projection.weight.detach().clone()
+    _step(model, precision="bf16")(*_batch())
+    assert not torch.equal(model.projection.weight, before)
+    _trained(tmp_path, model)
+    (line,) = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert line["total/loss"] == line["alignment/loss"]
+
+
 def test_what_is_given_as_an_object_is_on_record(tmp_path):
     class Other(DiT):
         pass

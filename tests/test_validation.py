@@ -3,6 +3,8 @@
 import copy
 import json
 from dataclasses import replace
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,11 +23,12 @@ from runs import (
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from soflow_fast import SoFlow, Trainer, build, checkpoint
+from soflow_fast import EMA, SoFlow, Trainer, build, checkpoint
 from soflow_fast.cli import main
 from soflow_fast.config import ComputeConfig, DataConfig, OptimizerConfig, SoFlowConfig
 from soflow_fast.data import LatentMoments, batches, digits
 from soflow_fast.data.order import permutation
+from soflow_fast.distributed import Processes
 from soflow_fast.logs import Quiet
 from soflow_fast.objectives.alphaflow import AlphaFlow
 from soflow_fast.objectives.base import TotalLoss
@@ -100,6 +103,50 @@ def test_a_network_that_draws_and_counts_is_left_as_it_was():
     assert not torch.equal(step.evaluate(x, labels, seed=1).loss, first.loss)
     assert model.network.calls == 0
     assert all(module.training for module in model.modules())
+
+
+class _Failing(nn.Module):
+    """Counts in a buffer that it assigns, and then cannot be evaluated."""
+
+    num_classes = 10
+
+    def __init__(self):
+        super().__init__()
+        self.inside = nn.Conv2d(1, 1, 1)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x, t, s, labels):
+        self.calls = self.calls + 1
+        if not self.training:
+            raise MemoryError
+        return self.inside(x)
+
+
+def test_an_evaluation_that_fails_leaves_the_network_as_it_was():
+    model = FlowMatching(_Failing())
+    step = TrainStep(model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1), total_steps=9)
+    before = model.network.calls
+    with pytest.raises(MemoryError):
+        step.evaluate(Blobs().samples[:BATCH], torch.arange(BATCH) % 10)
+    assert model.network.calls is before
+    assert before == 0
+    assert all(module.training for module in model.modules())
+
+
+@pytest.mark.parametrize("world", [1, 3, 5])
+def test_processes_without_a_batch_add_nothing(tmp_path, world):
+    """Ten samples in batches of four: the last one, of two, is one process's alone."""
+    config = tiny_config(tmp_path, batch_size=4 * world)
+    model, data = FlowMatching(_WithDropout()), Blobs()
+    step = TrainStep(model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1), total_steps=9)
+    config = replace(config, data=replace(config.data, validation_samples=10))
+    rows = 0
+    for rank in range(world):
+        processes = SimpleNamespace(rank=rank, world_size=world, device=torch.device("cpu"))
+        processes.share = partial(Processes.share, processes)
+        sums = Validation(config, step, EMA(model), data, processes)._sums_of_share()
+        rows += sums["", "velocity"][0] if sums else 0
+    assert rows == 10
 
 
 class _WithDropout(nn.Module):

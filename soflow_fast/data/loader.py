@@ -2,13 +2,14 @@
 
 import hashlib
 import random
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Subset, default_collate
+from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset, default_collate
 
 from soflow_fast.data.checks import as_condition, checked_labels, require_floating_point, require_one_shape
 from soflow_fast.data.order import batch_indices
@@ -137,7 +138,7 @@ def batches(
         sampler=steps,
         num_workers=workers,
         prefetch_factor=prefetch if workers else None,
-        pin_memory=device.type == "cuda",
+        pin_memory=device.type == "cuda" and not _is_on_gpu(dataset),
         generator=torch.Generator().manual_seed(seed),  # the loader seeds its workers from it, not from the global one
     )
     items, copied = iter(loader), _Copies(device)
@@ -150,25 +151,34 @@ def batches(
             if null_condition is None:
                 labels = checked_labels(labels, num_classes) if num_classes else None
             # In its own dtype to the device, where it is widened: half the bytes, and no copy on the host.
-            yield copied(x).float(), None if labels is None else copied(labels)
+            x, labels = copied(x, labels)
+            yield x.float(), labels
     finally:
         if workers:  # the traceback of a worker's error would keep them, and torch raises for one that is killed later
             items._shutdown_workers()
+
+
+def _is_on_gpu(dataset: Dataset) -> bool:
+    return isinstance(dataset, TensorDataset) and dataset.tensors[0].is_cuda
 
 
 class _Copies:
     """From pinned memory to a GPU on a stream of their own, beside the step before, which is still computed there."""
 
     def __init__(self, device: torch.device):
-        self._device = device
+        self._device, self._steps = device, deque()
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
-    def __call__(self, tensor: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor | None]:
         if self._stream is None:
-            return tensor.to(self._device)
-        with torch.cuda.stream(self._stream):
-            copy = tensor.to(self._device, non_blocking=True)
+            return x.to(self._device), None if labels is None else labels.to(self._device)
+        if len(self._steps) == 2:  # no more batches lie there than these, however far the host is ahead
+            self._steps.popleft().synchronize()
         reader = torch.cuda.current_stream(self._device)
+        with torch.cuda.stream(self._stream):
+            copies = [None if tensor is None else tensor.to(self._device, non_blocking=True) for tensor in (x, labels)]
         reader.wait_stream(self._stream)
-        copy.record_stream(reader)
-        return copy
+        for copy in filter(torch.is_tensor, copies):
+            copy.record_stream(reader)
+        self._steps.append(reader.record_event())
+        return tuple(copies)

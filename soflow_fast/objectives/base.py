@@ -33,7 +33,8 @@ class LossOutput(NamedTuple):
 
 
 class TotalLoss(NamedTuple):
-    """The loss of a batch and the parts it is the row-weighted mean of, by name.
+    """The loss of a batch and the parts it is the row-weighted mean of, by name; torch.compile takes a new one in place
+    of one changed by ``_replace``.
 
     Attributes:
         loss: 0-d, carries the gradient. parts: ``{"velocity": LossOutput, ...}``, without those that have no rows; what
