@@ -15,6 +15,7 @@ from torch import nn
 from soflow_fast import DiT, SoFlow, Trainer, TrainStep, load_run, load_weights
 from soflow_fast.cli import main
 from soflow_fast.config import ComputeConfig, OptimizerConfig, TrainConfig
+from soflow_fast.objectives.base import TotalLoss
 from soflow_fast.objectives.meanflow import MeanFlow
 from soflow_fast.optim import AdamW
 from soflow_fast.precision import ComputeCopy
