@@ -25,7 +25,7 @@ PROGRAM, WEIGHTS = ".pt2", ".safetensors"
 #: The file in a program's archive, and the entry of the weights' metadata, that says what they are.
 ABOUT = "soflow.json"
 
-# Each is a part of the program: of 32, as of flow_matching, torch.export takes an hour.
+# Each is a part of the program, and what torch.export takes grows faster than their number.
 _MOST_CALLS = 8
 
 # Rows that a program is captured with, and others that it is tried with; of 0 and 1 torch.export makes constants.
