@@ -45,7 +45,7 @@ def report() -> str:
     impl, attention = resolve_impl("auto"), resolve_attention("auto", _HEAD_DIM)
     lines += ["", "choices", f"  device=auto     {'cuda' if torch.cuda.is_available() else 'cpu'}"]
     lines += [f"  impl=auto       {impl}: {_why_impl(impl)}"]
-    why = "torch's own choice among its kernels; none has been measured to be better here"
+    why = "torch's own choice among its kernels, without cuDNN's; none has been measured to be better here"
     lines += [f"  attention=auto  {attention}: {why}"]
     for backend in ("triton", "flash_attn", "cudnn"):
         lines.append(f"  attention={backend:<11}{_availability(backend)}")

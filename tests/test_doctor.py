@@ -12,7 +12,7 @@ import pytest
 import torch
 from runs import soflow
 
-from soflow_fast import doctor
+from soflow_fast import commands, doctor
 from soflow_fast.cli import main
 
 
@@ -63,7 +63,7 @@ def test_a_reader_that_has_read_enough_ends_it_without_a_word(unbuffered):
 
 
 def test_another_broken_pipe_is_an_error_like_others(monkeypatch, capsys):
-    monkeypatch.setattr(doctor, "report", lambda: (_ for _ in ()).throw(BrokenPipeError(32, "Broken pipe")))
+    monkeypatch.setattr(commands, "report", lambda: (_ for _ in ()).throw(BrokenPipeError(32, "Broken pipe")))
     assert main(["doctor"]) == 2
     assert capsys.readouterr().err == "soflow: [Errno 32] Broken pipe\n"
 
