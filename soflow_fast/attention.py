@@ -122,5 +122,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, backend: str) -> Tensor:
         from flash_attn import flash_attn_func  # of (B, N, H, h); its default scale is h^-½
 
         return flash_attn_func(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2)
+    if backend == "sdpa" and not q.is_cuda:
+        return nn.functional.scaled_dot_product_attention(q, k, v)
     with sdpa_kernel(_OF_TORCH[backend]):
         return nn.functional.scaled_dot_product_attention(q, k, v)

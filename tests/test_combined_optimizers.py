@@ -54,6 +54,8 @@ def test_a_run_goes_on_exactly(tmp_path, monkeypatch):
 
 def test_a_state_that_leaves_out_that_of_the_others_is_noticed_at_once(tmp_path, monkeypatch):
     monkeypatch.setattr(_Both, "state_dict", torch.optim.Optimizer.state_dict)
-    sentence = r"^state_dict\(\) of the optimizer _Both leaves out the state of the SGD in it; have it return that too"
+    sentence = (
+        r"^state_dict\(\) of the optimizer _Both leaves out a state of those in it, SGD, AdamW; have it return all"
+    )
     with pytest.raises(ValueError, match=sentence):
         _trainer(tmp_path).fit()
