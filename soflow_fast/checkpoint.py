@@ -11,7 +11,8 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -212,6 +213,18 @@ def replace_text(file: Path, text: str) -> None:
     temporary = file.with_name(f".{file.name}.writing")
     temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, file)
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Another path of the same suffix, which some writers ask for; what is written there gets its name at the end."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{_WRITING}{path.name}")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def flush(path: Path) -> None:

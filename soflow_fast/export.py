@@ -4,9 +4,6 @@ Shapes: B rows, any number; samples are (B, C, H, W).
 """
 
 import json
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -14,7 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.export import Dim
 
-from soflow_fast.checkpoint import on_host
+from soflow_fast.checkpoint import on_host, whole_file
 from soflow_fast.conditions import null_condition
 from soflow_fast.dit import DiT
 from soflow_fast.sample import SAMPLE_PRECISIONS, Decoder, evaluating, sample
@@ -97,7 +94,7 @@ def write_program(
     arguments, seed = _arguments(model, shape, steps, _CAPTURED_ROWS)
     rows = {0: Dim.DYNAMIC}
     moving = dict(zip(("noise", "labels"), [rows] * len(arguments), strict=False)) | dict.fromkeys(seed)
-    with evaluating(generator), _whole(path) as temporary:
+    with evaluating(generator), whole_file(path) as temporary:
         try:
             program = torch.export.export(generator, arguments, seed, dynamic_shapes=moving)
             program = program.run_decompositions({})  # writes out autocast, which torch 2.11 cannot read from a file
@@ -134,20 +131,8 @@ def write_weights(model: nn.Module, path: Path, about: dict) -> None:
     """Writes a model's weights under the keys of its checkpoints, with what they are as JSON in the metadata; the file
     is there once it is whole.
     """
-    with _whole(path) as temporary:
+    with whole_file(path) as temporary:
         save_file(on_host(model.state_dict()), temporary, metadata={ABOUT: json.dumps(about)})
-
-
-@contextmanager
-def _whole(path: Path) -> Iterator[Path]:
-    """Another path of the same suffix, which torch.export asks for; what is written there gets its name at the end."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".writing-{path.name}")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _arguments(

@@ -1,6 +1,5 @@
 """Grids of samples during training, to be looked at."""
 
-import logging
 import math
 import os
 from functools import partial
@@ -14,11 +13,9 @@ from soflow_fast.conditions import OfItems
 from soflow_fast.config import TrainConfig
 from soflow_fast.distributed import Processes
 from soflow_fast.ema import EMA
-from soflow_fast.images import are_images, generate, grid, save_samples, to_uint8
-from soflow_fast.logs import Quiet, RunLog, due
+from soflow_fast.images import are_images, generate, save_samples
+from soflow_fast.logs import Quiet, RunLog, due, going_on
 from soflow_fast.sample import Decoder
-
-_log = logging.getLogger(__name__)
 
 
 class Grids:
@@ -60,10 +57,9 @@ class Grids:
         self._processes.of_first(partial(self._try, step, log))
 
     def _try(self, step: int, log: RunLog | Quiet) -> None:
-        try:  # here, so that the other processes, which draw nothing, do not learn of it
+        # here, so that the other processes, which draw nothing, do not learn of a failure
+        with going_on(f"the sample grid at step {step}", self._processes):
             self._draw(step, log)
-        except Exception as error:
-            _log.warning("the sample grid at step %d failed, and training goes on: %s", step, error, exc_info=error)
 
     def _draw(self, step: int, log: RunLog | Quiet) -> None:
         config, output = self._config, self._config.output
@@ -84,7 +80,7 @@ class Grids:
         path = self._stem(step).with_suffix(temporary.suffix)
         os.replace(temporary, path)
         if are_images(samples.shape[1]):
-            log.show("samples", step, path, to_uint8(grid(samples, output.sample_shape[1])))
+            log.show("samples", step, path)
 
     def _stem(self, step: int) -> Path:
         return self._folder / f"step-{step:08d}"

@@ -4,7 +4,6 @@ Shapes: n samples, C channels, H height, W width. Images are in [-1, 1].
 """
 
 import importlib.util
-import os
 import zipfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from soflow_fast.checkpoint import whole_file
 from soflow_fast.conditions import OfItems, null_condition
 from soflow_fast.sample import Decoder, Sampler
 
@@ -207,21 +207,15 @@ def save_npz(parts: Iterable[Tensor], n: int, labels: Tensor | OfItems | None, p
     Args:
         parts: (at most B, C, H, W). path: the file, with its suffix ``.npz``.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.writing")
-    try:
-        with zipfile.ZipFile(temporary, "w") as archive:
-            with archive.open("arr_0.npy", "w", force_zip64=True) as file:
-                for number, part in enumerate(parts):
-                    pixels = to_uint8(part).permute(0, 2, 3, 1).contiguous().numpy()
-                    if number == 0:
-                        form = {"descr": "|u1", "fortran_order": False, "shape": (n, *pixels.shape[1:])}
-                        np.lib.format.write_array_header_1_0(file, form)
-                    file.write(pixels.data)
-            if labels is not None:
-                with archive.open("arr_1.npy", "w") as file:
-                    numbers = labels.items if isinstance(labels, OfItems) else labels
-                    np.lib.format.write_array(file, numbers.numpy())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with whole_file(path) as temporary, zipfile.ZipFile(temporary, "w") as archive:
+        with archive.open("arr_0.npy", "w", force_zip64=True) as file:
+            for number, part in enumerate(parts):
+                pixels = to_uint8(part).permute(0, 2, 3, 1).contiguous().numpy()
+                if number == 0:
+                    form = {"descr": "|u1", "fortran_order": False, "shape": (n, *pixels.shape[1:])}
+                    np.lib.format.write_array_header_1_0(file, form)
+                file.write(pixels.data)
+        if labels is not None:
+            with archive.open("arr_1.npy", "w") as file:
+                numbers = labels.items if isinstance(labels, OfItems) else labels
+                np.lib.format.write_array(file, numbers.numpy())

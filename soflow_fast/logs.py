@@ -9,7 +9,9 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext, supp
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -180,9 +182,11 @@ class RunLog:
                 self._writer.add_scalar(name + suffix, number, values["step"])
         self._call_hook(values)
 
-    def show(self, name: str, step: int, path: Path, image: Tensor) -> None:
-        """A picture, (C, H, W) uint8, to TensorBoard, and the path of its file to the hook, by that name."""
-        self._writer.add_image(name, image, step)
+    def show(self, name: str, step: int, path: Path) -> None:
+        """The picture in a file, grey or RGB, to TensorBoard, and its path to the hook, by that name."""
+        with Image.open(path) as picture:
+            pixels = np.asarray(picture)
+        self._writer.add_image(name, pixels, step, dataformats="HWC" if pixels.ndim == 3 else "HW")
         self._call_hook({"step": step, name: str(path)})
 
     def _call_hook(self, values: dict) -> None:
@@ -232,7 +236,7 @@ class Quiet:
 
     def append(self, values: dict) -> None: ...
 
-    def show(self, name: str, step: int, path: Path, image: Tensor) -> None: ...
+    def show(self, name: str, step: int, path: Path) -> None: ...
 
     def say(self, sentence: str) -> None: ...
 

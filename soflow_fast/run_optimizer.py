@@ -179,8 +179,9 @@ class RunOptimizer:
             raise ValueError(
                 f"a checkpoint does not give back the state of the optimizer {name} ({what}); {remedy}"
             ) from None
-        inner = [one for one in tree_leaves(list(vars(self.optimizer).values())) if isinstance(one, Optimizer)]
-        if sum(_tensors(one.state) for one in {id(one): one for one in inner}.values()) > _tensors(state):
+        held = tree_leaves(list(vars(self.optimizer).values()))
+        inner = {id(one): one for one in held if isinstance(one, Optimizer)}.values()
+        if sum(_tensors(one.state) for one in inner) > _tensors(state):
             raise ValueError(
                 f"state_dict() of the optimizer {name} leaves out a state of those in it, "
                 f"{', '.join(type(one).__name__ for one in inner)}; have it return all, and load_state_dict take them"

@@ -67,10 +67,8 @@ def read_weights(
     weights: dict[str, Tensor] = {}
     for part in reversed([_renamed(part, own) for part in parts]):  # averages may be of parameters alone
         weights = {name: value for name, value in weights.items() if name in own} | part
-    beside = set()
     if isinstance(model, Objective) and any(name.startswith(_PREFIX) for name in weights):
-        beside = {name for name in weights.keys() - own if not name.startswith(_PREFIX)}
-        weights = {name: value for name, value in weights.items() if name not in beside}
+        weights = {name: value for name, value in weights.items() if name in own or name.startswith(_PREFIX)}
     if form != "own":
         weights = flow_weights.converted(weights, form, model)
         origin = f"{origin}, converted from {form}"
