@@ -273,9 +273,11 @@ class Trainer:
                     log.write(done, {**meter.read(), "learning_rate": learning_rate})
                 snapshots = self.averages and (last or due(done, config.ema.snapshot_every))
                 saves = last or stopped or due(done, output.checkpoint_every)
+                reported = [report for report in reports if report.is_due(done)]
+                if not (snapshots or saves or reported):
+                    continue
+                skipped = self._require_finite(meter)  # waits for the device: steps that it had yet to do are timed
                 with log.off_the_clock():
-                    if snapshots or saves:
-                        skipped = self._require_finite(meter)
                     # Before a checkpoint: a run that goes on from it does not write the snapshots of its step again.
                     if snapshots:
                         self.processes.of_first(partial(self._write_snapshots, done))
@@ -284,9 +286,8 @@ class Trainer:
                     if stopped:  # what may take long is left to the run that goes on
                         log.say(stopping.sentence(stopped, done, checkpoint.path_of(self.checkpoints, done)))
                         raise stopping.ended_by(stopped)
-                    for report in reports:
-                        if report.is_due(done):
-                            report(done, log)
+                    for report in reported:
+                        report(done, log)
         finally:
             steps.close()
 

@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 
 import numpy as np
@@ -27,7 +28,7 @@ from runs import (
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from soflow_fast import DiT, Trainer, checkpoint, grids, scoring, trainer
+from soflow_fast import DiT, Trainer, checkpoint, grids, logs, scoring, trainer
 from soflow_fast.config import (
     ComputeConfig,
     DataConfig,
@@ -151,6 +152,17 @@ def test_public_keys_and_metrics(tmp_path, monkeypatch):
     events = EventAccumulator(str(tmp_path)).Reload()
     assert events.Scalars("velocity/mse")[0].value == pytest.approx(line["velocity/mse"])
     assert {"loss", "grad_norm", "images_per_second"} <= set(events.Tags()["scalars"])
+
+
+def test_what_the_device_has_yet_to_do_counts_for_the_rate(tmp_path, monkeypatch):
+    """Steps are queued on a GPU; a report waits for them, and what it waits must be on the clock."""
+    events = []
+    original = trainer.Meter.skipped
+    monkeypatch.setattr(trainer.Meter, "skipped", lambda meter: events.append("waited") or original(meter))
+    monkeypatch.setattr(logs.RunLog, "off_the_clock", lambda log: events.append("off") or nullcontext())
+    Trainer(tiny_config(tmp_path, output=OutputConfig(log_every=9, sample_every=2, checkpoint_every=0))).fit()
+    during = events[events.index("waited") :]
+    assert during == ["waited", "off"] * 2 + ["waited", "waited", "off"]  # grids of steps 2 and 4; the last one
 
 
 def test_samples_and_scores_during_training(tmp_path):
