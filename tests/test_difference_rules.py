@@ -276,8 +276,9 @@ def test_tangent(name):
     else:
         with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
             truth = torch.func.jvp(function, (x, t), (dx, dt))[1]
-    tangent = _forward(name)(x, t, t / 2, None, dx, dt, mode="tangent")[1]
-    assert (tangent - truth).norm() <= 1e-9 * truth.norm()
+    single = [z.float() for z in (x, t, t / 2)]  # of which there is a capture, which takes most of the time
+    tangent = _forward(name)(*single, None, dx.float(), dt.float(), mode="tangent")[1]
+    assert (tangent - truth).norm() <= 3e-6 * truth.norm()
 
 
 def test_gradient(name):
