@@ -19,7 +19,7 @@ torch._export.utils._materialize_cpp_cia_ops = functools.cache(torch._export.uti
 
 
 def pytest_collection_finish():
-    """Captured and compiled networks are many small objects: looking for cycles among them took a fifth of some tests."""
+    """Captured networks are many small objects: to look for cycles among them took a fifth of some tests' time."""
     gc.collect()
     gc.freeze()
     gc.set_threshold(20_000, 20, 20)
