@@ -111,8 +111,7 @@ def encode(
     copies = 1 + flip
     size = lists(as_size(*sides))
     settings = {"size": size, "flip": flip, "precision": precision, "autoencoder weights": _digest(network)}
-    if shift_of(network):  # without it as ever, so that files begun earlier are gone on with
-        settings["shift"] = shift_of(network)
+    settings["shift"] = shift_of(network)
     contents = Contents(
         settings,
         (2 * shape[0], *shape[1:]),

@@ -134,7 +134,7 @@ def test_an_autoencoder_with_a_shift(tmp_path, pictures, vae, straight):
         for name, added in ((shifted, 0.0), (vae, 0.25))
     )
     torch.testing.assert_close(images, expected, rtol=1e-4, atol=1e-4)
-    with pytest.raises(ValueError, match=r"holds latents made with shift None, and this command has 0\.25"):
+    with pytest.raises(ValueError, match=r"holds latents made with shift 0\.0, and this command has 0\.25"):
         encode(pictures, straight, vae=shifted, **SMALL)
 
 
