@@ -204,7 +204,7 @@ def require_fit(
 
 
 def replace_text(file: Path, text: str) -> None:
-    """Writes a file that is there as it was or as a whole, whenever the process is killed."""
+    """Replaces a file's text atomically."""
     temporary = file.with_name(f".{file.name}.writing")
     temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, file)
@@ -212,7 +212,7 @@ def replace_text(file: Path, text: str) -> None:
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """Another path of the same suffix, which some writers ask for; what is written there gets its name at the end."""
+    """Yields a temporary path with the same suffix and renames it on success."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{_WRITING}{path.name}")
     try:

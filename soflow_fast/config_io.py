@@ -44,7 +44,7 @@ def require_count(name: str, value: int, least: int = 1, most: int = 2**31 - 1) 
 
 
 def as_path(value: Any) -> Any:
-    """A path as text, ``~`` being the home, as a shell has it and a file does not; anything else as it is."""
+    """Expands ``~`` in a path; other values unchanged."""
     return os.path.expanduser(value) if isinstance(value, (str, os.PathLike)) else value
 
 

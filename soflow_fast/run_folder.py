@@ -173,7 +173,7 @@ def load_run(
         if ema_std is not None and step not in {snapshot.step for snapshot in posthoc.snapshots(run_dir)}:
             raise ValueError(
                 f"the best checkpoint of the run {run_dir} is of step {step}, at which there is no snapshot of the "
-                "other averages; give a step that has one, or no --ema-std"
+                "other averages; give a step that has one, or no ema_std"
             )
     path = next((path for path in found if checkpoint.step_of(path) == step), found[-1])
     if ema_std is None and step not in (None, checkpoint.step_of(path)):
