@@ -38,7 +38,7 @@ class Augment:
 
     def __init__(self, probability: float, num_classes: int, impl: str = "auto"):
         if not 0 <= probability <= 1:
-            raise ValueError(f"the probability of augmentation {probability} is outside [0, 1]")
+            raise ValueError(f"probability={probability} of augmentation is outside [0, 1]; choose one in it")
         self.probability, self.num_classes = probability, num_classes
         self.ops = kernels.ops(kernels.resolve_impl(impl))
 

@@ -157,9 +157,9 @@ def load(path: Path, device: torch.device | str = "cpu") -> State:
     posthoc = path / "posthoc.safetensors"
     return State(
         step=rest["step"],
-        model=_read(path / "model.safetensors", device),
-        ema=_read(path / "ema.safetensors", device),
-        posthoc=_read(posthoc, device) if posthoc.is_file() else {},
+        model=load_file(path / "model.safetensors", str(device)),
+        ema=load_file(path / "ema.safetensors", str(device)),
+        posthoc=load_file(posthoc, str(device)) if posthoc.is_file() else {},
         optimizer=torch.load(path / "optimizer.pt", map_location=_from_device_to(device), weights_only=True),
         ema_updates=rest["ema_updates"],
         skipped_steps=rest["skipped_steps"],
@@ -169,12 +169,7 @@ def load(path: Path, device: torch.device | str = "cpu") -> State:
 def load_averages(path: Path) -> dict[str, Tensor]:
     """The averaged weights of a checkpoint, and what has no average as it is, on the host; ValueError if damaged."""
     _require_whole(path, ("model.safetensors", "ema.safetensors"))
-    return {**_read(path / "model.safetensors"), **_read(path / "ema.safetensors")}
-
-
-def uncompiled(name: str) -> str:
-    """The name of a weight; of a network that torch.compile had wrapped, earlier versions wrote another."""
-    return name.replace("network._orig_mod.", "network.")
+    return {**load_file(path / "model.safetensors"), **load_file(path / "ema.safetensors")}
 
 
 def load_weights(model: nn.Module, weights: dict[str, Tensor], path: Path) -> None:
@@ -209,7 +204,7 @@ def require_fit(
 
 
 def replace_text(file: Path, text: str) -> None:
-    """Writes a file that is there as it was or as a whole, whenever the process is killed."""
+    """Replaces a file's text atomically."""
     temporary = file.with_name(f".{file.name}.writing")
     temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, file)
@@ -217,7 +212,7 @@ def replace_text(file: Path, text: str) -> None:
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """Another path of the same suffix, which some writers ask for; what is written there gets its name at the end."""
+    """Yields a temporary path with the same suffix and renames it on success."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{_WRITING}{path.name}")
     try:
@@ -234,10 +229,6 @@ def flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _read(file: Path, device: torch.device | str = "cpu") -> dict[str, Tensor]:
-    return {uncompiled(name): value for name, value in load_file(file, device=str(device)).items()}
 
 
 def _from_device_to(device: torch.device | str) -> Callable:
@@ -258,11 +249,10 @@ def _require_whole(path: Path, read: Sequence[str] | None = None) -> None:
     except (ValueError, TypeError):
         raise damaged(f"{_MARKER} is not what was written") from None
     for name, wanted in files.items():
-        wanted = wanted if isinstance(wanted, dict) else {"bytes": wanted}  # before there were digests
         found = (path / name).stat().st_size if (path / name).is_file() else 0
         if found != wanted["bytes"]:
             raise damaged(f"{name} has {found} of {wanted['bytes']} bytes")
-        if (read is None or name in read) and wanted.get("sha256") not in (None, _digest(path / name)):
+        if (read is None or name in read) and wanted["sha256"] != _digest(path / name):
             raise damaged(f"{name} has other bytes than were written")
 
 

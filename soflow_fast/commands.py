@@ -245,7 +245,7 @@ def _labels(text: str | None, count: int, config: TrainConfig, model: torch.nn.M
 
 
 class _Timed:
-    """What it is given, one after the other, and the seconds that was waited for."""
+    """Iterates and adds up the seconds spent waiting."""
 
     def __init__(self, items: Iterator[Any]):
         self._items, self.seconds = items, 0.0

@@ -127,8 +127,9 @@ class EMAConfig(Section, section="ema."):
     can be had after the training, see :mod:`soflow_fast.posthoc`.
 
     Attributes:
-        decay, warmup: of the first. posthoc: relative standard deviations of the others, in (0, 12^-1/2): none, or at
-            least two, such as the published 0.05 and 0.1; each costs, a parameter, 4 bytes of memory and 12 of traffic.
+        decay: of the first, in [0, 1). warmup: whether it grows from 0.1 to that value. posthoc: relative standard
+            deviations of the others, in (0, 12^-1/2): none, or at least two, such as the published 0.05 and 0.1; each
+            costs, a parameter, 4 bytes of memory and 12 of traffic.
         snapshot_every: steps between their snapshots, which take 4 bytes a parameter on the disk and are kept.
     """
 
@@ -153,12 +154,12 @@ class OutputConfig(Section, section="output."):
     """What a run writes, and how often, in steps; 0 is never.
 
     Attributes:
-        log_every: metrics. sample_every: sample grids, of sample_shape (rows, columns) in sample_steps sampling steps;
-            sample_labels: their classes, repeated in turn, by default as evenly as they fit. checkpoint_every:
-            checkpoints, of which the newest keep_checkpoints stay, and those whose step is a multiple of keep_every.
-        validate_every: losses on the data of ``data.validation``, see :mod:`soflow_fast.validation`.
-        keep_best: whether the one with the lowest Fréchet distance in the evaluations during training stays too, by
-            ``frechet``, or of the digits ``frechet_all``, among those that were scored in the same way.
+        log_every: between lines of metrics. sample_every: between grids of samples. sample_shape: (rows, columns) of a
+            grid. sample_steps: of the sampler. sample_labels: the classes, repeated in turn; by default evenly spread.
+        checkpoint_every: between checkpoints. keep_checkpoints: how many of the newest stay. keep_every: those whose
+            step is a multiple of it stay too. keep_best: so does the one with the lowest Fréchet distance of the
+            evaluations, ``frechet``, or of the digits ``frechet_all``, among those scored in the same way.
+        validate_every: between losses on the data of ``data.validation``, see :mod:`soflow_fast.validation`.
     """
 
     log_every: int = 100

@@ -12,7 +12,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 import yaml
 
-from soflow_fast.interop import PUBLIC_NAMES
+from soflow_fast.interop import PUBLIC
 
 
 class _Loader(yaml.SafeLoader):
@@ -44,7 +44,7 @@ def require_count(name: str, value: int, least: int = 1, most: int = 2**31 - 1) 
 
 
 def as_path(value: Any) -> Any:
-    """A path as text, ``~`` being the home, as a shell has it and a file does not; anything else as it is."""
+    """Expands ``~`` in a path; other values unchanged."""
     return os.path.expanduser(value) if isinstance(value, (str, os.PathLike)) else value
 
 
@@ -252,8 +252,8 @@ def _nearest(name: str, known: set[str]) -> str | None:
 
     Or what a published key means; None where nothing is like it.
     """
-    if name in PUBLIC_NAMES:
-        return PUBLIC_NAMES[name]
+    if name in PUBLIC:
+        return PUBLIC[name][0]
     section, _, last = name.rpartition(".")
 
     def likeness(candidate: str) -> float:

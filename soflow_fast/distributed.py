@@ -197,7 +197,7 @@ def require_alone(command: str) -> None:
 
 
 def whose() -> str:
-    """What a message of this process begins with: nothing where it is alone."""
+    """Prefix of this process's messages, empty when alone."""
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     return f"process {os.environ.get('RANK')} of {world_size}: " if world_size > 1 else ""
 

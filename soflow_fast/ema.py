@@ -24,7 +24,7 @@ class EMA:
 
     def __init__(self, module: nn.Module, decay: float = 0.9999, warmup: bool = True):
         if not 0 <= decay < 1:
-            raise ValueError(f"ema decay={decay} is outside [0, 1)")
+            raise ValueError(f"ema decay={decay} is outside [0, 1); choose one in it, such as 0.9999")
         self.decay, self.warmup = decay, warmup
         self._parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
         self._fixed = {name: p for name, p in module.named_parameters() if not p.requires_grad}

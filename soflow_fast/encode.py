@@ -95,24 +95,23 @@ def encode(
             least, and a file there already that was made of other images or in another way.
     """
     images, out = Path(images), Path(out)
-    sides = height_and_width(size, "--size ")
+    sides = height_and_width(size, "size=")
     for name, value, least in (("batch", batch, 1), ("workers", workers, 0)):
         if value is not None and value < least:
-            raise ValueError(f"--{name} {value} is not possible; it must be at least {least}")
+            raise ValueError(f"{name}={value} is not possible; it must be at least {least}")
     if precision not in (None, *PRECISIONS):
-        raise ValueError(f"--precision {precision} is not known; choose one of {', '.join(PRECISIONS)}")
+        raise ValueError(f"precision={precision!r} is not known; choose one of {', '.join(PRECISIONS)}")
     if out.is_dir():
         raise ValueError(f"{out} is a folder; give the name of a file in it, such as {out / 'latents.hdf5'}")
     place = resolve_device(device)
     precision = precision or ("tf32" if place.type == "cuda" else "fp32")
     classes, samples = _samples(images)
-    network = load_vae(vae, "--vae")
+    network = load_vae(vae, "vae")
     shape = _latent_shape(network, vae, sides)
     copies = 1 + flip
     size = lists(as_size(*sides))
     settings = {"size": size, "flip": flip, "precision": precision, "autoencoder weights": _digest(network)}
-    if shift_of(network):  # without it as ever, so that files begun earlier are gone on with
-        settings["shift"] = shift_of(network)
+    settings["shift"] = shift_of(network)
     contents = Contents(
         settings,
         (2 * shape[0], *shape[1:]),
@@ -162,11 +161,11 @@ def _latent_shape(vae: nn.Module, name: str, sides: tuple[int, int]) -> tuple[in
     """(C, H, W)."""
     config = vae.config
     if config.in_channels != 3:
-        raise ValueError(f"--vae {name} takes images of {config.in_channels} channels; choose one for RGB images")
+        raise ValueError(f"vae={name!r} takes images of {config.in_channels} channels; choose one for RGB images")
     factor = 2 ** (len(config.block_out_channels) - 1)
     if any(side % factor for side in sides):
         size = in_words(as_size(*sides))
-        raise ValueError(f"--size {size} is not possible with this autoencoder; choose a multiple of {factor}")
+        raise ValueError(f"size={size} is not possible with this autoencoder; choose a multiple of {factor}")
     return config.latent_channels, *(side // factor for side in sides)
 
 
@@ -204,14 +203,14 @@ def _write(writer, vae, samples, sides, batch, precision, workers, copies) -> No
                 if not finite.all():
                     file = samples[(writer.written + int(finite.argmin())) // copies][0]
                     raise ValueError(
-                        f"the latents of the image {file} in --precision {precision} are not finite; choose another "
+                        f"the latents of the image {file} with precision={precision!r} are not finite; choose another "
                         "precision or autoencoder"
                     )
                 writer.append(moments)
                 bar.update(len(moments) // copies)
     except torch.OutOfMemoryError:
         raise ValueError(
-            f"--batch {batch} does not fit the memory of {device}; with a smaller one the same command goes on"
+            f"batch={batch} does not fit the memory of {device}; with a smaller one the same command goes on"
         ) from None
 
 

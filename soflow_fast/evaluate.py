@@ -7,7 +7,6 @@ import hashlib
 import importlib.util
 import itertools
 import logging
-import re
 import time
 from collections.abc import Iterator
 from functools import partial
@@ -23,7 +22,7 @@ from soflow_fast.config import TrainConfig
 from soflow_fast.data import CIFAR10, digits
 from soflow_fast.data.crop import centre_crop, centred
 from soflow_fast.distributed import Processes
-from soflow_fast.images import Decoder, are_images, generate, labels_of_samples, save_folder
+from soflow_fast.images import Decoder, are_images, generate, in_file_name, labels_of_samples, save_folder
 from soflow_fast.size import as_size
 
 _log = logging.getLogger(__name__)
@@ -89,13 +88,13 @@ def evaluation_name(config: TrainConfig, step: int, seed: int) -> str:
     wanted = config.evaluation
     parts = [samples_name(step, wanted.steps, wanted.samples, seed)]
     if wanted.features is not None:
-        parts.append(_slug(wanted.features))
+        parts.append(in_file_name(wanted.features))
     parts += wanted.metrics
     for name in ("reference", "weights"):
         path = getattr(wanted, name)
         if path is not None:  # two folders may be called the same
             digest = hashlib.sha256(str(Path(path).resolve()).encode()).hexdigest()[:6]
-            parts.append(f"{name}-{_slug(Path(path).stem)}-{digest}")
+            parts.append(f"{name}-{in_file_name(Path(path).stem)}-{digest}")
     return "-".join(parts)
 
 
@@ -275,11 +274,6 @@ def _warn_of_few(
             features,
             remedy,
         )
-
-
-def _slug(text: str) -> str:
-    """What of a text can stand in a file's name; a dot would begin a suffix."""
-    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:40]
 
 
 def _are_pixels(config: TrainConfig) -> bool:

@@ -66,10 +66,7 @@ def _conditions_of(dataset: Dataset) -> Tensor | None:
 
 
 def difference(before: dict[str, object], after: dict[str, object]) -> str | None:
-    """How the data of two fingerprints differ, in words, or None.
-
-    Those of earlier versions have no ``labels``; these are compared where both have them.
-    """
+    """How the data of two fingerprints differ, in words, or None; ``labels`` count where both were at hand."""
     if not ("labels" in before and "labels" in after):
         before, after = ({k: v for k, v in one.items() if k != "labels"} for one in (before, after))
     if before == after:

@@ -3,6 +3,7 @@
 Shapes: n samples, C channels, H height, W width. Images are in [-1, 1].
 """
 
+import hashlib
 import importlib.util
 import zipfile
 from collections.abc import Iterable, Iterator, Sequence
@@ -19,6 +20,8 @@ from soflow_fast.conditions import OfItems, null_condition
 from soflow_fast.sample import Decoder, Sampler
 
 _CHANNELS = {1: "grey", 3: "RGB"}
+_NOT_IN_FILE_NAMES = str.maketrans({".": "_", "/": "-", ",": "-", " ": None})
+_LONGEST_IN_FILE_NAME = 40
 
 
 def generate(
@@ -145,6 +148,16 @@ class _VaeDecoder(nn.Module):
 def to_uint8(images: Tensor) -> Tensor:
     """[-1, 1] to 0..255, same shape."""
     return ((images.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+
+
+def in_file_name(text: str) -> str:
+    """What of a text can stand in a file's name, which a file system may limit to 255 bytes; a dot would begin a
+    suffix.
+    """
+    short = text.lower().translate(_NOT_IN_FILE_NAMES)
+    if len(short) <= _LONGEST_IN_FILE_NAME:
+        return short
+    return f"{short[: _LONGEST_IN_FILE_NAME - 7]}-{hashlib.sha256(text.encode()).hexdigest()[:6]}"
 
 
 def are_images(channels: int) -> bool:

@@ -71,7 +71,7 @@ def import_maker(setting: str, path: str, arguments: dict[str, Any], *first: Any
 
 
 def of_imported_code(error: BaseException) -> bool:
-    """Whether an error came by way of code that was imported so, and is for its author to read as a whole."""
+    """Whether the traceback passes through user code, so that it is shown in full."""
     frames = (frame for frame, _ in traceback.walk_tb(error.__traceback__))
     return any(frame.f_globals.get("__name__", "").partition(".")[0] in _PACKAGES for frame in frames)
 

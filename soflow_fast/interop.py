@@ -5,82 +5,44 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-#: The published keys and the values the published trainer takes where a file leaves one out.
-PUBLIC_DEFAULTS = {
-    "working_dir": "./your_working_dir",
-    "noising_type": "Linear",
-    "coefficient_type": "Euler",
-    "model_type": "DiT-B-4",
-    "dataset_type": "Imagenet",
-    "data_size": 32,
-    "dataset_path": "./imagenet_latent",
-    "velocity_loss_ratio": 0.75,
-    "p": 1.0,
-    "eps": 0.01,
-    "time_mean": [-0.2, -1.0, 0.2],
-    "time_std": [1.0, 0.8, 0.8],
-    "cfg_scale": 1.0,
-    "mix_ratio": 1.0,
-    "cfg_drop_rate": 0.0,
-    "cfg_decay_time": 1.0,
-    "l_schedule": "Exponent",
-    "l_init_ratio": 0.1,
-    "l_end_ratio": 0.002,
-    "total_steps": 400_000,
-    "ema_decay_rate": 0.9999,
-    "learning_rate": 1e-4,
-    "betas": [0.9, 0.99],
-    "weight_decay": 0.0,
-    "batch_size": 256,
-    "num_workers": 12,
-    "prefetch_factor": 6,
-    "eval_steps": 25_000,
-    "eval_batch_size": 125,
-    "eval_NFE": 1,
-    "eval_demo_steps": 1000,
-    "eval_demo_shape": [4, 8],
-    "ckpt_saving_steps": 200_000,
-    "logging_steps": 100,
-    "seed": 42,
-}
-
-#: What each published key is called here; eval_NFE is also evaluation.steps.
-PUBLIC_NAMES = {
-    "working_dir": "run_dir",
-    "noising_type": "soflow.path",
-    "coefficient_type": "soflow.parameterization",
-    "model_type": "model.preset",
-    "dataset_type": "data.kind",
-    "data_size": "model.input_size",
-    "dataset_path": "data.path",
-    "velocity_loss_ratio": "soflow.velocity_share",
-    "p": "soflow.p",
-    "eps": "soflow.eps",
-    "time_mean": "soflow.time_mean",
-    "time_std": "soflow.time_std",
-    "cfg_scale": "soflow.guidance_scale",
-    "mix_ratio": "soflow.guidance_mix",
-    "cfg_drop_rate": "soflow.label_drop",
-    "cfg_decay_time": "soflow.guidance_decay_time",
-    "l_schedule": "soflow.gap_schedule",
-    "l_init_ratio": "soflow.gap_init",
-    "l_end_ratio": "soflow.gap_end",
-    "total_steps": "total_steps",
-    "ema_decay_rate": "ema.decay",
-    "learning_rate": "optimizer.learning_rate",
-    "betas": "optimizer.betas",
-    "weight_decay": "optimizer.weight_decay",
-    "batch_size": "batch_size",
-    "num_workers": "data.workers",
-    "prefetch_factor": "data.prefetch",
-    "eval_steps": "evaluation.every",
-    "eval_batch_size": "evaluation.batch_size",
-    "eval_NFE": "output.sample_steps",
-    "eval_demo_steps": "output.sample_every",
-    "eval_demo_shape": "output.sample_shape",
-    "ckpt_saving_steps": "output.checkpoint_every",
-    "logging_steps": "output.log_every",
-    "seed": "seed",
+#: The published keys: what each is called here, and the value the published trainer takes where a file leaves it out.
+#: eval_NFE is also evaluation.steps.
+PUBLIC = {
+    "working_dir": ("run_dir", "./your_working_dir"),
+    "noising_type": ("soflow.path", "Linear"),
+    "coefficient_type": ("soflow.parameterization", "Euler"),
+    "model_type": ("model.preset", "DiT-B-4"),
+    "dataset_type": ("data.kind", "Imagenet"),
+    "data_size": ("model.input_size", 32),
+    "dataset_path": ("data.path", "./imagenet_latent"),
+    "velocity_loss_ratio": ("soflow.velocity_share", 0.75),
+    "p": ("soflow.p", 1.0),
+    "eps": ("soflow.eps", 0.01),
+    "time_mean": ("soflow.time_mean", [-0.2, -1.0, 0.2]),
+    "time_std": ("soflow.time_std", [1.0, 0.8, 0.8]),
+    "cfg_scale": ("soflow.guidance_scale", 1.0),
+    "mix_ratio": ("soflow.guidance_mix", 1.0),
+    "cfg_drop_rate": ("soflow.label_drop", 0.0),
+    "cfg_decay_time": ("soflow.guidance_decay_time", 1.0),
+    "l_schedule": ("soflow.gap_schedule", "Exponent"),
+    "l_init_ratio": ("soflow.gap_init", 0.1),
+    "l_end_ratio": ("soflow.gap_end", 0.002),
+    "total_steps": ("total_steps", 400_000),
+    "ema_decay_rate": ("ema.decay", 0.9999),
+    "learning_rate": ("optimizer.learning_rate", 1e-4),
+    "betas": ("optimizer.betas", [0.9, 0.99]),
+    "weight_decay": ("optimizer.weight_decay", 0.0),
+    "batch_size": ("batch_size", 256),
+    "num_workers": ("data.workers", 12),
+    "prefetch_factor": ("data.prefetch", 6),
+    "eval_steps": ("evaluation.every", 25_000),
+    "eval_batch_size": ("evaluation.batch_size", 125),
+    "eval_NFE": ("output.sample_steps", 1),
+    "eval_demo_steps": ("output.sample_every", 1000),
+    "eval_demo_shape": ("output.sample_shape", [4, 8]),
+    "ckpt_saving_steps": ("output.checkpoint_every", 200_000),
+    "logging_steps": ("output.log_every", 100),
+    "seed": ("seed", 42),
 }
 
 # Published values, and what they are called here.
@@ -109,13 +71,13 @@ _SHARED = {"batch_size", "total_steps", "seed", "learning_rate", "betas", "weigh
 _SHARED |= {"time_mean", "time_std"}
 
 # Names here, with their section and, unless they are words of English, as objective and network have them.
-_WORDS = {name: key for key, name in PUBLIC_NAMES.items()} | {"evaluation.steps": "eval_NFE"}
+_WORDS = {name: key for key, (name, _) in PUBLIC.items()} | {"evaluation.steps": "eval_NFE"}
 _WORDS |= {name.split(".")[1]: key for name, key in _WORDS.items() if re.match(r"(soflow|model)\.\w+_", name)}
 
 
 def is_public(raw: dict) -> bool:
     """Whether a mapping read from YAML has keys that only the published files have."""
-    return bool((PUBLIC_DEFAULTS.keys() - _SHARED) & raw.keys())
+    return bool((PUBLIC.keys() - _SHARED) & raw.keys())
 
 
 @contextmanager
@@ -141,17 +103,18 @@ def from_public(raw: dict, nested_keys: set[str]) -> dict:
             that is not known.
     """
     for key in map(str, raw):
-        if key in PUBLIC_DEFAULTS:
+        if key in PUBLIC:
             continue
         if key.split(".")[0] in nested_keys:
             raise ValueError(
                 f"the file has the key {key!r} of the nested form among keys of the published form, and the two cannot "
                 f"be mixed; give it on the command line, such as --data.vae NAME, or write the whole file nested"
             )
-        near = difflib.get_close_matches(key, PUBLIC_DEFAULTS, n=1, cutoff=0)
+        near = difflib.get_close_matches(key, PUBLIC, n=1, cutoff=0)
         raise ValueError(f"unknown key {key!r} in a SoFlow file of the published form; the nearest is {near[0]!r}")
     is_cifar10 = raw.get("dataset_type") == "CIFAR10"
-    flat = {**PUBLIC_DEFAULTS, **({"dataset_path": _CIFAR10_PATH} if is_cifar10 else {}), **raw}
+    defaults = {key: default for key, (_, default) in PUBLIC.items()}
+    flat = {**defaults, **({"dataset_path": _CIFAR10_PATH} if is_cifar10 else {}), **raw}
     _translate("dataset_type", flat["dataset_type"], _VALUES["dataset_type"])
     if isinstance(flat["eval_demo_shape"], (int, str)):
         raise ValueError(f"eval_demo_shape: {flat['eval_demo_shape']!r} is not [rows, columns], such as [4, 8]")
@@ -160,7 +123,7 @@ def from_public(raw: dict, nested_keys: set[str]) -> dict:
     if is_cifar10 and flat["model_type"] == "UNet":
         nested["data"] = {"augment": _AUGMENT}
     for key, value in flat.items():
-        *section, name = PUBLIC_NAMES[key].split(".")
+        *section, name = PUBLIC[key][0].split(".")
         place = nested.setdefault(section[0], {}) if section else nested
         place[name] = _translate(key, value, _VALUES[key]) if key in _VALUES else value
     return nested

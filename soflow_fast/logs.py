@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import cache
+from itertools import takewhile
 from pathlib import Path
 
 import numpy as np
@@ -34,15 +35,20 @@ def due(step: int, every: int) -> bool:
 
 def is_logged(folder: Path, step: int, prefix: str) -> bool:
     """Whether the metrics of the run in a folder have values of that prefix of a step."""
-    path = folder / METRICS_NAME
+    return any(
+        values["step"] == step and any(name.startswith(prefix) for name in values)
+        for _, values in _records(folder / METRICS_NAME)
+    )
+
+
+def _records(path: Path) -> Iterator[tuple[str, dict]]:
+    """The lines of a file of metrics with their values, if there is one, up to a line that a kill cut short."""
     for line in path.read_text().splitlines() if path.exists() else []:
         try:
             values = json.loads(line)
-        except json.JSONDecodeError:  # the line that a kill cut short
-            continue
-        if values["step"] == step and any(name.startswith(prefix) for name in values):
-            return True
-    return False
+        except json.JSONDecodeError:
+            return
+        yield line, values
 
 
 @contextmanager
@@ -214,17 +220,9 @@ class RunLog:
         self._writer.close()
 
     def _take_back(self, start: int) -> None:
-        if not self.path.exists():
-            return
-        kept = []
-        for line in self.path.read_text().splitlines():
-            try:
-                if json.loads(line)["step"] > start:
-                    break
-            except json.JSONDecodeError:  # the line that a kill cut short
-                break
-            kept.append(line + "\n")
-        replace_text(self.path, "".join(kept))
+        if self.path.exists():
+            kept = takewhile(lambda record: record[1]["step"] <= start, _records(self.path))
+            replace_text(self.path, "".join(f"{line}\n" for line, _ in kept))
 
 
 class Quiet:

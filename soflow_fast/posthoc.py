@@ -142,14 +142,14 @@ def reconstruct(run_dir: str | Path, std: float, step: int | None = None) -> Rec
             f"{' or '.join(map(str, sorted({one.std for one in used})))}, or train with a smaller ema.snapshot_every"
         )
     with safe_open(used[-1].path, "pt") as file:
-        trained = set(map(checkpoint.uncompiled, file.keys()))  # what is not any more stays as it is
+        trained = set(file.keys())  # what is not any more stays as it is
     sums: dict[str, Tensor] = {}
     for one, share in zip(used, shares, strict=True):
         with safe_open(one.path, "pt") as file:
             for name in file.keys():  # noqa: SIM118, it is no mapping
-                tensor, name = file.get_tensor(name), checkpoint.uncompiled(name)
                 if name not in trained:
                     continue
+                tensor = file.get_tensor(name)
                 sums.setdefault(name, torch.zeros_like(tensor, dtype=torch.float64)).add_(tensor, alpha=share)
     weights = {name: total.float() for name, total in sums.items()}
     return Reconstruction(weights, last[0].step, len(used), residual)

@@ -65,8 +65,8 @@ def of_given(config: TrainConfig, model: nn.Module) -> dict[str, dict[str, Any]]
 
 
 def changes_of_given(before: dict | None, after: dict | None) -> list[dict[str, object]]:
-    """How two records of :func:`of_given` differ; of one that is not there, nothing is known."""
-    if before is None or after is None:  # an earlier version's, or the configurations differ
+    """How two records of :func:`of_given` differ, where both were given objects; else the configurations differ."""
+    if before is None or after is None:
         return []
     both = before.keys() & after.keys()
     return [change for what in sorted(both) for change in differences(what, before[what], after[what])]

@@ -15,8 +15,7 @@ from torch import nn
 
 from soflow_fast import build, checkpoint, fingerprint, given, posthoc, records, run_optimizer
 from soflow_fast.checkpoint import CHECKPOINTS
-from soflow_fast.config import OBJECTIVE_SECTIONS, TrainConfig
-from soflow_fast.config_io import read_yaml
+from soflow_fast.config import TrainConfig
 from soflow_fast.logs import METRICS_NAME
 
 _log = logging.getLogger(__name__)
@@ -45,42 +44,35 @@ os.register_at_fork(after_in_child=_let_go)
 ACCEPT = "--accept-changes (in Python, Trainer(..., accept_changes=True))"
 
 
-def read_config(run_dir: Path) -> TrainConfig:
-    """The configuration of a run, whose file may have sections of objectives other than its own."""
-    raw = read_yaml(run_dir / CONFIG_NAME)
-    others = OBJECTIVE_SECTIONS.keys() - {raw.get("objective", TrainConfig.objective)}
-    return TrainConfig.from_dict({name: value for name, value in raw.items() if name not in others})
-
-
 def changes(
     run_dir: Path,
     config: TrainConfig,
     data: dict[str, object],
     accept: bool,
-    made: dict | None = None,
-    objects: dict | None = None,
+    made: dict,
+    objects: dict | None,
 ) -> list[dict[str, object]]:
     """How a configuration and data differ from those of the run in the folder, if there is one: key, before, after.
 
     Args:
-        data: their :func:`~soflow_fast.fingerprint.fingerprint`; a run that has none on record takes those at its path.
-        accept: whether they may differ where that changes the weights. made: how the optimizer was made.
-        objects: :func:`~soflow_fast.records.of_given` of the run; one that has none on record takes any.
+        data: their :func:`~soflow_fast.fingerprint.fingerprint`. accept: whether they may differ where that changes the
+            weights. made: how the optimizer was made. objects: :func:`~soflow_fast.records.of_given` of the run.
 
     Raises:
-        ValueError: where they may not, and for a folder that is a file.
+        ValueError: where they may not, for a folder that is a file, and for a run without one of its records.
     """
     if run_dir.exists() and not run_dir.is_dir():
         raise ValueError(f"run_dir={str(run_dir)!r} is a file; choose a folder")
     written = (run_dir / METRICS_NAME, run_dir / posthoc.FOLDER)
     if not (checkpoint.committed(run_dir / CHECKPOINTS) or any(path.exists() for path in written)):
         return []
-    if not (run_dir / CONFIG_NAME).exists():
-        raise ValueError(f"run_dir={str(run_dir)!r} holds a run without its {CONFIG_NAME}; choose another folder")
-    theirs, before = read_config(run_dir), _read_json(run_dir / DATA_NAME)
-    if theirs.compute.precision == "auto":  # of an earlier version; what was chosen then is not known
-        theirs = replace(theirs, compute=replace(theirs.compute, precision=config.compute.precision))
-    elif config.compute.precision == "auto":  # of a dry run, perhaps on another machine than the run's
+    for name in (CONFIG_NAME, DATA_NAME, OPTIMIZER_NAME):
+        if not (run_dir / name).exists():
+            raise ValueError(
+                f"run_dir={str(run_dir)!r} holds a run without its {name}; put that back, or choose another folder"
+            )
+    theirs, before = TrainConfig.from_yaml(run_dir / CONFIG_NAME), _read_json(run_dir / DATA_NAME)
+    if config.compute.precision == "auto":  # of a dry run, perhaps on another machine than the run's
         config = replace(config, compute=replace(config.compute, precision=theirs.compute.precision))
     if not accept:
         require_same(run_dir, config, theirs, f"use that value, choose another run_dir, or go on with {ACCEPT}")
@@ -95,10 +87,7 @@ def changes(
             f"run_dir={str(run_dir)!r} holds a run with {change['key']} {change['before']!r}, and this one has "
             f"{change['after']!r}; make it as it was, choose another run_dir, or go on with {ACCEPT}"
         )
-    if before is None:
-        sentence, change = _other_path(theirs.data.path, config.data.path)
-    else:
-        sentence, change = fingerprint.difference(before, data), {"key": "data", "before": before, "after": data}
+    sentence = fingerprint.difference(before, data)
     if sentence is None:
         return found
     if not accept:
@@ -106,7 +95,7 @@ def changes(
             f"run_dir={str(run_dir)!r} holds a run of other data: {sentence}; put the data back as they were, choose "
             f"another run_dir, or go on with {ACCEPT}"
         )
-    return [*found, change]
+    return [*found, {"key": "data", "before": before, "after": data}]
 
 
 def require_same(run_dir: Path, config: TrainConfig, theirs: TrainConfig, remedy: str) -> None:
@@ -167,7 +156,7 @@ def load_run(
     run_dir = Path(run_dir)
     if not (run_dir / CONFIG_NAME).is_file():
         raise ValueError(f"{run_dir} is not a run: it holds no {CONFIG_NAME}; give the run_dir of a training run")
-    config = replace(read_config(run_dir), device=device)
+    config = replace(TrainConfig.from_yaml(run_dir / CONFIG_NAME), device=device)
     with_model, model = given.with_given(config, model)
     require_same(run_dir, with_model, config, "give the model that it was trained with")
     found = checkpoint.committed(run_dir / CHECKPOINTS)
@@ -184,7 +173,7 @@ def load_run(
         if ema_std is not None and step not in {snapshot.step for snapshot in posthoc.snapshots(run_dir)}:
             raise ValueError(
                 f"the best checkpoint of the run {run_dir} is of step {step}, at which there is no snapshot of the "
-                "other averages; give a step that has one, or no --ema-std"
+                "other averages; give a step that has one, or no ema_std"
             )
     path = next((path for path in found if checkpoint.step_of(path) == step), found[-1])
     if ema_std is None and step not in (None, checkpoint.step_of(path)):
@@ -242,8 +231,8 @@ def claim(
     data: dict[str, object],
     changed: list[dict[str, object]],
     step: int,
-    made: dict | None = None,
-    objects: dict | None = None,
+    made: dict,
+    objects: dict | None,
 ) -> None:
     """Makes the folder that of a run: writes its records, and what changed after a step."""
     history = _text(run_dir / CHANGES_NAME) or ""
@@ -255,13 +244,6 @@ def claim(
         if _read_json(run_dir / name) != record:
             checkpoint.replace_text(run_dir / name, json.dumps(record, indent=1) + "\n")
     checkpoint.replace_text(run_dir / CONFIG_NAME, config.to_yaml())
-
-
-def _other_path(before: str | None, after: str | None) -> tuple[str | None, dict[str, object]]:
-    if before == after:
-        return None, {}
-    sentence = f"they lie at {after} in place of {before}, and the run has no {DATA_NAME} that says what they were"
-    return sentence, {"key": "data.path", "before": before, "after": after}
 
 
 def _read_json(file: Path) -> dict[str, object] | None:

@@ -68,12 +68,9 @@ class RunOptimizer:
         is of another class or of other parameters, as does each after one of the other kind. What one of the user's
         changes in its groups by itself is part of its state; what it was made with otherwise than before is as it is
         now.
-
-        Raises:
-            ValueError: where the parameters of a state are others and their names are not on record.
         """
-        before, after = state.get("made"), self.made
-        if not self.of_user and (before is None or before["class"] in OPTIMIZERS):
+        before, after = state["made"], self.made
+        if not self.of_user and before["class"] in OPTIMIZERS:
             self.optimizer.load_state_dict(self._by_name(state))
             return
         fresh = [dict(group) for group in self.optimizer.param_groups]
@@ -105,20 +102,9 @@ class RunOptimizer:
 
     def _by_name(self, state: dict) -> dict:
         """The state of one of the library's for the parameters of now, with the hyper-parameters of now."""
-        groups, made = self.optimizer.state_dict()["param_groups"], state.get("made")
-        names, parameters = self.made["groups"][0]["parameters"], self.optimizer.param_groups[0]["params"]
-        before = names if made is None else made["groups"][0]["parameters"]
+        groups = self.optimizer.state_dict()["param_groups"]
+        before, names = (made["groups"][0]["parameters"] for made in (state["made"], self.made))
         saved = [state["state"].get(number) for number in state["param_groups"][0]["params"]]
-        if made is None:  # of a version that did not record the names: as many, of the same shapes, are the same
-            fit = len(saved) == len(parameters) and all(
-                one is None or one["exp_avg"].shape == p.shape for one, p in zip(saved, parameters, strict=True)
-            )
-            if not fit:
-                raise ValueError(
-                    f"the optimizer in this run's checkpoint has the state of {len(saved)} parameters without their "
-                    f"names, which are not the {len(names)} that are trained now; train those that were, or choose "
-                    "another run_dir and this one as initial_weights"
-                )
         found = {name: one for name, one in zip(before, saved, strict=True) if one is not None}
         kept = {number: found[name] for number, name in zip(groups[0]["params"], names, strict=True) if name in found}
         return {"state": kept, "param_groups": groups}
@@ -190,10 +176,8 @@ class RunOptimizer:
             raise ValueError(f"the state of the optimizer {name} holds a text, which torch does not load; {remedy}")
 
 
-def changes(before: dict | None, after: dict | None) -> list[dict[str, object]]:
+def changes(before: dict, after: dict) -> list[dict[str, object]]:
     """How two optimizers were made otherwise, see :attr:`RunOptimizer.made`: key, before, after."""
-    if before is None or after is None:  # of an earlier version, which recorded none of the library's
-        return []
     names = [[name for group in made["groups"] for name in group["parameters"]] for made in (before, after)]
     found = []
     if set(names[0]) != set(names[1]):
@@ -239,8 +223,8 @@ def require_optimizer(optimizer: Any, model: nn.Module, made: str) -> None:
             )
 
 
-def _parameters(made: dict | None) -> tuple | None:
-    return None if made is None else (made["class"], [group["parameters"] for group in made["groups"]])
+def _parameters(made: dict) -> tuple[str, list[list[str]]]:
+    return made["class"], [group["parameters"] for group in made["groups"]]
 
 
 def _values(made: dict) -> list[dict]:

@@ -1,14 +1,13 @@
 """The options that ``soflow sample``, ``eval`` and ``export`` share: which weights of a run, how they are sampled."""
 
 import argparse
-import hashlib
 from dataclasses import replace
 from typing import Literal
 
 from torch import nn
 
 from soflow_fast.config import TrainConfig
-from soflow_fast.images import vae_decoder
+from soflow_fast.images import in_file_name, vae_decoder
 from soflow_fast.sample import SAMPLE_PRECISIONS, Decoder
 
 # What a run's samples can be drawn with beside its own, and how files of them are called.
@@ -21,8 +20,6 @@ EVAL_VARIANTS = {
     "precision": "precision",
 }
 SAMPLE_VARIANTS = {"labels": "labels", **EVAL_VARIANTS}
-_NOT_IN_NAMES = str.maketrans({".": "_", "/": "-", ",": "-", " ": None})
-_LONGEST_VALUE = 40
 
 
 def add(parser: argparse.ArgumentParser, *, draws: bool = True) -> None:
@@ -64,18 +61,10 @@ def add(parser: argparse.ArgumentParser, *, draws: bool = True) -> None:
 
 
 def variant(args: argparse.Namespace, options: dict[str, str]) -> str:
-    """What tells files of other options apart from those of the run's own; a dot would begin a suffix."""
+    """What tells files of other options apart from those of the run's own."""
     given = {short: getattr(args, name) for name, short in options.items() if getattr(args, name) is not None}
     values = {short: "-".join(map(str, x)) if isinstance(x, tuple) else x for short, x in given.items()}
-    return "".join(f"-{short}-{_in_name(str(value))}" for short, value in values.items())
-
-
-def _in_name(value: str) -> str:
-    """What of a value can stand in a file's name, which a file system may limit to 255 bytes."""
-    text = value.lower().translate(_NOT_IN_NAMES)
-    if len(text) <= _LONGEST_VALUE:
-        return text
-    return f"{text[: _LONGEST_VALUE - 7]}-{hashlib.sha256(value.encode()).hexdigest()[:6]}"
+    return "".join(f"-{short}-{in_file_name(str(value))}" for short, value in values.items())
 
 
 def set_sampling(model: nn.Module, objective: str, args: argparse.Namespace) -> None:

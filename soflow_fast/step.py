@@ -17,7 +17,6 @@ from torch.nn.parallel import DistributedDataParallel
 from soflow_fast import optim
 from soflow_fast.augment import Augment
 from soflow_fast.capture import Captured, compiled, on_side_stream
-from soflow_fast.checkpoint import uncompiled
 from soflow_fast.config_io import require_count
 from soflow_fast.differencing import left_as_it_was
 from soflow_fast.dit import DiT
@@ -264,7 +263,11 @@ class TrainStep:
         return [{name: group[name] for name in ("betas", "eps", "weight_decay")} for group in groups]
 
     def _names_of_trained(self) -> list[str]:
-        return [uncompiled(name) for name, p in self.model.named_parameters() if p.requires_grad]
+        return [
+            name.replace("network._orig_mod.", "network.")
+            for name, p in self.model.named_parameters()
+            if p.requires_grad
+        ]
 
     def _all_averages(self) -> list[EMA]:
         return [*([] if self.ema is None else [self.ema]), *self.averages]

@@ -92,5 +92,5 @@ def ended_by(number: int) -> BaseException:
 
 
 def sentence(number: int, step: int, checkpoint: Path) -> str:
-    """What a run says as its last."""
+    """The run's last log line."""
     return f"stopped by {signal.Signals(number).name} after step {step}: {checkpoint}; the same command goes on from it"

@@ -77,7 +77,7 @@ class UNet(nn.Module):
         if model_channels < 4 or model_channels % 2:
             raise ValueError(f"model_channels={model_channels} must be even and at least 4, for sines and cosines")
         if not 0 <= dropout < 1:
-            raise ValueError(f"dropout={dropout} is outside [0, 1)")
+            raise ValueError(f"dropout={dropout} is outside [0, 1); choose one in it")
         self.input_size, self.in_channels, self.num_classes = as_size(*sides), in_channels, num_classes
         self.model_channels, self.augment_dim = model_channels, augment_dim
 

@@ -219,7 +219,7 @@ def test_a_network_that_cannot_be_told(tmp_path, network, words):
 
 
 def test_a_probability_is_one():
-    with pytest.raises(ValueError, match=r"probability of augmentation -0\.1 is outside"):
+    with pytest.raises(ValueError, match=r"probability=-0\.1 of augmentation is outside \[0, 1\]; choose"):
         Augment(-0.1, 0)
     with pytest.raises(ValueError, match=r"data\.augment=1\.5 must be in \[0, 1\]"):
         DataConfig(augment=1.5)

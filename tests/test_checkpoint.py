@@ -143,13 +143,6 @@ def test_a_damaged_marker_is_refused(tmp_path, marker):
         checkpoint.load(path)
 
 
-def test_a_checkpoint_of_before_there_were_digests(tmp_path):
-    path = checkpoint.save(tmp_path, _state(1), keep=1)
-    sizes = {name: (path / name).stat().st_size for name in _FILES}
-    (path / "COMMITTED").write_text(json.dumps(sizes))
-    _assert_equal(checkpoint.load(path), _state(1))
-
-
 def test_an_error_of_the_device_is_told_as_that(tmp_path, monkeypatch):
     def fails(*_):
         raise torch.AcceleratorError("an illegal memory access was encountered")

@@ -134,7 +134,7 @@ def test_an_autoencoder_with_a_shift(tmp_path, pictures, vae, straight):
         for name, added in ((shifted, 0.0), (vae, 0.25))
     )
     torch.testing.assert_close(images, expected, rtol=1e-4, atol=1e-4)
-    with pytest.raises(ValueError, match=r"holds latents made with shift None, and this command has 0\.25"):
+    with pytest.raises(ValueError, match=r"holds latents made with shift 0\.0, and this command has 0\.25"):
         encode(pictures, straight, vae=shifted, **SMALL)
 
 
@@ -201,14 +201,14 @@ def test_images_of_a_height_and_a_width(tmp_path, pictures, vae, capsys, monkeyp
         ({"--size": "16,0"}, ["--size [16, 0] is not possible", "at least 1"]),
         ({"--size": "16,16,16"}, ["--size 16,16,16 is not a size; give a whole number, or height,width such as"]),
         ({"--size": "16x24"}, ["--size 16x24 is not a size; give"]),
-        ({"--size": "16,17"}, ["--size [16, 17] is not possible with this autoencoder", "a multiple of 2"]),
-        ({"--size": 17}, ["--size 17 is not possible with this autoencoder", "a multiple of 2"]),
-        ({"--batch": 0}, ["--batch 0", "at least 1"]),
-        ({"--workers": -1}, ["--workers -1", "at least 0"]),
+        ({"--size": "16,17"}, ["size=[16, 17] is not possible with this autoencoder", "a multiple of 2"]),
+        ({"--size": 17}, ["size=17 is not possible with this autoencoder", "a multiple of 2"]),
+        ({"--batch": 0}, ["batch=0 is not possible", "at least 1"]),
+        ({"--workers": -1}, ["workers=-1 is not possible", "at least 0"]),
         ({"--device": "gpu"}, ["device='gpu' is not known"]),
-        ({"--vae": "empty"}, ["--vae='empty' cannot be read", "give a name or a folder that can"]),
-        ({"--vae": "grey"}, ["--vae grey takes images of 1 channels", "RGB"]),
-        ({"--vae": "broken"}, ["the latents of the image", "0.png in --precision fp32 are not finite"]),
+        ({"--vae": "empty"}, ["soflow: vae='empty' cannot be read", "give a name or a folder that can"]),
+        ({"--vae": "grey"}, ["vae='grey' takes images of 1 channels", "RGB"]),
+        ({"--vae": "broken"}, ["the latents of the image", "0.png with precision='fp32' are not finite"]),
         ({"images": "nowhere"}, ["the image folder nowhere does not exist"]),
         ({"images": "empty"}, ["the image folder empty holds no images (.bmp, "]),
         ({"images": "partly"}, ["1 of the 2 class folders in partly hold no images (b); remove them, or put"]),
@@ -233,5 +233,5 @@ def test_bad_input_is_one_sentence(tmp_path, pictures, vae, capsys, monkeypatch,
 
 
 def test_an_unknown_precision_is_refused(tmp_path, pictures, vae):
-    with pytest.raises(ValueError, match="--precision fp16 is not known; choose one of bf16, tf32, fp32"):
+    with pytest.raises(ValueError, match="precision='fp16' is not known; choose one of bf16, tf32, fp32"):
         encode(pictures, tmp_path / "out.hdf5", vae=vae, precision="fp16", **SMALL)

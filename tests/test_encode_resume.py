@@ -165,7 +165,7 @@ def test_a_batch_that_does_not_fit_costs_nothing_that_is_written(tmp_path, pictu
 
     with monkeypatch.context() as patch:
         patch.setattr(encoding, "_launch", full)
-        with pytest.raises(ValueError, match="--batch 2 does not fit the memory of cpu; with a smaller one"):
+        with pytest.raises(ValueError, match="batch=2 does not fit the memory of cpu; with a smaller one"):
             encode(pictures, tmp_path / "out.hdf5", vae=vae, **SMALL)
     assert count_written(tmp_path / "out.hdf5") == 2
     encode(pictures, tmp_path / "out.hdf5", vae=vae, **{**SMALL, "batch": 1})

@@ -77,10 +77,8 @@ def test_labels_at_hand_count_only_if_they_are_what_an_item_has():
 )
 def test_pixels_in_another_range_are_a_warning(tmp_path, caplog, monkeypatch, scale, found, remedy):
     images, labels = digits("train").tensors
-    sentence = (
-        f"the samples lie in {found} (16 were looked at), and images should in about [-1, 1]; scale them by {remedy}"
-    )
-    expected = [] if found is None else [sentence]
+    words = f"the samples lie in {found} (16 were looked at), and images should lie in about [-1, 1]; scale them by"
+    expected = [] if found is None else [f"{words} {remedy}"]
     Trainer(tiny_config(tmp_path), dataset=TensorDataset(scale(images), labels))
     assert caplog.messages == expected
     monkeypatch.setenv("RANK", "1")

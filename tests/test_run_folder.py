@@ -103,10 +103,7 @@ def test_given_labels_that_changed_are_refused(tmp_path):
     assert "holds a run of other data: other labels; put" in _refused(Trainer(config, dataset=_Labelled(3)))
     record = tmp_path / "data.json"
     assert len(json.loads(record.read_text())["labels"]) == 64
-    record.write_text(json.dumps({"samples": 64}))  # by an earlier version
-    Trainer(config, dataset=_Labelled(0)).fit()
-    assert "other labels" in _refused(Trainer(config, dataset=_Labelled(3)))
-    Trainer(config, dataset=Blobs()).fit()
+    Trainer(config, dataset=Blobs()).fit()  # has none at hand
 
 
 def test_labels_that_nobody_looks_at_may_change(tmp_path):
@@ -116,14 +113,6 @@ def test_labels_that_nobody_looks_at_may_change(tmp_path):
     samples = torch.randn(32, 1, 8, 8)
     for labels in (torch.zeros(32), torch.ones(32)):
         Trainer(config, dataset=TensorDataset(samples, labels.long())).fit()
-
-
-def test_a_run_without_the_record_gets_it(tmp_path):
-    config = _folder_run(tmp_path)
-    record = (tmp_path / "run" / "data.json").read_bytes()
-    (tmp_path / "run" / "data.json").unlink()
-    Trainer(config).fit()
-    assert (tmp_path / "run" / "data.json").read_bytes() == record
 
 
 def test_the_data_may_lie_elsewhere(tmp_path, monkeypatch):
@@ -137,12 +126,15 @@ def test_the_data_may_lie_elsewhere(tmp_path, monkeypatch):
     assert "the class folder 'class2' is new and the class folder 'class1' is gone" in _refused(renamed)
 
 
-def test_a_run_without_the_record_stays_with_its_path(tmp_path):
-    config = _folder_run(tmp_path)
-    (tmp_path / "run" / "data.json").unlink()
-    shutil.copytree(tmp_path / "images", tmp_path / "others")
-    elsewhere = Trainer(replace(config, data=replace(config.data, path=str(tmp_path / "others"))))
-    assert "the run has no data.json" in _refused(elsewhere)
+def test_a_run_without_one_of_its_records_is_refused(tmp_path):
+    config = tiny_config(tmp_path, total_steps=1)
+    Trainer(config).fit()
+    for name in ("optimizer.json", "data.json"):
+        (tmp_path / name).unlink()
+        with pytest.raises(
+            ValueError, match=f"holds a run without its {name}; put that back, or choose another folder"
+        ):
+            Trainer(config).fit()
 
 
 # ------------------------------------------------------------------------------------------------- declared changes
@@ -230,11 +222,6 @@ def test_the_precision_that_was_chosen_is_the_runs(tmp_path, monkeypatch):
         patch.setattr(trainer, "asdict", lambda compute: {"compile": False, "cuda_graph": False})
         with pytest.raises(ValueError, match=r"compute\.precision='fp32', and this one has 'bf16'; use that value"):
             Trainer(config).fit()
-    (tmp_path / "config.yaml").write_text(
-        record.replace("compute:\n  precision: fp32", "compute:\n  precision: auto")
-    )  # an earlier version's
-    Trainer(computed(precision="fp32")).fit()
-    assert (tmp_path / "config.yaml").read_text() == record
 
 
 def test_what_cannot_change(tmp_path):
@@ -303,16 +290,6 @@ def test_the_advice_after_a_divergence_can_be_followed(tmp_path, capsys):
     assert "or go on with --accept-changes" in capsys.readouterr().err
     assert main(["train", str(path), "--accept-changes"]) == 0
     assert final(tmp_path / "run").step == 6
-
-
-def test_a_record_with_sections_of_all_objectives_is_read_without_a_warning(tmp_path, caplog):
-    config = tiny_config(tmp_path)
-    Trainer(config).fit()
-    with (tmp_path / "config.yaml").open("a") as file:
-        file.write("meanflow: {p: 0.5}\n")
-    Trainer(config).fit()
-    load_run(tmp_path, "cpu")
-    assert "ignored" not in caplog.text
 
 
 # ---------------------------------------------------------------------------------------------------------- the lock

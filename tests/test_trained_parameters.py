@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 import torch
-from runs import Blobs, StopError, assert_bitwise_equal, files, final, stop_at, tiny_config
+from runs import Blobs, StopError, files, final, stop_at, tiny_config
 from torch import nn
 
 from soflow_fast import Trainer, load_run, posthoc
@@ -100,20 +100,6 @@ def test_averages_of_parameters_that_are_thawed_and_frozen(tmp_path, monkeypatch
     assert torch.equal(state.ema[A], state.model[A])
     drift = (state.ema[TABLE] - _Net().table.weight).abs().max()
     assert 0 < drift < (state.model[TABLE] - _Net().table.weight).abs().max()
-
-
-def test_a_checkpoint_without_names_goes_on_with_as_many_parameters_of_the_same_shapes(tmp_path, monkeypatch):
-    _trainer(tmp_path / "whole", "table").fit()
-    with monkeypatch.context() as patch:  # as versions before wrote it
-        patch.setattr(RunOptimizer, "state_dict", lambda self: {**self.optimizer.state_dict(), "made": None})
-        _stopped(tmp_path / "parts", monkeypatch, "table")
-    (tmp_path / "parts" / "optimizer.json").write_text("null\n")
-    for frozen, now in ((["a"], 2), ([], 3)):
-        with pytest.raises(ValueError, match=f"of 2 parameters without their names, which are not the {now} that are"):
-            _trainer(tmp_path / "parts", *frozen).fit()
-    _trainer(tmp_path / "parts", "table").fit()
-    assert_bitwise_equal(final(tmp_path / "whole"), final(tmp_path / "parts"))
-    assert json.loads((tmp_path / "parts" / "optimizer.json").read_text())["groups"][0]["parameters"] == [A, B]
 
 
 def test_the_fused_update_goes_on_as_torchs():

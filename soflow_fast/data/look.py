@@ -61,7 +61,8 @@ def warn_of_other_range(dataset: Dataset) -> None:
         return
     if 0 <= low < high <= 255:
         _log.warning(
-            "the samples lie in [%.4g, %.4g] (%d were looked at), and images should in about [-1, 1]; scale them by %s",
+            "the samples lie in [%.4g, %.4g] (%d were looked at), and images should lie in about [-1, 1]; "
+            "scale them by %s",
             low,
             high,
             len(samples),

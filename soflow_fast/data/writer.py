@@ -17,7 +17,7 @@ import numpy as np
 from soflow_fast.checkpoint import flush
 from soflow_fast.size import as_size
 
-# What a kill may cost; and the bytes copied at a time where a file is laid out anew.
+# Seconds between flushes; bytes per copy.
 _FLUSH_SECONDS = 10.0
 _COPY_BYTES = 2**26
 
