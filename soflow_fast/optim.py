@@ -179,26 +179,17 @@ class AdamW(OnePass, torch.optim.AdamW):
     rectified = False
     _options = {"fused": True}  # noqa: RUF012
 
-    def step(self, closure: Callable[[], Tensor] | None = None):
-        """As torch's: :meth:`update` without clipping, averages and copies."""
-        if self.impl == "triton":
-            return super().step(closure)
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        self._lay_out()
-        torch.optim.AdamW.step(self)
-        return loss
-
     @torch.no_grad()
-    def _lay_out(self) -> None:
-        """Gradients and moments as their parameters: torch's fused update goes through them by address too."""
+    def _step_where(self, finite: Tensor) -> None:
+        """The step of impl="torch"; all stays as it was where ``finite``, a 0-d bool, is false."""
         for p in (p for group in self.param_groups for p in group["params"]):
+            # laid out as their parameter: torch's fused update goes through them by address too
             if p.grad is not None and p.grad.stride() != p.stride():
                 p.grad = laid_out_as(p, p.grad)
             if "exp_avg" in self.state.get(p, ()):
                 with_moments(self.state[p], p)
+        with _left_out_unless(finite, self):
+            torch.optim.AdamW.step(self)
 
 
 class RAdam(OnePass, torch.optim.RAdam):
@@ -265,7 +256,10 @@ def can_leave_out(optimizer: torch.optim.Optimizer) -> bool:
 
 
 def _radam_factors(k: Tensor, beta1: float, beta2: float) -> tuple[Tensor, Tensor, Tensor]:
-    """``1/(1−β₁ᵏ)``, ``r_k √(1−β₂ᵏ)`` and whether the latter is used, (n,) each, for steps k, (n,) float64."""
+    """``1/(1−β₁ᵏ)``, ``r_k √(1−β₂ᵏ)`` and whether the latter is used, (n,) each, for steps k, (n,) float64.
+
+    In float32, as torch's capturable form has it, the factor is off by up to 0.6% at β₂ = 0.999, and by 58% at 0.9999.
+    """
     power = beta2**k
     limit = 2 / (1 - beta2) - 1
     length = limit - 2 * k * power / (1 - power)
@@ -273,6 +267,16 @@ def _radam_factors(k: Tensor, beta1: float, beta2: float) -> tuple[Tensor, Tenso
     at, end = length.clamp(min=5), max(limit, 5.0)
     r = ((at - 4) / (end - 4) * ((at - 2) / (end - 2)) * (end / at)).sqrt()
     return 1 / (1 - beta1**k), r * (1 - power).sqrt(), length > 5
+
+
+@contextmanager
+def _left_out_unless(finite: Tensor, optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """The protocol by which torch's GradScaler tells a fused optimizer to leave a step out."""
+    optimizer.grad_scale, optimizer.found_inf = None, 1 - finite.float()
+    try:
+        yield
+    finally:
+        del optimizer.grad_scale, optimizer.found_inf
 
 
 @torch.no_grad()
@@ -289,15 +293,11 @@ def update(
     finite = torch.isfinite(norm)
     if grad_clip is not None:
         nn.utils.clip_grads_with_norm_(parameters, grad_clip, norm)
-    if isinstance(optimizer, RAdam) and optimizer.impl == "torch":
+    if isinstance(optimizer, OnePass):
         optimizer._step_where(finite)
     elif can_leave_out(optimizer):
-        # the protocol by which torch's GradScaler tells a fused optimizer to leave a step out
-        optimizer.grad_scale, optimizer.found_inf = None, 1 - finite.float()
-        try:
+        with _left_out_unless(finite, optimizer):
             optimizer.step()
-        finally:
-            del optimizer.grad_scale, optimizer.found_inf
     else:
         optimizer.step()
     torch.autograd.graph.increment_version(parameters)  # fused ones do not count their writes
