@@ -89,7 +89,8 @@ class Run:
         """False if only a second attempt would do and there is no time for it."""
         print(f"{name}: {self.rows[name].what}", file=sys.stderr, flush=True)
         try:
-            self._together[name] = self.track.prepare(self.rows[name])
+            with self.results.running(name):
+                self._together[name] = self.track.prepare(self.rows[name])
             if name in self.ahead:
                 self._together[name].report["compiled_ahead_seconds"] = self.ahead[name]
             return True

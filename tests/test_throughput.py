@@ -8,6 +8,7 @@ from pathlib import Path
 
 import _race
 import _rows
+import _table
 import pytest
 import throughput
 import torch
@@ -326,6 +327,31 @@ def test_an_interrupted_race_leaves_the_rows_that_have_had_a_turn(monkeypatch, o
     ((_, row),) = json.loads(out.read_text())["rows"].items()
     assert (row["steps"], row["group"]) == (1, 1)
     assert row["ms_per_step"] == row["ms_p99"] > 0
+
+
+def test_a_row_that_ends_the_process_is_not_begun_again(out):
+    track, left = _Fake(), []
+    prepare, header = track.prepare, {"same": dict.fromkeys(_table._SAME, 4)}
+
+    def ends_it(row):
+        left.append(out.read_text())  # all that a killed process leaves
+        return prepare(row)
+
+    def run() -> dict:
+        rows = {name: replace(ROWS["flow-matching"], what=name) for name in "ab"}
+        results = Results(header, out, resume=True, order=list(rows))
+        throughput.Run(rows, track, results, start=0.0, limit=None, ahead={})()
+        return results.report
+
+    track.prepare = ends_it
+    assert run()["rows"].keys() == {"a", "b"}
+    out.write_text(left[0])
+    track.prepared.clear()
+    report = run()
+    assert track.prepared == ["b"]
+    assert report["rows"]["a"]["failed"]
+    assert "the process that ran it ended" in report["rows"]["a"]["skipped"]
+    assert "running" not in json.loads(out.read_text())
 
 
 def test_a_profiler_that_fails_costs_the_count_of_kernels_alone(monkeypatch, capsys):
