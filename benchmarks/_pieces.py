@@ -1,9 +1,11 @@
 """A measurement made of pieces: none is begun when the time is over, and another call goes on with the file of this."""
 
+import copy
 import json
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -13,6 +15,8 @@ from _measure import environment, identity, write_report
 def begun(path: Path | None, **settings) -> dict:
     """The report at the path, to go on with, or a new one: of this machine and commit, and of these settings.
 
+    A piece that must not be begun again, see :func:`given_up`, is ``refused``.
+
     Args:
         path: None for a new one. settings: what has to be the same of two reports that are one.
     """
@@ -21,7 +25,10 @@ def begun(path: Path | None, **settings) -> dict:
         report = json.loads(path.read_text())
         same_machine = identity(report["environment"]) == identity(here["environment"])
         if same_machine and all(report.get(name) == value for name, value in settings.items()):
-            return {name: value for name, value in report.items() if name != "partial"}
+            given = {name: why for name, why in given_up(report).items() if name not in report["pieces"]}
+            report["pieces"] += given
+            report["refused"] += [{"piece": name, "why": why} for name, why in given.items()]
+            return {name: value for name, value in report.items() if name not in ("partial", "running")}
     return {**here, "pieces": [], "rows": [], "refused": []}
 
 
@@ -31,12 +38,17 @@ def run_pieces(
     """Runs the pieces that are not in the report, each by its name; what there is no time for is its ``left_out``.
 
     Args:
-        pieces: each adds to the report; what it raises ends the run. path: is written after each, marked as partial
-            until nothing is left.
+        pieces: each adds to the report; one that raises is ``refused``. path: is written before and after each, marked
+            as partial until nothing is left.
 
     Raises:
         SystemExit: if a piece has cost this process its GPU; another call goes on with the next.
     """
+
+    def write(report: dict) -> None:
+        if path:
+            write_report(path, report, partial=True)
+
     end, report["left_out"] = time.monotonic() + 60 * minutes, []
     for name, run in pieces:
         if name in report["pieces"]:
@@ -45,19 +57,44 @@ def run_pieces(
             report["left_out"].append(name)
             continue
         try:
-            run()
-        except Exception as error:
-            if not gpu_lost():
-                raise
+            with running(report, name, write):
+                run()
+        except Exception as error:  # must not cost the other pieces
             report["refused"].append({"piece": name, "why": f"{type(error).__name__}: {error}"})
         report["pieces"].append(name)
         print(name, file=sys.stderr, flush=True)
-        if path:
-            write_report(path, report, partial=True)
+        write(report)
         if gpu_lost():
             sys.exit(f"{name} has cost this process its GPU; --resume goes on with what is left")
     if path:
         write_report(path, report, partial=bool(report["left_out"]))
+
+
+@contextmanager
+def running(report: dict, name: str, write: Callable[[dict], None]) -> Iterator[None]:
+    """Within it the written report says by ``running`` what runs: what ends the process there is known afterwards.
+
+    An interruption writes the report as it was before, with one more name in ``interrupted``.
+    """
+    before = after = copy.deepcopy(report)  # what is interrupted may have added half of its rows
+    write({**before, "running": name})
+    try:
+        yield
+        after = report
+    except KeyboardInterrupt:
+        after = {**before, "interrupted": [*before.get("interrupted", []), name]}
+        raise
+    finally:
+        write(after)
+
+
+def given_up(report: dict) -> dict[str, str]:
+    """What must not be begun again, by name, and why: what ended or hung its process, or was interrupted twice."""
+    interrupted = report.get("interrupted", [])
+    reasons = {name: "it was interrupted twice" for name in interrupted if interrupted.count(name) > 1}
+    if "running" in report:
+        reasons[report["running"]] = "the process that ran it ended in it, or was killed as it hung"
+    return reasons
 
 
 def gpu_lost() -> bool:

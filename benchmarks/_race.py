@@ -160,21 +160,29 @@ class Track:
     # ----------------------------------------------------------------------------------------------------- time
 
     def race(self, contestants: list[Contestant]) -> None:
-        """Times the rows in turns; then each one's report is complete. A row that breaks drops out."""
+        """Times the rows in turns; then each one's report is complete. A row that breaks drops out.
+
+        What ends a race before its last round leaves the reports of the turns until then, without ``kernels_launched``.
+        """
         order, draw = list(contestants), random.Random(0)
-        for _ in range(ROUNDS):
-            draw.shuffle(order)
-            for contestant in list(order):
-                contestant.probes.append(self.probe_ms())
-                try:
-                    self._turn(contestant, max(1, round(1000 * self.seconds / ROUNDS / contestant.ms)))
-                except Exception as error:  # a row that breaks must not cost the others
-                    contestant.report = broken(error)
-                    order.remove(contestant)
-                    if gpu_lost():
-                        raise
+        try:
+            for _ in range(ROUNDS):
+                draw.shuffle(order)
+                for contestant in list(order):
+                    contestant.probes.append(self.probe_ms())
+                    try:
+                        self._turn(contestant, max(1, round(1000 * self.seconds / ROUNDS / contestant.ms)))
+                    except Exception as error:  # a row that breaks must not cost the others
+                        contestant.report = broken(error)
+                        order.remove(contestant)
+                        if gpu_lost():
+                            raise
+        finally:
+            for contestant in order:
+                if contestant.times:
+                    self._finish(contestant)
         for contestant in order:
-            self._finish(contestant)
+            contestant.report["kernels_launched"] = self._kernels(contestant)
 
     def race_seconds(self, contestants: list[Contestant]) -> float:
         """How long :meth:`race` will take, roughly."""
@@ -226,7 +234,7 @@ class Track:
             "tflops": rate,
             "probe_tflops": self.probe_flops / probe / 1e9,
             "mfu": rate / (self.probe_flops / probe / 1e9),
-            "kernels_launched": self._kernels(contestant),
+            "kernels_launched": None,
             "joules_per_image": contestant.joules and contestant.joules / contestant.steps_run / batch,
         }
         if contestant.samples:
@@ -235,13 +243,17 @@ class Track:
             report |= summary(contestant.samples)
 
     def _kernels(self, contestant: Contestant) -> int | None:
-        """GPU kernels of one step, without copies and fills."""
+        """GPU kernels of one step, without copies and fills; None where the profiler fails, which costs no time."""
         if not self.on_gpu:
             return None
-        with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as profiled:
-            contestant.step(*contestant.data)
-            torch.cuda.synchronize()
-        names = [event.name for event in profiled.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+        try:
+            with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as profiled:
+                contestant.step(*contestant.data)
+                torch.cuda.synchronize()
+            names = [event.name for event in profiled.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+        except Exception as error:
+            print(f"its kernels are not counted: {error}", file=sys.stderr, flush=True)
+            return None
         return sum(not name.startswith(("Memcpy", "Memset")) for name in names)
 
     # ------------------------------------------------------------------------------------------- largest batch

@@ -1,10 +1,12 @@
 """The results of the throughput benchmark: a JSON file that grows row by row, a table and a chart of it."""
 
 import json
-import os
 import textwrap
+from contextlib import AbstractContextManager
 from pathlib import Path
 
+from _measure import write_report
+from _pieces import given_up, running
 from _public_source import ID as PUBLIC_SOURCE
 
 REFERENCE = "soflow/public"
@@ -56,7 +58,9 @@ class Results:
             if different:
                 told = ", ".join(f"{name} {same.get(name)} there, {header['same'][name]} here" for name in different)
                 raise ValueError(f"{path} cannot be resumed, it is of another run ({told}); give another --json")
-            self.report["rows"] = rows
+            self.report |= {"rows": rows, "interrupted": before.get("interrupted", [])}
+            for name, why in given_up(before).items():
+                rows.setdefault(name, {"skipped": why, "failed": True})
 
     @property
     def rows(self) -> dict[str, dict]:
@@ -71,10 +75,15 @@ class Results:
             if "ms_per_step" in row:
                 row["ratio_to_public"] = public and public / row["ms_per_step"]
         self.report["ratio_of_public_to_public_source"] = source / public if source and public else None
+        self._write(self.report)
+
+    def running(self, name: str) -> AbstractContextManager[None]:
+        """Within it a row is prepared or run: what ends or hangs the process there is not begun by another."""
+        return running(self.report, name, self._write)
+
+    def _write(self, report: dict) -> None:
         if self.path:
-            unfinished = self.path.with_name(self.path.name + ".unfinished")
-            unfinished.write_text(json.dumps(self.report, indent=1) + "\n")
-            os.replace(unfinished, self.path)
+            write_report(self.path, report)
 
 
 def table(report: dict) -> str:

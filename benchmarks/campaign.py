@@ -2,15 +2,16 @@
 
     python benchmarks/campaign.py plan|run|report [--folder benchmarks/results/h200] [--minutes 9] [--only STAGE ...]
 
-``run`` takes the stages in order: correctness of every kernel first, then DiT-XL/2, DiT-B/4 and the rest. Each is a
-command of this folder that writes one JSON; a stage whose JSON is complete, of this commit and this card, is not run
-again, so the same call repeated comes to the end. Figures are compared only inside one JSON. Compiled code is kept in
-``--cache`` from call to call. Where a machine keeps nothing in between, or may be gone at any time, ``--archive`` has
-the folder in one file after every stage; unpack it before the next call. A stage that leaves no JSON, or a partial one,
-is gone on with by the next call; every stage leaves its log. ``report`` writes the folder's REPORT.md. The package must
-be installed in place (``pip install --editable .``), as its tests run from the checkout. Where the files are without
-their git history, ``git rev-parse HEAD > COMMIT`` before they are copied tells the results their commit. ``--smoke``
-runs the smallest form of every stage, on a CPU too: it tries the campaign, and its figures mean nothing.
+``run`` takes the stages in order: correctness of every kernel first, then DiT-XL/2, DiT-B/4 and the rest; tests that
+were cut short begin anew, behind all else. Each is a command of this folder that writes one JSON; a stage whose JSON is
+complete, of this commit and this card, is not run again, so the same call repeated comes to the end. Figures are
+compared only inside one JSON. Compiled code is kept in ``--cache`` from call to call. Where a machine keeps nothing in
+between, or may be gone at any time, ``--archive`` has the folder in one file after every stage; unpack it before the
+next call. A stage that leaves no JSON, or a partial one, is gone on with by the next call; every stage leaves its log.
+``report`` writes the folder's REPORT.md. The package must be installed in place (``pip install --editable .``), as its
+tests run from the checkout. Where the files are without their git history, ``git rev-parse HEAD > COMMIT`` before they
+are copied tells the results their commit. ``--smoke`` runs the smallest form of every stage, on a CPU too: it tries the
+campaign, and its figures mean nothing.
 """
 
 import argparse
@@ -100,11 +101,11 @@ def _throughput(name: str, model: str, rows: tuple[str, ...], seconds: int, batc
 
 STAGES = (
     Stage("correctness", "pytest", seconds=240),
-    Stage("correctness_step", "pytest", seconds=180),
     Stage("rates", "rates.py", ("--models", "DiT-XL/2", "DiT-B/4", "DiT-L/2", "DiT-B/2"), seconds=60),
     _throughput("throughput_xl2_256", "DiT-XL/2", tuple(_FIRST), 580, gib=100),
     _throughput("throughput_b4", "DiT-B/4", ("table",), 480),
     Stage("profile_xl2", "profile_step.py", ("--rates", "{folder}/rates.json"), ("--smoke",), 120, gib=100),
+    Stage("correctness_step", "pytest", seconds=180),
     Stage("kernels", "kernels.py", (), ("--smoke", "--only", "silu_difference"), 450, pieces=True),
     Stage("errors", "errors.py", (), ("--only", "silu_difference"), 200),
     Stage("precision", "precision.py", ("--weights", "random", "digits"), seconds=180),
@@ -161,7 +162,7 @@ class Campaign:
         """Runs what is left and fits until ``end`` of ``time.monotonic()``; the names of the stages that failed."""
         failed = []
         self.folder.mkdir(parents=True, exist_ok=True)
-        for stage in stages:
+        for stage in sorted(stages, key=lambda stage: stage.script == "pytest" and self.state(stage) == "begun"):
             state = self.state(stage)
             if state == "too large":
                 print(f"{stage.name}: needs {stage.gib} GiB of GPU memory, this card has {self.gib:.0f}", flush=True)
@@ -171,6 +172,8 @@ class Campaign:
             if left < (min(stage.seconds, stage.least) if stage.rows or stage.pieces else stage.seconds):
                 print(f"{stage.name}: {left:.0f} s are too few, left for the next call", flush=True)
                 continue
+            if stage.script == "pytest":  # begins anew in every call, and must not take all of each
+                left = min(left, 2 * stage.seconds)
             if not self._run(stage, left):
                 failed.append(stage.name)
             if self.archive:
@@ -241,7 +244,7 @@ class Campaign:
             # Left out is what concerns a CPU alone: Inductor's C++ and two processes over gloo.
             chosen = ["-m", "not slow", "-k", "not two_processes", "-n", "1" if self.smoke else "8"]
             chosen += ["--dist", "loadfile"] if stage.name == "correctness_step" else []  # some break their GPU's state
-            return [sys.executable, "-m", "pytest", "-q", *chosen, f"--junitxml={self._junit(stage)}", *tests]
+            return [sys.executable, "-m", "pytest", "-v", *chosen, f"--junitxml={self._junit(stage)}", *tests]
         arguments = [a.format(folder=self.folder) for a in (stage.smoke if self.smoke else stage.arguments)]
         if stage.rows:
             arguments += ["--rows", *self._rows(stage), "--resume", "--limit", f"{left - 2 * _GRACE:.0f}"]
@@ -251,19 +254,19 @@ class Campaign:
         return [sys.executable, str(Path("benchmarks") / stage.script), *arguments, "--json", str(self._json(stage))]
 
     def _write_test_report(self, stage: Stage, code: int | str) -> None:
-        """The counts of a test run as JSON, the failures by name."""
+        """The counts of a test run as JSON, the failures by name; of one that was killed none, and it is begun."""
         from xml.etree import ElementTree
 
-        if not self._junit(stage).exists():
-            return
-        # One that was interrupted has no name.
-        cases = [case for case in ElementTree.parse(self._junit(stage)).iter("testcase") if case.get("name")]
+        if not self._junit(stage).exists() and self._json(stage).exists():
+            return  # an earlier call has found more
+        found = ElementTree.parse(self._junit(stage)).iter("testcase") if self._junit(stage).exists() else ()
+        cases = [case for case in found if case.get("name")]  # one that was interrupted has none
         outcome = {
             kind: [c.get("name") for c in cases if c.find(kind) is not None] for kind in ("failure", "error", "skipped")
         }
         report = {"environment": self.here, "smoke": self.smoke, "exit": code, "tests": len(cases), **outcome}
         write_report(self._json(stage), report, partial=code not in (0, 1))
-        self._junit(stage).unlink()
+        self._junit(stage).unlink(missing_ok=True)
 
     def _json(self, stage: Stage) -> Path:
         return self.folder / f"{stage.name}.json"

@@ -257,13 +257,13 @@ def table(report: dict) -> str:
         f" {one['tried']:5}  {one['fastest']}"
         for one in report["best"]
     ]
-    refused = sum("refused" in row for row in report["rows"])
+    refused = sum("refused" in row for row in report["rows"]) + len(report["refused"])
     lines.append(f"{len(report['rows'])} tried, {refused} refused, {len(report['left_out'])} left out for time")
     return "\n".join(lines)
 
 
 def main() -> int:
-    """Tries, writes the JSON, prints the table; 1 if a committed launch was refused."""
+    """Tries, writes the JSON, prints the table; 1 if a committed launch or a whole piece was refused."""
     parser = options(__doc__, "entry")
     parser.add_argument("--every-case", action="store_true", help="not only the largest case of each op")
     arguments = parser.parse_args()
@@ -271,7 +271,7 @@ def main() -> int:
     only, every_case = arguments.only, arguments.every_case
     report = measure(only, every_case, smoke, arguments.minutes, arguments.json, arguments.resume)
     print(table(report))
-    return int(any(row["committed"] and "refused" in row for row in report["rows"]))
+    return int(bool(report["refused"]) or any(row["committed"] and "refused" in row for row in report["rows"]))
 
 
 if __name__ == "__main__":

@@ -89,7 +89,8 @@ class Run:
         """False if only a second attempt would do and there is no time for it."""
         print(f"{name}: {self.rows[name].what}", file=sys.stderr, flush=True)
         try:
-            self._together[name] = self.track.prepare(self.rows[name])
+            with self.results.running(name):
+                self._together[name] = self.track.prepare(self.rows[name])
             if name in self.ahead:
                 self._together[name].report["compiled_ahead_seconds"] = self.ahead[name]
             return True
@@ -118,10 +119,9 @@ class Run:
         self._groups += 1
         try:
             self.track.race(list(self._together.values()))
-        except Exception:
-            self.results.add({name: c.report for name, c in self._together.items() if c.report.get("failed")})
-            raise
-        self.results.add({name: {**c.report, "group": self._groups} for name, c in self._together.items()})
+        finally:  # an interruption too leaves what was timed
+            reports = {name: {**c.report, "group": self._groups} for name, c in self._together.items()}
+            self.results.add({name: row for name, row in reports.items() if row.keys() & {"ms_per_step", "skipped"}})
         self._together = {}
         torch.compiler.reset()
         release()

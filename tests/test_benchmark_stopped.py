@@ -109,3 +109,46 @@ def test_a_piece_that_costs_the_gpu_is_not_tried_again(monkeypatch, tmp_path):
     assert ran == ["lost", "next"]
     assert [refused["piece"] for refused in report["refused"]] == ["lost"]
     assert "partial" not in json.loads(path.read_text())
+
+
+def test_a_piece_that_ends_the_process_is_not_tried_again(tmp_path):
+    path, ran, left = tmp_path / "out.json", [], []
+    pieces = [
+        ("first", lambda: ran.append("first")),
+        ("ends it", lambda: left.append(path.read_text())),  # all that a killed process leaves
+        ("raises", lambda: ran.append("raises") or 1 / 0),
+        ("last", lambda: ran.append("last")),
+    ]
+    _pieces.run_pieces(_pieces.begun(None), pieces, 1.0, path)
+    assert ran == ["first", "raises", "last"]
+    path.write_text(*left)
+    report = _pieces.begun(path)
+    _pieces.run_pieces(report, pieces, 1.0, path)
+    assert ran == ["first", "raises", "last", "raises", "last"]
+    assert len(left) == 1
+    assert report["pieces"] == ["first", "ends it", "raises", "last"]
+    assert [(one["piece"], one["why"][:17]) for one in report["refused"]] == [
+        ("ends it", "the process that "),
+        ("raises", "ZeroDivisionError"),
+    ]
+    assert json.loads(path.read_text()).keys() == report.keys()
+
+
+def test_a_piece_that_is_interrupted_is_tried_once_more(tmp_path):
+    path, ran, report = tmp_path / "out.json", [], _pieces.begun(None)
+
+    def interrupted():
+        ran.append("long")
+        report["rows"].append("half of them")
+        raise KeyboardInterrupt
+
+    pieces = [("long", interrupted), ("next", lambda: ran.append("next"))]
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            _pieces.run_pieces(report, pieces, 1.0, path)
+        report = _pieces.begun(path)
+    _pieces.run_pieces(report, pieces, 1.0, path)
+    assert ran == ["long", "long", "next"]
+    assert report["refused"] == [{"piece": "long", "why": "it was interrupted twice"}]
+    assert report["rows"] == []
+    assert _pieces.begun(path)["refused"] == report["refused"]

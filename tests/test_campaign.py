@@ -79,13 +79,34 @@ def test_tests_that_are_interrupted_leave_what_they_found(run, campaign, monkeyp
     slow.write_text("import time\ndef test_first(): pass\ndef test_second(): time.sleep(100)\n")
     command = campaign.Campaign._command
     monkeypatch.setattr(campaign.Campaign, "_command", lambda *given: [*command(*given)[:-1], str(slow)])
-    monkeypatch.setattr(campaign, "STAGES", (campaign.Stage("correctness", "pytest", seconds=1),))
+    monkeypatch.setattr(campaign, "STAGES", (campaign.Stage("correctness", "pytest", seconds=8),))
     monkeypatch.setattr(campaign, "_GRACE", 5.0)
     code, _ = run("run", "--minutes", "0.25")
     assert code == 1
     report = json.loads((tmp_path / "results" / "correctness.json").read_text())
     assert (report["tests"], report["partial"], report["failure"]) == (1, True, [])
     assert "begun" in run("plan")[1]
+
+
+def test_tests_that_were_killed_are_begun_and_lose_nothing_found_before(campaign, tmp_path):
+    here, stage = campaign.Campaign(tmp_path, tmp_path, smoke=True), campaign.STAGES[0]
+    here._write_test_report(stage, "stopped, the time was over")
+    assert here.state(stage) == "begun"
+    here._junit(stage).write_text("<testsuite><testcase name='test_first'/></testsuite>")
+    for _ in range(2):
+        here._write_test_report(stage, "stopped, the time was over")
+        assert json.loads((tmp_path / "correctness.json").read_text())["tests"] == 1
+
+
+def test_tests_take_twice_their_time_at_most_and_come_last_where_they_begin_anew(campaign, monkeypatch, tmp_path):
+    here, given = campaign.Campaign(tmp_path, tmp_path, smoke=False), {}
+    monkeypatch.setattr(here, "_run", lambda stage, left: given.update({stage.name: left}) or True)
+    stages = [stage for stage in campaign.STAGES if stage.name in ("correctness", "correctness_step", "rates")]
+    monkeypatch.setattr(here, "state", lambda stage: "begun" if stage.name == "correctness" else "to do")
+    here.run(stages, time.monotonic() + 1000.0)
+    assert list(given) == ["rates", "correctness_step", "correctness"]
+    assert (given["correctness"], given["correctness_step"]) == (480, 360)
+    assert given["rates"] > 900
 
 
 def test_too_little_time_leaves_a_stage_for_the_next_call(run, tmp_path):

@@ -6,7 +6,9 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import _race
 import _rows
+import _table
 import pytest
 import throughput
 import torch
@@ -218,6 +220,8 @@ class _Fake:
     def race(self, contestants):
         self.raced.append([c.report["what"] for c in contestants])
         self.alive = 0
+        for contestant in contestants:
+            contestant.report["ms_per_step"] = 1.0
 
 
 def _fake_run(names, track, limit=None) -> dict:
@@ -300,6 +304,65 @@ def test_a_row_that_breaks_while_it_is_timed_drops_out():
     assert bad.report == {"skipped": "RuntimeError: planted", "failed": True}
     assert len(runs) == 1
     assert good.report["steps"] == ROUNDS
+
+
+def test_an_interrupted_race_leaves_the_rows_that_have_had_a_turn(monkeypatch, out):
+    track, labels = Track(Workload("small", 4, "cpu"), seconds=0.01), torch.zeros(4)
+    results = Results({"same": {"batch": 4}}, out, resume=False, order=["a", "b"])
+    run = throughput.Run({}, track, results, start=0.0, limit=None, ahead={})
+    run._together = {
+        name: Contestant(lambda *_: None, (labels, labels), {"flops_per_sample": 1}, 1.0) for name in ("a", "b")
+    }
+    turns, real = [], Track._turn
+
+    def interrupted(self, contestant, steps):
+        turns.append(contestant)
+        if len(turns) == 2:
+            raise KeyboardInterrupt
+        real(self, contestant, steps)
+
+    monkeypatch.setattr(Track, "_turn", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run._race()
+    ((_, row),) = json.loads(out.read_text())["rows"].items()
+    assert (row["steps"], row["group"]) == (1, 1)
+    assert row["ms_per_step"] == row["ms_p99"] > 0
+
+
+def test_a_row_that_ends_the_process_is_not_begun_again(out):
+    track, left = _Fake(), []
+    prepare, header = track.prepare, {"same": dict.fromkeys(_table._SAME, 4)}
+
+    def ends_it(row):
+        left.append(out.read_text())  # all that a killed process leaves
+        return prepare(row)
+
+    def run() -> dict:
+        rows = {name: replace(ROWS["flow-matching"], what=name) for name in "ab"}
+        results = Results(header, out, resume=True, order=list(rows))
+        throughput.Run(rows, track, results, start=0.0, limit=None, ahead={})()
+        return results.report
+
+    track.prepare = ends_it
+    assert run()["rows"].keys() == {"a", "b"}
+    out.write_text(left[0])
+    track.prepared.clear()
+    report = run()
+    assert track.prepared == ["b"]
+    assert report["rows"]["a"]["failed"]
+    assert "the process that ran it ended" in report["rows"]["a"]["skipped"]
+    assert "running" not in json.loads(out.read_text())
+
+
+def test_a_profiler_that_fails_costs_the_count_of_kernels_alone(monkeypatch, capsys):
+    def fails(**_):
+        raise RuntimeError("CUPTI_ERROR_NOT_INITIALIZED")
+
+    monkeypatch.setattr(_race, "profile", fails)
+    track = Track(Workload("small", 4, "cpu"), seconds=0.01)
+    track.on_gpu = True
+    assert track._kernels(Contestant(None, None, {}, 1.0)) is None
+    assert "its kernels are not counted: CUPTI_ERROR" in capsys.readouterr().err
 
 
 def test_memory_that_cannot_be_returned_ends_no_table(monkeypatch, capsys):
