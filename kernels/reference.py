@@ -66,6 +66,7 @@ class Stream(IntEnum):
     AUGMENT = 7
     AUGMENT_SIZE = 8
     GUIDANCE = 9
+    USER = 16  # and those above it: what an objective of one's own draws
 
 
 _MASK = 0xFFFFFFFF

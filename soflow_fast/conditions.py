@@ -7,8 +7,9 @@ or a parameter where that is to be learned; every sample's condition has its sha
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset, TensorDataset
+from torch.utils.data import Dataset
 
+from soflow_fast.data.checks import is_of_tensors
 from soflow_fast.data.loader import caller_keeps_generators, seed_generators
 
 
@@ -75,7 +76,7 @@ class OfItems:
 
     def __getitem__(self, part: slice) -> Tensor:
         items = self.items[part]
-        if isinstance(self.dataset, TensorDataset):
+        if is_of_tensors(self.dataset):
             return self.dataset.tensors[1][items].detach()
         with caller_keeps_generators():
             if callable(getattr(self.dataset, "conditions", None)):

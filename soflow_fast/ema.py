@@ -89,6 +89,13 @@ class EMA:
         """A state_dict of the averaged module, with the module's own keys."""
         return {**{name: p.detach() for name, p in self._fixed.items()}, **self.named_averages()}
 
+    @torch.no_grad()
+    def restart(self) -> None:
+        """The averages begin with what the parameters are now."""
+        for name, p in self._parameters.items():
+            self.averages[name].copy_(p)
+        self.updates.zero_()
+
     def load_state_dict(self, state: dict[str, Tensor], updates: int) -> None:
         """Restores :meth:`state_dict` and the number of updates behind it."""
         for name, average in self.averages.items():

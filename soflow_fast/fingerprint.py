@@ -7,10 +7,10 @@ from collections.abc import Iterable
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, TensorDataset
+from torch.utils.data import Dataset
 
 from soflow_fast.data import CIFAR10, ImageFolder, LatentMoments, MomentsFolder
-from soflow_fast.data.checks import labels_at_hand
+from soflow_fast.data.checks import is_of_tensors, labels_at_hand
 from soflow_fast.data.loader import caller_keeps_generators
 from soflow_fast.data.moments import probe_rows
 
@@ -49,7 +49,7 @@ def _as_bytes(labels: np.ndarray) -> bytes:
 
 def labels_of(dataset: Dataset) -> np.ndarray | None:
     """(n,) labels where they are known without reading the samples, or None."""
-    if isinstance(dataset, TensorDataset) and len(dataset.tensors) == 2:
+    if is_of_tensors(dataset) and len(dataset.tensors) == 2:
         if dataset.tensors[1].is_floating_point():  # more than a label
             return None
         return dataset.tensors[1].cpu().numpy()
@@ -60,7 +60,7 @@ def labels_of(dataset: Dataset) -> np.ndarray | None:
 
 def _conditions_of(dataset: Dataset) -> Tensor | None:
     """(m, ...) conditions on the host, of which others would not be the same data; None where they are not at hand."""
-    if isinstance(dataset, TensorDataset) and len(dataset.tensors) == 2:
+    if is_of_tensors(dataset) and len(dataset.tensors) == 2:
         return dataset.tensors[1].detach().cpu()
     return dataset.conditions(probe_rows(len(dataset)).tolist()) if isinstance(dataset, LatentMoments) else None
 

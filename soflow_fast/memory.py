@@ -77,7 +77,7 @@ def keep_on_device(wanted: bool | str, dataset: Dataset, device: torch.device, n
     if size is None:
         raise ValueError(
             f"data.on_device=true needs data that can be read in pieces, and {type(dataset).__name__} has no "
-            "read(start, stop); give it one or set data.on_device=auto"
+            "read_range(start, stop); give it one or set data.on_device=auto"
         )
     if size > free:
         raise ValueError(

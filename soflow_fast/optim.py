@@ -245,6 +245,17 @@ class RAdam(OnePass, torch.optim.RAdam):
 OPTIMIZERS = {"adamw": AdamW, "radam": RAdam}
 
 
+def require_all(optimizer: torch.optim.Optimizer, model: nn.Module, which: str) -> None:
+    """ValueError, which begins with ``which``, for an optimizer without a parameter that is trained."""
+    taken = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    for name, p in model.named_parameters():
+        if p.requires_grad and id(p) not in taken:
+            raise ValueError(
+                f"{which} without the parameter {name}; give it that too, or set requires_grad_(False) on what is not "
+                "to be trained"
+            )
+
+
 def can_leave_out(optimizer: torch.optim.Optimizer) -> bool:
     """Whether :func:`update` leaves weights and state as they are where the gradient is not finite.
 

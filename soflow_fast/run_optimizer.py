@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 from soflow_fast.config_optimizer import OptimizerConfig
-from soflow_fast.optim import OPTIMIZERS, OnePass
+from soflow_fast.optim import OPTIMIZERS, OnePass, require_all
 from soflow_fast.records import class_of, differences, plain_values
 
 # Of a group, what is no hyper-parameter; and what may depend on the machine.
@@ -214,13 +214,7 @@ def require_optimizer(optimizer: Any, model: nn.Module, made: str) -> None:
             raise ValueError(
                 f"{made} a {name} with lr={lr!r} in a group, which the run sets; make it with the number given"
             )
-    taken = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    for key, p in model.named_parameters():
-        if p.requires_grad and id(p) not in taken:
-            raise ValueError(
-                f"{made} a {name} without the parameter {key}; give it that too, or set requires_grad_(False) on what "
-                "is not to be trained"
-            )
+    require_all(optimizer, model, f"{made} a {name}")
 
 
 def _parameters(made: dict) -> tuple[str, list[list[str]]]:

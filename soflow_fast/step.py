@@ -164,6 +164,13 @@ class TrainStep:
         if not 0 <= rank < world_size:
             raise ValueError(f"rank={rank} is none of world_size={world_size} processes, which count from 0")
         self._parameters = [p for p in model.parameters() if p.requires_grad]
+        if not self._parameters:
+            raise ValueError(
+                "no parameter of the model has requires_grad, so that there is nothing to train; set it on some"
+            )
+        optim.require_all(optimizer, model, f"the optimizer is a {type(optimizer).__name__}")
+        for average in [*([] if ema is None else [ema]), *averages]:
+            average.averages_of(self._parameters)  # raises where it is of another network
         device = self._parameters[0].device
         if augment is not None:
             augment.check(model.network, latent_scale)
@@ -211,6 +218,9 @@ class TrainStep:
             self._loss = DistributedDataParallel(
                 self._loss, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True
             )
+        for average in self._all_averages():
+            if world_size > 1 and not average.updates:  # its weights have just become those of the first process
+                average.restart()
         self._orders: dict[tuple[int, float], list[tuple[Tensor, Tensor, int]]] = {}
         self._latent_scale, self._augment = latent_scale, augment
         self._steps_run = 0
@@ -285,6 +295,8 @@ class TrainStep:
         """
         if not x0.is_floating_point():
             raise ValueError(f"x0 has dtype {x0.dtype}; give samples in floating point, about in [-1, 1]")
+        if not len(x0):
+            raise ValueError("x0 has no samples; give at least one")
         if labels is not None and len(labels) != len(x0):
             raise ValueError(f"there are {len(labels)} labels for {len(x0)} samples; give one for each")
         if self.copy is not None:

@@ -30,6 +30,7 @@ def train(processes: distributed.Processes, options: dict) -> dict:
     if rank:  # the first process's count
         torch.nn.utils.vector_to_parameters(torch.zeros(10**6), model.parameters())
     step, ema = make_step(model, rank=rank, world_size=world, **options)
+    assert all(torch.equal(ema.averages[name], p) for name, p in model.named_parameters() if p.requires_grad)
     in_backward = options["compile"] and "accumulation" not in options
     assert (step.reduction is not None) == in_backward
     losses = []

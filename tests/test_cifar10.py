@@ -108,7 +108,7 @@ def test_images_and_labels_are_those_of_the_files_in_their_order(written):
 
 def test_pieces_and_lists_are_the_items(written):
     data = CIFAR10(written[0])
-    images, labels = data.read(3, 11)
+    images, labels = data.read_range(3, 11)
     assert images.dtype == torch.float32
     for wanted, pairs in (
         (range(3, 11), zip(images, labels, strict=True)),

@@ -12,6 +12,7 @@ from runs import Augmented, Blobs, tiny_config, write_latents
 from torch.utils.data import Subset, TensorDataset
 
 from soflow_fast import build
+from soflow_fast.conditions import OfItems
 from soflow_fast.data import LatentMoments, batches, digits, load_resident, resident, resident_bytes
 from soflow_fast.data.order import batch_indices, permutation
 
@@ -198,8 +199,8 @@ def test_latents_on_the_device_are_read_in_pieces_and_rounded_once(tmp_path, mon
     data = LatentMoments(path, **FORM, dtype=dtype)
     monkeypatch.setattr(resident, "_CHUNK_BYTES", 7 * data[0][0].nbytes)
     pieces = []
-    read = LatentMoments.read
-    monkeypatch.setattr(LatentMoments, "read", lambda self, *ends: pieces.append(ends) or read(self, *ends))
+    read = LatentMoments.read_range
+    monkeypatch.setattr(LatentMoments, "read_range", lambda self, *ends: pieces.append(ends) or read(self, *ends))
     held = load_resident(data, CPU, 10)
     assert pieces == [(0, 7), (7, 14), (14, 21), (21, 28), (28, 35), (35, 40)]
     assert resident_bytes(data) == held.samples.nbytes + held.labels.nbytes
@@ -226,6 +227,27 @@ def test_bad_data_are_refused_on_the_way_to_the_device():
 def test_only_data_that_can_be_read_in_pieces_can_be_held():
     assert resident_bytes(digits()) == 1347 * (64 * 4 + 8)
     assert resident_bytes(Blobs()) is None
+
+
+class _Mirrored(TensorDataset):
+    """Its items are others every time, and are of one sample: a slice would be mirrored as a whole."""
+
+    def __getitem__(self, index):
+        x, label = super().__getitem__(index)
+        return x.flip(-1) if torch.rand(()) < 0.5 else x, label
+
+    def read(self, path):
+        raise AssertionError
+
+
+def test_what_a_subclass_makes_of_tensors_is_read_item_by_item():
+    images, labels = torch.arange(64 * 4.0).view(64, 1, 1, 4), torch.arange(64) % 10
+    data = _Mirrored(images, labels)
+    assert resident_bytes(data) is None
+    (first, _), (again, _) = (_batches(data, range(1))[0] for _ in range(2))
+    assert torch.equal(first, again)  # each item's draws are seeded
+    assert 0 < sum(x[0, 0, 0] > x[0, 0, 1] for x in first) < len(first)
+    assert OfItems(data, torch.arange(3))[:].tolist() == labels[:3].tolist()
 
 
 # -------------------------------------------------------------------------------------------------------- digits

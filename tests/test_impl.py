@@ -137,8 +137,8 @@ def test_of_heads_too_large_for_its_kernel_plain_torch_makes_the_difference(capl
     DiT(8, num_heads=2, **sizes)
     DiT(8, num_heads=1, **sizes)
     told = (
-        "the fused difference of attention does not take a head dim of {} in {}, and plain torch makes it, slower; give "
-        "the model more heads"
+        "the fused difference of attention does not take a head dim of {} in {}, and plain torch makes it, slower; "
+        "give the model more heads"
     )
     assert caplog.messages == [told.format(96, "float32"), told.format(192, "float32, bfloat16, float16")]
 

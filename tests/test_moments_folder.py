@@ -77,14 +77,14 @@ def test_one_thread_at_a_time_is_in_pythons_parser(tmp_path, monkeypatch):
     _write(tmp_path, _moments())
     data = MomentsFolder(tmp_path, **FORM)
     monkeypatch.setattr(np.lib.format, "read_array", parse_slowly)
-    assert data.read(0, 70)[0].shape == (70, 8, 8, 8)
+    assert data.read_range(0, 70)[0].shape == (70, 8, 8, 8)
     assert was_free == 70 * [True]
 
 
 def test_of_a_height_and_a_width(tmp_path):
     moments = _moments(3, (8, 12))
     _write(tmp_path, moments)
-    assert np.array_equal(MomentsFolder(tmp_path, **{**FORM, "size": (8, 12)}).read(0, 3)[0].numpy(), moments)
+    assert np.array_equal(MomentsFolder(tmp_path, **{**FORM, "size": (8, 12)}).read_range(0, 3)[0].numpy(), moments)
     with pytest.raises(ValueError, match=r"of shape \(8, 8, 12\), and this model needs floats of shape \(8, 12, 8\)"):
         MomentsFolder(tmp_path, **{**FORM, "size": (12, 8)})
 
@@ -92,8 +92,8 @@ def test_of_a_height_and_a_width(tmp_path):
 def test_without_labels(tmp_path):
     _write(tmp_path, _moments(3), labels=False)
     data = MomentsFolder(tmp_path, **{**FORM, "num_classes": 0})
-    assert np.array_equal(data.read(0, 3)[0].numpy(), _moments(3))
-    assert data.read(0, 3)[1].tolist() == [0, 0, 0]
+    assert np.array_equal(data.read_range(0, 3)[0].numpy(), _moments(3))
+    assert data.read_range(0, 3)[1].tolist() == [0, 0, 0]
     with pytest.raises(ValueError, match=r"dataset\.json has no labels; set model\.num_classes=0"):
         MomentsFolder(tmp_path, **FORM)
 

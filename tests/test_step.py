@@ -227,10 +227,24 @@ def test_settings_that_cannot_be():
             _step(_model(), **setting)
     with pytest.raises(ValueError, match="there are 11 labels for 12 samples"):
         _step(_model())(x, labels[:11])
+    with pytest.raises(ValueError, match="x0 has no samples"):
+        _step(_model())(x[:0])
+    with pytest.raises(ValueError, match="no parameter of the model has requires_grad"):
+        _step(_model().requires_grad_(False))
     with pytest.raises(ValueError, match="precision='fp8' is not known"):
         _step(_model(), precision="fp8")
     with pytest.raises(ValueError, match="cuda_graph=True needs the model on a CUDA GPU"):
         _step(_model(), cuda_graph=True)
+
+
+def test_what_would_not_be_trained_or_averaged_is_refused():
+    model = _model()
+    model.projection = torch.nn.Linear(2, 2)
+    of_network = torch.optim.SGD(model.network.parameters(), lr=LR)
+    with pytest.raises(ValueError, match=r"the optimizer is a SGD without the parameter projection\.weight; give it"):
+        TrainStep(model, optimizer=of_network, total_steps=4)
+    with pytest.raises(ValueError, match=r"no average of a parameter of shape"):
+        _step(model, ema=EMA(_model()))
 
 
 def test_a_cuda_graph_is_chosen_where_the_optimizer_allows_it():

@@ -120,9 +120,14 @@ def is_first_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+def is_of_tensors(dataset: Dataset) -> bool:
+    """Whether it is a ``TensorDataset`` whose items are its tensors' rows; a subclass may make others of them."""
+    return isinstance(dataset, TensorDataset) and type(dataset).__getitem__ is TensorDataset.__getitem__
+
+
 def labels_at_hand(dataset: Dataset) -> np.ndarray | None:
     """All labels, (n,) integers, of a ``TensorDataset``, or as ``labels`` or torchvision's ``targets``."""
-    if isinstance(dataset, TensorDataset):
+    if is_of_tensors(dataset):
         labels = dataset.tensors[-1]
     else:
         labels = getattr(dataset, "labels", None)

@@ -71,7 +71,7 @@ class CIFAR10(Dataset):
         """The samples of a batch in the order asked for."""
         return list(zip(*self._pair(indices), strict=True))
 
-    def read(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
+    def read_range(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
         """The samples from start to stop as two tensors: (n, 3, 32, 32) float32 in [-1, 1] and (n,) int64."""
         return self._pair(slice(start, stop))
 

@@ -80,7 +80,7 @@ class Moments(Dataset, ABC):
         moments, labels = self._pair(ascending)
         return list(zip(moments[back], labels[back], strict=True))
 
-    def read(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
+    def read_range(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
         """The samples from start to stop as two tensors: (n, 2C, H, W) in ``dtype`` and (n,) int64."""
         return self._pair(slice(start, stop))
 

@@ -5,10 +5,10 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, TensorDataset
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from soflow_fast.data.checks import as_condition, checked_labels, require_floating_point
+from soflow_fast.data.checks import as_condition, checked_labels, is_of_tensors, require_floating_point
 from soflow_fast.data.order import permutation
 
 # Host memory that loading takes at a time.
@@ -47,7 +47,7 @@ def resident_bytes(dataset: Dataset) -> int | None:
 
 def is_in_pieces(dataset: Dataset) -> bool:
     """Whether a data set can be read in pieces, and so once for all: its items are the same whenever they are read."""
-    return hasattr(dataset, "read") or _is_pair_of_tensors(dataset)
+    return hasattr(dataset, "read_range") or _is_pair_of_tensors(dataset)
 
 
 def load_resident(
@@ -61,7 +61,7 @@ def load_resident(
     """Reads a whole data set to a device, piece by piece.
 
     Args:
-        dataset: with ``read(start, stop)``, the samples and labels of that range as two tensors; or a
+        dataset: with ``read_range(start, stop)``, the samples and labels of that range as two tensors; or a
             ``TensorDataset`` of the two. num_classes: 0 ignores the labels. null_condition: the labels are conditions
             of its form. show: a progress bar.
 
@@ -81,7 +81,8 @@ def load_resident(
     with tqdm(total=n, unit="sample", desc=f"data to {device}", disable=not show, delay=1) as bar:
         for start in range(0, n, size):
             stop = min(start + size, n)
-            piece, piece_labels = dataset[start:stop] if _is_pair_of_tensors(dataset) else dataset.read(start, stop)
+            in_tensors = _is_pair_of_tensors(dataset)
+            piece, piece_labels = dataset[start:stop] if in_tensors else dataset.read_range(start, stop)
             samples[start:stop] = piece.to(device)
             if null_condition is not None:
                 labels[start:stop] = piece_labels.detach().to(device)
@@ -92,4 +93,4 @@ def load_resident(
 
 
 def _is_pair_of_tensors(dataset: Dataset) -> bool:
-    return isinstance(dataset, TensorDataset) and len(dataset.tensors) == 2
+    return is_of_tensors(dataset) and len(dataset.tensors) == 2
