@@ -96,6 +96,26 @@ def _require_available(name: str, head_dim: int, compute_dtype: torch.dtype | No
         raise ValueError("attention='cudnn' needs a CUDA GPU with cuDNN and none is visible; choose attention='sdpa'")
 
 
+def warn_of_large_heads(head_dim: int, compute_dtype: torch.dtype | None = None) -> None:
+    """Logs in which dtypes plain torch makes the difference of attention, as its fused kernel does not take such heads.
+
+    Args:
+        head_dim: h. compute_dtype: of q, k and v, where it is known.
+    """
+    dtypes = [
+        str(dtype).removeprefix("torch.")
+        for dtype, most in MAX_HEAD_DIM.items()
+        if head_dim > most and compute_dtype in (dtype, None)
+    ]
+    if dtypes:
+        _log.warning(
+            "the fused difference of attention does not take a head dim of %d in %s, and plain torch makes it, slower; "
+            "give the model more heads",
+            head_dim,
+            ", ".join(dtypes),
+        )
+
+
 def attention(q: Tensor, k: Tensor, v: Tensor, backend: str) -> Tensor:
     """``softmax(qkᵀ/√h) v``.
 

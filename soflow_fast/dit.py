@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from soflow_fast import kernels
-from soflow_fast.attention import resolve_attention
+from soflow_fast.attention import resolve_attention, warn_of_large_heads
 from soflow_fast.kernels import reference
 from soflow_fast.layers import (
     LN_EPS,
@@ -57,7 +57,8 @@ class DiT(nn.Module):
             :mod:`soflow_fast.conditions`; 0 for classes. Its ``null_condition`` is 0 until it is set.
         condition_dim: how many numbers, of about [0, 1], a row is conditioned on beside its label, such as the guidance
             of :class:`~soflow_fast.objectives.improved_meanflow.ImprovedMeanFlow`; 0 for none.
-        impl: ``auto``, ``torch`` or ``triton``, see :func:`soflow_fast.kernels.resolve_impl`.
+        impl: ``auto``, ``torch`` or ``triton``, see :func:`soflow_fast.kernels.resolve_impl`. Of heads above
+            :data:`soflow_fast.kernels.MAX_HEAD_DIM` plain torch makes the difference of attention, which is logged.
         attention: see :func:`soflow_fast.attention.resolve_attention`.
         compute_dtype: of matrix operands and activations; by default that of the parameters, which are cast to it.
         residual_dtype: of the residual stream and of its difference, at least as wide as compute_dtype, the default.
@@ -99,9 +100,12 @@ class DiT(nn.Module):
         self.mlp_ratio, self.num_classes = mlp_ratio, 0 if embedding_dim else num_classes
         self.embedding_dim, self.condition_dim = embedding_dim, condition_dim
         self.impl = kernels.resolve_impl(impl)
-        self.attention = resolve_attention(attention, hidden_size // num_heads, compute_dtype)
+        head_dim = hidden_size // num_heads
+        self.attention = resolve_attention(attention, head_dim, compute_dtype)
         if self.attention == "triton" and self.impl == "torch":
             raise ValueError("attention='triton' is one of the fused ops; choose impl='triton', or attention='sdpa'")
+        if self.impl == "triton":
+            warn_of_large_heads(head_dim, compute_dtype)
         self.compute_dtype, self.residual_dtype = compute_dtype, residual_dtype
         if recompute not in RECOMPUTE:
             raise ValueError(f"recompute={recompute!r} is not known; choose one of {', '.join(RECOMPUTE)}")

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from soflow_fast.attention import attention
+from soflow_fast.kernels import MAX_HEAD_DIM, reference
 from soflow_fast.kernels.reference import split_heads
 
 SINUSOID_WIDTH = 256
@@ -85,7 +86,11 @@ class LabelEmbedder(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention; the qkv output reshapes to (B, N, 3, H, h). The block adds the bias of proj."""
+    """Multi-head self-attention; the qkv output reshapes to (B, N, 3, H, h). The block adds the bias of proj.
+
+    Heads too large for the fused difference of attention, see :data:`soflow_fast.kernels.MAX_HEAD_DIM`, have it made by
+    plain torch.
+    """
 
     def __init__(self, hidden_size: int, num_heads: int):
         super().__init__()
@@ -106,7 +111,8 @@ class Attention(nn.Module):
         with torch.no_grad():
             primal = [y[call.rows] for y in (q, k, v)]
             difference = split_heads(product(self.qkv, dh), self.num_heads)
-            do = call.ops.attention_difference(*primal, *difference, o[call.rows], tangent=call.tangent)
+            ops = call.ops if q.shape[-1] <= MAX_HEAD_DIM.get(q.dtype, 0) else reference
+            do = ops.attention_difference(*primal, *difference, o[call.rows], tangent=call.tangent)
             return out, product(self.proj, do.transpose(1, 2).flatten(2))
 
 

@@ -9,6 +9,7 @@ from op_checks import DEVICE
 from soflow_fast import DiT, SoFlow
 from soflow_fast.kernels import fused, reference
 from soflow_fast.kernels._cases import Inputs
+from soflow_fast.layers import Attention, Call
 
 # Everything is float32: what differs is the order of sums.
 _RTOL = 2e-5
@@ -121,6 +122,25 @@ def test_dit_difference_forward(mode, attention):
     ]
     for what, expected, ours in zip(("F", "dF"), *results, strict=True):
         _assert_close(ours, expected, what)
+
+
+def test_of_heads_too_large_for_its_kernel_plain_torch_makes_the_difference(caplog):
+    layer = Attention(192, 2).to(DEVICE)  # head dim 96, above 80
+    h, dh = torch.randn(2, 2, 8, 192, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    results = [layer(h, 1e-3 * dh, Call(ops, "math", slice(None))) for ops in (reference, fused)]
+    for what, expected, ours in zip(("o", "do"), *results, strict=True):
+        _assert_close(ours, expected, what)
+    sizes = {"hidden_size": 192, "depth": 1, "impl": "triton"}
+    DiT(8, num_heads=2, compute_dtype=torch.bfloat16, **sizes)
+    DiT(8, num_heads=3, **sizes)
+    assert caplog.messages == []
+    DiT(8, num_heads=2, **sizes)
+    DiT(8, num_heads=1, **sizes)
+    told = (
+        "the fused difference of attention does not take a head dim of {} in {}, and plain torch makes it, slower; "
+        "give the model more heads"
+    )
+    assert caplog.messages == [told.format(96, "float32"), told.format(192, "float32, bfloat16, float16")]
 
 
 @_ATTENTION
