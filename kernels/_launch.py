@@ -76,7 +76,7 @@ def launch(kernel, grid: Callable[[], tuple[int, ...]], *args, config: Launch, *
         args: the kernel's arguments in order. constants: its ``tl.constexpr`` arguments by name.
 
     Raises:
-        ValueError: for a tensor on a device on which Triton cannot run here.
+        ValueError: for a tensor on a device on which Triton cannot run here, and for tensors on several devices.
     """
     first = next(a for a in args if isinstance(a, Tensor))
     record = Record(kernel, args, constants, config, grid)
@@ -84,14 +84,18 @@ def launch(kernel, grid: Callable[[], tuple[int, ...]], *args, config: Launch, *
         _records.append(record)
     if isinstance(first, FakeTensor) or first.device.type == "meta":
         return
-    if first.device.type == "cuda":
-        with torch.cuda.device(first.device):
+    device, *others = dict.fromkeys(a.device for a in args if isinstance(a, Tensor))
+    if others:
+        found = " and ".join(map(str, (device, *others)))
+        raise ValueError(f"a fused op got tensors on {found}; move the model and its inputs to one device")
+    if device.type == "cuda":
+        with torch.cuda.device(device):
             record.run()
     elif triton.knobs.runtime.interpret:
         record.run()
     else:
         raise ValueError(
-            f"impl='triton' got a tensor on {first.device}, where Triton cannot run; "
+            f"impl='triton' got a tensor on {device}, where Triton cannot run; "
             "move the model and its inputs to a CUDA GPU or build it with impl='torch'"
         )
 

@@ -258,10 +258,15 @@ def _large_change_kernel(
 
 
 def _aligned(tensors: list[Tensor], vector: int) -> list[Tensor]:
-    """The tensors if they share strides, multiples of ``vector``, and have rows without holes; else packed copies."""
+    """The tensors as they are, or packed copies.
+
+    They are read as they are if they share strides, multiples of ``vector``, have rows without holes, and if their
+    offsets within a head fit into 32 bits, in which the kernels count them.
+    """
     strides = tensors[0].stride()
     shared = all(x.stride() == strides for x in tensors)
-    if shared and strides[-1] == 1 and all(stride % vector == 0 for stride in strides[:-1]):
+    near = tensors[0].shape[-2] * strides[-2] < 2**31
+    if shared and near and strides[-1] == 1 and all(stride % vector == 0 for stride in strides[:-1]):
         return tensors
     return [x.contiguous() for x in tensors]
 

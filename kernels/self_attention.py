@@ -152,7 +152,8 @@ def self_attention(h: Tensor, weight: Tensor, bias: Tensor, *, heads: int) -> tu
         gradient.
 
     Raises:
-        ValueError: for a shape or dtype that does not fit, for heads that do not divide D, and for too large heads.
+        ValueError: for a shape or dtype that does not fit, for heads that do not divide D, for too large heads, and for
+            samples of 2^31 numbers.
     """
     h, weight, bias = autocast(h, weight, bias)
     h = check_projection(h, weight, bias, heads)
@@ -160,6 +161,11 @@ def self_attention(h: Tensor, weight: Tensor, bias: Tensor, *, heads: int) -> tu
         raise ValueError(
             f"head dim {head_dim} in {h.dtype} does not fit into a GPU's registers (at most {most}): use more heads or "
             "attention='sdpa'"
+        )
+    if 3 * h.shape[1] * h.shape[2] >= 2**31:  # offsets within a sample are counted in 32 bits
+        raise ValueError(
+            f"the queries, keys and values of {h.shape[1]} tokens of width {h.shape[2]} are 2^31 numbers or more; use "
+            "fewer tokens or attention='sdpa'"
         )
     o, y, _ = _SelfAttention.apply(h, weight, bias, heads)
     return o.transpose(1, 2), *split_heads(y.flatten(2), heads)

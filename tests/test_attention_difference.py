@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from soflow_fast.kernels import attention_difference, fused, reference
 from soflow_fast.kernels._attention import rounded
+from soflow_fast.kernels._launch import recording
 
 NAME = "attention_difference"
 needs_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="Triton's interpreter cannot multiply bfloat16")
@@ -188,6 +189,15 @@ def test_any_strides():
     assert torch.equal(fused.attention_difference(**holes), packed)
     rows = {name: torch.cat([x, x])[2:] for name, x in arguments.items()}
     assert torch.equal(fused.attention_difference(**rows), packed)
+
+
+@pytest.mark.parametrize(("token_stride", "packed"), [(2**27, False), (2**28, True)])
+def test_tokens_too_far_apart_for_offsets_of_32_bits_are_packed(token_stride, packed):
+    """Between tokens may lie anything, such as all rows and layers of a tensor with tokens in front."""
+    x = torch.empty_strided((2, 2, 8, 16), (32, 16, token_stride, 1), device="meta", dtype=torch.float16)
+    with recording() as records:
+        fused.attention_difference(x, x, x, x, x, x, x)
+    assert all((x.stride(2) == 16) == packed for x in records[0].args[:7])
 
 
 def test_result_is_stored_as_the_next_projection_reads_it():

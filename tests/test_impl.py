@@ -9,6 +9,8 @@ from op_checks import DEVICE
 from soflow_fast import DiT, SoFlow
 from soflow_fast.kernels import fused, reference
 from soflow_fast.kernels._cases import Inputs
+from soflow_fast.kernels._launch import Launch, launch
+from soflow_fast.kernels.mlp import _gelu_kernel
 from soflow_fast.layers import Attention, Call
 
 # Everything is float32: what differs is the order of sums.
@@ -175,6 +177,13 @@ def test_soflow_loss_and_every_parameter_gradient(path, parameterization, depth)
             _assert_close(getattr(ours.parts[part], field), getattr(expected.parts[part], field), f"{part} {field}")
     for name, gradient in gradients.items():
         _assert_close(gradient, expected_gradients[name], name)
+
+
+def test_tensors_on_several_devices_are_refused():
+    """A kernel would read the address of one device's memory on another."""
+    x, m = torch.ones(2, 4, 32, device=DEVICE), torch.ones(2, 32, device="meta")
+    with pytest.raises(ValueError, match=f"tensors on {x.device} and meta; move the model and its inputs to one dev"):
+        launch(_gelu_kernel, lambda: (1,), x, m, x.numel(), BLOCK=1024, config=Launch())
 
 
 class _NoGradient(torch.autograd.Function):

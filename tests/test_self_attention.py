@@ -146,3 +146,6 @@ def test_bad_inputs():
         fused.self_attention(**{**_inputs(1, 7, 3, 13), "bias": torch.zeros(3, device=DEVICE)}, heads=3)
     with FakeTensorMode(), pytest.raises(ValueError, match=r"head dim 96 in torch.float32 does not fit"):
         fused.self_attention(torch.empty(1, 8, 96), torch.empty(288, 96), torch.empty(288), heads=1)
+    h, weight, bias = (torch.empty(shape, device="meta") for shape in ((1, 2**20, 1024), (3072, 1024), (3072,)))
+    with pytest.raises(ValueError, match=r"of 1048576 tokens of width 1024 are 2\^31 numbers or more; use fewer"):
+        fused.self_attention(h, weight, bias, heads=16)
