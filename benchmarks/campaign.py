@@ -6,8 +6,8 @@
 were cut short begin anew, behind all else. Each is a command of this folder that writes one JSON; a stage whose JSON is
 complete, of this commit and this card, is not run again, so the same call repeated comes to the end. Figures are
 compared only inside one JSON. Compiled code is kept in ``--cache`` from call to call. Where a machine keeps nothing in
-between, or may be gone at any time, ``--archive`` has the folder in one file after every stage; unpack it before the
-next call. A stage that leaves no JSON, or a partial one, is gone on with by the next call; every stage leaves its log.
+between, or may be gone at any time, ``--archive`` has the folder in one file, made anew every 20 s; unpack it before
+the next call. A stage that leaves no JSON, or a partial one, is gone on with by the next call; each leaves its log.
 ``report`` writes the folder's REPORT.md. The package must be installed in place (``pip install --editable .``), as its
 tests run from the checkout. Where the files are without their git history, ``git rev-parse HEAD > COMMIT`` before they
 are copied tells the results their commit. ``--smoke`` runs the smallest form of every stage, on a CPU too: it tries the
@@ -16,6 +16,7 @@ campaign, and its figures mean nothing.
 
 import argparse
 import contextlib
+import io
 import json
 import os
 import shlex
@@ -67,6 +68,9 @@ _SMOKE_ROWS = ("soflow/public",)  # eager: nothing to compile
 
 # A stage that takes all the time is interrupted this long before the end, so that it can write what it has.
 _GRACE = 15.0
+
+# A stage that runs is archived this often, in seconds.
+_ARCHIVED = 20.0
 
 
 @dataclass(frozen=True)
@@ -129,7 +133,7 @@ class Campaign:
 
     Args:
         folder: of the JSON files and logs. cache: of compiled code. smoke: whether stages run in their smallest form.
-        archive: a ``.tar.gz`` of the folder, written after every stage.
+        archive: a ``.tar.gz`` of the folder, written while a stage runs and after it.
     """
 
     def __init__(self, folder: Path, cache: Path, smoke: bool, archive: Path | None = None):
@@ -176,15 +180,25 @@ class Campaign:
                 left = min(left, 2 * stage.seconds)
             if not self._run(stage, left):
                 failed.append(stage.name)
-            if self.archive:
-                self._pack()
+            self._pack()
         return failed
 
     def _pack(self) -> None:
+        """Writes the archive, if there is to be one, while a stage may be writing its files."""
+        if not self.archive:
+            return
         unfinished = self.archive.with_name(self.archive.name + ".unfinished")
-        with tarfile.open(unfinished, "w:gz") as archive:
-            archive.add(self.folder, self.folder.name)
-        unfinished.replace(self.archive)
+        try:
+            with tarfile.open(unfinished, "w:gz") as archive:
+                for path in sorted(self.folder.iterdir()):
+                    if path.is_file() and path.suffix != ".unfinished":
+                        content = path.read_bytes()  # of one moment, as its size
+                        member = tarfile.TarInfo(f"{self.folder.name}/{path.name}")
+                        member.size, member.mtime = len(content), int(time.time())
+                        archive.addfile(member, io.BytesIO(content))
+            unfinished.replace(self.archive)
+        except OSError as error:  # must not cost the stage that runs
+            print(f"not archived: {error}", flush=True)
 
     def _run(self, stage: Stage, left: float) -> bool:
         path, log = self._json(stage), self.folder / f"{stage.name}.log"
@@ -217,13 +231,14 @@ class Campaign:
             return False
         return code == 0
 
-    @staticmethod
-    def _wait(process: subprocess.Popen, left: float) -> int | str:
+    def _wait(self, process: subprocess.Popen, left: float) -> int | str:
         """The exit code of a process; when the time is over it is interrupted, and killed if that does not end it."""
-        try:
-            return process.wait(timeout=max(0.0, left - _GRACE))
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGINT)
+        end = time.monotonic() + left - _GRACE
+        while (still := end - time.monotonic()) > 0:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                return process.wait(timeout=min(still, _ARCHIVED))
+            self._pack()  # the machine may be gone before the stage has ended
+        os.killpg(process.pid, signal.SIGINT)
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(timeout=_GRACE)
         with contextlib.suppress(ProcessLookupError):  # none of its group is left
@@ -286,7 +301,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--folder", type=Path, default=ROOT / "benchmarks" / "results" / "h200", help="of the results")
     parser.add_argument("--cache", type=Path, default=ROOT / ".campaign_cache", help="of compiled code")
     parser.add_argument("--minutes", type=float, default=9.0, help="of this call (default %(default)s)")
-    parser.add_argument("--archive", type=Path, metavar="OUT.tar.gz", help="have the folder here after every stage")
+    parser.add_argument("--archive", type=Path, metavar="OUT.tar.gz", help="have the folder here at any time")
     parser.add_argument("--only", nargs="+", choices=names, default=names, metavar="STAGE", help=", ".join(names))
     parser.add_argument("--smoke", action="store_true", help="the smallest form of every stage")
     options = parser.parse_args(arguments)

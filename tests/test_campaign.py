@@ -3,6 +3,8 @@
 import importlib
 import json
 import math
+import subprocess
+import sys
 import tarfile
 import time
 from pathlib import Path
@@ -127,6 +129,24 @@ def test_a_stage_of_pieces_goes_on_with_its_file(run, tmp_path):
     assert (again["rows"], again["left_out"], "partial" in again) == (whole["rows"], [], False)
     with tarfile.open(tmp_path / "results.tar.gz") as archive:
         assert json.load(archive.extractfile("results/kernels.json")) == again
+
+
+def test_a_stage_that_runs_is_in_the_archive(campaign, monkeypatch, tmp_path, capsys):
+    folder, packed = tmp_path / "results", tmp_path / "results.tar.gz"
+    folder.mkdir()
+    (folder / "rates.json.unfinished").touch()
+    writes = "import pathlib, time; pathlib.Path('rates.json').write_text('[1]'); time.sleep(100)"
+    here = campaign.Campaign(folder, tmp_path, smoke=True, archive=packed)
+    process = subprocess.Popen([sys.executable, "-c", writes], cwd=folder, start_new_session=True)
+    monkeypatch.setattr(campaign, "_ARCHIVED", 0.2)
+    monkeypatch.setattr(campaign, "_GRACE", 1.0)
+    assert here._wait(process, 4.0) == "stopped, the time was over"
+    with tarfile.open(packed) as archive:
+        assert archive.getnames() == ["results/rates.json"]
+        assert json.load(archive.extractfile("results/rates.json")) == [1]
+    here.archive = tmp_path / "missing" / "results.tar.gz"
+    here._pack()
+    assert "not archived" in capsys.readouterr().out
 
 
 def test_a_table_is_begun_with_time_for_one_row(campaign, monkeypatch, tmp_path):
