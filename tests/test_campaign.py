@@ -10,6 +10,8 @@ import time
 from pathlib import Path
 
 import pytest
+import rates
+from _rows import Workload
 
 from soflow_fast.kernels import fused
 
@@ -219,6 +221,64 @@ def test_the_profile_sorts_kernels_and_names_the_largest_gaps():
     }
     assert report["largest_gaps"] == ["fused kernels", "Inductor's kernels", "products"]
     assert report["floor_ms"] == 71.5
+
+
+@pytest.fixture
+def listed(monkeypatch):
+    """The parts of ``rates.py``: one, and one that fails."""
+
+    def fails():
+        raise ValueError("no such attention")
+
+    listed = [rates.Part("fc1, gradient", 1e3, 2, lambda: int), rates.Part("attention, guidance", 1e3, 2, fails)]
+    monkeypatch.setattr(rates, "parts", lambda *_: listed)
+    monkeypatch.setattr(rates, "copy_bandwidth", lambda timer: 1.0)
+    return listed
+
+
+def test_a_part_that_fails_costs_the_floor_itself_alone(listed, tmp_path, capsys):
+    path = tmp_path / "rates.json"
+    assert rates.main(["--smoke", "--json", str(path)]) == 1
+    report = json.loads(path.read_text())
+    (model,) = report["models"]
+    assert (model["without"], "partial" in report) == (["attention, guidance"], False)
+    assert [row["ms"] is None for row in model["rows"]] == [False, True]
+    assert model["rows"][1]["refused"] == "ValueError: no such attention"
+    assert model["floor_ms"] == 2 * model["rows"][0]["ms"] > 0
+    assert "the floor is without attention, guidance" in capsys.readouterr().out
+
+
+def test_rates_that_are_interrupted_are_kept(listed, tmp_path):
+    path = tmp_path / "rates.json"
+
+    def interrupted():
+        raise KeyboardInterrupt
+
+    listed[1:] = [rates.Part("fc2, gradient", 1e3, 2, interrupted)]
+    with pytest.raises(KeyboardInterrupt):
+        rates.main(["--smoke", "--json", str(path)])
+    report = json.loads(path.read_text())
+    assert (report["partial"], report["models"][0]["without"]) == (True, ["fc2, gradient"])
+    assert report["models"][0]["floor_ms"] > 0
+
+
+def test_a_profile_without_all_rates_has_no_floor(tmp_path, capsys):
+    profile, path = importlib.import_module("profile_step"), tmp_path / "rates.json"
+    workload = Workload("DiT-XL/2", 256, "cpu")
+    row = {"part": "fc1, gradient", "ms_per_step": 2.0}
+    model = {"model": "DiT-XL/2", "batch": 256, "without": [], "rows": [row]}
+
+    def known(text: str) -> tuple:
+        path.write_text(text)
+        return profile.known_floors(path, workload)
+
+    assert "No such file" in profile.known_floors(path, workload)[1]
+    assert known("{") == ({}, "Expecting property name enclosed in double quotes: line 1 column 2 (char 1)")
+    assert known(json.dumps({"models": []})) == ({}, "--rates has no DiT-XL/2 at batch 256; run rates.py for it")
+    cut = {**model, "without": ["fc2, gradient"]}
+    assert known(json.dumps({"models": [cut]})) == ({}, "--rates has no time of fc2, gradient")
+    assert capsys.readouterr().err.count("no floor is known") == 4
+    assert known(json.dumps({"models": [model]})) == ({"products": 2.0}, None)
 
 
 def test_every_kernel_is_checked_natively(campaign):
