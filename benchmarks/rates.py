@@ -12,7 +12,6 @@ script; so does a machine without a GPU.
 import argparse
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,18 +21,14 @@ from _measure import environment, write_report
 from _pieces import gpu_lost
 from _timing import Timer, copy_bandwidth, launch_floor_ms
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from soflow_fast.attention import attention as network_attention
 from soflow_fast.dit import PRESETS
 from soflow_fast.kernels import mlp, reference, self_attention
 
 INPUT_SIZE = 32
 _TINY = (8, 64, 2, 2)
-_BACKENDS = {
-    "flash": SDPBackend.FLASH_ATTENTION,
-    "cuDNN": SDPBackend.CUDNN_ATTENTION,
-    "efficient": SDPBackend.EFFICIENT_ATTENTION,
-}
+_BACKENDS = {"flash": "torch_flash", "cuDNN": "cudnn", "efficient": "torch_efficient"}
 
 
 @dataclass(frozen=True)
@@ -80,7 +75,7 @@ def parts(sizes: tuple[int, int, int, int], batch: int, device: str, dtype: torc
 
         return make
 
-    def attention(b: int, backward: bool, backend: SDPBackend | None = None):
+    def attention(b: int, backward: bool, backend: str = "sdpa"):  # as the step's, which leaves cuDNN out
         def make():
             qkv = normal(b, N, 3, heads, D // heads).permute(2, 0, 3, 1, 4)
             # leaves: a node made outside a CUDA graph cannot receive a gradient inside
@@ -88,8 +83,7 @@ def parts(sizes: tuple[int, int, int, int], batch: int, device: str, dtype: torc
             g = normal(b, N, heads, D // heads).transpose(1, 2)
 
             def run():
-                with nullcontext() if backend is None else sdpa_kernel(backend):
-                    o = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+                o = network_attention(q, k, v, backend)
                 return torch.autograd.grad(o, (q, k, v), g) if backward else o
 
             return run

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import rates
+import torch
 from _rows import Workload
 
 from soflow_fast.kernels import fused
@@ -45,7 +46,7 @@ def test_a_stage_runs_once_and_again_for_another_commit(run, tmp_path):
     attention = {row["part"]: row for row in report["models"][0]["rows"] if "attention by" in row["part"]}
     assert attention["attention by flash, both ways"]["ms"] > 0
     if report["environment"]["gpu"] is None:
-        assert "No viable backend" in attention["attention by cuDNN, guidance"]["refused"]
+        assert "takes bfloat16 and float16" in attention["attention by cuDNN, guidance"]["refused"]
 
     assert run("run", "--only", "rates")[1].count("rates.py") == 0
 
@@ -221,6 +222,15 @@ def test_the_profile_sorts_kernels_and_names_the_largest_gaps():
     }
     assert report["largest_gaps"] == ["fused kernels", "Inductor's kernels", "products"]
     assert report["floor_ms"] == 71.5
+
+
+def test_the_floor_is_of_the_attention_of_the_step(monkeypatch):
+    asked = []
+    monkeypatch.setattr(rates, "network_attention", lambda q, k, v, backend: asked.append(backend) or q * k * v)
+    for part in rates.parts((8, 64, 2, 2), 4, "cpu", torch.float32):
+        if part.count and "attention," in part.name:
+            part.make()()
+    assert asked == ["sdpa", "sdpa"]
 
 
 @pytest.fixture
