@@ -163,6 +163,15 @@ def test_a_table_is_begun_with_time_for_one_row(campaign, monkeypatch, tmp_path)
     assert set(begun) == {stage.name for stage in tables}
 
 
+def test_photographs_are_begun_with_time_for_one_row(campaign, monkeypatch, tmp_path):
+    photographs = importlib.import_module("photographs")
+    (stage,) = (stage for stage in campaign.STAGES if stage.name == "photographs")
+    command = campaign.Campaign(tmp_path, tmp_path, smoke=False)._command(stage, float(stage.least))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    options = photographs.parsed(command[2:])
+    assert options.limit > options.seconds + photographs._PREPARATION
+
+
 def test_a_stage_that_fails_is_named_with_the_end_of_its_log(run, campaign, monkeypatch):
     broken = campaign.Stage("broken", "rates.py", smoke=("--batch", "3"))
     monkeypatch.setattr(campaign, "STAGES", (broken,))
