@@ -145,20 +145,24 @@ class Campaign:
     def state(self, stage: Stage) -> str:
         """``done``, ``begun``, ``to do`` or, if the card has too little memory, ``too large``.
 
-        Results of another commit, card or size count for nothing.
+        Results of another commit or card, and what cannot be read, count for nothing.
         """
         if not self.smoke and self.gib < stage.gib:
             return "too large"
-        path = self._json(stage)
-        if not path.exists():
-            return "to do"
-        report = json.loads(path.read_text())
-        if identity(report["environment"]) != identity(self.here):
+        report = self._report(stage)
+        if report is None or identity(report["environment"]) != identity(self.here):
             return "to do"
         finished = not report.get("partial")
         if stage.rows:
             finished = set(selected(self._rows(stage))) <= set(report["rows"])
         return "done" if finished else "begun"
+
+    def _report(self, stage: Stage) -> dict | None:
+        """The stage's JSON; None where there is none that can be read."""
+        try:
+            return json.loads(self._json(stage).read_text())
+        except (OSError, ValueError):
+            return None
 
     def _rows(self, stage: Stage) -> tuple[str, ...]:
         return _SMOKE_ROWS if self.smoke and stage.rows else stage.rows
@@ -204,7 +208,7 @@ class Campaign:
     def _run(self, stage: Stage, left: float) -> bool:
         path, log = self._json(stage), self.folder / f"{stage.name}.log"
         if path.exists() and self.state(stage) == "to do":
-            self._set_aside(path)
+            self._set_aside(stage)
         command = self._command(stage, left)
         print(f"{stage.name}: {shlex.join(command[1:])}", flush=True)
         start = time.monotonic()
@@ -247,11 +251,14 @@ class Campaign:
         process.wait()
         return "stopped, the time was over"
 
-    @staticmethod
-    def _set_aside(path: Path) -> None:
-        """Renames a result of another commit or card."""
-        commit = json.loads(path.read_text())["environment"]["commit"]
-        path.rename(path.with_suffix(f".{commit['hash'][:8] if commit else 'unknown'}.json"))
+    def _set_aside(self, stage: Stage) -> None:
+        """Renames a result of another commit or card, or one that cannot be read."""
+        path, report = self._json(stage), self._report(stage)
+        if report is None:
+            path.rename(path.with_name(path.name + ".unreadable"))
+        else:
+            commit = report["environment"]["commit"]
+            path.rename(path.with_suffix(f".{commit['hash'][:8] if commit else 'unknown'}.json"))
 
     def _command(self, stage: Stage, left: float) -> list[str]:
         if stage.script == "pytest":
@@ -273,9 +280,12 @@ class Campaign:
         """The counts of a test run as JSON, the failures by name; of one that was killed none, and it is begun."""
         from xml.etree import ElementTree
 
-        if not self._junit(stage).exists() and self._json(stage).exists():
-            return  # an earlier call has found more
-        found = ElementTree.parse(self._junit(stage)).iter("testcase") if self._junit(stage).exists() else ()
+        try:
+            found = list(ElementTree.parse(self._junit(stage)).iter("testcase"))
+        except (OSError, ElementTree.ParseError):
+            if self._report(stage):  # of an earlier call, which has found more
+                return
+            found = []
         cases = [case for case in found if case.get("name")]  # one that was interrupted has none
         outcome = {
             kind: [c.get("name") for c in cases if c.find(kind) is not None] for kind in ("failure", "error", "skipped")

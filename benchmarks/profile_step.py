@@ -18,7 +18,7 @@ from collections import defaultdict
 from pathlib import Path
 
 import torch
-from _measure import environment
+from _measure import environment, write_report
 from _rows import Workload, build, selected
 from torch.profiler import ProfilerActivity, profile
 
@@ -165,7 +165,7 @@ def main(arguments: list[str] | None = None) -> int:
     report = {"environment": environment(), "model": workload.model, "batch": workload.batch, "row": options.row}
     report |= {"smoke": small, "no_floor": no_floor, **summary(*run(options.row, workload, options.trace), floor)}
     if options.json:
-        options.json.write_text(json.dumps(report, indent=1) + "\n")
+        write_report(options.json, report)
     print(f"{options.row}, {workload.model}, batch {workload.batch}{': times mean nothing' if small else ''}")
     print(f"{'ms per step':24}{'time':>9}{'calls':>8}{'floor':>9}{'gap':>9}")
     for name, kind in report["kinds"].items():

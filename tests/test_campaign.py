@@ -70,6 +70,14 @@ def test_a_table_is_done_when_it_has_every_row(run, tmp_path):
     assert "begun" in run("plan", "--only", "ladder_b4")[1]
 
 
+def test_a_report_that_cannot_be_read_is_set_aside(campaign, tmp_path):
+    here, stage = campaign.Campaign(tmp_path, tmp_path, smoke=True), campaign.STAGES[0]
+    here._json(stage).write_text('{"environment": {"py')
+    assert here.state(stage) == "to do"
+    here._set_aside(stage)
+    assert [path.name for path in tmp_path.iterdir()] == ["correctness.json.unreadable"]
+
+
 def test_a_partial_report_is_not_done(run, tmp_path):
     path = tmp_path / "results" / "rates.json"
     assert run("run", "--only", "rates")[0] == 0
@@ -98,8 +106,9 @@ def test_tests_that_were_killed_are_begun_and_lose_nothing_found_before(campaign
     here._write_test_report(stage, "stopped, the time was over")
     assert here.state(stage) == "begun"
     here._junit(stage).write_text("<testsuite><testcase name='test_first'/></testsuite>")
-    for _ in range(2):
+    for cut in ("", "<testsuite><testcase"):
         here._write_test_report(stage, "stopped, the time was over")
+        here._junit(stage).write_text(cut)
         assert json.loads((tmp_path / "correctness.json").read_text())["tests"] == 1
 
 
