@@ -6,8 +6,8 @@
 were cut short begin anew, behind all else. Each is a command of this folder that writes one JSON; a stage whose JSON is
 complete, of this commit and this card, is not run again, so the same call repeated comes to the end. Figures are
 compared only inside one JSON. Compiled code is kept in ``--cache`` from call to call. Where a machine keeps nothing in
-between, or may be gone at any time, ``--archive`` has the folder in one file after every stage; unpack it before the
-next call. A stage that leaves no JSON, or a partial one, is gone on with by the next call; every stage leaves its log.
+between, or may be gone at any time, ``--archive`` has the folder in one file, made anew every 20 s; unpack it before
+the next call. A stage that leaves no JSON, or a partial one, is gone on with by the next call; each leaves its log.
 ``report`` writes the folder's REPORT.md. The package must be installed in place (``pip install --editable .``), as its
 tests run from the checkout. Where the files are without their git history, ``git rev-parse HEAD > COMMIT`` before they
 are copied tells the results their commit. ``--smoke`` runs the smallest form of every stage, on a CPU too: it tries the
@@ -16,6 +16,7 @@ campaign, and its figures mean nothing.
 
 import argparse
 import contextlib
+import io
 import json
 import os
 import shlex
@@ -68,6 +69,9 @@ _SMOKE_ROWS = ("soflow/public",)  # eager: nothing to compile
 # A stage that takes all the time is interrupted this long before the end, so that it can write what it has.
 _GRACE = 15.0
 
+# A stage that runs is archived this often, in seconds.
+_ARCHIVED = 20.0
+
 
 @dataclass(frozen=True)
 class Stage:
@@ -114,7 +118,8 @@ STAGES = (
     _throughput("throughput_xl2_96", "DiT-XL/2", ("table",), 1100, batch=96),
     _throughput("throughput_b2", "DiT-B/2", ("table",), 700),
     _throughput("throughput_l2_128", "DiT-L/2", ("table",), 900, batch=128),
-    Stage("photographs", "photographs.py", ("--seconds", "300"), seconds=580, rows=("soflow/fast", "soflow/public")),
+    Stage("photographs", "photographs.py", ("--seconds", "300"), seconds=580, rows=("soflow/fast", "soflow/public"),
+          least=520),
     Stage("sampling", "sampling.py", ("--steps", "1"), seconds=450, pieces=True),
     Stage("sampling_steps", "sampling.py",
           ("--steps", "2", "4", "--precisions", "bf16", "--batches", "1", "256"), seconds=450, pieces=True),
@@ -129,7 +134,7 @@ class Campaign:
 
     Args:
         folder: of the JSON files and logs. cache: of compiled code. smoke: whether stages run in their smallest form.
-        archive: a ``.tar.gz`` of the folder, written after every stage.
+        archive: a ``.tar.gz`` of the folder, written while a stage runs and after it.
     """
 
     def __init__(self, folder: Path, cache: Path, smoke: bool, archive: Path | None = None):
@@ -140,20 +145,24 @@ class Campaign:
     def state(self, stage: Stage) -> str:
         """``done``, ``begun``, ``to do`` or, if the card has too little memory, ``too large``.
 
-        Results of another commit, card or size count for nothing.
+        Results of another commit or card, and what cannot be read, count for nothing.
         """
         if not self.smoke and self.gib < stage.gib:
             return "too large"
-        path = self._json(stage)
-        if not path.exists():
-            return "to do"
-        report = json.loads(path.read_text())
-        if identity(report["environment"]) != identity(self.here):
+        report = self._report(stage)
+        if report is None or identity(report["environment"]) != identity(self.here):
             return "to do"
         finished = not report.get("partial")
         if stage.rows:
             finished = set(selected(self._rows(stage))) <= set(report["rows"])
         return "done" if finished else "begun"
+
+    def _report(self, stage: Stage) -> dict | None:
+        """The stage's JSON; None where there is none that can be read."""
+        try:
+            return json.loads(self._json(stage).read_text())
+        except (OSError, ValueError):
+            return None
 
     def _rows(self, stage: Stage) -> tuple[str, ...]:
         return _SMOKE_ROWS if self.smoke and stage.rows else stage.rows
@@ -176,20 +185,30 @@ class Campaign:
                 left = min(left, 2 * stage.seconds)
             if not self._run(stage, left):
                 failed.append(stage.name)
-            if self.archive:
-                self._pack()
+            self._pack()
         return failed
 
     def _pack(self) -> None:
+        """Writes the archive, if there is to be one, while a stage may be writing its files."""
+        if not self.archive:
+            return
         unfinished = self.archive.with_name(self.archive.name + ".unfinished")
-        with tarfile.open(unfinished, "w:gz") as archive:
-            archive.add(self.folder, self.folder.name)
-        unfinished.replace(self.archive)
+        try:
+            with tarfile.open(unfinished, "w:gz") as archive:
+                for path in sorted(self.folder.iterdir()):
+                    if path.is_file() and path.suffix != ".unfinished":
+                        content = path.read_bytes()  # of one moment, as its size
+                        member = tarfile.TarInfo(f"{self.folder.name}/{path.name}")
+                        member.size, member.mtime = len(content), int(time.time())
+                        archive.addfile(member, io.BytesIO(content))
+            unfinished.replace(self.archive)
+        except OSError as error:  # must not cost the stage that runs
+            print(f"not archived: {error}", flush=True)
 
     def _run(self, stage: Stage, left: float) -> bool:
         path, log = self._json(stage), self.folder / f"{stage.name}.log"
         if path.exists() and self.state(stage) == "to do":
-            self._set_aside(path)
+            self._set_aside(stage)
         command = self._command(stage, left)
         print(f"{stage.name}: {shlex.join(command[1:])}", flush=True)
         start = time.monotonic()
@@ -217,13 +236,14 @@ class Campaign:
             return False
         return code == 0
 
-    @staticmethod
-    def _wait(process: subprocess.Popen, left: float) -> int | str:
+    def _wait(self, process: subprocess.Popen, left: float) -> int | str:
         """The exit code of a process; when the time is over it is interrupted, and killed if that does not end it."""
-        try:
-            return process.wait(timeout=max(0.0, left - _GRACE))
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGINT)
+        end = time.monotonic() + left - _GRACE
+        while (still := end - time.monotonic()) > 0:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                return process.wait(timeout=min(still, _ARCHIVED))
+            self._pack()  # the machine may be gone before the stage has ended
+        os.killpg(process.pid, signal.SIGINT)
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(timeout=_GRACE)
         with contextlib.suppress(ProcessLookupError):  # none of its group is left
@@ -231,11 +251,14 @@ class Campaign:
         process.wait()
         return "stopped, the time was over"
 
-    @staticmethod
-    def _set_aside(path: Path) -> None:
-        """Renames a result of another commit or card."""
-        commit = json.loads(path.read_text())["environment"]["commit"]
-        path.rename(path.with_suffix(f".{commit['hash'][:8] if commit else 'unknown'}.json"))
+    def _set_aside(self, stage: Stage) -> None:
+        """Renames a result of another commit or card, or one that cannot be read."""
+        path, report = self._json(stage), self._report(stage)
+        if report is None:
+            path.rename(path.with_name(path.name + ".unreadable"))
+        else:
+            commit = report["environment"]["commit"]
+            path.rename(path.with_suffix(f".{commit['hash'][:8] if commit else 'unknown'}.json"))
 
     def _command(self, stage: Stage, left: float) -> list[str]:
         if stage.script == "pytest":
@@ -257,9 +280,12 @@ class Campaign:
         """The counts of a test run as JSON, the failures by name; of one that was killed none, and it is begun."""
         from xml.etree import ElementTree
 
-        if not self._junit(stage).exists() and self._json(stage).exists():
-            return  # an earlier call has found more
-        found = ElementTree.parse(self._junit(stage)).iter("testcase") if self._junit(stage).exists() else ()
+        try:
+            found = list(ElementTree.parse(self._junit(stage)).iter("testcase"))
+        except (OSError, ElementTree.ParseError):
+            if self._report(stage):  # of an earlier call, which has found more
+                return
+            found = []
         cases = [case for case in found if case.get("name")]  # one that was interrupted has none
         outcome = {
             kind: [c.get("name") for c in cases if c.find(kind) is not None] for kind in ("failure", "error", "skipped")
@@ -286,7 +312,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--folder", type=Path, default=ROOT / "benchmarks" / "results" / "h200", help="of the results")
     parser.add_argument("--cache", type=Path, default=ROOT / ".campaign_cache", help="of compiled code")
     parser.add_argument("--minutes", type=float, default=9.0, help="of this call (default %(default)s)")
-    parser.add_argument("--archive", type=Path, metavar="OUT.tar.gz", help="have the folder here after every stage")
+    parser.add_argument("--archive", type=Path, metavar="OUT.tar.gz", help="have the folder here at any time")
     parser.add_argument("--only", nargs="+", choices=names, default=names, metavar="STAGE", help=", ".join(names))
     parser.add_argument("--smoke", action="store_true", help="the smallest form of every stage")
     options = parser.parse_args(arguments)

@@ -11,7 +11,6 @@ of the file is not timed. ``--smoke`` takes a small file for a moment: its figur
 
 import argparse
 import itertools
-import json
 import sys
 import time
 from collections.abc import Iterator
@@ -21,7 +20,7 @@ from tempfile import TemporaryDirectory
 import h5py
 import numpy as np
 import torch
-from _measure import environment
+from _measure import environment, write_report
 from torch import Tensor
 
 from soflow_fast.build import resolve_device
@@ -166,7 +165,7 @@ def main(arguments: list[str] | None = None) -> int:
     with TemporaryDirectory() as folder:
         report["rows"] = measure(options, device, Path(folder))
     if options.json:
-        options.json.write_text(json.dumps(report, indent=1) + "\n")
+        write_report(options.json, report)
     print(table(report))
     if options.smoke:
         print("a smoke run: these figures mean nothing")

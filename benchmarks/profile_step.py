@@ -4,9 +4,10 @@
                                       [--json OUT.json] [--trace TRACE.json.gz] [--smoke]
 
 Runs steps under torch's profiler. ``--rates`` is the JSON of ``rates.py`` from the same card, whose times of the
-products and of attention are the floor of those kinds; all else has the floor 0, as a perfect step would hide it. The
-gap of a kind is its time beyond its floor; ``idle`` is time in which no kernel ran. ``--smoke`` takes a small model; so
-does a machine without a GPU, where operators take the place of kernels and the times mean nothing.
+products and of attention are the floor of those kinds; without them ``no_floor`` says why there is none. All else has
+the floor 0, as a perfect step would hide it. The gap of a kind is its time beyond its floor; ``idle`` is time in which
+no kernel ran. ``--smoke`` takes a small model; so does a machine without a GPU, where operators take the place of
+kernels and the times mean nothing.
 """
 
 import argparse
@@ -17,7 +18,7 @@ from collections import defaultdict
 from pathlib import Path
 
 import torch
-from _measure import environment
+from _measure import environment, write_report
 from _rows import Workload, build, selected
 from torch.profiler import ProfilerActivity, profile
 
@@ -86,10 +87,12 @@ def floors(rates: dict, workload: Workload) -> dict[str, float]:
     """Milliseconds of the kinds that ``rates.py`` has measured.
 
     Raises:
-        ValueError: if it has not measured this model and batch.
+        ValueError: if it has not measured this model and batch, or not every part of it.
     """
     for model in rates["models"]:
         if (model["model"], model["batch"]) == (workload.model, workload.batch):
+            if model.get("without"):
+                raise ValueError(f"--rates has no time of {', '.join(model['without'])}")
             sums = defaultdict(float)
             for row in model["rows"]:
                 attention = "attention" in row["part"]
@@ -98,6 +101,15 @@ def floors(rates: dict, workload: Workload) -> dict[str, float]:
                 ]
             return dict(sums)
     raise ValueError(f"--rates has no {workload.model} at batch {workload.batch}; run rates.py for it")
+
+
+def known_floors(path: Path, workload: Workload) -> tuple[dict[str, float], str | None]:
+    """:func:`floors` of a file, and None; or no floors, and why: the profile is worth its time without them."""
+    try:
+        return floors(json.loads(path.read_text()), workload), None
+    except (OSError, ValueError) as error:
+        print(f"no floor is known: {error}", file=sys.stderr, flush=True)
+        return {}, str(error)
 
 
 def summary(wall_ms: float, kernels: dict[str, dict], floor_ms: dict[str, float]) -> dict:
@@ -146,14 +158,14 @@ def main(arguments: list[str] | None = None) -> int:
             fused=on_gpu,
             half=on_gpu,
         )
-        floor = floors(json.loads(options.rates.read_text()), workload) if options.rates and not small else {}
-    except (OSError, ValueError) as error:
+    except ValueError as error:
         print(f"profile_step.py: {error}", file=sys.stderr)
         return 2
+    floor, no_floor = known_floors(options.rates, workload) if options.rates and not small else ({}, None)
     report = {"environment": environment(), "model": workload.model, "batch": workload.batch, "row": options.row}
-    report |= {"smoke": small, **summary(*run(options.row, workload, options.trace), floor)}
+    report |= {"smoke": small, "no_floor": no_floor, **summary(*run(options.row, workload, options.trace), floor)}
     if options.json:
-        options.json.write_text(json.dumps(report, indent=1) + "\n")
+        write_report(options.json, report)
     print(f"{options.row}, {workload.model}, batch {workload.batch}{': times mean nothing' if small else ''}")
     print(f"{'ms per step':24}{'time':>9}{'calls':>8}{'floor':>9}{'gap':>9}")
     for name, kind in report["kinds"].items():

@@ -4,14 +4,14 @@
 
 Counts the products of the blocks in a merged SoFlow step: forwards without gradient of 1.25·B rows, one with gradient
 of B rows, the differences of B/4 rows, and the backward. Each shape is timed from a cold cache; the sum of count times
-time is the floor: a step on this card that does nothing else. Embeddings, modulation and last layer are left out, under
-2 % of the work. ``--smoke`` takes a tiny model, to try the script; so does a machine without a GPU.
+time is the floor: a step on this card that does nothing else. A part that fails is named, and the floor is without it.
+Embeddings, modulation and last layer are left out, under 2 % of the work. ``--smoke`` takes a tiny model, to try the
+script; so does a machine without a GPU.
 """
 
 import argparse
 import sys
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,19 +21,14 @@ from _measure import environment, write_report
 from _pieces import gpu_lost
 from _timing import Timer, copy_bandwidth, launch_floor_ms
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from triton.errors import TritonError
 
+from soflow_fast.attention import attention as network_attention
 from soflow_fast.dit import PRESETS
 from soflow_fast.kernels import mlp, reference, self_attention
 
 INPUT_SIZE = 32
 _TINY = (8, 64, 2, 2)
-_BACKENDS = {
-    "flash": SDPBackend.FLASH_ATTENTION,
-    "cuDNN": SDPBackend.CUDNN_ATTENTION,
-    "efficient": SDPBackend.EFFICIENT_ATTENTION,
-}
+_BACKENDS = {"flash": "torch_flash", "cuDNN": "cudnn", "efficient": "torch_efficient"}
 
 
 @dataclass(frozen=True)
@@ -80,7 +75,7 @@ def parts(sizes: tuple[int, int, int, int], batch: int, device: str, dtype: torc
 
         return make
 
-    def attention(b: int, backward: bool, backend: SDPBackend | None = None):
+    def attention(b: int, backward: bool, backend: str = "sdpa"):  # as the step's, which leaves cuDNN out
         def make():
             qkv = normal(b, N, 3, heads, D // heads).permute(2, 0, 3, 1, 4)
             # leaves: a node made outside a CUDA graph cannot receive a gradient inside
@@ -88,8 +83,7 @@ def parts(sizes: tuple[int, int, int, int], batch: int, device: str, dtype: torc
             g = normal(b, N, heads, D // heads).transpose(1, 2)
 
             def run():
-                with nullcontext() if backend is None else sdpa_kernel(backend):
-                    o = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+                o = network_attention(q, k, v, backend)
                 return torch.autograd.grad(o, (q, k, v), g) if backward else o
 
             return run
@@ -154,26 +148,39 @@ def parts(sizes: tuple[int, int, int, int], batch: int, device: str, dtype: torc
     return listed
 
 
-def measure(name: str, sizes: tuple[int, int, int, int], batch: int, timer: Timer) -> dict:
-    """The rows of one model and their sum."""
+def measure(name: str, sizes: tuple[int, int, int, int], batch: int, timer: Timer) -> Iterator[dict]:
+    """After each part the rows of one model, their sum and, ``without``, the counted parts that have no time.
+
+    Raises:
+        SystemExit: if a part has cost this process its GPU.
+    """
     device = timer.device.type
-    rows = []
-    for part in parts(sizes, batch, device, torch.bfloat16 if device == "cuda" else torch.float32):
+    listed, rows = parts(sizes, batch, device, torch.bfloat16 if device == "cuda" else torch.float32), {}
+    for part in listed:
         row = {"part": part.name, "count": part.count}
         try:
             ms = timer(part.make()).median
-        except (RuntimeError, TritonError) as error:
-            if part.count or gpu_lost():
-                raise
-            rows.append({**row, "ms": None, "tflops": None, "ms_per_step": 0.0, "refused": str(error)})
+        except Exception as error:  # must not cost the other parts
+            row |= {"ms": None, "tflops": None, "ms_per_step": 0.0, "refused": f"{type(error).__name__}: {error}"}
         else:
-            rows.append({**row, "ms": ms, "tflops": part.flops / ms / 1e9, "ms_per_step": part.count * ms})
-    flops = sum(part.flops * part.count for part in parts(sizes, batch, device, torch.float32))
-    floor = sum(row["ms_per_step"] for row in rows)
-    return {"model": name, "batch": batch, "floor_ms": floor, "tflops": flops / floor / 1e9, "rows": rows}
+            row |= {"ms": ms, "tflops": part.flops / ms / 1e9, "ms_per_step": part.count * ms}
+        rows[part.name] = row
+        timed = [part for part in listed if rows.get(part.name, {}).get("ms") is not None]
+        flops, floor = sum(p.flops * p.count for p in timed), sum(row["ms_per_step"] for row in rows.values())
+        yield {
+            "model": name,
+            "batch": batch,
+            "floor_ms": floor,
+            "tflops": flops / floor / 1e9 if floor else 0.0,
+            "without": [part.name for part in listed if part.count and part not in timed],
+            "rows": list(rows.values()),
+        }
+        if "refused" in row and gpu_lost():
+            sys.exit(f"{part.name} has cost this process its GPU")
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """Measures, writes the JSON after every part, prints the table; 1 if a counted part failed, 2 for bad input."""
     on_gpu = torch.cuda.is_available()
     parser = argparse.ArgumentParser(
         prog="rates.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -191,9 +198,13 @@ def main(arguments: list[str] | None = None) -> int:
     report = {"environment": environment(), "smoke": tiny, "copy_gb_per_s": copy_bandwidth(timer)}
     report |= {"launch_floor_ms": launch_floor_ms(timer), "models": []}
     for name, sizes in models.items():
-        report["models"].append(measure(name, sizes, 4 if tiny else options.batch, timer))
-        if options.json:
-            write_report(options.json, report, partial=len(report["models"]) < len(models))
+        before = report["models"]
+        for model in measure(name, sizes, 4 if tiny else options.batch, timer):
+            report["models"] = [*before, model]
+            if options.json:
+                write_report(options.json, report, partial=True)
+    if options.json:
+        write_report(options.json, report)
     for model in report["models"]:
         print(f"\n{model['model']}, batch {model['batch']}{': times mean nothing' if tiny else ''}")
         print(f"{'':36}{'ms':>9}{'count':>7}{'TFLOP/s':>9}{'ms/step':>9}")
@@ -203,8 +214,10 @@ def main(arguments: list[str] | None = None) -> int:
                 continue
             print(f"{row['part']:36}{row['ms']:>9.3f}{row['count']:>7}{row['tflops']:>9.1f}{row['ms_per_step']:>9.2f}")
         print(f"{'floor':52}{model['tflops']:>9.1f}{model['floor_ms']:>9.2f}")
+        if model["without"]:
+            print(f"the floor is without {', '.join(model['without'])}")
     print(f"copy bandwidth {report['copy_gb_per_s']:.0f} GB/s, empty graph {report['launch_floor_ms']:.4f} ms")
-    return 0
+    return int(any(model["without"] for model in report["models"]))
 
 
 if __name__ == "__main__":

@@ -180,7 +180,8 @@ def rates(report: dict) -> str:
     text = f"Copy bandwidth {report['copy_gb_per_s']:.0f} GB/s."
     for model in report["models"]:
         floor = f"{model['model']}, batch {model['batch']}: floor {model['floor_ms']:.1f} ms"
-        text += f"\n\n{floor}, {model['tflops']:.0f} TFLOP/s.\n\n"
+        text += f"\n\n{floor}, {model['tflops']:.0f} TFLOP/s"
+        text += f", without {', '.join(model['without'])}.\n\n" if model.get("without") else ".\n\n"
         text += listed(model["rows"], lambda row: row["part"], columns)
     return text
 
@@ -189,7 +190,8 @@ def profile_step(report: dict) -> str:
     columns = {"ms": ("ms", "{:.2f}"), "floor_ms": ("floor", "{:.2f}"), "gap_ms": ("gap", "{:.2f}")}
     rows = [{**kind, "kind": name} for name, kind in report["kinds"].items()]
     text = f"`{report['row']}`, {report['model']}, batch {report['batch']}: {report['ms_per_step']:.1f} ms per step, "
-    text += f"floor {report['floor_ms']:.1f}. Largest gaps: {', '.join(report['largest_gaps'])}.\n\n"
+    floor = "unknown" if report.get("no_floor") else f"{report['floor_ms']:.1f}"
+    text += f"floor {floor}. Largest gaps: {', '.join(report['largest_gaps'])}.\n\n"
     return text + listed(rows, lambda row: row["kind"], columns)
 
 

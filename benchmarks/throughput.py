@@ -60,18 +60,18 @@ class Run:
         self._longest = {True: to_compile, False: _PREPARATION_COMPILED}
 
     def __call__(self) -> None:
-        """Runs every row that is not in the results, or puts it into ``left`` where the time is too short."""
+        """Runs every row that is not in the results, the ready ones first; ``left`` is what time is too short for."""
         pending = [name for name in self.rows if name not in self.results.rows]
-        for i, name in enumerate(pending):
+        for name in sorted(pending, key=self._to_compile):
             if not self._in_time(name):
-                self.left = pending[i:]
-                break
+                self.left.append(name)
+                continue
             if not self.track.has_room(list(self._together.values())):
                 self._race()  # before the next one is compiled only to find that it does not fit
             begin = time.monotonic()
             if not self._prepare(name):
-                self.left = pending[i:]
-                break
+                self.left.append(name)
+                continue
             kind = self._to_compile(name)
             self._longest[kind] = max(self._longest[kind], time.monotonic() - begin)
         self._race()

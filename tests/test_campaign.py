@@ -3,11 +3,16 @@
 import importlib
 import json
 import math
+import subprocess
+import sys
 import tarfile
 import time
 from pathlib import Path
 
 import pytest
+import rates
+import torch
+from _rows import Workload
 
 from soflow_fast.kernels import fused
 
@@ -41,7 +46,7 @@ def test_a_stage_runs_once_and_again_for_another_commit(run, tmp_path):
     attention = {row["part"]: row for row in report["models"][0]["rows"] if "attention by" in row["part"]}
     assert attention["attention by flash, both ways"]["ms"] > 0
     if report["environment"]["gpu"] is None:
-        assert "No viable backend" in attention["attention by cuDNN, guidance"]["refused"]
+        assert "takes bfloat16 and float16" in attention["attention by cuDNN, guidance"]["refused"]
 
     assert run("run", "--only", "rates")[1].count("rates.py") == 0
 
@@ -63,6 +68,14 @@ def test_a_table_is_done_when_it_has_every_row(run, tmp_path):
     assert "done" in run("plan", "--only", "ladder_b4")[1]
     path.write_text(json.dumps({**report, "rows": {}}))
     assert "begun" in run("plan", "--only", "ladder_b4")[1]
+
+
+def test_a_report_that_cannot_be_read_is_set_aside(campaign, tmp_path):
+    here, stage = campaign.Campaign(tmp_path, tmp_path, smoke=True), campaign.STAGES[0]
+    here._json(stage).write_text('{"environment": {"py')
+    assert here.state(stage) == "to do"
+    here._set_aside(stage)
+    assert [path.name for path in tmp_path.iterdir()] == ["correctness.json.unreadable"]
 
 
 def test_a_partial_report_is_not_done(run, tmp_path):
@@ -93,8 +106,9 @@ def test_tests_that_were_killed_are_begun_and_lose_nothing_found_before(campaign
     here._write_test_report(stage, "stopped, the time was over")
     assert here.state(stage) == "begun"
     here._junit(stage).write_text("<testsuite><testcase name='test_first'/></testsuite>")
-    for _ in range(2):
+    for cut in ("", "<testsuite><testcase"):
         here._write_test_report(stage, "stopped, the time was over")
+        here._junit(stage).write_text(cut)
         assert json.loads((tmp_path / "correctness.json").read_text())["tests"] == 1
 
 
@@ -129,6 +143,24 @@ def test_a_stage_of_pieces_goes_on_with_its_file(run, tmp_path):
         assert json.load(archive.extractfile("results/kernels.json")) == again
 
 
+def test_a_stage_that_runs_is_in_the_archive(campaign, monkeypatch, tmp_path, capsys):
+    folder, packed = tmp_path / "results", tmp_path / "results.tar.gz"
+    folder.mkdir()
+    (folder / "rates.json.unfinished").touch()
+    writes = "import pathlib, time; pathlib.Path('rates.json').write_text('[1]'); time.sleep(100)"
+    here = campaign.Campaign(folder, tmp_path, smoke=True, archive=packed)
+    process = subprocess.Popen([sys.executable, "-c", writes], cwd=folder, start_new_session=True)
+    monkeypatch.setattr(campaign, "_ARCHIVED", 0.2)
+    monkeypatch.setattr(campaign, "_GRACE", 1.0)
+    assert here._wait(process, 4.0) == "stopped, the time was over"
+    with tarfile.open(packed) as archive:
+        assert archive.getnames() == ["results/rates.json"]
+        assert json.load(archive.extractfile("results/rates.json")) == [1]
+    here.archive = tmp_path / "missing" / "results.tar.gz"
+    here._pack()
+    assert "not archived" in capsys.readouterr().out
+
+
 def test_a_table_is_begun_with_time_for_one_row(campaign, monkeypatch, tmp_path):
     here, begun = campaign.Campaign(tmp_path, tmp_path, smoke=False), []
     here.gib = 139.0
@@ -138,6 +170,15 @@ def test_a_table_is_begun_with_time_for_one_row(campaign, monkeypatch, tmp_path)
     assert begun == [stage.name for stage in tables if "_xl2_" not in stage.name and "_l2_" not in stage.name]
     here.run(tables, time.monotonic() + 335.0)
     assert set(begun) == {stage.name for stage in tables}
+
+
+def test_photographs_are_begun_with_time_for_one_row(campaign, monkeypatch, tmp_path):
+    photographs = importlib.import_module("photographs")
+    (stage,) = (stage for stage in campaign.STAGES if stage.name == "photographs")
+    command = campaign.Campaign(tmp_path, tmp_path, smoke=False)._command(stage, float(stage.least))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    options = photographs.parsed(command[2:])
+    assert options.limit > options.seconds + photographs._PREPARATION
 
 
 def test_a_stage_that_fails_is_named_with_the_end_of_its_log(run, campaign, monkeypatch):
@@ -199,6 +240,73 @@ def test_the_profile_sorts_kernels_and_names_the_largest_gaps():
     }
     assert report["largest_gaps"] == ["fused kernels", "Inductor's kernels", "products"]
     assert report["floor_ms"] == 71.5
+
+
+def test_the_floor_is_of_the_attention_of_the_step(monkeypatch):
+    asked = []
+    monkeypatch.setattr(rates, "network_attention", lambda q, k, v, backend: asked.append(backend) or q * k * v)
+    for part in rates.parts((8, 64, 2, 2), 4, "cpu", torch.float32):
+        if part.count and "attention," in part.name:
+            part.make()()
+    assert asked == ["sdpa", "sdpa"]
+
+
+@pytest.fixture
+def listed(monkeypatch):
+    """The parts of ``rates.py``: one, and one that fails."""
+
+    def fails():
+        raise ValueError("no such attention")
+
+    listed = [rates.Part("fc1, gradient", 1e3, 2, lambda: int), rates.Part("attention, guidance", 1e3, 2, fails)]
+    monkeypatch.setattr(rates, "parts", lambda *_: listed)
+    monkeypatch.setattr(rates, "copy_bandwidth", lambda timer: 1.0)
+    return listed
+
+
+def test_a_part_that_fails_costs_the_floor_itself_alone(listed, tmp_path, capsys):
+    path = tmp_path / "rates.json"
+    assert rates.main(["--smoke", "--json", str(path)]) == 1
+    report = json.loads(path.read_text())
+    (model,) = report["models"]
+    assert (model["without"], "partial" in report) == (["attention, guidance"], False)
+    assert [row["ms"] is None for row in model["rows"]] == [False, True]
+    assert model["rows"][1]["refused"] == "ValueError: no such attention"
+    assert model["floor_ms"] == 2 * model["rows"][0]["ms"] > 0
+    assert "the floor is without attention, guidance" in capsys.readouterr().out
+
+
+def test_rates_that_are_interrupted_are_kept(listed, tmp_path):
+    path = tmp_path / "rates.json"
+
+    def interrupted():
+        raise KeyboardInterrupt
+
+    listed[1:] = [rates.Part("fc2, gradient", 1e3, 2, interrupted)]
+    with pytest.raises(KeyboardInterrupt):
+        rates.main(["--smoke", "--json", str(path)])
+    report = json.loads(path.read_text())
+    assert (report["partial"], report["models"][0]["without"]) == (True, ["fc2, gradient"])
+    assert report["models"][0]["floor_ms"] > 0
+
+
+def test_a_profile_without_all_rates_has_no_floor(tmp_path, capsys):
+    profile, path = importlib.import_module("profile_step"), tmp_path / "rates.json"
+    workload = Workload("DiT-XL/2", 256, "cpu")
+    row = {"part": "fc1, gradient", "ms_per_step": 2.0}
+    model = {"model": "DiT-XL/2", "batch": 256, "without": [], "rows": [row]}
+
+    def known(text: str) -> tuple:
+        path.write_text(text)
+        return profile.known_floors(path, workload)
+
+    assert "No such file" in profile.known_floors(path, workload)[1]
+    assert known("{") == ({}, "Expecting property name enclosed in double quotes: line 1 column 2 (char 1)")
+    assert known(json.dumps({"models": []})) == ({}, "--rates has no DiT-XL/2 at batch 256; run rates.py for it")
+    cut = {**model, "without": ["fc2, gradient"]}
+    assert known(json.dumps({"models": [cut]})) == ({}, "--rates has no time of fc2, gradient")
+    assert capsys.readouterr().err.count("no floor is known") == 4
+    assert known(json.dumps({"models": [model]})) == ({"products": 2.0}, None)
 
 
 def test_every_kernel_is_checked_natively(campaign):

@@ -224,10 +224,10 @@ class _Fake:
             contestant.report["ms_per_step"] = 1.0
 
 
-def _fake_run(names, track, limit=None) -> dict:
+def _fake_run(names, track, limit=None, ahead=()) -> dict:
     rows = {name: replace(ROWS["flow-matching"], what=name) for name in names}
     results = Results({"same": {"batch": 4}}, None, resume=False, order=list(names))
-    run = throughput.Run(rows, track, results, start=0.0, limit=limit, ahead={})
+    run = throughput.Run(rows, track, results, start=0.0, limit=limit, ahead=dict.fromkeys(ahead, 1.0))
     run()
     return {**results.rows, **dict.fromkeys(run.left, "left")}
 
@@ -260,6 +260,16 @@ def test_a_row_of_a_deep_model_needs_more_time(monkeypatch, model, begun):
     track.workload = replace(track.workload, model=model)
     monkeypatch.setattr(throughput.time, "monotonic", lambda: 0.0)
     assert (_fake_run("a", track, limit=120.0)["a"] != "left") == begun
+
+
+def test_rows_that_are_compiled_are_taken_first_and_whatever_the_others_need(monkeypatch):
+    track = _Fake()
+    _fake_run("ab", track, ahead="b")
+    assert track.prepared == list("ba")
+    track = _Fake()
+    monkeypatch.setattr(throughput.time, "monotonic", lambda: 0.0)
+    rows = _fake_run("abc", track, limit=60.0, ahead="ac")
+    assert (track.prepared, rows["b"]) == (list("ac"), "left")
 
 
 def test_a_row_too_large_for_the_memory_alone_is_skipped():
