@@ -78,9 +78,7 @@ class PublicSourceSoFlow(EagerSoFlow):
         finally:
             self._noise_is_given = False
 
-    def loss_of_rows(
-        self, x0, labels, rows, n_velocity, progress, seed, step, latent_scale=None, *, merged=False
-    ) -> TotalLoss:
+    def loss_of_rows(self, x0, labels, rows, n_velocity, progress, seed, step, latent_scale=None) -> TotalLoss:
         n, (published,) = n_velocity, self._published
         times = self.draw_times(rows, n, progress, seed, step)
         drop = self.ops.uniform(rows, 1, seed=seed, step=step, stream=Stream.DROP)[:, 0] <= self.label_drop

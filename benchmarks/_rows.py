@@ -56,7 +56,7 @@ class Row:
             are subtracted it grows with the depth, to 0.17 of 28 blocks with operands cut off to TensorFloat-32.
         dit: class of the network and, in ``network``, its options. impl: of ops and network.
         precision: of the step. optimizer: ``published`` (torch's AdamW, a Python loop for the EMA), ``torch`` (torch's
-            fused AdamW, foreach EMA) or ``one-pass``. compile, cuda_graph, merged: of the step.
+            fused AdamW, foreach EMA) or ``one-pass``. compile, cuda_graph: of the step. merged: of SoFlow.
         no_cpu: why the row is not run on a CPU, if it is not.
     """
 
@@ -277,6 +277,7 @@ def build(row: Row, workload: Workload) -> TrainStep:
         impl, network = "torch", {name: value for name, value in network.items() if value != "triton"}
     net = workload.network(row.dit, **{"impl": impl, "attention": workload.attention, **network})
     model = row.objective(net, **workload.recipe(row.objective), **row.settings)
+    model.merged = row.merged
     graph = row.cuda_graph and workload.device == "cuda"
     optimizer, ema = _update(row, model, graph, workload.fused)
     return TrainStep(
@@ -288,7 +289,6 @@ def build(row: Row, workload: Workload) -> TrainStep:
         precision=precision,
         compile=row.compile and workload.compile,
         cuda_graph=graph,
-        merged=row.merged,
     )
 
 

@@ -283,7 +283,7 @@ def train(case: Case, guidance_scale: float, steps: int, seed: int) -> SoFlow:
         optimizer, lambda k: min(1, (k + 1) / 200) * 0.5 * (1 + math.cos(math.pi * k / steps))
     )
     ema = EMA(model, decay=0.999)
-    step = TrainStep(model, optimizer=optimizer, ema=ema, total_steps=steps, seed=seed, grad_clip=1.0, merged=False)
+    step = TrainStep(model, optimizer=optimizer, ema=ema, total_steps=steps, seed=seed, grad_clip=1.0)
     generator = torch.Generator().manual_seed(seed)
     for _ in range(steps):
         x0, labels = case.mixture.sample(case.batch, generator)

@@ -93,9 +93,7 @@ def fake_loss(step: TrainStep) -> Tensor:
     x0, labels = fake_batch(step.model.network)
     order, n_velocity = row_order(BATCH, step.model.velocity_share, 0)
     progress = torch.zeros(())
-    return step.model.loss_of_rows(
-        x0, labels, torch.tensor(order), n_velocity, progress, 0, step.step, merged=True
-    ).loss
+    return step.model.loss_of_rows(x0, labels, torch.tensor(order), n_velocity, progress, 0, step.step).loss
 
 
 def work(preset: str, **options) -> dict[str, float]:
@@ -252,7 +250,7 @@ def graph_breaks(objective=SoFlow) -> int:
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     loss = torch.compile(model.loss_of_rows, backend="eager", dynamic=False)
-    loss(*batch, torch.zeros(()), 0, torch.tensor(0), merged=True)
+    loss(*batch, torch.zeros(()), 0, torch.tensor(0))
     return sum(torch._dynamo.utils.counters["graph_break"].values())
 
 

@@ -60,7 +60,7 @@ VARIANTS = {
         Fp32PairSoFlow,
         {"quotient": "two_forwards"},
         {"compute_dtype": torch.bfloat16, "residual_dtype": torch.float32},
-        {"merged": False},
+        {},
         None,
     ),
     "two forwards, bf16, r_end 0.02": (

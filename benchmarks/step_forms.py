@@ -47,7 +47,7 @@ class Form:
     """A way to run the step.
 
     Attributes:
-        merged, compile: of :class:`~soflow_fast.step.TrainStep`. quotient: of SoFlow. fused: ops, network and update
+        merged, quotient: of SoFlow. compile: of :class:`~soflow_fast.step.TrainStep`. fused: ops, network and update
             as the library has them by default, else plain torch.
     """
 
@@ -89,6 +89,7 @@ def build(form: Form, config: TrainConfig) -> TrainStep:
     # random numbers by kernels on a GPU also for the plain step: how they are drawn is not what is compared
     objective = SoFlow if form.fused else EagerSoFlow
     model = objective(network, **{**asdict(config.soflow), "quotient": form.quotient})
+    model.merged = form.merged
     model.to(config.device)
     parameters = [p for p in model.parameters() if p.requires_grad]
     options = {"lr": config.optimizer.learning_rate, "betas": config.optimizer.betas, "weight_decay": 0.0}
@@ -104,7 +105,6 @@ def build(form: Form, config: TrainConfig) -> TrainStep:
         precision="fp32" if DEVICE == "cpu" else "bf16" if form.fused else "tf32",
         compile=form.compile,
         cuda_graph=bool(form.compile) and DEVICE == "cuda",
-        merged=form.merged,
     )
 
 

@@ -55,11 +55,10 @@ class _Loss(nn.Module):
     compiled graph, so that the masters' gradient hooks see float32. With a reduction they enter inside.
     """
 
-    def __init__(self, model: Objective, *, latent_scale, merged, augment, copy, autocast, compile, reduction):
+    def __init__(self, model: Objective, *, latent_scale, augment, copy, autocast, compile, reduction):
         super().__init__()
         self.model, self.augment, self.copy, self.reduction = model, augment, copy, reduction
-        self.settings = {"latent_scale": latent_scale, "merged": merged}
-        self.autocast = autocast
+        self.latent_scale, self.autocast = latent_scale, autocast
         # of the class: bound, it would keep this module in a cycle
         self.compute = compiled(_Loss._compute, compile, None if reduction is None else INDUCTOR_OPTIONS)
 
@@ -71,7 +70,7 @@ class _Loss(nn.Module):
             with torch.autocast(x0.device.type, enabled=False):
                 x0, labels = self.augment(x0, labels, rows, seed, step)
         arguments = (x0, labels, rows, n_velocity, progress)
-        keywords = {**self.settings, "seed": seed, "step": step}
+        keywords = {"latent_scale": self.latent_scale, "seed": seed, "step": step}
         with torch.autocast(x0.device.type, torch.bfloat16, enabled=self.autocast):
             if parameters is None:
                 return self.model(*arguments, **keywords)
@@ -118,7 +117,6 @@ class TrainStep:
         cuda_graph: replay the whole step as one CUDA graph, by default on a GPU with one process and an optimizer that
             allows it: one of soflow_fast.optim, or one that is capturable, its learning rate a tensor. The first steps
             run without it, then it is captured; batches must keep their shape.
-        merged: compute the loss in its fewest network calls.
         augment: of the samples, before anything else; the network is told of it, see :mod:`soflow_fast.augment`.
         rank, world_size: this process holds rows ``rank·B .. (rank+1)·B-1`` of the global batch, and with more than
             one gradients are averaged: of a compiled DiT inside of its backward, see :mod:`soflow_fast.reduction`, of
@@ -145,7 +143,6 @@ class TrainStep:
         precision: str | None = None,
         compile: bool | str | None = None,
         cuda_graph: bool | None = None,
-        merged: bool = True,
         augment: Augment | None = None,
         rank: int | None = None,
         world_size: int | None = None,
@@ -207,7 +204,6 @@ class TrainStep:
         self.reduction = CompiledReduction(model) if in_backward else None
         settings = {
             "latent_scale": latent_scale,
-            "merged": merged,
             "copy": self.copy,
             "autocast": self.precision == "bf16" and not follows_parameters,
         }

@@ -6,6 +6,7 @@ import pytest
 import torch
 from foreign_networks import UNet
 from runs import tiny_config
+from soflow_formulas import SixCalls
 from torch import nn
 
 from soflow_fast import SoFlow, Trainer
@@ -171,11 +172,10 @@ class _Told(nn.Module):
         return self.conv(x * (e + (t + s)[:, None])[:, :, None, None].sin())
 
 
-@pytest.mark.parametrize("merged", [False, True])
 @pytest.mark.parametrize(
-    "objective", [SoFlow, MeanFlow, AlphaFlow, FlowMatching], ids=lambda objective: objective.__name__.lower()
+    "objective", [SoFlow, SixCalls, MeanFlow, AlphaFlow, FlowMatching], ids=lambda objective: objective.__name__.lower()
 )
-def test_objectives_pass_on_what_the_network_is_told(objective, merged):
+def test_objectives_pass_on_what_the_network_is_told(objective):
     """Zeros beside the label change nothing; anything else reaches every call, guidance and dropped labels included."""
     torch.manual_seed(0)
     net = _Told().double()
@@ -185,7 +185,7 @@ def test_objectives_pass_on_what_the_network_is_told(objective, merged):
     labels, rows = torch.arange(8), torch.arange(8)
 
     def loss(labels):
-        return model.loss_of_rows(x0, labels, rows, 4, 0.5, 0, 0, merged=merged).loss
+        return model.loss_of_rows(x0, labels, rows, 4, 0.5, 0, 0).loss
 
     plain = loss(labels)
     zeros = loss(torch.cat([labels[:, None].double(), torch.zeros_like(told)], 1))

@@ -55,10 +55,11 @@ def _in_float64(objective, row, **settings) -> tuple[torch.Tensor, dict[str, tor
     options = {name: value for name, value in row.network.items() if not isinstance(value, torch.dtype)}
     net = workload.network(row.dit, impl="torch", **options).double()
     model = objective(net, **workload.recipe(objective), **settings)
+    model.merged = row.merged
     x0, labels = workload.data()
     order, n_velocity = paths.row_order(BATCH, model.velocity_share, 0)
     order = torch.tensor(order)
-    out = model.loss_of_rows(x0.double()[order], labels[order], order, n_velocity, 1.0, 3, 5, merged=row.merged)
+    out = model.loss_of_rows(x0.double()[order], labels[order], order, n_velocity, 1.0, 3, 5)
     out.loss.backward()
     scale = getattr(model, "scale", 1.0)
     return out.loss / scale, {name: p.grad / scale for name, p in model.named_parameters() if p.requires_grad}

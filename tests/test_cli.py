@@ -190,7 +190,7 @@ def test_dry_run_of_a_published_file(tmp_path, capsys, monkeypatch, model, param
     assert f"preset: {model[:-2]}/{model[-1]}" in printed
     assert f"parameters              {parameters}\n" in printed
     flops = float(printed.split(" G per image")[0].split("(")[-1].replace(",", ""))
-    assert flops == pytest.approx(4.5 * forward, rel=0.02)  # the six network calls of a step are 4.5 whole forwards
+    assert flops == pytest.approx(4.5 * forward, rel=0.02)  # a step is 4.5 whole forwards
     # 22 bytes a weight; per token, channel and block 37 bytes in bfloat16 and 74 in float32
     depth, width, tokens = {"DiT-B-4": (12, 768, 64), "DiT-XL-2": (28, 1152, 256)}[model]
     gib = (22 * float(parameters.split()[0]) * 1e6 + 74 * 64 * tokens * width * depth) / 2**30

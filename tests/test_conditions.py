@@ -19,6 +19,7 @@ from conditioned import (
     seeded,
 )
 from runs import StopError, final, stop_at, tiny_config, write_latents
+from soflow_formulas import SixCalls
 from torch import nn
 from torch.utils.data import TensorDataset
 
@@ -41,6 +42,7 @@ from soflow_fast.step import TrainStep
     ("make", "told"),
     [
         (SoFlow, ByEmbedding),
+        (SixCalls, ByEmbedding),
         (SoFlow, ByTokens),
         (MeanFlow, ByEmbedding),
         (AlphaFlow, ByTokens),
@@ -53,10 +55,8 @@ def test_conditions_train_as_the_classes_that_they_stand_for(make, told):
     for net in (seeded(ByClass), seeded(told)):
         model = make(net, guidance_scale=2.0, label_drop=0.3)
         given = labels if type(net) is ByClass else conditions_of(labels, net)
-        for merged in (False, True):
-            order = torch.arange(16)
-            out = model.loss_of_rows(x0, given, order, round(16 * model.velocity_share), 0.5, 3, 7, merged=merged)
-            out.loss.backward()
+        out = model.loss_of_rows(x0, given, torch.arange(16), round(16 * model.velocity_share), 0.5, 3, 7)
+        out.loss.backward()
         grads = {name: p.grad for name, p in net.named_parameters() if p.requires_grad}
         noise = torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(2))
         found.append((out.loss, grads, model.sample(noise, given[:4], seed=0), model.sample(noise, None, seed=0)))

@@ -9,6 +9,7 @@ import pytest
 import torch
 from diffusers import UNet2DModel
 from foreign_networks import Function, Transformer, UNet
+from soflow_formulas import SixCalls
 from torch import nn
 
 from soflow_fast import DiT, SoFlow
@@ -118,24 +119,23 @@ def test_compiles_as_one_graph_in_bfloat16():
     assert F.requires_grad
 
 
-@pytest.mark.parametrize("objective", [SoFlow, MeanFlow])
-@pytest.mark.parametrize("merged", [False, True])
-def test_objectives_derive_it(objective, merged):
+@pytest.mark.parametrize("objective", [SixCalls, SoFlow, MeanFlow])
+def test_objectives_derive_it(objective):
     """The loss and its gradient are those of the definition in float64."""
     x0 = torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     labels = torch.arange(8)
     results = []
     for dtype, definition in ((torch.float32, False), (torch.float64, True)):
         net = _net(Transformer).to(dtype)
-        if objective is SoFlow:
-            model = SoFlow(net, quotient="two_forwards" if definition else "difference", impl="torch")
+        if issubclass(objective, SoFlow):
+            model = objective(net, quotient="two_forwards" if definition else "difference", impl="torch")
         else:
             model = MeanFlow(net, impl="torch")
             if definition:
                 net.forward_difference = lambda *a, rows, mode, net=net: _by_jvp(net, rows, *a)
                 model = MeanFlow(net, impl="torch")
         rows = torch.arange(8)
-        loss = model.loss_of_rows(x0.to(dtype), labels, rows, 6, 0.5, 0, 3, merged=merged).loss
+        loss = model.loss_of_rows(x0.to(dtype), labels, rows, 6, 0.5, 0, 3).loss
         loss.backward()
         results.append([loss.detach(), *(p.grad for p in net.parameters())])
     for ours, expected in zip(*results, strict=True):
@@ -153,9 +153,12 @@ def test_a_compiled_step_in_bfloat16():
     """Its loss and its update are those of a plain float32 step, but for the rounding of one forward."""
     x0, labels = torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(2)), torch.arange(8)
     results = []
-    for settings in ({"precision": "bf16", "compile": "aot_eager"}, {"precision": "fp32", "merged": False}):
+    for objective, settings in (
+        (SoFlow, {"precision": "bf16", "compile": "aot_eager"}),
+        (SixCalls, {"precision": "fp32"}),
+    ):
         net = _net(Transformer)
-        model = SoFlow(net, impl="torch")
+        model = objective(net, impl="torch")
         step = TrainStep(model, optimizer=torch.optim.SGD(net.parameters(), lr=1.0), total_steps=10, **settings)
         before = [p.detach().clone() for p in net.parameters()]
         loss = step(x0, labels).loss.item()

@@ -12,6 +12,7 @@ import data_parallel
 import pytest
 import torch
 from fast_step_runs import STEPS, distances, make_model, make_step, train, training_batch
+from soflow_formulas import SixCalls
 
 from soflow_fast import DiT, SoFlow, UNet
 from soflow_fast.augment import AUGMENT_DIM, Augment
@@ -27,12 +28,12 @@ from soflow_fast.step import TrainStep
 
 @pytest.fixture(scope="module")
 def plain64():
-    return train(torch.float64, merged=False)
+    return train(torch.float64, objective=SixCalls)
 
 
 @pytest.fixture(scope="module")
 def plain32():
-    return train(torch.float32, merged=False)
+    return train(torch.float32, objective=SixCalls)
 
 
 @pytest.mark.parametrize(
@@ -173,7 +174,7 @@ class _Foreign(torch.nn.Module):
 def test_a_difference_of_two_outputs_is_of_float32(objective, options):
     torch.manual_seed(0)
     model = objective(_Foreign(), impl="torch", **options)
-    make_step(model, precision="bf16", merged=True)[0](*training_batch(0, torch.float32))
+    make_step(model, precision="bf16")[0](*training_batch(0, torch.float32))
     assert model.network.computed == {(torch.float32, False)}
 
 

@@ -6,6 +6,7 @@ from inspect import signature
 import pytest
 import torch
 from conditioned import ByEmbedding
+from soflow_formulas import SixCalls
 from torch import nn
 
 from soflow_fast import DiT, SoFlow, TrainStep, build
@@ -146,12 +147,12 @@ def test_a_step_without_labels(setting, compile):
     assert run(None) == pytest.approx(run(torch.full((8,), 10)), rel=1e-6)
 
 
-@pytest.mark.parametrize("merged", [False, True])
-def test_no_labels_are_the_null_of_every_row(merged):
-    model, (x, _) = SoFlow(ByEmbedding()), batch()
+@pytest.mark.parametrize("objective", [SixCalls, SoFlow])
+def test_no_labels_are_the_null_of_every_row(objective):
+    model, (x, _) = objective(ByEmbedding()), batch()
     rows = torch.arange(len(x))
     null = model.network.null_condition.expand(len(x), -1)
-    a, b = (model.loss_of_rows(x, labels, rows, 4, 0.5, 0, 0, merged=merged).loss for labels in (None, null))
+    a, b = (model.loss_of_rows(x, labels, rows, 4, 0.5, 0, 0).loss for labels in (None, null))
     assert a == b
     assert torch.equal(model.sample(x), model.sample(x, null))
 

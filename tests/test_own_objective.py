@@ -31,9 +31,9 @@ def _batch(n=8):
     return torch.randn(n, 1, 8, 8, generator=torch.Generator().manual_seed(1)), torch.arange(n) % 10
 
 
-def _losses(model, merged=True):
+def _losses(model):
     (x, labels), rows = _batch(), torch.arange(8)
-    return model.loss_of_rows(x, labels, rows, 6, 0.5, 0, 0, merged=merged)
+    return model.loss_of_rows(x, labels, rows, 6, 0.5, 0, 0)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -256,7 +256,9 @@ def test_distillation_in_a_run(tmp_path):
 def test_the_velocity_that_is_regressed():
     """In the merged form, in the separate one, and in each loss of its own."""
     model = Distilled(small_dit(), label_drop=0.0, guidance_scale=1.0, p=0.0)
-    merged, separate = _losses(model), _losses(model, merged=False)
+    merged = _losses(model)
+    model.merged = False
+    separate = _losses(model)
     torch.testing.assert_close(merged.loss, separate.loss, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(merged.parts["velocity"].mse, torch.zeros(6), rtol=0, atol=1e-8)  # it is the teacher
     x, labels = _batch()
@@ -269,7 +271,8 @@ def test_the_velocity_that_is_regressed():
 def test_the_weight_of_a_row():
     plain, weighted = SoFlow(small_dit()), Given(small_dit(), weight=lambda t, s: 1 + t + 2 * s)
     for merged in (True, False):
-        ours, theirs = _losses(weighted, merged).parts, _losses(plain, merged).parts
+        plain.merged = weighted.merged = merged
+        ours, theirs = _losses(weighted).parts, _losses(plain).parts
         times = plain.draw_times(torch.arange(8), 6, 0.5, 0, 0)
         for name, s in (("velocity", times.t[:6]), ("consistency", times.s)):
             factor = 1 + ours[name].t + 2 * s

@@ -6,6 +6,7 @@ import pytest
 import torch
 from soflow_formulas import (
     NULL,
+    SixCalls,
     check_gradients,
     consistency_row,
     item,
@@ -14,6 +15,7 @@ from soflow_formulas import (
     velocity_row,
 )
 
+from soflow_fast import SoFlow
 from soflow_fast.kernels.reference import Stream, normal, uniform
 
 LABELS = torch.tensor([0, 1, 2, 1, 0])
@@ -39,19 +41,18 @@ def expected_loss(model, x0, labels, progress, seed, step, first_row=0):
     return torch.stack(losses).mean()
 
 
-@pytest.mark.parametrize("merged", [False, True])
+@pytest.mark.parametrize("objective", [SixCalls, SoFlow])
 @pytest.mark.parametrize("quotient", ["difference", "two_forwards"])
 @pytest.mark.parametrize("labelled", [True, False])
-def test_loss_of_a_batch(labelled, quotient, merged):
-    model = make_model(quotient=quotient, label_drop=0.4)
+def test_loss_of_a_batch(labelled, quotient, objective):
+    model = make_model(objective=objective, quotient=quotient, label_drop=0.4)
     x0, labels = samples(12), torch.arange(12) % NULL if labelled else None
     expected = expected_loss(model, x0, labels, 0.3, seed=2**40 + 1, step=6)
-    if merged:
-        order = torch.tensor([0, 1, 2, 4, 5, 6, 8, 9, 10, 3, 7, 11])
-        ordered = labels[order] if labelled else None
-        out = model.loss_of_rows(x0[order], ordered, order, 9, 0.3, 2**40 + 1, 6, merged=True)
-    else:
+    calls = []
+    with model.network.register_forward_hook(lambda *_: calls.append(1)):
         out = model.loss(x0, labels, 0.3, seed=2**40 + 1, step=6)
+    if quotient == "two_forwards":  # else the network makes calls of its own
+        assert len(calls) == {SixCalls: (3, 6), SoFlow: (2, 3)}[objective][labelled]
     # times are drawn in float32: their last bit may differ, and a gap of 1e-3 enlarges that
     torch.testing.assert_close(out.loss, expected, rtol=1e-4, atol=0)
     check_gradients(model, out.loss, expected, rtol=1e-3)
@@ -60,23 +61,23 @@ def test_loss_of_a_batch(labelled, quotient, merged):
     assert (len(velocity.t), len(consistency.t)) == (9, 3)
 
 
-@pytest.mark.parametrize("merged", [False, True])
-def test_latent_moments_are_sampled(merged):
-    model = make_model()
+@pytest.mark.parametrize("objective", [SixCalls, SoFlow])
+def test_latent_moments_are_sampled(objective):
+    model = make_model(objective=objective)
     moments = torch.cat([samples(4), samples(4, seed=1).abs()], 1)
     rows = torch.tensor([0, 1, 2, 3])
-    out = model.loss_of_rows(moments, LABELS[:4], rows, 3, 0.3, 5, 6, 0.18215, merged=merged)
+    out = model.loss_of_rows(moments, LABELS[:4], rows, 3, 0.3, 5, 6, 0.18215)
     fresh = normal(rows, 18, seed=5, step=6, stream=Stream.LATENT).view(4, 2, 3, 3).double()
     x0 = (moments[:, :2] + moments[:, 2:] * fresh) * 0.18215
     torch.testing.assert_close(out.loss, expected_loss(model, x0, LABELS[:4], 0.3, 5, 6), rtol=1e-4, atol=0)
 
 
 @pytest.mark.parametrize(("share", "name"), [(1.0, "velocity"), (0.0, "consistency")])
-@pytest.mark.parametrize("merged", [False, True])
-def test_an_empty_part_contributes_nothing(share, name, merged):
-    model = make_model(velocity_share=share)
+@pytest.mark.parametrize("objective", [SixCalls, SoFlow])
+def test_an_empty_part_contributes_nothing(share, name, objective):
+    model = make_model(objective=objective, velocity_share=share)
     rows = torch.arange(5)
-    out = model.loss_of_rows(samples(5), LABELS, rows, int(5 * share), 0.5, 0, 0, merged=merged)
+    out = model.loss_of_rows(samples(5), LABELS, rows, int(5 * share), 0.5, 0, 0)
     assert list(out.parts) == [name]
     torch.testing.assert_close(out.loss, out.parts[name].loss, rtol=1e-12, atol=0)
     assert out.loss.requires_grad

@@ -112,13 +112,11 @@ class AverageVelocity(Objective):
         t, r = pair.amax(1), pair.amin(1)
         return t, torch.cat([t[:n_velocity], r[n_velocity:]])
 
-    def loss_of_rows(
-        self, x0, labels, rows, n_velocity, progress, seed, step, latent_scale=None, *, merged=False
-    ) -> TotalLoss:
+    def loss_of_rows(self, x0, labels, rows, n_velocity, progress, seed, step, latent_scale=None) -> TotalLoss:
         """The loss of the rows with r = t ("velocity") and of the others ("average"); see the base class.
 
-        There is one form, the merged one: a call without gradient for the guidance, in which the rows with r = t need
-        no prediction with their own label, as the call with gradient makes it; and that call, for both kinds of rows.
+        There are two network calls: one without gradient for the guidance, in which the rows with r = t need no
+        prediction with their own label, as the call with gradient makes it; and that call, for both kinds of rows.
         ``jvp`` and ``finite_difference`` add one on the rows with r < t.
         """
         n = n_velocity

@@ -221,15 +221,12 @@ class Objective(nn.Module):
         seed: int | Tensor,
         step: int | Tensor,
         latent_scale: float | None = None,
-        *,
-        merged: bool = False,
     ) -> TotalLoss:
         """:meth:`loss` of rows already ordered velocity first, see :func:`soflow_fast.paths.row_order`.
 
         Args:
             rows: (B,) int64 global row indices. n_velocity: how many train the velocity. latent_scale: x0 holds latent
                 moments (B, 2C, H, W), see :func:`soflow_fast.kernels.reference.noisy_sample`.
-            merged: the same numbers in fewer, larger network calls.
         """
         raise NotImplementedError
 

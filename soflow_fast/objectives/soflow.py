@@ -68,7 +68,14 @@ class SoFlow(Objective):
 
     Raises:
         ValueError: for a value outside its range, or for guidance without a "no label" row to guide with.
+
+    Attributes:
+        merged: whether the loss of a batch takes two network calls, one without gradient for all of the guidance and
+            one with gradient for both losses, whose consistency rows carry the difference. Otherwise each loss makes
+            its own: six, as published, of the same numbers.
     """
+
+    merged = True
 
     def __init__(
         self,
@@ -217,14 +224,8 @@ class SoFlow(Objective):
         seed: int | Tensor,
         step: int | Tensor,
         latent_scale: float | None = None,
-        *,
-        merged: bool = False,
     ) -> TotalLoss:
-        """Both losses, ``loss_v·n_v/B + loss_c·n_c/B``; see the base class.
-
-        Merged, there are two network calls: one without gradient for all of the guidance, one with gradient for both
-        losses, whose consistency rows carry the difference. Otherwise each loss makes its own: six, as published.
-        """
+        """Both losses, ``loss_v·n_v/B + loss_c·n_c/B``; see the base class."""
         times = self.draw_times(rows, n_velocity, progress, seed, step)
         if x0.dtype == torch.float64:
             times = Times(*(z.double() for z in times))
@@ -233,7 +234,7 @@ class SoFlow(Objective):
             x0, times.t, rows, seed=seed, step=step, path=self.path, latent_scale=latent_scale
         )
         v_t = self._regressed(x_t, v_t, times.t, labels)
-        if merged:
+        if self.merged:
             parts = self._merged_parts(x_t, v_t, times, labels, drop, n_velocity)
         else:
             parts = self._separate_parts(x_t, v_t, times, labels, drop, n_velocity)
