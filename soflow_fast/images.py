@@ -6,7 +6,7 @@ Shapes: n samples, C channels, H height, W width. Images are in [-1, 1].
 import hashlib
 import importlib.util
 import zipfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,32 +17,11 @@ from torch.utils.data import Dataset
 
 from soflow_fast.checkpoint import whole_file
 from soflow_fast.conditions import OfItems, null_condition
-from soflow_fast.sample import Decoder, Sampler
+from soflow_fast.sample import Decoder
 
 _CHANNELS = {1: "grey", 3: "RGB"}
 _NOT_IN_FILE_NAMES = str.maketrans({".": "_", "/": "-", ",": "-", " ": None})
 _LONGEST_IN_FILE_NAME = 40
-
-
-def generate(
-    model: nn.Module,
-    labels: Tensor | OfItems | None,
-    n: int,
-    shape: tuple[int, ...],
-    *,
-    steps: int,
-    seed: int,
-    batch: int,
-    decode: Decoder | None = None,
-    precision: str | None = "fp32",
-    compile: bool | None = False,
-    rows: range | None = None,
-) -> Iterator[Tensor]:
-    """Samples 0 to n-1 of a model, or ``rows`` of them; arguments and results are those of
-    :class:`~soflow_fast.sample.Sampler`.
-    """
-    options = {"steps": steps, "seed": seed, "batch": min(batch, n), "precision": precision, "compile": compile}
-    return Sampler(model, shape, **options).draw(labels, n, decode, rows)
 
 
 def balanced_labels(n: int, num_classes: int) -> Tensor | None:
