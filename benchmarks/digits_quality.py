@@ -105,9 +105,7 @@ def train_and_score(name: str, seed: int) -> dict:
     net.compute_dtype = net.residual_dtype = torch.float32
     labels = balanced_labels(SAMPLES, 10)
     with ema.applied():
-        samples = torch.cat(
-            list(Sampler(model, (1, 8, 8), seed=seed, batch=1000).draw(labels, SAMPLES))
-        )
+        samples = torch.cat(list(Sampler(model, (1, 8, 8), seed=seed, batch=1000).draw(labels, SAMPLES)))
     return {"variant": name, "seed": seed, "seconds": round(seconds, 1), **digit_scores(samples, labels)}
 
 

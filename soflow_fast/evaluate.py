@@ -196,7 +196,7 @@ def evaluate(
     real = _Real(config, folder.parent / "reference")
     processes.of_first(lambda: real.read(_sides(model, config, decode)))
     processes.of_first(lambda: _empty(folder))
-    processes.of_all(lambda: save_folder(draw(share), folder, share.start) if share else None)
+    processes.of_all(lambda: save_folder(draw(share), folder, share.start))
     if processes.world_size > 1:
         processes.of_first(lambda: _await_samples(folder, wanted.samples))
     return {"samples": str(folder), **processes.of_first(lambda: real.scores(folder))}

@@ -179,8 +179,8 @@ def suffix_of_samples(of_images: bool) -> str:
     return ".png" if of_images else ".npy"
 
 
-def save_folder(parts: Iterable[Tensor], folder: Path, first: int = 0) -> tuple[int, int]:
-    """Writes every image, of parts (at most B, C, H, W), to ``000000.png`` and so on; returns (H, W).
+def save_folder(parts: Iterable[Tensor], folder: Path, first: int = 0) -> None:
+    """Writes every image, of parts (at most B, C, H, W), to ``000000.png`` and so on.
 
     Args:
         first: number of the first image.
@@ -188,7 +188,6 @@ def save_folder(parts: Iterable[Tensor], folder: Path, first: int = 0) -> tuple[
     folder.mkdir(parents=True, exist_ok=True)
     for number, image in enumerate((image for part in parts for image in part), first):
         save_png(image, folder / f"{number:06d}.png")
-    return tuple(image.shape[1:])
 
 
 def save_npz(parts: Iterable[Tensor], n: int, labels: Tensor | OfItems | None, path: Path) -> None:
