@@ -23,8 +23,9 @@ from soflow_fast import DiT, SoFlow
 from soflow_fast.data import batches, digits
 from soflow_fast.ema import EMA
 from soflow_fast.evaluate import digit_scores
-from soflow_fast.images import balanced_labels, generate
+from soflow_fast.images import balanced_labels
 from soflow_fast.optim import AdamW
+from soflow_fast.sample import Sampler
 from soflow_fast.step import TrainStep
 
 STEPS, BATCH, SAMPLES = 800, 64, 5000
@@ -104,7 +105,7 @@ def train_and_score(name: str, seed: int) -> dict:
     net.compute_dtype = net.residual_dtype = torch.float32
     labels = balanced_labels(SAMPLES, 10)
     with ema.applied():
-        samples = torch.cat(list(generate(model, labels, SAMPLES, (1, 8, 8), steps=1, seed=seed, batch=1000)))
+        samples = torch.cat(list(Sampler(model, (1, 8, 8), seed=seed, batch=1000).draw(labels, SAMPLES)))
     return {"variant": name, "seed": seed, "seconds": round(seconds, 1), **digit_scores(samples, labels)}
 
 

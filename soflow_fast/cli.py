@@ -84,12 +84,9 @@ def _parser() -> argparse.ArgumentParser:
     epilog = f"--name value: {_OVERRIDES}"
     train = add("train", commands.train, "train, or go on with, the run of a configuration", epilog=epilog)
     train.add_argument("config", help="YAML file: nested, or a published SoFlow file as it is")
-    train.add_argument(
-        "--dry-run", "--dry_run", action="store_true", help="show configuration, sizes, FLOPs and memory, and stop"
-    )
+    train.add_argument("--dry-run", action="store_true", help="show configuration, sizes, FLOPs and memory, and stop")
     train.add_argument(
         "--accept-changes",
-        "--accept_changes",
         action="store_true",
         help="go on with a run of other values or data where the weights fit; RUN/changes.jsonl records them",
     )

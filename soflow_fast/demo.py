@@ -21,8 +21,9 @@ from soflow_fast.config import (
 )
 from soflow_fast.data import digits
 from soflow_fast.evaluate import digit_scores
-from soflow_fast.images import balanced_labels, generate, grid, to_uint8
+from soflow_fast.images import balanced_labels, grid, to_uint8
 from soflow_fast.logs import METRICS_NAME
+from soflow_fast.sample import Sampler
 from soflow_fast.trainer import Trainer, load_run
 
 STEPS = 1000
@@ -91,10 +92,16 @@ def score(model: nn.Module, config: TrainConfig) -> tuple[dict[str, dict[str, fl
     n = config.evaluation.samples
     labels, scores, drawn = balanced_labels(n, config.model.num_classes), {}, []
     for steps, name in ((1, "one_step"), (2, "two_steps")):
-        parts = generate(
-            model, labels, n, sample_shape(config), steps=steps, seed=config.seed, batch=config.evaluation.batch_size
+        sampler = Sampler(
+            model,
+            sample_shape(config),
+            steps=steps,
+            seed=config.seed,
+            batch=min(config.evaluation.batch_size, n),
+            precision="fp32",
+            compile=False,
         )
-        drawn.append(torch.cat(list(parts)))
+        drawn.append(torch.cat(list(sampler.draw(labels, n))))
         scores[name] = digit_scores(drawn[-1], labels)
     return scores, drawn[0], labels
 

@@ -22,7 +22,8 @@ from soflow_fast.config import TrainConfig
 from soflow_fast.data import CIFAR10, digits
 from soflow_fast.data.crop import centre_crop, centred
 from soflow_fast.distributed import Processes
-from soflow_fast.images import Decoder, are_images, generate, in_file_name, labels_of_samples, save_folder
+from soflow_fast.images import Decoder, are_images, in_file_name, labels_of_samples, save_folder
+from soflow_fast.sample import Sampler
 from soflow_fast.size import as_size
 
 _log = logging.getLogger(__name__)
@@ -178,19 +179,16 @@ def evaluate(
     share = processes.share(wanted.samples, wanted.batch_size)
 
     def draw(rows: range | None = None) -> Iterator[Tensor]:
-        return generate(
+        sampler = Sampler(
             model,
-            labels,
-            wanted.samples,
             sample_shape(config),
             steps=wanted.steps,
             seed=seed,
-            batch=wanted.batch_size,
-            decode=decode,
+            batch=min(wanted.batch_size, wanted.samples),
             precision=precision,
             compile=compile,
-            rows=rows,
         )
+        return sampler.draw(labels, wanted.samples, decode, rows)
 
     if config.data.kind == "digits":
         classes = labels if torch.is_tensor(labels) else None
@@ -198,7 +196,7 @@ def evaluate(
     real = _Real(config, folder.parent / "reference")
     processes.of_first(lambda: real.read(_sides(model, config, decode)))
     processes.of_first(lambda: _empty(folder))
-    processes.of_all(lambda: save_folder(draw(share), folder, share.start) if share else None)
+    processes.of_all(lambda: save_folder(draw(share), folder, share.start))
     if processes.world_size > 1:
         processes.of_first(lambda: _await_samples(folder, wanted.samples))
     return {"samples": str(folder), **processes.of_first(lambda: real.scores(folder))}

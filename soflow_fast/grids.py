@@ -13,9 +13,9 @@ from soflow_fast.conditions import OfItems
 from soflow_fast.config import TrainConfig
 from soflow_fast.distributed import Processes
 from soflow_fast.ema import EMA
-from soflow_fast.images import are_images, generate, save_samples
+from soflow_fast.images import are_images, save_samples
 from soflow_fast.logs import Quiet, RunLog, due, going_on
-from soflow_fast.sample import Decoder
+from soflow_fast.sample import Decoder, Sampler
 
 
 class Grids:
@@ -63,19 +63,17 @@ class Grids:
 
     def _draw(self, step: int, log: RunLog | Quiet) -> None:
         config, output = self._config, self._config.output
+        n = math.prod(output.sample_shape)
         with self._ema.applied():
-            parts = generate(
+            sampler = Sampler(
                 self._model,
-                self._labels,
-                math.prod(output.sample_shape),
                 sample_shape(config),
                 steps=output.sample_steps,
                 seed=config.seed,
-                batch=config.evaluation.batch_size,
-                decode=self._decode,
-                precision=None,
+                batch=min(config.evaluation.batch_size, n),
+                compile=False,
             )
-            samples = torch.cat(list(parts))
+            samples = torch.cat(list(sampler.draw(self._labels, n, self._decode)))
         temporary = save_samples(samples, self._folder / ".writing", output.sample_shape[1])
         path = self._stem(step).with_suffix(temporary.suffix)
         os.replace(temporary, path)

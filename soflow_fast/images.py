@@ -6,7 +6,7 @@ Shapes: n samples, C channels, H height, W width. Images are in [-1, 1].
 import hashlib
 import importlib.util
 import zipfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,32 +17,11 @@ from torch.utils.data import Dataset
 
 from soflow_fast.checkpoint import whole_file
 from soflow_fast.conditions import OfItems, null_condition
-from soflow_fast.sample import Decoder, Sampler
+from soflow_fast.sample import Decoder
 
 _CHANNELS = {1: "grey", 3: "RGB"}
 _NOT_IN_FILE_NAMES = str.maketrans({".": "_", "/": "-", ",": "-", " ": None})
 _LONGEST_IN_FILE_NAME = 40
-
-
-def generate(
-    model: nn.Module,
-    labels: Tensor | OfItems | None,
-    n: int,
-    shape: tuple[int, ...],
-    *,
-    steps: int,
-    seed: int,
-    batch: int,
-    decode: Decoder | None = None,
-    precision: str | None = "fp32",
-    compile: bool | None = False,
-    rows: range | None = None,
-) -> Iterator[Tensor]:
-    """Samples 0 to n-1 of a model, or ``rows`` of them; arguments and results are those of
-    :class:`~soflow_fast.sample.Sampler`.
-    """
-    options = {"steps": steps, "seed": seed, "batch": min(batch, n), "precision": precision, "compile": compile}
-    return Sampler(model, shape, **options).draw(labels, n, decode, rows)
 
 
 def balanced_labels(n: int, num_classes: int) -> Tensor | None:
@@ -200,8 +179,8 @@ def suffix_of_samples(of_images: bool) -> str:
     return ".png" if of_images else ".npy"
 
 
-def save_folder(parts: Iterable[Tensor], folder: Path, first: int = 0) -> tuple[int, int]:
-    """Writes every image, of parts (at most B, C, H, W), to ``000000.png`` and so on; returns (H, W).
+def save_folder(parts: Iterable[Tensor], folder: Path, first: int = 0) -> None:
+    """Writes every image, of parts (at most B, C, H, W), to ``000000.png`` and so on.
 
     Args:
         first: number of the first image.
@@ -209,7 +188,6 @@ def save_folder(parts: Iterable[Tensor], folder: Path, first: int = 0) -> tuple[
     folder.mkdir(parents=True, exist_ok=True)
     for number, image in enumerate((image for part in parts for image in part), first):
         save_png(image, folder / f"{number:06d}.png")
-    return tuple(image.shape[1:])
 
 
 def save_npz(parts: Iterable[Tensor], n: int, labels: Tensor | OfItems | None, path: Path) -> None:

@@ -197,8 +197,9 @@ class Trainer:
         start, skipped = self._restore(data)
         origin = self._load_initial_weights() if start == 0 else None
         removed = self.processes.of_first(partial(self._claim_folder, start, data))
-        of_validation = self.step, self.ema, self.validation, self.processes, self.workers, stop.kept_from_workers
-        validation = Validation(config, *of_validation)
+        validation = Validation(
+            config, self.step, self.ema, self.validation, self.processes, self.workers, kept=stop.kept_from_workers
+        )
         grids = Grids(config, self.model, self.ema, self._grid_labels, self.processes, self._decode)
         scoring = Scoring(config, self.model, self.ema, self.dataset, self.processes, self._decode)
         reports = validation, grids, scoring
@@ -255,12 +256,12 @@ class Trainer:
         )
         steps = stop.kept_from_workers(steps)
         draws = type(self.model.network) is not DiT or self._of_run.of_user
-        place = self.processes.rank, self.processes.world_size
+        place = {"rank": self.processes.rank, "world_size": self.processes.world_size}
         try:
             for done, (x, labels) in enumerate(steps, start + 1):
                 learning_rate, self._began = config.optimizer.learning_rate_at(done - 1, config.total_steps), True
                 self._of_run.set_rate(learning_rate)
-                with self._of_run.draws(config.seed, done, *place) if draws else nullcontext():
+                with self._of_run.draws(config.seed, done, **place) if draws else nullcontext():
                     stats = self.step(x, labels)
                 if done == start + 1 and self._of_run.of_user:
                     self._of_run.require_storable()

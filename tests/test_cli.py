@@ -211,7 +211,7 @@ def test_dry_run_fails_where_training_would(tmp_path, capsys):
         (["--batch_size=2000"], "more than the 1347 samples"),
         (["--evaluation.every=1", "--evaluation.features=x"], "evaluation.features='x' does nothing here"),
     ):
-        assert words in refused(capsys, "train", path, "--dry_run", *option)
+        assert words in refused(capsys, "train", path, "--dry-run", *option)
     assert not (tmp_path / "run").exists()
 
 

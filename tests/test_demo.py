@@ -11,7 +11,8 @@ from soflow_fast import Trainer, demo
 from soflow_fast.build import sample_shape
 from soflow_fast.cli import main
 from soflow_fast.evaluate import digit_scores
-from soflow_fast.images import balanced_labels, generate
+from soflow_fast.images import balanced_labels
+from soflow_fast.sample import Sampler
 
 
 def test_demo_writes_what_it_names(tmp_path, capsys, monkeypatch):
@@ -41,7 +42,7 @@ def test_four_hundred_quarter_batches_learn_the_digits(tmp_path):
     run.fit()
     labels = balanced_labels(2000, 10)
     with run.ema.applied():
-        parts = generate(run.model, labels, 2000, sample_shape(config), steps=1, seed=0, batch=1000)
+        parts = Sampler(run.model, sample_shape(config), batch=1000).draw(labels, 2000)
         scores = digit_scores(torch.cat(list(parts)), labels)
     assert scores["frechet_all"] < 3.2
     assert scores["frechet_held_out"] < 3.8

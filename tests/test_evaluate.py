@@ -18,8 +18,9 @@ from soflow_fast.config import DataConfig, EvaluationConfig, SoFlowConfig
 from soflow_fast.data import ImageFolder, digits
 from soflow_fast.data.crop import centre_crop
 from soflow_fast.fidelity import frechet_distance, load_statistics, scores
-from soflow_fast.images import balanced_labels, generate, grid, save_samples, to_uint8, vae_decoder
+from soflow_fast.images import balanced_labels, grid, save_samples, to_uint8, vae_decoder
 from soflow_fast.kernels.reference import Stream, normal
+from soflow_fast.sample import Sampler
 
 
 def _points(n=500, seed=0):
@@ -80,13 +81,13 @@ def test_samples_depend_on_their_number_alone():
     assert labels.tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 0]
     for steps in (1, 2):
         whole, parts = (
-            torch.cat(list(generate(model, labels, 11, (1, 8, 8), steps=steps, seed=3, batch=batch)))
+            torch.cat(list(Sampler(model, (1, 8, 8), steps=steps, seed=3, batch=batch).draw(labels, 11)))
             for batch in (11, 4)
         )
         torch.testing.assert_close(whole, parts)
     noise = normal(torch.arange(11), 64, seed=3, step=0, stream=Stream.RENOISE).view(11, 1, 8, 8)
     one_step = noise - model.network(noise, torch.ones(11), torch.zeros(11), labels)
-    torch.testing.assert_close(next(generate(model, labels, 11, (1, 8, 8), steps=1, seed=3, batch=11)), one_step)
+    torch.testing.assert_close(next(Sampler(model, (1, 8, 8), seed=3, batch=11).draw(labels, 11)), one_step)
 
 
 def test_few_samples_are_of_classes_from_everywhere():
@@ -131,7 +132,7 @@ def test_folder_scores_equal_those_of_the_images(tmp_path):
     (tmp_path / "samples").mkdir()
     Image.fromarray(levels[0]).save(tmp_path / "samples" / "of-an-earlier-evaluation.png")
     scores = evaluate.evaluate(model, config, tmp_path / "samples", seed=1)
-    samples = torch.cat(list(generate(model, balanced_labels(30, 10), 30, (3, 8, 8), steps=1, seed=1, batch=30)))
+    samples = torch.cat(list(Sampler(model, (3, 8, 8), seed=1, batch=30).draw(balanced_labels(30, 10), 30)))
     real = torch.from_numpy(levels).permute(0, 3, 1, 2)
     assert scores["frechet"] == pytest.approx(frechet_distance(to_uint8(samples), real), rel=1e-3)
     assert len(list((tmp_path / "samples").iterdir())) == 30
@@ -147,8 +148,8 @@ def test_a_reference_is_cropped_to_a_height_and_a_width_as_the_training_data_are
     evaluate.check_evaluation(config)
     model = build.build_model(config)
     scores = [evaluate.evaluate(model, config, tmp_path / "samples", decode=decode)["frechet"] for _ in range(2)]
-    shape, options = (channels, 8, 12), {"steps": 1, "seed": 0, "batch": 30, "decode": decode}
-    samples = to_uint8(torch.cat(list(generate(model, balanced_labels(30, 10), 30, shape, **options))))
+    drawn = Sampler(model, (channels, 8, 12), batch=30).draw(balanced_labels(30, 10), 30, decode)
+    samples = to_uint8(torch.cat(list(drawn)))
     if kind == "folder":
         data = ImageFolder(tmp_path / "real", channels=3, size=(8, 12), num_classes=10)
         real = to_uint8(torch.stack([image for image, _ in data]))
@@ -181,7 +182,7 @@ def test_the_reference_is_read_before_anything_is_drawn_and_a_bad_image_named(tm
     write_images(tmp_path / "real")
     bad = tmp_path / "real" / "class1" / "7.png"
     bad.write_bytes(bad.read_bytes()[:-40])
-    monkeypatch.setattr(evaluate, "generate", lambda *_, **__: pytest.fail("drawn"))
+    monkeypatch.setattr(evaluate, "Sampler", lambda *_, **__: pytest.fail("drawn"))
     (tmp_path / "samples").mkdir()
     (tmp_path / "samples" / "earlier.png").touch()
     for size in (8, (8, 12)):
@@ -279,9 +280,7 @@ def test_scores_of_grey_samples_against_statistics(tmp_path):
     evaluate.check_evaluation(config)
     model = _model()
     scores = evaluate.evaluate(model, config, tmp_path / "run" / "samples", seed=1)
-    samples = to_uint8(
-        torch.cat(list(generate(model, balanced_labels(30, 10), 30, (1, 8, 8), steps=1, seed=1, batch=30)))
-    )
+    samples = to_uint8(torch.cat(list(Sampler(model, (1, 8, 8), seed=1, batch=30).draw(balanced_labels(30, 10), 30))))
     real = torch.from_numpy(levels).permute(0, 3, 1, 2)
     assert scores["frechet"] == pytest.approx(frechet_distance(samples.expand(-1, 3, -1, -1), real), rel=1e-3)
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["samples"]  # no statistics of images to keep
@@ -316,7 +315,7 @@ def test_statistics_of_other_features_for_decoded_latents(tmp_path, monkeypatch)
     sentence = "holds statistics of 768 features, and evaluation.features='{}' gives {} of these samples; give"
     with pytest.raises(ValueError, match=sentence.format("mean-colour", 3)):
         evaluate.check_evaluation(_decoded_config(tmp_path, monkeypatch, "mean-colour", file))
-    monkeypatch.setattr(evaluate, "generate", lambda *_, **__: pytest.fail("drawn"))
+    monkeypatch.setattr(evaluate, "Sampler", lambda *_, **__: pytest.fail("drawn"))
     config = _decoded_config(tmp_path, monkeypatch, "pixels", file)
     evaluate.check_evaluation(config)  # how many pixels a latent is decoded to shows only when it is
     with pytest.raises(ValueError, match=sentence.format("pixels", 192)):
@@ -370,15 +369,12 @@ def test_latents_are_unscaled_and_decoded(monkeypatch):
     latents = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     decode = vae_decoder("some/vae", 0.18215, torch.device("cpu"))
     torch.testing.assert_close(decode(latents)[:, :, ::8, ::8], latents[:, :3] / 1.8215)
-    options = {"steps": 1, "seed": 0, "batch": 2}
-    model = _model(channels=4)
-    plain, decoded = (
-        torch.cat(list(generate(model, None, 3, (4, 8, 8), decode=function, **options))) for function in (None, decode)
-    )
+    sampler = Sampler(_model(channels=4), (4, 8, 8), batch=2)
+    plain, decoded = (torch.cat(list(sampler.draw(None, 3, function))) for function in (None, decode))
     torch.testing.assert_close(decoded, decode(plain))
     monkeypatch.setattr(sample, "_DECODED_ROWS", 1)  # a few at a time
     monkeypatch.setattr(_FakeVae, "decode", lambda self, latents, whole=_FakeVae.decode: whole(self, latents[:1]))
-    in_parts = torch.cat(list(generate(model, None, 3, (4, 8, 8), decode=decode, **options)))
+    in_parts = torch.cat(list(sampler.draw(None, 3, decode)))
     torch.testing.assert_close(in_parts, decoded)
     with pytest.raises(ValueError, match=r"data\.vae='nowhere' cannot be read \(no such autoencoder\)"):
         vae_decoder("nowhere", 1.0, torch.device("cpu"))
@@ -398,7 +394,6 @@ def test_missing_packages_are_named(monkeypatch):
 
 def test_scores_of_a_network_without_labels():
     net = build.build_network(replace(tiny_config("unused").model, num_classes=0), 0.0)
-    parts = generate(
-        SoFlow(net, guidance_scale=1.0, label_drop=0.0), balanced_labels(3, 0), 3, (1, 8, 8), steps=2, seed=0, batch=2
-    )
+    sampler = Sampler(SoFlow(net, guidance_scale=1.0, label_drop=0.0), (1, 8, 8), steps=2, batch=2)
+    parts = sampler.draw(balanced_labels(3, 0), 3)
     assert [len(part) for part in parts] == [2, 1]

@@ -182,9 +182,9 @@ def test_samples_and_scores_during_training(tmp_path):
 def test_the_classes_of_the_grid_and_the_checkpoints_that_stay_can_be_chosen(tmp_path, monkeypatch):
     output = OutputConfig(sample_every=6, sample_shape=(2, 5), checkpoint_every=1, keep_checkpoints=1, keep_every=3)
     config = tiny_config(tmp_path, output=replace(output, sample_labels=(3, 7)))
-    drawn, generate = [], grids.generate
+    drawn, draw = [], grids.Sampler.draw
     monkeypatch.setattr(
-        grids, "generate", lambda model, labels, *a, **k: drawn.append(labels) or generate(model, labels, *a, **k)
+        grids.Sampler, "draw", lambda self, labels, *rest: drawn.append(labels) or draw(self, labels, *rest)
     )
     Trainer(config).fit()
     assert [labels.tolist() for labels in drawn] == [[3, 7] * 5]
