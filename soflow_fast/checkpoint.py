@@ -77,17 +77,13 @@ def save(folder: Path, state: State, keep: int, keep_every: int = 0) -> Path:
     final = path_of(folder, state.step)
     temporary = folder / f"{_WRITING}{final.name}"
     temporary.mkdir()
+    what = f"the checkpoint of step {state.step}"
     try:
-        _write(temporary, state, bool(keep_every) and state.step % keep_every == 0)
-    except (OSError, RuntimeError, SafetensorError) as error:  # the last two are also how a full disk shows
-        free = shutil.disk_usage(temporary).free
+        with writing(what, folder, "make room, and the run goes on from the checkpoint before"):
+            _write(temporary, state, bool(keep_every) and state.step % keep_every == 0)
+    except Exception:
         shutil.rmtree(temporary, ignore_errors=True)
-        if isinstance(error, torch.AcceleratorError):  # of a step before, noticed here
-            raise
-        raise OSError(
-            f"the checkpoint of step {state.step} cannot be written to {folder}, where {free >> 20} MiB are free "
-            f"({' '.join(str(error).split())}); make room, and the run goes on from the checkpoint before"
-        ) from error
+        raise
     _remove(final)
     os.rename(temporary, final)
     flush(folder)
@@ -220,6 +216,25 @@ def whole_file(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def writing(what: str, folder: Path, remedy: str) -> Iterator[None]:
+    """A failure to write within it is one sentence: of a full disk torch and safetensors raise errors of their own.
+
+    Raises:
+        OSError: that ``what`` cannot be written, with the cause and the remedy.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        if isinstance(error, torch.AcceleratorError):  # of a step before, noticed here
+            raise
+        free = shutil.disk_usage(folder).free
+        raise OSError(
+            f"{what} cannot be written to {folder}, where {free >> 20} MiB are free ({' '.join(str(error).split())}); "
+            f"{remedy}"
+        ) from error
 
 
 def flush(path: Path) -> None:

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.export import Dim
 
-from soflow_fast.checkpoint import on_host, whole_file
+from soflow_fast.checkpoint import on_host, whole_file, writing
 from soflow_fast.conditions import null_condition
 from soflow_fast.dit import DiT
 from soflow_fast.sample import SAMPLE_PRECISIONS, Decoder, evaluating, sample
@@ -30,6 +30,8 @@ _CAPTURED_ROWS, _TRIED_ROWS = 3, 2
 
 # Fewer rows than this are said to be the most: a network may have another branch for many, as diffusers' decoder has.
 _UNLIMITED = 1 << 16
+
+_MAKE_ROOM = "make room, or give another path"
 
 
 class _Generator(nn.Module):
@@ -104,7 +106,8 @@ def write_program(
                 f"({str(error).strip().splitlines()[0]}); its forward may not depend on the values of tensors, nor "
                 "take their size by len(x): x.shape[0] is what may change"
             ) from error
-        torch.export.save(program, temporary, extra_files={ABOUT: json.dumps(about)})
+        with writing("the program", path.parent, _MAKE_ROOM):
+            torch.export.save(program, temporary, extra_files={ABOUT: json.dumps(about)})
         written = torch.export.load(temporary).module()
         tried, seed = _arguments(model, shape, steps, _TRIED_ROWS)
         found, wanted = written(*tried, **seed), generator(*tried, **seed)
@@ -131,7 +134,7 @@ def write_weights(model: nn.Module, path: Path, about: dict) -> None:
     """Writes a model's weights under the keys of its checkpoints, with what they are as JSON in the metadata; the file
     is there once it is whole.
     """
-    with whole_file(path) as temporary:
+    with whole_file(path) as temporary, writing("the file of weights", path.parent, _MAKE_ROOM):
         save_file(on_host(model.state_dict()), temporary, metadata={ABOUT: json.dumps(about)})
 
 

@@ -9,10 +9,10 @@ import pytest
 import torch
 from encode_runs import write_vae
 from runs import refused, tiny_config
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from soflow_fast import SoFlow, Trainer, UNet, load_weights
+from soflow_fast import SoFlow, Trainer, UNet, export, load_weights
 from soflow_fast.cli import main
 from soflow_fast.export import ABOUT, write_program
 from soflow_fast.images import vae_decoder
@@ -161,6 +161,17 @@ def test_weights(run, tmp_path, capsys):
     assert any(not torch.equal(value, wanted[name]) for name, value in model.state_dict().items())
     load_weights(model, path)
     assert all(torch.equal(value, wanted[name]) for name, value in model.state_dict().items())
+
+
+def test_a_full_disk_is_one_sentence(run, tmp_path, capsys, monkeypatch):
+    def full(*_, **__):
+        raise SafetensorError("File too large")
+
+    monkeypatch.setattr(export, "save_file", full)
+    said = refused(capsys, "export", run, tmp_path / "digits.safetensors")
+    assert "the file of weights cannot be written to" in said
+    assert said.endswith("MiB are free (File too large); make room, or give another path\n")
+    assert list(tmp_path.glob("*digits*")) == []
 
 
 def test_refusals(run, tmp_path, capsys):
