@@ -53,6 +53,8 @@ def sample(
     """
     if steps < 1:
         raise ValueError(f"steps={steps} is not a number of sampling steps; it must be at least 1")
+    if labels is not None and not isinstance(labels, Tensor):
+        raise ValueError(f"labels={labels!r} is no tensor; give (B,) int64, one for each sample of noise")
     if labels is not None and labels.shape[0] != noise.shape[0]:
         raise ValueError(f"there are {len(labels)} labels for {len(noise)} samples of noise; give one for each")
     if seed is None and steps > 1 and model.renoises:

@@ -21,7 +21,7 @@ from soflow_fast.config_io import require_count
 from soflow_fast.differencing import left_as_it_was
 from soflow_fast.dit import DiT
 from soflow_fast.ema import EMA
-from soflow_fast.objectives.base import LossOutput, Objective, TotalLoss, joined, require_choice
+from soflow_fast.objectives.base import LossOutput, Objective, TotalLoss, joined, require_batch, require_choice
 from soflow_fast.paths import row_order, row_period
 from soflow_fast.precision import PRECISIONS, ComputeCopy, tensor_cores
 from soflow_fast.reduction import INDUCTOR_OPTIONS, CompiledReduction
@@ -289,12 +289,7 @@ class TrainStep:
             x0: (B, C, H, W) this process's rows of the global batch, in their global order.
             labels: (B,) int64, (B, ...) conditions, or None.
         """
-        if not x0.is_floating_point():
-            raise ValueError(f"x0 has dtype {x0.dtype}; give samples in floating point, about in [-1, 1]")
-        if not len(x0):
-            raise ValueError("x0 has no samples; give at least one")
-        if labels is not None and len(labels) != len(x0):
-            raise ValueError(f"there are {len(labels)} labels for {len(x0)} samples; give one for each")
+        require_batch(x0, labels)
         if self.copy is not None:
             self.copy.refresh()
         if isinstance(self.optimizer, optim.OnePass):

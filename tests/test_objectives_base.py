@@ -181,6 +181,14 @@ def test_a_dit_gets_the_row_that_it_takes_for_no_labels():
         SoFlow(without, label_drop=0, guidance_scale=1).loss(x, None, 0.5, step=0)
 
 
+def test_a_network_takes_four_arguments():
+    net = nn.Conv2d(1, 1, 1)
+    net.num_classes = 0
+    sentence = r"the network Conv2d is called as net\(x, t, s, labels\), and its forward does not take that"
+    with pytest.raises(ValueError, match=sentence):
+        SoFlow(net, guidance_scale=1, label_drop=0)
+
+
 @pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize("num_classes", [None, -1, 2.5])
 def test_a_network_says_how_many_classes_it_has(objective, num_classes):

@@ -251,6 +251,11 @@ def test_without_labels_and_for_any_network():
     assert 0 < (low - exact).abs().max() < 2e-2  # autocast
 
 
+def test_labels_are_tensors(model):
+    with pytest.raises(ValueError, match=r"labels=3 is no tensor; give \(B,\) int64"):
+        model.sample(torch.zeros(2, 1, 8, 8), 3)
+
+
 def test_sampler_refusals(model):
     with pytest.raises(ValueError, match=r"5 labels are more than the 4 samples of a batch; use draw\(\)"):
         Sampler(model, SHAPE, batch=4)(LABELS[:5])

@@ -1,5 +1,6 @@
 """What the objectives share: the interface the trainer uses, and what they return."""
 
+import inspect
 from typing import NamedTuple
 
 import torch
@@ -62,7 +63,7 @@ class Objective(nn.Module):
         impl: of the fused ops; by default the network's own, see :func:`soflow_fast.kernels.resolve_impl`.
 
     Raises:
-        ValueError: for a network that has neither.
+        ValueError: for a network that has neither, or does not take these four.
 
     Attributes:
         path: of its noise. condition_dim: how many numbers it tells the network of a row beside its label.
@@ -79,6 +80,7 @@ class Objective(nn.Module):
         super().__init__()
         require_range("velocity_share", velocity_share, 0, 1)
         require_classes(net)
+        _require_arguments(net)
         self.network, self.velocity_share = net, velocity_share
         self._derived: dict[bool, ForwardDifference | None] = {True: None, False: None}  # of the training mode or not
         self._drawless: set[bool] = set()
@@ -202,8 +204,9 @@ class Objective(nn.Module):
                 need theirs, or they draw the same numbers.
 
         Raises:
-            ValueError: for a progress outside [0, 1].
+            ValueError: for a progress outside [0, 1], and what :func:`require_batch` refuses.
         """
+        require_batch(x0, labels)
         if not torch.is_tensor(progress) and not 0 <= progress <= 1:
             raise ValueError(f"progress={progress} is outside [0, 1]; give step / total_steps")
         order, n_velocity = paths.row_order(x0.shape[0], self.velocity_share, first_row)
@@ -339,6 +342,26 @@ def require_range(name: str, value: float, low: float, high: float) -> None:
     """ValueError unless ``low <= value <= high``."""
     if not low <= value <= high:
         raise ValueError(f"{name}={value} is outside [{low}, {high}]")
+
+
+def require_batch(x0: Tensor, labels: Tensor | None) -> None:
+    """ValueError unless x0 are samples, and there is a label for each, or none at all."""
+    if not x0.is_floating_point():
+        raise ValueError(f"x0 has dtype {x0.dtype}; give samples in floating point, about in [-1, 1]")
+    if not len(x0):
+        raise ValueError("x0 has no samples; give at least one")
+    if labels is not None and len(labels) != len(x0):
+        raise ValueError(f"there are {len(labels)} labels for {len(x0)} samples; give one for each")
+
+
+def _require_arguments(net: nn.Module) -> None:
+    try:
+        inspect.signature(net.forward).bind("x", "t", "s", "labels")
+    except TypeError as error:
+        raise ValueError(
+            f"the network {type(net).__name__} is called as net(x, t, s, labels), and its forward does not take that "
+            f"({error}); give it these four arguments"
+        ) from None
 
 
 def require_null_label(net: nn.Module, guidance: str | None, label_drop: float) -> None:
