@@ -12,6 +12,12 @@ the next call. A stage that leaves no JSON, or a partial one, is gone on with by
 tests run from the checkout. Where the files are without their git history, ``git rev-parse HEAD > COMMIT`` before they
 are copied tells the results their commit. ``--smoke`` runs the smallest form of every stage, on a CPU too: it tries the
 campaign, and its figures mean nothing.
+
+A folder belongs to one card. What 30 minutes are best spent on, in three calls:
+
+    run --minutes 9                                                   H200, 139 GiB: the stages as they come
+    run --minutes 9 --folder benchmarks/results/h100 --only correctness rates throughput_b4 profile_b4
+        throughput_xl2_96                                             80 GiB: XL/2 at batch 256 is too large there
 """
 
 import argparse
@@ -19,6 +25,7 @@ import contextlib
 import io
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -113,6 +120,7 @@ STAGES = (
     Stage("kernels", "kernels.py", (), ("--smoke", "--only", "silu_difference"), 450, pieces=True),
     Stage("errors", "errors.py", (), ("--only", "silu_difference"), 200),
     Stage("precision", "precision.py", ("--weights", "random", "digits"), seconds=180),
+    Stage("profile_b4", "profile_step.py", ("--model", "DiT-B/4", "--rates", "{folder}/rates.json"), seconds=90),
     _throughput("ladder_b4", "DiT-B/4", ("ladder",), 240),
     _throughput("ablations_b4", "DiT-B/4", ("ablations",), 300),
     _throughput("throughput_xl2_96", "DiT-XL/2", ("table",), 1100, batch=96),
@@ -257,8 +265,11 @@ class Campaign:
         if report is None:
             path.rename(path.with_name(path.name + ".unreadable"))
         else:
-            commit = report["environment"]["commit"]
-            path.rename(path.with_suffix(f".{commit['hash'][:8] if commit else 'unknown'}.json"))
+            card, commit = identity(report["environment"])
+            name = commit[:8] if commit else "unknown"
+            if card != identity(self.here)[0]:  # the same commit's may have been set aside too
+                name += "." + re.sub(r"\W+", "-", card)
+            path.rename(path.with_suffix(f".{name}.json"))
 
     def _command(self, stage: Stage, left: float) -> list[str]:
         if stage.script == "pytest":

@@ -78,6 +78,16 @@ def test_a_report_that_cannot_be_read_is_set_aside(campaign, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["correctness.json.unreadable"]
 
 
+def test_reports_of_two_cards_are_set_aside_apart(campaign, tmp_path):
+    here, stage = campaign.Campaign(tmp_path, tmp_path, smoke=True), campaign.STAGES[0]
+    for card in ("NVIDIA H200", "NVIDIA H100 80GB"):
+        of_it = {"gpu": {"name": card}, "commit": {"hash": "0123456789"}}
+        here._json(stage).write_text(json.dumps({"environment": of_it}))
+        here._set_aside(stage)
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {f"correctness.01234567.{card}.json" for card in ("NVIDIA-H200", "NVIDIA-H100-80GB")}
+
+
 def test_a_partial_report_is_not_done(run, tmp_path):
     path = tmp_path / "results" / "rates.json"
     assert run("run", "--only", "rates")[0] == 0
