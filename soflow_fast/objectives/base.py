@@ -292,6 +292,11 @@ class Objective(nn.Module):
         return torch.cat([torch.full_like(labels[:, :1], self.network.num_classes), labels[:, 1:]], 1)
 
 
+def is_objective(module: nn.Module | None) -> bool:
+    """Whether a module is an objective, as it is or as torch.compile wraps it, and not a network to put one over."""
+    return isinstance(getattr(module, "_orig_mod", module), Objective)
+
+
 def combine(parts: dict[str, LossOutput]) -> TotalLoss:
     """The mean over all rows of all parts."""
     total = sum(len(part.t) for part in parts.values())
