@@ -22,7 +22,8 @@ from soflow_fast.config_io import require_count
 from soflow_fast.differencing import left_as_it_was
 from soflow_fast.dit import DiT
 from soflow_fast.ema import EMA
-from soflow_fast.objectives.base import LossOutput, Objective, TotalLoss, is_objective, joined, require_choice
+from soflow_fast.kernels.coefficients import require_choice
+from soflow_fast.objectives.base import LossOutput, Objective, TotalLoss, is_objective, joined
 from soflow_fast.paths import row_order, row_period
 from soflow_fast.precision import PRECISIONS, ComputeCopy, follows_parameters, tensor_cores
 from soflow_fast.reduction import INDUCTOR_OPTIONS, CompiledReduction

@@ -334,12 +334,6 @@ def by_batch(net: nn.Module) -> str | None:
     return None
 
 
-def require_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    """ValueError unless value is one of the choices."""
-    if value not in choices:
-        raise ValueError(f"{name}={value!r} is not known; choose one of {', '.join(choices)}")
-
-
 def require_range(name: str, value: float, low: float, high: float) -> None:
     """ValueError unless ``low <= value <= high``."""
     if not low <= value <= high:
