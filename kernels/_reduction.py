@@ -18,7 +18,7 @@ from torch import Tensor
 from ._launch import Launch, launch, require_dtype, require_shape
 from ._math import log
 from ._op import raw_op
-from .coefficients import PARAMETERIZATIONS
+from .coefficients import PARAMETERIZATIONS, require_choice
 
 # Latents (4096 values) are one iteration of 8 values a thread; larger samples loop. Many warps a row, because there are
 # fewer rows than an H100 has SMs: the consistency rows of a batch of 256 are 64.
@@ -106,10 +106,7 @@ def require_samples(
     parameterization: str, samples: dict[str, Tensor], times: dict[str, Tensor], drop: Tensor | None = None
 ):
     """ValueError unless all samples have the shape of the first, all times one value per row, in known dtypes."""
-    if parameterization not in PARAMETERIZATIONS:
-        raise ValueError(
-            f"parameterization={parameterization!r} is not known; choose one of {', '.join(PARAMETERIZATIONS)}"
-        )
+    require_choice("parameterization", parameterization, PARAMETERIZATIONS)
     shape = next(iter(samples.values())).shape
     for name, x in samples.items():
         require_shape(name, x, shape)

@@ -1,7 +1,8 @@
 """Scalar functions of time that the ops and the objectives share: paths, solution functions, the quotient, guidance.
 
 Time runs from data at ``t=0`` to noise at ``t=1``. Every function is elementwise over float tensors ``t, s, gap`` of
-any one shape, keeps their dtype and returns tensors of that shape. Source: SoFlow (arXiv 2512.15657).
+any one shape, keeps their dtype and returns tensors of that shape; the name of a path or parameterization that is not
+known is a ValueError. Source: SoFlow (arXiv 2512.15657).
 """
 
 import math
@@ -15,11 +16,18 @@ PARAMETERIZATIONS = ("euler", "trig")
 _HALF_PI = math.pi / 2
 
 
+def require_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    """ValueError unless value is one of the choices."""
+    if value not in choices:
+        raise ValueError(f"{name}={value!r} is not known; choose one of {', '.join(choices)}")
+
+
 def path_coefficients(t: Tensor, path: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``(α, β, α', β')`` of the path ``x_t = α x_0 + β ε`` and of its velocity ``v_t = α' x_0 + β' ε``.
 
     ``linear``: α = 1−t, β = t. ``trig``: α = cos(πt/2), β = sin(πt/2).
     """
+    require_choice("path", path, PATHS)
     if path == "linear":
         one = torch.ones_like(t)
         return 1 - t, t, -one, one
@@ -32,6 +40,7 @@ def solution_coefficients(t: Tensor, s: Tensor, parameterization: str) -> tuple[
 
     ``euler``: a = 1, b = s−t. ``trig``: a = cos(π(s−t)/2), b = sin(π(s−t)/2).
     """
+    require_choice("parameterization", parameterization, PARAMETERIZATIONS)
     if parameterization == "euler":
         return torch.ones_like(t), s - t
     angle = _HALF_PI * (s - t)
@@ -40,6 +49,7 @@ def solution_coefficients(t: Tensor, s: Tensor, parameterization: str) -> tuple[
 
 def velocity_scale(parameterization: str) -> float:
     """``∂_s b(t,s)`` at ``s=t``: the model's velocity is this times ``F(x,t,t)`` (``∂_s a`` vanishes there)."""
+    require_choice("parameterization", parameterization, PARAMETERIZATIONS)
     return 1.0 if parameterization == "euler" else _HALF_PI
 
 
@@ -56,6 +66,7 @@ def quotient_coefficients(
     Args:
         t, gap, s: times of the row, ``0 <= s <= t − gap``; gap is carried, never recomputed from l.
     """
+    require_choice("parameterization", parameterization, PARAMETERIZATIONS)
     if parameterization == "euler":
         one = torch.ones_like(t)
         c_d = (t - s) if tangent else ((t - s) - gap) / gap

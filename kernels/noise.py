@@ -21,7 +21,7 @@ from ._cases import Case, Inputs
 from ._launch import Launch, constants, launch, require_dtype, require_shape
 from ._math import log, sin_cos
 from ._op import raw_op
-from .coefficients import PATHS
+from .coefficients import PATHS, require_choice
 from .reference import Stream
 
 # Eight values a thread, two 16-byte stores for each output; the rounds of Philox need few registers, so that most of an
@@ -252,11 +252,6 @@ def _require_no_gradient(**tensors: Tensor) -> None:
             raise ValueError(f"the fused kernel has no gradient for {name}; detach it or use impl='torch'")
 
 
-def _require_path(path: str) -> None:
-    if path not in PATHS:
-        raise ValueError(f"path={path!r} is not known; choose one of {', '.join(PATHS)}")
-
-
 def uniform(rows: Tensor, n: int, *, seed: int | Tensor, step: int | Tensor, stream: int) -> Tensor:
     """Fused :func:`soflow_fast.kernels.reference.uniform`, bitwise equal to it.
 
@@ -301,7 +296,7 @@ def interpolate(x0: Tensor, noise: Tensor, t: Tensor, *, path: str) -> tuple[Ten
     Raises:
         ValueError: for an unknown path, for shapes or dtypes that do not fit, for inputs that require a gradient.
     """
-    _require_path(path)
+    require_choice("path", path, PATHS)
     require_shape("noise", noise, x0.shape)
     require_shape("t", t, x0.shape[:1])
     for name, x in (("x0", x0), ("noise", noise), ("t", t)):
@@ -332,7 +327,7 @@ def noisy_sample(
     Raises:
         ValueError: for an unknown path, for shapes or dtypes that do not fit, for inputs that require a gradient.
     """
-    _require_path(path)
+    require_choice("path", path, PATHS)
     _require_rows(rows)
     if data.dim() < 2 or (latent_scale is not None and data.shape[1] % 2):
         needed = "(B, C, ...)" if latent_scale is None else "(B, 2C, ...), mean and std,"

@@ -26,7 +26,7 @@ from soflow_fast.dit import PRESETS, DiT
 from soflow_fast.fingerprint import labels_of
 from soflow_fast.imported import import_maker, is_import_path
 from soflow_fast.objectives.alphaflow import AlphaFlow
-from soflow_fast.objectives.base import Objective
+from soflow_fast.objectives.base import Objective, is_objective
 from soflow_fast.objectives.flow_matching import FlowMatching
 from soflow_fast.objectives.improved_meanflow import ImprovedMeanFlow
 from soflow_fast.objectives.meanflow import MeanFlow
@@ -222,11 +222,6 @@ def _require_classes(config: TrainConfig, objective: nn.Module | type[nn.Module]
 def network_of(given: nn.Module) -> nn.Module:
     """The network given to the Trainer, alone or under an objective."""
     return given.network if is_objective(given) else given
-
-
-def is_objective(module: nn.Module | None) -> bool:
-    """Whether a module given to the Trainer is an objective, and not a network to put one over."""
-    return hasattr(module, "loss_of_rows")
 
 
 def sample_shape(config: TrainConfig) -> tuple[int, int, int]:

@@ -14,6 +14,7 @@ from torch.export import Dim
 from soflow_fast.checkpoint import on_host, whole_file, writing
 from soflow_fast.conditions import null_condition
 from soflow_fast.dit import DiT
+from soflow_fast.precision import follows_parameters
 from soflow_fast.sample import SAMPLE_PRECISIONS, Decoder, evaluating, sample
 
 #: What is written, by the suffix of its file.
@@ -88,11 +89,11 @@ def write_program(
     if precision not in SAMPLE_PRECISIONS:
         raise ValueError(f"precision={precision!r} is not known; choose one of {', '.join(SAMPLE_PRECISIONS)}")
     network = use_torch(model).network
-    low, follows_parameters = precision == "bf16", hasattr(network, "compute_dtype")
-    if low and follows_parameters:
+    low, in_bfloat16 = precision == "bf16", follows_parameters(network)
+    if low and in_bfloat16:
         for parameter in network.parameters():
             parameter.data = parameter.data.bfloat16()
-    generator = _Generator(model, steps, decode, autocast=low and not follows_parameters).requires_grad_(False)
+    generator = _Generator(model, steps, decode, autocast=low and not in_bfloat16).requires_grad_(False)
     arguments, seed = _arguments(model, shape, steps, _CAPTURED_ROWS)
     rows = {0: Dim.DYNAMIC}
     moving = dict(zip(("noise", "labels"), [rows] * len(arguments), strict=False)) | dict.fromkeys(seed)

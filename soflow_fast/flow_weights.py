@@ -21,6 +21,7 @@ from soflow_fast import paths
 from soflow_fast.dit import DiT
 from soflow_fast.kernels.reference import frequencies
 from soflow_fast.layers import SINUSOID_WIDTH
+from soflow_fast.objectives.base import is_objective
 
 FORMS = ("sit", "repa", "meanflow")
 
@@ -35,7 +36,7 @@ def converted(weights: Mapping[str, Tensor], form: str, model: nn.Module) -> dic
     Raises:
         ValueError: for a form that is not known, another network, and weights that are of this library.
     """
-    net = getattr(model, "network", model)
+    net = model.network if is_objective(model) else model
     if form not in FORMS:
         raise ValueError(f"initial_weights_form={form!r} is not known; choose one of {', '.join(FORMS)}, or own")
     if not isinstance(net, DiT):

@@ -17,7 +17,7 @@ from soflow_fast.conditions import OfItems, null_condition, require_classes
 from soflow_fast.config import GIVEN, OBJECTIVE_SECTIONS, ModelConfig, TrainConfig
 from soflow_fast.data.checks import is_first_process
 from soflow_fast.dit import DiT
-from soflow_fast.objectives.base import Objective
+from soflow_fast.objectives.base import Objective, is_objective
 from soflow_fast.sample import evaluating
 from soflow_fast.unet import UNet
 
@@ -208,7 +208,7 @@ def _with_values_of(config: TrainConfig, model: nn.Module, preset: str) -> Train
         )
     arguments = {} if preset == GIVEN else config.model.init_args
     config = replace(config, model=replace(config.model, preset=preset, init_args=arguments, num_classes=num_classes))
-    if not build.is_objective(model):
+    if not is_objective(model):
         return config
     name = next((name for name, objective in build.OBJECTIVES.items() if type(model) is objective), GIVEN)
     sections = {} if name == GIVEN else {name: _section_of(model, name)}

@@ -15,6 +15,7 @@ from soflow_fast.kernels.coefficients import (
     guidance_decay,
     path_coefficients,
     quotient_coefficients,
+    require_choice,
     solution_coefficients,
     velocity_scale,
 )
@@ -47,7 +48,11 @@ def gap_ratio(progress: float | Tensor, schedule: str, init: float, end: float) 
 
     Returns:
         0-d tensor, float32 (the dtype of a tensor progress).
+
+    Raises:
+        ValueError: for a schedule that is not known.
     """
+    require_choice("schedule", schedule, GAP_SCHEDULES)
     k = torch.as_tensor(progress, dtype=None if torch.is_tensor(progress) else torch.float32)
     if schedule == "const":
         return torch.full_like(k, end)

@@ -83,6 +83,11 @@ class ComputeCopy:
         return {**self.copies, **dict(zip(self._trained, _ToMaster.apply(copies, *masters), strict=True))}
 
 
+def follows_parameters(network: nn.Module) -> bool:
+    """Whether a network computes in the dtype of its parameters, as DiT does; low precision of others is autocast's."""
+    return hasattr(network, "compute_dtype") and hasattr(network, "forward_difference")
+
+
 @contextlib.contextmanager
 def tensor_cores(precision: str) -> Iterator[None]:
     """TensorFloat-32 products inside the block, except for ``fp32``; they are exact for operands that were bfloat16.

@@ -15,7 +15,7 @@ from soflow_fast.capture import Captured, compiled, on_side_stream
 from soflow_fast.conditions import OfItems, told
 from soflow_fast.kernels.reference import Stream, normal
 from soflow_fast.paths import path_coefficients
-from soflow_fast.precision import ComputeCopy, tensor_cores
+from soflow_fast.precision import ComputeCopy, follows_parameters, tensor_cores
 
 SAMPLE_PRECISIONS = ("bf16", "fp32")
 
@@ -144,10 +144,9 @@ class Sampler:
             raise ValueError(f"cuda_graph=True needs the model on a CUDA GPU; it is on {self.device}")
         self.batch = batch
         self._batch = _Batch(model, tuple(shape), steps, seed, batch)
-        low = self.precision == "bf16"
-        follows_parameters = hasattr(model.network, "compute_dtype")
-        self._copy = ComputeCopy(self._batch, model.network) if low and follows_parameters else None
-        self._autocast = low and not follows_parameters
+        low, on_copies = self.precision == "bf16", follows_parameters(model.network)
+        self._copy = ComputeCopy(self._batch, model.network) if low and on_copies else None
+        self._autocast = low and not on_copies
         self._run = compiled(_draw, self.compile)  # a method of this object would keep it in a cycle
         self._graph: Captured | None = None
         self._first_row = torch.zeros((), dtype=torch.int64, device=self.device)

@@ -21,9 +21,10 @@ from soflow_fast.config_io import require_count
 from soflow_fast.differencing import left_as_it_was
 from soflow_fast.dit import DiT
 from soflow_fast.ema import EMA
-from soflow_fast.objectives.base import LossOutput, Objective, TotalLoss, joined, require_batch, require_choice
+from soflow_fast.kernels.coefficients import require_choice
+from soflow_fast.objectives.base import LossOutput, Objective, TotalLoss, is_objective, joined, require_batch
 from soflow_fast.paths import row_order, row_period
-from soflow_fast.precision import PRECISIONS, ComputeCopy, tensor_cores
+from soflow_fast.precision import PRECISIONS, ComputeCopy, follows_parameters, tensor_cores
 from soflow_fast.reduction import INDUCTOR_OPTIONS, CompiledReduction
 from soflow_fast.sample import evaluating
 
@@ -147,7 +148,7 @@ class TrainStep:
         rank: int | None = None,
         world_size: int | None = None,
     ):
-        if not hasattr(model, "velocity_share"):
+        if not is_objective(model):
             raise ValueError(f"this {type(model).__name__} is no objective; give one over it, such as SoFlow(net)")
         for name, value in (("total_steps", total_steps), ("accumulation", accumulation)):
             require_count(name, value)
@@ -172,8 +173,8 @@ class TrainStep:
         if augment is not None:
             augment.check(model.network, latent_scale)
         on_gpu = device.type == "cuda"
-        follows_parameters = hasattr(model.network, "compute_dtype") and hasattr(model.network, "forward_difference")
-        only_float32 = model.needs_float32 and follows_parameters
+        follows = follows_parameters(model.network)
+        only_float32 = model.needs_float32 and follows
         self.precision = precision or ("bf16" if on_gpu and not only_float32 else "fp32")
         require_choice("precision", self.precision, PRECISIONS)
         if only_float32 and self.precision == "bf16":
@@ -181,7 +182,7 @@ class TrainStep:
                 f"precision='bf16' loses the difference of two outputs that this {type(model).__name__} takes: "
                 "use precision='fp32', or a derivative that is no finite difference"
             )
-        on_copies = self.precision == "bf16" and follows_parameters
+        on_copies = self.precision == "bf16" and follows
         if on_copies and hasattr(model.network, "_orig_mod"):
             raise ValueError(
                 "the network is compiled already, and bf16 computes on copies of its weights; give the network itself: "
@@ -205,7 +206,7 @@ class TrainStep:
         settings = {
             "latent_scale": latent_scale,
             "copy": self.copy,
-            "autocast": self.precision == "bf16" and not follows_parameters,
+            "autocast": self.precision == "bf16" and not follows,
         }
         self._loss = _Loss(model, augment=augment, compile=self.compile, reduction=self.reduction, **settings)
         self._loss_of_evaluation = partial(_Loss, augment=None, compile=False, reduction=None, **settings)
@@ -368,13 +369,12 @@ class TrainStep:
 
     def _prepare(self, model: Objective, x0: Tensor, labels: Tensor | None, rows: int, augment=None) -> None:
         """Has an objective make what cannot be made while its loss is compiled."""
-        prepare = getattr(model, "prepare", None)  # an objective of one's own may need none
-        if rows and prepare is not None:
+        if rows:
             channels = x0.shape[1] if self._latent_scale is None else x0.shape[1] // 2
             samples = x0[:rows, :channels].to(torch.promote_types(x0.dtype, torch.float32))
             if augment is not None:
                 labels = augment.conditions(samples, None)
-            prepare(samples, labels)
+            model.prepare(samples, labels)
 
     def _row_orders(self, batch: int) -> list[tuple[Tensor, Tensor, int]]:
         """For each micro-batch: offsets into the rows, velocity first; their global rows; how many are velocity."""

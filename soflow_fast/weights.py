@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from soflow_fast import checkpoint, flow_weights
-from soflow_fast.objectives.base import Objective
+from soflow_fast.objectives.base import is_objective
 from soflow_fast.positions import are_of_one_grid
 
 # Under which names trainings keep weights beside other things; the averages first, as they are the better ones.
@@ -67,7 +67,7 @@ def read_weights(
     weights: dict[str, Tensor] = {}
     for part in reversed([_renamed(part, own) for part in parts]):  # averages may be of parameters alone
         weights = {name: value for name, value in weights.items() if name in own} | part
-    if isinstance(model, Objective) and any(name.startswith(_PREFIX) for name in weights):
+    if is_objective(model) and any(name.startswith(_PREFIX) for name in weights):
         weights = {name: value for name, value in weights.items() if name in own or name.startswith(_PREFIX)}
     if form != "own":
         weights = flow_weights.converted(weights, form, model)

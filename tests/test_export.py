@@ -108,7 +108,9 @@ def test_of_a_network_without_classes_under_autocast(tmp_path):
     model = SoFlow(net, guidance_scale=1.0, label_drop=0.0)
     for parameter in net.parameters():
         nn.init.normal_(parameter, std=0.1)
+    net.compute_dtype = torch.float32  # an attribute of its own, which does not say that it follows its parameters
     sampler = Sampler(model, (1, 8, 8), batch=4, precision="bf16", compile=False)
+    assert sampler(None).isfinite().all()
     noise = _noise(4, 1, 8, 8)
     usage = write_program(model, (1, 8, 8), tmp_path / "x.pt2", {}, precision="bf16")
     assert usage.endswith("samples = generator(torch.randn(8, 1, 8, 8))")

@@ -136,6 +136,21 @@ def test_gap_ratio(schedule, expected):
         assert on_device.item() == pytest.approx(r, rel=1e-13)
 
 
+@pytest.mark.parametrize(
+    ("call", "sentence"),
+    [
+        (lambda t: paths.path_coefficients(t, "Linear"), "path='Linear' is not known; choose one of linear, trig"),
+        (lambda t: paths.velocity_scale("Euler"), "parameterization='Euler' is not known; choose one of euler, trig"),
+        (lambda t: paths.solution_coefficients(t, t, "Euler"), "parameterization='Euler' is not known"),
+        (lambda t: paths.quotient_coefficients(t, t, t, "Euler"), "parameterization='Euler' is not known"),
+        (lambda t: paths.gap_ratio(0.5, "Const", 0.1, 0.2), "schedule='Const' is not known; choose one of const, line"),
+    ],
+)
+def test_a_name_that_is_not_known_is_refused(call, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        call(TIMES)
+
+
 def test_logit_normal():
     z = _float64([-2.0, 0.0, 1.5])
     expected = [1 / (1 + math.exp(-(0.3 + 0.7 * y))) for y in z.tolist()]

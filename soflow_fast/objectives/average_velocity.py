@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from soflow_fast import paths
 from soflow_fast.conditions import takes_labels
+from soflow_fast.kernels.coefficients import require_choice
 from soflow_fast.kernels.reference import Stream
 from soflow_fast.objectives.base import (
     NORMS_REMEDY,
@@ -17,7 +18,6 @@ from soflow_fast.objectives.base import (
     TotalLoss,
     by_batch,
     combine,
-    require_choice,
     require_range,
 )
 

@@ -295,6 +295,11 @@ class Objective(nn.Module):
         return torch.cat([torch.full_like(labels[:, :1], self.network.num_classes), labels[:, 1:]], 1)
 
 
+def is_objective(module: nn.Module | None) -> bool:
+    """Whether a module is an objective, as it is or as torch.compile wraps it, and not a network to put one over."""
+    return isinstance(getattr(module, "_orig_mod", module), Objective)
+
+
 def combine(parts: dict[str, LossOutput]) -> TotalLoss:
     """The mean over all rows of all parts."""
     total = sum(len(part.t) for part in parts.values())
@@ -330,12 +335,6 @@ def by_batch(net: nn.Module) -> str | None:
         if isinstance(module, _BatchNorm) and (module.training or module.running_mean is None):
             return f"{type(module).__name__} {name!r}"
     return None
-
-
-def require_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    """ValueError unless value is one of the choices."""
-    if value not in choices:
-        raise ValueError(f"{name}={value!r} is not known; choose one of {', '.join(choices)}")
 
 
 def require_range(name: str, value: float, low: float, high: float) -> None:
