@@ -1,7 +1,6 @@
 """What samples and labels of any data set must be."""
 
 import logging
-import os
 from collections.abc import Iterable
 from numbers import Integral
 from typing import Any
@@ -10,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset, TensorDataset
+
+from soflow_fast import distributed
 
 _log = logging.getLogger(__name__)
 
@@ -105,7 +106,7 @@ def as_condition(value: Any, null_condition: Tensor) -> Tensor:
 def warn_of_unused_classes(dataset: Dataset, num_classes: int) -> None:
     """Logs how many of the classes no sample is of, where the labels are at hand; in the first process."""
     labels = labels_at_hand(dataset) if num_classes else None
-    if labels is None or not is_first_process():
+    if labels is None or distributed.rank() != 0:
         return
     found = np.unique(labels)
     if len(found) >= num_classes:
@@ -113,11 +114,6 @@ def warn_of_unused_classes(dataset: Dataset, num_classes: int) -> None:
     needed = int(found[-1]) + 1
     remedy = "" if needed >= num_classes else f"; set model.num_classes={needed}"
     _log.warning("%d of %d classes have samples in the data%s", len(found), num_classes, remedy)
-
-
-def is_first_process() -> bool:
-    """Whether this is the process that speaks for all; before they have joined."""
-    return os.environ.get("RANK", "0") == "0"
 
 
 def labels_at_hand(dataset: Dataset) -> np.ndarray | None:

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from soflow_fast.data.checks import checked_labels, is_first_process, labels_at_hand, require_pair
+from soflow_fast import distributed
+from soflow_fast.data.checks import checked_labels, labels_at_hand, require_pair
 from soflow_fast.data.loader import caller_keeps_generators
 
 _log = logging.getLogger(__name__)
@@ -47,7 +48,7 @@ def require_labels_at_hand(dataset: Dataset, num_classes: int) -> None:
 
 def warn_of_other_range(dataset: Dataset) -> None:
     """Logs, in the first process, that images seem to lie in [0, 1] or [0, 255] and how to scale them to [-1, 1]."""
-    if not is_first_process():
+    if distributed.rank() != 0:
         return
     try:
         with caller_keeps_generators():
