@@ -28,7 +28,7 @@ def resolve_impl(name: str) -> str:
         raise ValueError(f"impl={name!r} is not known; choose one of {', '.join(IMPLEMENTATIONS)}")
     if name == "torch":
         return name
-    missing = _missing_for_triton()
+    missing = missing_for_triton()
     if name == "auto":
         return "torch" if missing or not torch.cuda.is_available() else "triton"
     if missing:
@@ -36,7 +36,8 @@ def resolve_impl(name: str) -> str:
     return name
 
 
-def _missing_for_triton() -> str | None:
+def missing_for_triton() -> str | None:
+    """Why Triton's kernels cannot run here, as the rest of a sentence about them, or None."""
     if importlib.util.find_spec("triton") is None:
         return "needs the package triton, which is not installed (pip install triton)"
     from triton import knobs

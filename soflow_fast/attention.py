@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from soflow_fast.kernels import MAX_HEAD_DIM, resolve_impl
+from soflow_fast.kernels import MAX_HEAD_DIM, missing_for_triton
 
 _log = logging.getLogger(__name__)
 
@@ -55,45 +55,33 @@ def resolve_attention(name: str, head_dim: int, compute_dtype: torch.dtype | Non
     """
     if name not in BACKENDS:
         raise ValueError(f"attention={name!r} is not known; choose one of {', '.join(BACKENDS)}")
-    _require_available(name, head_dim, compute_dtype)
+    missing = missing_for(name, head_dim, compute_dtype)
+    if missing:
+        raise ValueError(f"attention={name!r} {missing}; choose attention='sdpa'")
     chosen = "sdpa" if name == "auto" else name
     _log.info("attention=%s is %s", name, chosen)
     return chosen
 
 
-def _require_available(name: str, head_dim: int, compute_dtype: torch.dtype | None) -> None:
+def missing_for(name: str, head_dim: int, compute_dtype: torch.dtype | None = None) -> str | None:
+    """Why a backend cannot run here, as the rest of a sentence about it, or None; of :func:`resolve_attention`."""
     if name == "triton":
-        try:
-            resolve_impl(name)
-        except ValueError as error:
-            raise ValueError(str(error).replace("impl=", "attention=").replace("'torch'", "'sdpa'")) from None
-        most = MAX_HEAD_DIM.get(compute_dtype, max(MAX_HEAD_DIM.values()))
-        if head_dim > most:
-            where = f" in {compute_dtype}" if compute_dtype in MAX_HEAD_DIM else ""
-            raise ValueError(
-                f"attention='triton' takes head dims up to {most}{where}, and this model has {head_dim}; "
-                "choose attention='sdpa'"
-            )
+        missing, most = missing_for_triton(), MAX_HEAD_DIM.get(compute_dtype, max(MAX_HEAD_DIM.values()))
+        if missing or head_dim <= most:
+            return missing
+        where = f" in {compute_dtype}" if compute_dtype in MAX_HEAD_DIM else ""
+        return f"takes head dims up to {most}{where}, and this model has {head_dim}"
     if name == "flash_attn":
         spec = importlib.util.find_spec("flash_attn")
-        if (
-            spec is None or spec.origin is None
-        ):  # a folder without __init__.py is version 4, which has another interface
-            raise ValueError(
-                "attention='flash_attn' needs the package flash-attn, which is not installed; "
-                "run pip install 'soflow-fast[flash]' or choose attention='sdpa'"
-            )
-        if not torch.cuda.is_available():
-            raise ValueError("attention='flash_attn' needs a CUDA GPU and none is visible; choose attention='sdpa'")
-        if head_dim % 8 or head_dim > _FLASH_MAX_HEAD_DIM:
-            raise ValueError(
-                f"attention='flash_attn' takes head dims that are multiples of 8 up to {_FLASH_MAX_HEAD_DIM}, "
-                f"and this model has {head_dim}; choose attention='sdpa'"
-            )
-    if name == "torch_efficient" and not torch.cuda.is_available():
-        raise ValueError("attention='torch_efficient' needs a CUDA GPU and none is visible; choose attention='sdpa'")
+        if spec is None or spec.origin is None:  # a folder without __init__.py is version 4, of another interface
+            return "needs the package flash-attn, which is not installed (pip install 'soflow-fast[flash]')"
     if name == "cudnn" and not (torch.cuda.is_available() and torch.backends.cudnn.is_available()):
-        raise ValueError("attention='cudnn' needs a CUDA GPU with cuDNN and none is visible; choose attention='sdpa'")
+        return "needs a CUDA GPU with cuDNN and none is visible"
+    if name in OF_A_GPU and not torch.cuda.is_available():
+        return "needs a CUDA GPU and none is visible"
+    if name == "flash_attn" and (head_dim % 8 or head_dim > _FLASH_MAX_HEAD_DIM):
+        return f"takes head dims that are multiples of 8 up to {_FLASH_MAX_HEAD_DIM}, and this model has {head_dim}"
+    return None
 
 
 def warn_of_large_heads(head_dim: int, compute_dtype: torch.dtype | None = None) -> None:

@@ -8,7 +8,6 @@ from inspect import signature
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
@@ -19,11 +18,8 @@ from soflow_fast.augment import AUGMENT_DIM
 from soflow_fast.config import GIVEN, ModelConfig, TrainConfig
 from soflow_fast.config_model import UNET_PRESET
 from soflow_fast.data import CIFAR10, ImageFolder, LatentMoments, MomentsFolder, digits, find_moments_folder
-from soflow_fast.data.checks import require_pair, warn_of_unused_classes
-from soflow_fast.data.loader import caller_keeps_generators, seed_generators
-from soflow_fast.data.look import require_labels_at_hand, warn_of_other_range
+from soflow_fast.data.checks import require_labels_at_hand, require_pair, warn_of_other_range, warn_of_unused_classes
 from soflow_fast.dit import PRESETS, DiT
-from soflow_fast.fingerprint import labels_of
 from soflow_fast.imported import import_maker, is_import_path
 from soflow_fast.objectives.alphaflow import AlphaFlow
 from soflow_fast.objectives.base import Objective, is_objective
@@ -32,6 +28,7 @@ from soflow_fast.objectives.improved_meanflow import ImprovedMeanFlow
 from soflow_fast.objectives.meanflow import MeanFlow
 from soflow_fast.objectives.soflow import SoFlow
 from soflow_fast.optim import OPTIMIZERS, can_leave_out
+from soflow_fast.seeding import preserve_rng, seed_generators
 from soflow_fast.size import height_and_width
 from soflow_fast.unet import UNet
 
@@ -146,7 +143,7 @@ def build_model(config: TrainConfig, given: nn.Module | None = None) -> nn.Modul
 def _imported_objective(config: TrainConfig, network: nn.Module | None, impl: str) -> Objective:
     """The objective at an import path; its network is drawn as of any other, what it draws beside it is of the seed."""
     path, arguments = config.objective, config.objective_args
-    with caller_keeps_generators():
+    with preserve_rng():
         objective = import_maker("objective", path, arguments, network).func
     _require_classes(config, objective)
     if network is None:
@@ -281,8 +278,8 @@ def check_dataset(
     Raises:
         ValueError: if it has no length, no index, no sample or, to be trained on, no full batch, its items are not
             pairs of a floating-point tensor and a label, or where there is a null condition, a condition of its form,
-            its labels seem to start at 1 or are outside the classes, where they are at hand, or its samples are neither
-            (C, H, W) nor (2C, H, W).
+            its labels are outside the classes, where they are at hand, or its samples are neither (C, H, W) nor
+            (2C, H, W).
     """
     if isinstance(dataset, DataLoader):
         raise ValueError(
@@ -303,10 +300,9 @@ def check_dataset(
             f"batch_size={config.batch_size} is more than the {len(dataset)} samples of the data; "
             f"choose at most {len(dataset)}"
         )
-    with caller_keeps_generators():  # from which an item may draw
+    with preserve_rng():  # from which an item may draw
         shape = require_pair(dataset[0], config.model.num_classes, null_condition)
     channels, *size = sample_shape(config)
-    _require_labels_from_0(dataset, config.model.num_classes)
     require_labels_at_hand(dataset, config.model.num_classes)
     if trained_on:
         warn_of_unused_classes(dataset, config.model.num_classes)
@@ -322,27 +318,14 @@ def check_dataset(
     )
 
 
-def _require_labels_from_0(dataset: Dataset, num_classes: int) -> None:
-    """ValueError for labels 1..num_classes, where they are known without reading the samples."""
-    labels = labels_of(dataset)
-    if not num_classes or labels is None:
-        return
-    low, high = int(np.min(labels)), int(np.max(labels))
-    if low > 0 and high == num_classes:
-        raise ValueError(
-            f"the data set has labels from {low} to {high}, and labels start at 0: those of {num_classes} classes are "
-            f"0..{num_classes - 1}; subtract 1"
-        )
-
-
 def imported(setting: str, path: str, arguments: dict[str, Any], seed: int, *first: Any) -> Any:
     """What is at an import path; what it draws is a function of the seed, and the caller's generators stay."""
-    with caller_keeps_generators():
+    with preserve_rng():
         make = import_maker(setting, path, arguments, *first)  # which may draw too, but once a process
     return _seeded(make, seed, setting)
 
 
 def _seeded(make: Callable[[], Any], seed: int, setting: str) -> Any:
-    with caller_keeps_generators():
+    with preserve_rng():
         seed_generators(f"{seed},{setting}")
         return make()

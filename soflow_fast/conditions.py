@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from soflow_fast.data.checks import is_of_tensors
-from soflow_fast.data.loader import caller_keeps_generators, seed_generators
+from soflow_fast.seeding import preserve_rng, seed_generators
 
 
 def null_condition(network: nn.Module | None) -> Tensor | None:
@@ -78,7 +78,7 @@ class OfItems:
         items = self.items[part]
         if is_of_tensors(self.dataset):
             return self.dataset.tensors[1][items].detach()
-        with caller_keeps_generators():
+        with preserve_rng():
             if callable(getattr(self.dataset, "conditions", None)):
                 return self.dataset.conditions(items.tolist())
             return torch.stack([self._read(item) for item in items.tolist()])

@@ -128,6 +128,16 @@ class Processes:
         return [theirs for theirs, _ in found]
 
 
+def rank() -> int:
+    """Which process this is, from 0, of those that torchrun started, before they have joined too."""
+    return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", "0"))
+
+
+def world_size() -> int:
+    """How many processes there are, before they have joined too."""
+    return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def begin_alike(processes: Processes, module: nn.Module) -> None:
     """All processes begin with the parameters and buffers of the first.
 
@@ -169,13 +179,13 @@ def join(device: torch.device) -> Processes:
     Raises:
         ValueError: for one numbered GPU for several processes, or fewer GPUs than processes.
     """
-    world_size = dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
-    if world_size == 1:
+    number = world_size()
+    if number == 1:
         if device.type == "cuda" and device.index is not None:
             torch.cuda.set_device(device)  # else pinned memory would begin to use the first GPU too
         return Processes(0, 1, device)
     if device.type == "cuda":
-        device = _own_gpu(device, world_size)
+        device = _own_gpu(device, number)
         torch.cuda.set_device(device)
     if not dist.is_initialized():
         if device.type == "cuda":
@@ -183,23 +193,21 @@ def join(device: torch.device) -> Processes:
         else:
             dist.init_process_group("gloo")
     atexit.register(time.sleep, _LAST_WORK_SECONDS)
-    return Processes(dist.get_rank(), world_size, device)
+    return Processes(rank(), number, device)
 
 
 def require_alone(command: str) -> None:
     """ValueError if torchrun started several processes, for a command that works in one."""
-    world_size = os.environ.get("WORLD_SIZE", "1")
-    if world_size != "1":
+    if world_size() > 1:
         raise ValueError(
-            f"{command} works in one process, and WORLD_SIZE={world_size} says that there are more; start it without "
+            f"{command} works in one process, and WORLD_SIZE={world_size()} says that there are more; start it without "
             "torchrun"
         )
 
 
 def whose() -> str:
     """Prefix of this process's messages, empty when alone."""
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    return f"process {os.environ.get('RANK')} of {world_size}: " if world_size > 1 else ""
+    return f"process {rank()} of {world_size()}: " if world_size() > 1 else ""
 
 
 def leave() -> None:

@@ -5,8 +5,8 @@ from importlib import metadata
 
 import torch
 
-from soflow_fast.attention import resolve_attention
-from soflow_fast.kernels import resolve_impl
+from soflow_fast.attention import missing_for, resolve_attention
+from soflow_fast.kernels import missing_for_triton, resolve_impl
 
 # Package, and what is missing without it.
 _PACKAGES = {
@@ -48,7 +48,7 @@ def report() -> str:
     why = "torch's own choice among its kernels, without cuDNN's; none has been measured to be better here"
     lines += [f"  attention=auto  {attention}: {why}"]
     for backend in ("triton", "flash_attn", "cudnn"):
-        lines.append(f"  attention={backend:<11}{_availability(backend)}")
+        lines.append(f"  attention={backend:<11}{missing_for(backend, _HEAD_DIM) or 'available, unverified'}")
     return "\n".join(lines)
 
 
@@ -81,15 +81,4 @@ def _gpus() -> list[tuple[str, str]]:
 def _why_impl(impl: str) -> str:
     if impl == "triton":
         return "a CUDA GPU that runs the fused kernels is visible"
-    try:
-        resolve_impl("triton")
-    except ValueError as error:
-        return str(error).removeprefix("impl='triton' ")
-    return "Triton's interpreter is on, which is for tests"
-
-
-def _availability(backend: str) -> str:
-    try:
-        return f"{resolve_attention(backend, _HEAD_DIM)}: available, unverified"
-    except ValueError as error:
-        return str(error).removeprefix(f"attention={backend!r} ")
+    return missing_for_triton() or "Triton's interpreter is on, which is for tests"

@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from soflow_fast import build, checkpoint, memory, run_folder
 from soflow_fast.conditions import null_condition
 from soflow_fast.config import TrainConfig
-from soflow_fast.data.look import described
+from soflow_fast.data.checks import described
 from soflow_fast.export import use_torch
 from soflow_fast.fingerprint import fingerprint
 from soflow_fast.paths import row_order

@@ -11,8 +11,8 @@ from torch.utils.data import Dataset
 
 from soflow_fast.data import CIFAR10, ImageFolder, LatentMoments, MomentsFolder
 from soflow_fast.data.checks import is_of_tensors, labels_at_hand
-from soflow_fast.data.loader import caller_keeps_generators
 from soflow_fast.data.moments import probe_rows
+from soflow_fast.seeding import preserve_rng
 
 
 def fingerprint(dataset: Dataset, num_classes: int, null_condition: Tensor | None = None) -> dict[str, object]:
@@ -24,14 +24,14 @@ def fingerprint(dataset: Dataset, num_classes: int, null_condition: Tensor | Non
     is the sha256 of the labels, where there are classes and it has them at hand.
     """
     found: dict[str, object] = {"samples": len(dataset)}
-    labels, names = labels_of(dataset), _names_of(dataset)
+    labels, names = _labels_of(dataset), _names_of(dataset)
     conditions = None if null_condition is None else _conditions_of(dataset)
     if conditions is not None:
         found["conditions"] = hashlib.sha256(conditions.contiguous().view(torch.uint8).numpy()).hexdigest()
     if labels is None:
         at_hand = labels_at_hand(dataset) if num_classes else None
         return found if at_hand is None else found | {"labels": hashlib.sha256(_as_bytes(at_hand)).hexdigest()}
-    with caller_keeps_generators():  # by which an image may be mirrored
+    with preserve_rng():  # by which an image may be mirrored
         found["shape"] = list(dataset[0][0].shape)
     if isinstance(dataset, ImageFolder) and num_classes:
         found["classes"] = list(dataset.classes)
@@ -47,7 +47,7 @@ def _as_bytes(labels: np.ndarray) -> bytes:
     return np.ascontiguousarray(labels, dtype="<i8").tobytes()
 
 
-def labels_of(dataset: Dataset) -> np.ndarray | None:
+def _labels_of(dataset: Dataset) -> np.ndarray | None:
     """(n,) labels where they are known without reading the samples, or None."""
     if is_of_tensors(dataset) and len(dataset.tensors) == 2:
         if dataset.tensors[1].is_floating_point():  # more than a label

@@ -12,10 +12,9 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 
-from soflow_fast import build
+from soflow_fast import build, distributed
 from soflow_fast.conditions import OfItems, null_condition, require_classes
 from soflow_fast.config import GIVEN, OBJECTIVE_SECTIONS, ModelConfig, TrainConfig
-from soflow_fast.data.checks import is_first_process
 from soflow_fast.dit import DiT
 from soflow_fast.objectives.base import Objective, is_objective
 from soflow_fast.sample import evaluating
@@ -128,7 +127,7 @@ def ensure_training_mode(model: Objective) -> None:
     for part in model.children():
         if any(p.requires_grad for p in part.parameters()):
             part.train()
-    if is_first_process():
+    if distributed.rank() == 0:
         _log.warning(
             "the network %s was given in eval mode, as from_pretrained returns it; it is put into training mode, in "
             "which dropout acts",

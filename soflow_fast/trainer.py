@@ -18,8 +18,7 @@ from soflow_fast.checkpoint import CHECKPOINTS
 from soflow_fast.conditions import null_condition
 from soflow_fast.config import TrainConfig
 from soflow_fast.data import batches, load_resident
-from soflow_fast.data.checks import first_not_finite
-from soflow_fast.data.look import described
+from soflow_fast.data.checks import described, first_not_finite
 from soflow_fast.data.order import batch_indices
 from soflow_fast.dit import DiT
 from soflow_fast.ema import EMA, PowerEMA

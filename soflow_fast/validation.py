@@ -10,11 +10,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from soflow_fast import build
+from soflow_fast import build, distributed
 from soflow_fast.conditions import null_condition
 from soflow_fast.config import GIVEN, TrainConfig
 from soflow_fast.data import CIFAR10, ImageFolder, batches, digits, resident_bytes
-from soflow_fast.data.checks import is_first_process
 from soflow_fast.data.order import permutation
 from soflow_fast.distributed import Processes
 from soflow_fast.ema import EMA
@@ -135,7 +134,7 @@ def build_validation(
             "Trainer(config, validation=dataset)"
         )
     if not every:
-        if data.validation is not None and is_first_process():
+        if data.validation is not None and distributed.rank() == 0:
             _log.warning("data.validation=%r is not used: output.validate_every is 0, never", data.validation)
         return None
     with _as_of_validation(data.validation):

@@ -156,7 +156,7 @@ def test_data_of_another_kind(tmp_path):
 
 
 def test_labels_that_start_at_1(tmp_path):
-    sentence = r"labels from 1 to 10, and labels start at 0: those of 10 classes are 0\.\.9; subtract 1"
+    sentence = r"labels from 1 to 10, outside the classes 0\.\.9; labels start at 0, and model\.num_classes"
     labels = torch.arange(60) % 10 + 1
     _refused(tmp_path, sentence, dataset=TensorDataset(torch.randn(60, 1, 8, 8), labels))
     _refused(tmp_path, "must be a pair of", dataset=TensorDataset(torch.randn(60, 1, 8, 8), torch.eye(10).repeat(6, 1)))

@@ -12,7 +12,7 @@ from torch.utils.data import TensorDataset
 from soflow_fast import Trainer
 from soflow_fast.cli import main
 from soflow_fast.data import digits
-from soflow_fast.data.look import described, require_labels_at_hand, warn_of_other_range
+from soflow_fast.data.checks import described, require_labels_at_hand, warn_of_other_range
 
 
 def test_samples_and_classes_are_counted():

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from soflow_fast.data.checks import is_first_process
+from soflow_fast import distributed
 from soflow_fast.data.crop import centred
 from soflow_fast.size import Size, height_and_width
 
@@ -59,7 +59,7 @@ def labelled_images(path: Path, classes: list[str], otherwise: str = "") -> list
             f"{len(empty)} of the {len(classes)} class folders in {path} hold no images ({', '.join(empty[:5])}"
             f"{', ..' if len(empty) > 5 else ''}); remove them, or put images of their classes there"
         )
-    if left_out and is_first_process():
+    if left_out and distributed.rank() == 0:
         found = ", ".join(f"{n:,} {suffix}" for suffix, n in left_out.most_common())
         read = ", ".join(sorted(_SUFFIXES))
         _log.warning("files of other suffixes than %s are left out of the image folder %s: %s", read, path, found)

@@ -1,12 +1,8 @@
 """Batches of any map-style data set of (sample, label), one per training step."""
 
-import hashlib
-import random
 from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset, default_collate
@@ -14,6 +10,7 @@ from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset, default
 from soflow_fast.data.checks import as_condition, checked_labels, require_floating_point, require_one_shape
 from soflow_fast.data.order import batch_indices
 from soflow_fast.data.resident import Resident, is_in_pieces
+from soflow_fast.seeding import preserve_rng, seed_generators
 
 
 class _Steps(Dataset):
@@ -61,7 +58,7 @@ class _Steps(Dataset):
         return [self.dataset[index] for index in wanted.values()]
 
     def _one_by_one(self, wanted: dict[str, int]) -> list[tuple[Tensor, Tensor]]:
-        with caller_keeps_generators():
+        with preserve_rng():
             samples = []
             for key, index in wanted.items():
                 seed_generators(key)
@@ -72,26 +69,6 @@ class _Steps(Dataset):
 def draws_nothing(dataset: Dataset) -> bool:
     """Whether items are the same whenever they are read; otherwise each has to be fetched on its own, being seeded."""
     return is_in_pieces(dataset) or (isinstance(dataset, Subset) and draws_nothing(dataset.dataset))
-
-
-@contextmanager
-def caller_keeps_generators() -> Iterator[None]:
-    """After it the CPU's global generators are as they were before."""
-    states = torch.default_generator.get_state(), np.random.get_state(), random.getstate()
-    try:
-        yield
-    finally:
-        torch.default_generator.set_state(states[0])
-        np.random.set_state(states[1])
-        random.setstate(states[2])
-
-
-def seed_generators(key: str) -> None:
-    """Seeds the CPU's global generators; about 20 µs. ``torch.manual_seed`` would seed those of GPUs too."""
-    words = int.from_bytes(hashlib.blake2b(key.encode(), digest_size=20).digest(), "little")
-    torch.default_generator.manual_seed(words % 2**63)
-    random.seed(words >> 64 & 2**64 - 1)
-    np.random.seed(words >> 128)
 
 
 def batches(
