@@ -16,7 +16,7 @@ dq·(k+dk) is taken as two products: rounding k+dk would cost more accuracy, and
 than the sixth product. z sums the rounded p̃E, so that a part common to all v cancels. float32 is rounded inside the
 products instead: there k and dk are centred over the tokens first, and q·dk + dq·dk is the one product (q+dq)·dk.
 
-Where a step moves a query's attention so far that 1+Z leaves [½, 8], the mean of the first keys tells too little. Such
+Where a step moves a query's attention so far that 1+Z leaves [⅕, 8], the mean of the first keys tells too little. Such
 queries come out as NaN, and a second kernel, whose programs end at once where there are none, goes over their keys
 twice: for the exact ``c = log Σ_j P exp(dS)``, with which Z vanishes and P E is the change of P, taken as a subtraction
 where it is large; and for D.
@@ -51,8 +51,11 @@ _HALF_WIDE = Blocks(num_warps=8, num_stages=2, keys=16)
 # float32 runs on the FMA units, exact and slow; larger blocks spill.
 _FLOAT32 = Blocks(num_warps=4, num_stages=1, max_registers=168, queries=32, keys=16)
 
-# Of the second kernel, whose speed hardly matters: what spills nowhere in the cases below.
-_RARE = Blocks(num_warps=4, queries=32, keys=16, idle=True)
+# Of the second kernel, what spills nowhere in the cases below. 64 queries are a warp group's products on sm_90, and few
+# programs where all end at once; at 105 registers four are on an SM. 32 keys take a quarter fewer instructions where
+# programs go on, and spill on sm_80.
+_RARE = Blocks(num_warps=4, num_stages=2, queries=64, keys=16, idle=True)
+_RARE_WIDE = Blocks(num_warps=4, queries=32, keys=16, idle=True)
 _RARE_FLOAT32 = Blocks(num_warps=4, num_stages=2, queries=32, keys=16, idle=True)
 _RARE_FLOAT32_NARROW = Blocks(num_warps=4, queries=16, keys=16, idle=True)
 
@@ -68,7 +71,7 @@ def _blocks(dtype: torch.dtype, h: int, n: int) -> Blocks:
 def _rare_blocks(dtype: torch.dtype, h: int) -> Blocks:
     if dtype == torch.float32:
         return _RARE_FLOAT32 if h > 32 else _RARE_FLOAT32_NARROW
-    return _RARE
+    return _RARE_WIDE if h > 80 else _RARE
 
 
 _STRIDES = [f"{of}stride_{axis}" for of in ("", "d", "o") for axis in "bhn"]
@@ -158,7 +161,7 @@ def _attention_difference_kernel(
     gain = 1 / sum_p if TANGENT else 1 / (sum_p + sum_pe)  # 1/(ℓ(1+Z))
     o_gain = z if TANGENT else z / (1 + z)
     if not TANGENT:
-        gain = tl.where((z > -0.5) & (z < 7), gain, float("nan"))  # what overflowed fails a comparison
+        gain = tl.where((z > -0.8) & (z < 7), gain, float("nan"))  # what overflowed fails a comparison
     ooffset = (row * ostride_b + head * ostride_h + first * ostride_n) * VECTOR
     o, o_tail = load(o_ptr + ooffset, ostride_n * VECTOR, queries, left, HEAD, MAIN, EVEN)
     do_ptr += ((row * n + first) * heads + head) * HEAD

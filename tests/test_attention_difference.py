@@ -137,6 +137,28 @@ def test_steps_from_one_peaked_attention_to_another(shape, peak, dtype, limit):
     assert reference_error.norm() < limit * _truth(arguments, tangent=False).norm()
 
 
+@pytest.mark.parametrize(("dtype", "limit"), FULL_STEP_LIMITS[:2])
+def test_the_second_kernel_is_left_what_the_mean_of_the_first_keys_tells_too_little_of(dtype, limit):
+    arguments = _inputs((1, 1, 64, 64), dtype, step=0.1)
+    for name in ("q", "k", "dq", "dk"):
+        arguments[name] = 2.4 * arguments[name]
+    q, k, v, dq, dk, _, _ = (x.double() for x in arguments.values())
+    arguments["o"] = _attention(q, k, v).to(dtype)
+    with recording() as records:
+        fused.attention_difference(**arguments)
+        keys = records[0].config.keys
+        p, change = torch.softmax(q @ k.mT / 8, -1), (dq @ (k + dk).mT + q @ dk.mT) / 8
+        first = (p * change)[..., :keys].sum(-1) / p[..., :keys].sum(-1)
+        z = (p * torch.expm1(change - first[..., None])).sum(-1)
+        records[0].run()
+    do = records[0].args[7].transpose(1, 2)
+    near = ((z + 0.8).abs() < 0.01) | ((z - 7).abs() < 0.1)
+    assert torch.equal(do[..., 0].isnan()[~near], ~((z > -0.8) & (z < 7))[~near])
+    kept, truth = (z > -0.79) & (z < -0.5), _truth(arguments, tangent=False)
+    assert kept.sum() > 1
+    assert (do - truth)[kept].norm() < limit * truth[kept].norm()
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_queries_with_small_changes_are_as_without_the_others(dtype):
     arguments = _inputs((1, 1, 136, 64), dtype, step=1e-3)
