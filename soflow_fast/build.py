@@ -279,12 +279,12 @@ def check_dataset(
         ValueError: if it has no length, no index, no sample or, to be trained on, no full batch, its items are not
             pairs of a floating-point tensor and a label, or where there is a null condition, a condition of its form,
             its labels are outside the classes, where they are at hand, or its samples are neither (C, H, W) nor
-            (2C, H, W).
+            latent moments (2C, H, W).
     """
     if isinstance(dataset, DataLoader):
         raise ValueError(
             "dataset is a DataLoader, and the Trainer makes the batches itself; give the data set in it, "
-            "dataset=loader.dataset"
+            "dataset=loader.dataset, whose __getitem__ may draw which sample it returns where a sampler did"
         )
     if not hasattr(dataset, "__len__"):
         raise ValueError(f"the data set {type(dataset).__name__} has no length; give a map-style one, with __len__")
@@ -301,7 +301,8 @@ def check_dataset(
             f"choose at most {len(dataset)}"
         )
     with preserve_rng():  # from which an item may draw
-        shape = require_pair(dataset[0], config.model.num_classes, null_condition)
+        item = dataset[0]
+    shape = require_pair(item, config.model.num_classes, null_condition)
     channels, *size = sample_shape(config)
     require_labels_at_hand(dataset, config.model.num_classes)
     if trained_on:
@@ -311,6 +312,12 @@ def check_dataset(
             warn_of_other_range(dataset)
         return None
     if shape == (2 * channels, *size):
+        if (item[0][channels:] < 0).any():
+            raise ValueError(
+                f"the data has {2 * channels} channels, twice model.in_channels={channels}, which stands for means and "
+                "standard deviations of latents, and some of the latter are negative; for samples of so many channels "
+                f"set model.in_channels={2 * channels}"
+            )
         return config.data.latent_scale
     raise ValueError(
         f"the data has samples of shape {shape} and the model takes {(channels, *size)}; set model.in_channels and "

@@ -93,7 +93,7 @@ def test_a_gpu_that_torch_cannot_use_is_said(tmp_path, monkeypatch, caplog):
 def test_data_that_does_not_fit_the_model(tmp_path):
     config = tiny_config(tmp_path)
     assert build.check_dataset(config, Blobs(shape=(1, 8, 8))) is None
-    assert build.check_dataset(config, Blobs(shape=(2, 8, 8))) == 0.18215
+    assert build.check_dataset(config, _Items([(torch.rand(2, 8, 8), 1)] * 20)) == 0.18215
     with pytest.raises(ValueError, match=re.escape("samples of shape (3, 8, 8) and the model takes (1, 8, 8)")):
         build.check_dataset(config, Blobs(shape=(3, 8, 8)))
     with pytest.raises(ValueError, match="batch_size=16 is more than the 9 samples"):
@@ -109,12 +109,12 @@ class _Items(list):
 @pytest.mark.parametrize(
     ("item", "words"),
     [
-        (torch.zeros(1, 8, 8), "yields (Tensor); each item must be a pair"),
-        ((torch.zeros(1, 8, 8), 1, 2), "yields (Tensor, int, int); each item must be a pair"),
+        (torch.zeros(1, 8, 8), "yields (torch.float32 of shape (1, 8, 8)); each item must be a pair"),
+        ((torch.zeros(1, 8, 8), 1, 2), "yields (torch.float32 of shape (1, 8, 8), int, int); each item must be a pair"),
         ({"image": 1}, "yields (dict); each item must be a pair"),
         (("picture", 1), "yields (str, int); each item must be a pair"),
-        ((torch.zeros(1, 8, 8), "cat"), "yields (Tensor, str); each item must be a pair"),
-        ((torch.zeros(1, 8, 8), torch.zeros(10)), "yields (Tensor, Tensor); each item must be a pair"),
+        ((torch.zeros(1, 8, 8), "cat"), "yields (torch.float32 of shape (1, 8, 8), str); each item must be a pair"),
+        ((torch.zeros(1, 8, 8), torch.zeros(10)), "(1, 8, 8), torch.float32 of shape (10,)); each item must be a pair"),
         ((torch.zeros(1, 8, 8, dtype=torch.uint8), 1), "samples of torch.uint8"),
     ],
 )

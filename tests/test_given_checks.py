@@ -159,6 +159,8 @@ def test_labels_that_start_at_1(tmp_path):
     sentence = r"labels from 1 to 10, outside the classes 0\.\.9; labels start at 0, and model\.num_classes"
     labels = torch.arange(60) % 10 + 1
     _refused(tmp_path, sentence, dataset=TensorDataset(torch.randn(60, 1, 8, 8), labels))
+    twice = TensorDataset(torch.randn(60, 2, 8, 8), torch.arange(60) % 10)
+    _refused(tmp_path, "2 channels, twice model.in_channels=1, .* are negative; for samples of so many", dataset=twice)
     _refused(tmp_path, "must be a pair of", dataset=TensorDataset(torch.randn(60, 1, 8, 8), torch.eye(10).repeat(6, 1)))
     config = tiny_config(tmp_path)
     with pytest.raises(ValueError, match=r"outside the classes 0\.\.9; labels start at 0, and model\.num_classes"):

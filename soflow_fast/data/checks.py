@@ -36,11 +36,15 @@ def require_pair(item: Any, num_classes: int, null_condition: Tensor | None = No
             return tuple(parts[0].shape)
         if not num_classes or _is_integer(parts[1]):
             return tuple(parts[0].shape)
-    found = ", ".join(type(part).__name__ for part in parts)
+    found = ", ".join(_in_words(part) for part in parts)
     raise ValueError(
         f"the data set yields ({found}); each item must be a pair of a floating-point tensor (C, H, W) and an integer "
         "label, or the condition of a network that has null_condition"
     )
+
+
+def _in_words(part: Any) -> str:
+    return f"{part.dtype} of shape {tuple(part.shape)}" if torch.is_tensor(part) else type(part).__name__
 
 
 def require_floating_point(samples: Tensor) -> None:
