@@ -214,6 +214,11 @@ def _over(axes: int, out: Tensor, x: Tensor, weight: Tensor | None, differences:
     return like(norm_difference(x, d, weight, **options), out)
 
 
+def rms_eps(x: Tensor) -> float:
+    """The eps of :func:`torch.rms_norm` where none is given."""
+    return torch.finfo(torch.promote_types(x.dtype, torch.float32)).eps
+
+
 @rule_for(aten.layer_norm)
 def _layer_norm(operator, out, arguments, differences, tangent):
     x, shape, weight, _, eps, *_ = (*arguments, None, None, 1e-5)[:5]
@@ -224,7 +229,7 @@ def _layer_norm(operator, out, arguments, differences, tangent):
 @rule_for(aten.rms_norm)
 def _rms_norm(operator, out, arguments, differences, tangent):
     x, shape, weight, eps = (*arguments, None, None)[:4]
-    eps = torch.finfo(torch.promote_types(x.dtype, torch.float32)).eps if eps is None else eps
+    eps = rms_eps(x) if eps is None else eps
     moving = (differences[0], *differences[2:3])
     return _over(len(shape), out, x, weight, moving, eps=eps, centred=False, tangent=tangent)
 

@@ -93,6 +93,19 @@ def test_tangent(name):
     assert (tangent - truth).norm() <= 1e-12 * truth.norm()
 
 
+@pytest.mark.parametrize("name", ["layer_norm", "rms_norm"])
+def test_norms_have_the_eps_of_torch(name):
+    """Of numbers so small that it matters."""
+    plain = getattr(nn.functional, name)
+    x, d = (_normal(4, 8, seed=i, scale=scale).float() for i, scale in enumerate((1e-4, 1e-5)))
+    value, difference = getattr(pair, name)(Pair(x, d))
+    assert torch.equal(value, plain(x, (8,)))
+    eps = {"layer_norm": 1e-5, "rms_norm": torch.finfo(torch.float32).eps}[name]
+    x, d = x.double(), d.double()
+    truth = plain(x + d, (8,), eps=eps) - plain(x, (8,), eps=eps)
+    assert (difference - truth).norm() <= 2e-6 * truth.norm()
+
+
 class ForeignBlock(nn.Module):
     """A block this library does not ship, as language models have: RMSNorm, rotary attention with q/k norms, SwiGLU."""
 
