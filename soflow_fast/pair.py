@@ -18,8 +18,8 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
-from soflow_fast.difference_nonlinear import norm_difference, rms_eps, silu_difference
-from soflow_fast.difference_rules import bilinear, without_half
+from soflow_fast.difference_nonlinear import norm_difference, rms_eps
+from soflow_fast.difference_rules import bilinear
 from soflow_fast.kernels import reference_difference as reference
 
 
@@ -115,7 +115,7 @@ def gelu(x: Pair) -> Pair:
 def silu(x: Pair) -> Pair:
     """SiLU, ``x·σ(x)``."""
     with torch.no_grad():
-        difference = silu_difference(*without_half(*x), x.tangent).to(x.difference.dtype)
+        difference = reference.silu_difference(*x, tangent=x.tangent)
     return Pair(nn.functional.silu(x.value), difference, x.tangent)
 
 
