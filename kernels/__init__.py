@@ -52,7 +52,7 @@ def missing_for_triton() -> str | None:
 
 
 def ops(impl: str) -> ModuleType:
-    """The module of ops for a resolved implementation; both have the functions of ``reference``."""
+    """The module of ops for a resolved implementation; both have the same ops, by the same names."""
     if impl == "triton":
         from . import fused
 

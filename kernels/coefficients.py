@@ -81,13 +81,13 @@ def quotient_coefficients(
     return -chord * torch.sin(middle), -chord * torch.cos(middle), torch.sin(shifted) / gap, torch.cos(shifted)
 
 
-def guidance_decay(t: Tensor, decay_time: float, sharpness: float = 0.025) -> Tensor:
+def guidance_decay(t: Tensor, decay_time: float) -> Tensor:
     """``g(t)``, in [0, 1], the factor on the guidance near pure noise.
 
-    ``g = 1`` for ``t <= τ``; above, ``1 − exp(−k q/(1−q))`` with ``q = clamp((1−t)/(1−τ), 0, 1−1e-6)`` and ``k``
-    the sharpness. ``τ >= 1`` means 1 everywhere.
+    ``g = 1`` for ``t <= τ``; above, ``1 − exp(−k q/(1−q))`` with ``q = clamp((1−t)/(1−τ), 0, 1−1e-6)`` and ``k =
+    0.025``, as published. ``τ >= 1`` means 1 everywhere.
     """
     if decay_time >= 1:
         return torch.ones_like(t)
     q = ((1 - t) / (1 - decay_time)).clamp(0, 1 - 1e-6)
-    return torch.where(t <= decay_time, torch.ones_like(t), -torch.expm1(-sharpness * q / (1 - q)))
+    return torch.where(t <= decay_time, torch.ones_like(t), -torch.expm1(-0.025 * q / (1 - q)))

@@ -166,13 +166,17 @@ def gelu_difference(u: Tensor, du: Tensor, *, tangent: bool = False) -> Tensor:
 
 
 def silu_difference(u: Tensor, du: Tensor, *, tangent: bool = False) -> Tensor:
-    """``silu(u+du) − silu(u)``, through ``σ(u) = ½(1+tanh(u/2))``; any shape, dtype of du."""
+    """``silu(u+du) − silu(u)``; any shape, dtype of du.
+
+    ``du σ(u') + u (σ(u') − σ(u))`` with ``σ(u') − σ(u) = tanh(du/2)(σ(u')σ(−u) + σ(u)σ(−u'))``, which neither cancels
+    nor overflows, however far u is from 0 and however large du.
+    """
     u, du_wide = wide(u, du)
-    tanh_half = torch.tanh(u / 2)
+    sigmoid, rest = torch.sigmoid(u), torch.sigmoid(-u)
     if tangent:
-        return (0.5 * du_wide * (1 + tanh_half) + 0.25 * u * du_wide * (1 - tanh_half * tanh_half)).to(du.dtype)
-    tanh_moved = torch.tanh((u + du_wide) / 2)
-    dg = 0.5 * du_wide * (1 + tanh_moved) + 0.5 * u * tanh_difference(tanh_moved, tanh_half, du_wide / 2)
+        return (du_wide * sigmoid * (1 + u * rest)).to(du.dtype)
+    moved, moved_rest = torch.sigmoid(u + du_wide), torch.sigmoid(-u - du_wide)
+    dg = du_wide * moved + u * torch.tanh(du_wide / 2) * (moved * rest + sigmoid * moved_rest)
     return dg.to(du.dtype)
 
 

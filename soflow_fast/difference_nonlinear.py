@@ -49,16 +49,6 @@ def _sigmoid_difference(x: Tensor, d: Tensor, tangent: bool) -> Tensor:
     return torch.where(d < -LARGE_CHANGE, moved - torch.sigmoid(x), change)
 
 
-def silu_difference(x: Tensor, d: Tensor, tangent: bool) -> Tensor:
-    """``d σ(x+d) + x (σ(x+d) − σ(x))`` with ``σ' − σ = tanh(d/2)(σ' + σ − 2σ'σ)``, which no change overflows.
-
-    What cancels where both are near 1 is 1e-6 of ``d σ(x+d)`` in float32.
-    """
-    here = torch.sigmoid(x)
-    moved, half = (here, d / 2) if tangent else (torch.sigmoid(x + d), torch.tanh(d / 2))
-    return d * moved + x * (half * (here + moved - 2 * here * moved))
-
-
 def _exp_difference(x: Tensor, d: Tensor, tangent: bool) -> Tensor:
     """``e^x expm1(d)``; of changes so large that this overflows, the subtraction."""
     if tangent:
@@ -95,7 +85,7 @@ RULES |= {
     aten.sigmoid: _of_a_number(_sigmoid_difference),
     aten.exp: _of_a_number(_exp_difference),
     aten.log: _of_a_number(lambda x, d, tangent: d / x if tangent else torch.log1p(d / x)),
-    aten.silu: _of_a_number(silu_difference),
+    aten.silu: _of_a_number(lambda x, d, tangent: reference.silu_difference(x, d, tangent=tangent)),
     aten.square: _of_a_number(_square_difference),
 }
 
@@ -214,6 +204,11 @@ def _over(axes: int, out: Tensor, x: Tensor, weight: Tensor | None, differences:
     return like(norm_difference(x, d, weight, **options), out)
 
 
+def rms_eps(x: Tensor) -> float:
+    """The eps of :func:`torch.rms_norm` where none is given."""
+    return torch.finfo(torch.promote_types(x.dtype, torch.float32)).eps
+
+
 @rule_for(aten.layer_norm)
 def _layer_norm(operator, out, arguments, differences, tangent):
     x, shape, weight, _, eps, *_ = (*arguments, None, None, 1e-5)[:5]
@@ -224,7 +219,7 @@ def _layer_norm(operator, out, arguments, differences, tangent):
 @rule_for(aten.rms_norm)
 def _rms_norm(operator, out, arguments, differences, tangent):
     x, shape, weight, eps = (*arguments, None, None)[:4]
-    eps = torch.finfo(torch.promote_types(x.dtype, torch.float32)).eps if eps is None else eps
+    eps = rms_eps(x) if eps is None else eps
     moving = (differences[0], *differences[2:3])
     return _over(len(shape), out, x, weight, moving, eps=eps, centred=False, tangent=tangent)
 

@@ -15,7 +15,8 @@ class EMA:
     average would still be the initialisation after a thousand steps. Nothing is read on the host.
 
     Args:
-        module: whose parameters are averaged (those without gradient are copied).
+        module: whose parameters are averaged; those without gradient are not, and :meth:`state_dict` has them as they
+            are then.
         decay: in [0, 1). warmup: whether the decay grows from 0.1 to its value.
 
     Raises:

@@ -18,8 +18,8 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
-from soflow_fast.difference_nonlinear import norm_difference, silu_difference
-from soflow_fast.difference_rules import bilinear, without_half
+from soflow_fast.difference_nonlinear import norm_difference, rms_eps
+from soflow_fast.difference_rules import bilinear
 from soflow_fast.kernels import reference_difference as reference
 
 
@@ -92,14 +92,15 @@ def _norm_difference(x: Pair, weight: Tensor | None, eps: float, centred: bool) 
     return norm_difference(*x, weight, eps=eps, centred=centred, tangent=x.tangent).to(x.difference.dtype)
 
 
-def layer_norm(x: Pair, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-6) -> Pair:
-    """LayerNorm over the last axis."""
+def layer_norm(x: Pair, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5) -> Pair:
+    """LayerNorm over the last axis; eps is by default torch's."""
     value = nn.functional.layer_norm(x.value, x.value.shape[-1:], weight, bias, eps)
     return Pair(value, _norm_difference(x, weight, eps, centred=True), x.tangent)
 
 
-def rms_norm(x: Pair, weight: Tensor | None = None, eps: float = 1e-6) -> Pair:
-    """``x / √(mean(x²)+eps)`` over the last axis."""
+def rms_norm(x: Pair, weight: Tensor | None = None, eps: float | None = None) -> Pair:
+    """``x / √(mean(x²)+eps)`` over the last axis; eps is by default torch's, see :func:`rms_eps`."""
+    eps = rms_eps(x.value) if eps is None else eps
     value = nn.functional.rms_norm(x.value, x.value.shape[-1:], weight, eps)
     return Pair(value, _norm_difference(x, weight, eps, centred=False), x.tangent)
 
@@ -114,7 +115,7 @@ def gelu(x: Pair) -> Pair:
 def silu(x: Pair) -> Pair:
     """SiLU, ``x·σ(x)``."""
     with torch.no_grad():
-        difference = silu_difference(*without_half(*x), x.tangent).to(x.difference.dtype)
+        difference = reference.silu_difference(*x, tangent=x.tangent)
     return Pair(nn.functional.silu(x.value), difference, x.tangent)
 
 

@@ -28,7 +28,7 @@ class _ToMaster(torch.autograd.Function):
 
 
 class ComputeCopy:
-    """Persistent low-precision copies of a module's parameters, the masters.
+    """Persistent bfloat16 copies of a module's parameters, the masters.
 
     The copies take the masters' place in a forward; gradients reach and accumulate on the masters in float32. A copy
     whose master has since been written is refreshed before it is used; after writes by way of ``.data``, which torch
@@ -37,18 +37,17 @@ class ComputeCopy:
     Args:
         module: by whose names its parameters, the masters, are known. part: the module in it that has copies, such as
             an objective's network; all of it by default. What is beside it computes on its own parameters.
-        dtype: of the copies.
     """
 
-    def __init__(self, module: nn.Module, part: nn.Module | None = None, dtype: torch.dtype = torch.bfloat16):
+    def __init__(self, module: nn.Module, part: nn.Module | None = None):
         inside = {id(p) for p in (module if part is None else part).parameters()}
         named = dict(module.named_parameters())
         self._masters = {name: p for name, p in named.items() if id(p) in inside}
-        self.copies = {name: p.detach().to(dtype) for name, p in self._masters.items()}
+        self.copies = {name: p.detach().bfloat16() for name, p in self._masters.items()}
         self._trained = [name for name, p in self._masters.items() if p.requires_grad]
         # an optimizer that writes the copies writes one of each parameter
         beside = [p for p in named.values() if p.requires_grad and id(p) not in inside]
-        self._unread = {id(p): torch.empty_like(p, dtype=dtype) for p in beside}
+        self._unread = {id(p): torch.empty_like(p, dtype=torch.bfloat16) for p in beside}
         self._versions = self._current_versions()
 
     def _current_versions(self) -> list[int]:

@@ -153,6 +153,16 @@ def test_large_arguments_stay_finite(tangent):
         torch.testing.assert_close(ours, truth, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("step", [1e-6, 1e-2, 3.0])
+def test_silu_difference_far_from_0(step):
+    """Below it the sigmoid cannot be told from 0 by ½(1 + tanh), above it from 1."""
+    du = step * _randn(1000).float()
+    for u, of_itself in ((-torch.linspace(10, 40, 1000), True), (torch.linspace(2, 40, 1000), False)):
+        truth = ops.silu_difference(u.double(), du.double())
+        error = (ops.silu_difference(u, du).double() - truth).abs()
+        assert (error <= (5e-6 * truth.abs() if of_itself else 5e-7 * du.abs())).all()
+
+
 def test_attention_difference_with_a_large_part_common_to_all_keys():
     q, k, v, dq, dk, dv = (_randn(1, 2, 16, 8, seed=i).float() for i in range(6))
     differences = [1e-3 * dq, 1e-3 * dk + 10 * _randn(1, 2, 1, 8, seed=9).float(), 1e-3 * dv]

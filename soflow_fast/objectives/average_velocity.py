@@ -185,16 +185,6 @@ class AverageVelocity(Objective):
             labels = None if labels is None else labels[rows]
             return u, self.network.jvp(z[rows], t[rows], r[rows], labels, v, one)[1]
 
-    def two_forwards(self, z, t, r, labels, v, rows: slice, step: Tensor) -> tuple[Tensor, Tensor]:
-        """``u(z,t,r,y)`` of all rows, and ``u(z − step·v, t − step, r, y) − u`` of the given ones, in the precision of
-        the parameters; step: (b,)."""
-        with torch.autocast(z.device.type, enabled=False):
-            u = self.network(z, t, r, labels)
-            with torch.no_grad():
-                labels = None if labels is None else labels[rows]
-                moved = z[rows] - step.view(-1, 1, 1, 1) * v
-                return u, self.network(moved, t[rows] - step, r[rows], labels) - u[rows]
-
     def _reduce(self, error: Tensor, t: Tensor) -> LossOutput:
         squares = error.square().flatten(1)
         total = squares.sum(1)

@@ -272,6 +272,17 @@ class Objective(nn.Module):
         """The network's output, of rows without labels that for "no label"."""
         return self.network(x, t, s, told(self.network, labels, x))
 
+    def two_forwards(self, x, t, s, labels, v, rows: slice, step: Tensor) -> tuple[Tensor, Tensor]:
+        """``F(x,t,s)`` of all rows, and without gradient ``F(x − step·v, t − step, s) − F(x,t,s)`` of the b given ones,
+        subtracted; both in the precision of the parameters. x: (B, C, H, W). t, s: (B,). v: (b, C, H, W). step: (b,).
+        """
+        with torch.autocast(x.device.type, enabled=False):
+            F = self.network(x, t, s, labels)
+            with torch.no_grad():
+                labels = None if labels is None else labels[rows]
+                moved = self.network(x[rows] - step.view(-1, 1, 1, 1) * v, t[rows] - step, s[rows], labels)
+                return F, moved.to(x.dtype) - F[rows].to(x.dtype)
+
     def input_labels(self, labels: Tensor | None, drop: Tensor | None, x: Tensor) -> Tensor | None:
         """The labels the network sees of samples x: "no label" on the dropped rows, and where there are none."""
         if labels is None or drop is None:

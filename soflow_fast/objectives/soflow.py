@@ -374,12 +374,7 @@ class SoFlow(Objective):
             step = torch.ones_like(gap) if self.quotient == "tangent" else gap
             dx = -step.view(-1, 1, 1, 1) * v
             return self.forward_difference(x_t, t, s, labels, dx, -step, rows=rows, mode=self.quotient)
-        with torch.autocast(x_t.device.type, enabled=False):
-            F = self.network(x_t, t, s, labels)
-            with torch.no_grad():
-                x_l = x_t[rows] - gap.view(-1, 1, 1, 1) * v
-                F_l = self.network(x_l, t[rows] - gap, s[rows], None if labels is None else labels[rows])
-                return F, F_l.to(x_t.dtype) - F[rows].to(x_t.dtype)
+        return self.two_forwards(x_t, t, s, labels, v, rows, gap)
 
     def _reduce_consistency(self, F, dF, v, x_t, t, gap, s) -> LossOutput:
         loss, mse, weight = self.ops.consistency_loss(
