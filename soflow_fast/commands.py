@@ -40,6 +40,7 @@ from soflow_fast.images import (
     suffix_of_samples,
 )
 from soflow_fast.interop import public_words
+from soflow_fast.require import require_count
 from soflow_fast.sample import Sampler
 from soflow_fast.sampling_options import EVAL_VARIANTS, SAMPLE_VARIANTS, decoder, set_sampling, variant, with_vae
 from soflow_fast.size import parse_size
@@ -74,8 +75,8 @@ def encode_images(args: argparse.Namespace) -> None:
 
 def sample(args: argparse.Namespace) -> None:
     distributed.require_alone("soflow sample")
-    _require_positive("--count", args.count)
-    _require_positive("--steps", args.steps)
+    require_count("--count", args.count)
+    require_count("--steps", args.steps)
     config, model, loaded = load_run(args.run, args.device, ema_std=args.ema_std, step=args.step)
     set_sampling(model, config.objective, args)
     labels = _labels(args.labels, args.count, config, model)
@@ -194,7 +195,7 @@ def score(args: argparse.Namespace) -> None:
 
 def export_run(args: argparse.Namespace) -> None:
     distributed.require_alone("soflow export")
-    _require_positive("--steps", args.steps)
+    require_count("--steps", args.steps)
     path = Path(args.out)
     if path.suffix not in (export.PROGRAM, export.WEIGHTS):
         raise ValueError(
@@ -259,8 +260,3 @@ class _Timed:
             return next(self._items)
         finally:
             self.seconds += time.perf_counter() - started
-
-
-def _require_positive(name: str, value: int) -> None:
-    if value < 1:
-        raise ValueError(f"{name} {value} is not possible; it must be at least 1")

@@ -27,6 +27,7 @@ from soflow_fast.data.moments import fits, probe_rows, spread
 from soflow_fast.data.writer import Contents, LatentsWriter, is_complete
 from soflow_fast.images import load_vae, shift_of
 from soflow_fast.precision import PRECISIONS, tensor_cores
+from soflow_fast.require import require_count
 from soflow_fast.size import Size, as_size, height_and_width, in_words
 
 _log = logging.getLogger(__name__)
@@ -96,9 +97,9 @@ def encode(
     """
     images, out = Path(images), Path(out)
     sides = height_and_width(size, "size=")
-    for name, value, least in (("batch", batch, 1), ("workers", workers, 0)):
-        if value is not None and value < least:
-            raise ValueError(f"{name}={value} is not possible; it must be at least {least}")
+    require_count("batch", batch)
+    if workers is not None:
+        require_count("workers", workers, least=0)
     if precision not in (None, *PRECISIONS):
         raise ValueError(f"precision={precision!r} is not known; choose one of {', '.join(PRECISIONS)}")
     if out.is_dir():

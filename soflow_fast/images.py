@@ -4,7 +4,6 @@ Shapes: n samples, C channels, H height, W width. Images are in [-1, 1].
 """
 
 import hashlib
-import importlib.util
 import zipfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ from torch.utils.data import Dataset
 
 from soflow_fast.checkpoint import whole_file
 from soflow_fast.conditions import OfItems, null_condition
+from soflow_fast.require import require_package
 from soflow_fast.sample import Decoder
 
 _CHANNELS = {1: "grey", 3: "RGB"}
@@ -84,12 +84,8 @@ def load_vae(name: str, setting: str = "data.vae") -> nn.Module:
     Raises:
         ValueError: if diffusers is not installed or the autoencoder cannot be read.
     """
-    if importlib.util.find_spec("diffusers") is None:
-        otherwise = ", or leave it out to keep latents" if setting == "data.vae" else ""
-        raise ValueError(
-            f"{setting}={name!r} needs the package diffusers, which is not installed; run pip install "
-            f"'soflow-fast[vae]'{otherwise}"
-        )
+    otherwise = ", or leave it out to keep latents" if setting == "data.vae" else ""
+    require_package("diffusers", f"{setting}={name!r}", "vae", otherwise)
     from diffusers import AutoencoderKL
 
     try:
