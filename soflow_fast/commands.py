@@ -17,7 +17,7 @@ import yaml
 
 from soflow_fast import build, distributed, export
 from soflow_fast.build import resolve_device
-from soflow_fast.conditions import OfItems
+from soflow_fast.conditions import ItemConditions
 from soflow_fast.config import TrainConfig
 from soflow_fast.config_io import read_yaml
 from soflow_fast.doctor import report, version
@@ -236,7 +236,9 @@ def doctor(args: argparse.Namespace) -> None:
     print(report())
 
 
-def _labels(text: str | None, count: int, config: TrainConfig, model: torch.nn.Module) -> torch.Tensor | OfItems | None:
+def _labels(
+    text: str | None, count: int, config: TrainConfig, model: torch.nn.Module
+) -> torch.Tensor | ItemConditions | None:
     parts = [] if text is None else [part.strip() for part in text.split(",")]
     num_classes = config.model.num_classes
     if not all(part.isdecimal() for part in parts):

@@ -28,7 +28,7 @@ from soflow_fast.data.writer import Contents, LatentsWriter, is_complete
 from soflow_fast.images import load_vae, shift_of
 from soflow_fast.precision import PRECISIONS, tensor_cores
 from soflow_fast.require import require_count
-from soflow_fast.size import Size, as_size, height_and_width, in_words
+from soflow_fast.size import Size, as_size, format_size, height_and_width
 
 _log = logging.getLogger(__name__)
 
@@ -165,7 +165,7 @@ def _latent_shape(vae: nn.Module, name: str, sides: tuple[int, int]) -> tuple[in
         raise ValueError(f"vae={name!r} takes images of {config.in_channels} channels; choose one for RGB images")
     factor = 2 ** (len(config.block_out_channels) - 1)
     if any(side % factor for side in sides):
-        size = in_words(as_size(*sides))
+        size = format_size(as_size(*sides))
         raise ValueError(f"size={size} is not possible with this autoencoder; choose a multiple of {factor}")
     return config.latent_channels, *(side // factor for side in sides)
 
