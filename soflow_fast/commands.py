@@ -51,6 +51,7 @@ _SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".npy", ".npz", ".pdf", ".png", ".
 
 
 def train(args: argparse.Namespace) -> None:
+    """``soflow train``: trains, or goes on with, the run of a configuration; with ``--dry-run`` prints its plan."""
     raw = read_yaml(Path(args.config))
     config = TrainConfig.from_dict(raw, args.overrides)
     with public_words(raw):
@@ -65,6 +66,7 @@ def train(args: argparse.Namespace) -> None:
 
 
 def encode_images(args: argparse.Namespace) -> None:
+    """``soflow encode``: writes the latents of a folder of images, and prints the configuration that trains on them."""
     distributed.require_alone("soflow encode")
     names = ("vae", "size", "batch", "device", "precision", "workers", "flip")
     args.size = parse_size(args.size, "--size ")
@@ -74,6 +76,7 @@ def encode_images(args: argparse.Namespace) -> None:
 
 
 def sample(args: argparse.Namespace) -> None:
+    """``soflow sample``: draws samples of a run to a grid, a folder of images or a ``.npz`` file."""
     distributed.require_alone("soflow sample")
     require_count("--count", args.count)
     require_count("--steps", args.steps)
@@ -134,6 +137,7 @@ def _destination(args: argparse.Namespace, step: int, of_images: bool) -> Path:
 
 
 def score(args: argparse.Namespace) -> None:
+    """``soflow eval``: scores samples of a run; the first process prints the scores and writes them as JSON."""
     processes = distributed.join(resolve_device(args.device))
     config, model, step = load_run(args.run, str(processes.device), ema_std=args.ema_std, step=args.step)
     if len(set(processes.of_all(lambda: step))) > 1:
@@ -194,6 +198,7 @@ def score(args: argparse.Namespace) -> None:
 
 
 def export_run(args: argparse.Namespace) -> None:
+    """``soflow export``: writes a run's generator as a program for torch alone, or its averaged weights."""
     distributed.require_alone("soflow export")
     require_count("--steps", args.steps)
     path = Path(args.out)
@@ -218,6 +223,7 @@ def export_run(args: argparse.Namespace) -> None:
 
 
 def demo(args: argparse.Namespace) -> None:
+    """``soflow demo``: trains on the digits, and prints the scores beside their aims."""
     distributed.require_alone("soflow demo")
     missing = [name for name in ("matplotlib", "sklearn", "torch_fidelity") if find_spec(name) is None]
     if missing:
@@ -233,6 +239,7 @@ def demo(args: argparse.Namespace) -> None:
 
 
 def doctor(args: argparse.Namespace) -> None:
+    """``soflow doctor``: prints :func:`~soflow_fast.doctor.report`."""
     print(report())
 
 
