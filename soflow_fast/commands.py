@@ -17,7 +17,7 @@ import yaml
 
 from soflow_fast import build, distributed, export
 from soflow_fast.build import resolve_device
-from soflow_fast.conditions import OfItems
+from soflow_fast.conditions import ItemConditions
 from soflow_fast.config import TrainConfig
 from soflow_fast.config_io import read_yaml
 from soflow_fast.doctor import report, version
@@ -40,6 +40,7 @@ from soflow_fast.images import (
     suffix_of_samples,
 )
 from soflow_fast.interop import public_words
+from soflow_fast.require import require_count
 from soflow_fast.sample import Sampler
 from soflow_fast.sampling_options import EVAL_VARIANTS, SAMPLE_VARIANTS, decoder, set_sampling, variant, with_vae
 from soflow_fast.size import parse_size
@@ -50,6 +51,7 @@ _SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".npy", ".npz", ".pdf", ".png", ".
 
 
 def train(args: argparse.Namespace) -> None:
+    """``soflow train``: trains, or goes on with, the run of a configuration; with ``--dry-run`` prints its plan."""
     raw = read_yaml(Path(args.config))
     config = TrainConfig.from_dict(raw, args.overrides)
     with public_words(raw):
@@ -64,6 +66,7 @@ def train(args: argparse.Namespace) -> None:
 
 
 def encode_images(args: argparse.Namespace) -> None:
+    """``soflow encode``: writes the latents of a folder of images, and prints the configuration that trains on them."""
     distributed.require_alone("soflow encode")
     names = ("vae", "size", "batch", "device", "precision", "workers", "flip")
     args.size = parse_size(args.size, "--size ")
@@ -73,9 +76,10 @@ def encode_images(args: argparse.Namespace) -> None:
 
 
 def sample(args: argparse.Namespace) -> None:
+    """``soflow sample``: draws samples of a run to a grid, a folder of images or a ``.npz`` file."""
     distributed.require_alone("soflow sample")
-    _require_positive("--count", args.count)
-    _require_positive("--steps", args.steps)
+    require_count("--count", args.count)
+    require_count("--steps", args.steps)
     config, model, loaded = load_run(args.run, args.device, ema_std=args.ema_std, step=args.step)
     set_sampling(model, config.objective, args)
     labels = _labels(args.labels, args.count, config, model)
@@ -133,6 +137,7 @@ def _destination(args: argparse.Namespace, step: int, of_images: bool) -> Path:
 
 
 def score(args: argparse.Namespace) -> None:
+    """``soflow eval``: scores samples of a run; the first process prints the scores and writes them as JSON."""
     processes = distributed.join(resolve_device(args.device))
     config, model, step = load_run(args.run, str(processes.device), ema_std=args.ema_std, step=args.step)
     if len(set(processes.of_all(lambda: step))) > 1:
@@ -193,8 +198,9 @@ def score(args: argparse.Namespace) -> None:
 
 
 def export_run(args: argparse.Namespace) -> None:
+    """``soflow export``: writes a run's generator as a program for torch alone, or its averaged weights."""
     distributed.require_alone("soflow export")
-    _require_positive("--steps", args.steps)
+    require_count("--steps", args.steps)
     path = Path(args.out)
     if path.suffix not in (export.PROGRAM, export.WEIGHTS):
         raise ValueError(
@@ -217,6 +223,7 @@ def export_run(args: argparse.Namespace) -> None:
 
 
 def demo(args: argparse.Namespace) -> None:
+    """``soflow demo``: trains on the digits, and prints the scores beside their aims."""
     distributed.require_alone("soflow demo")
     missing = [name for name in ("matplotlib", "sklearn", "torch_fidelity") if find_spec(name) is None]
     if missing:
@@ -232,10 +239,13 @@ def demo(args: argparse.Namespace) -> None:
 
 
 def doctor(args: argparse.Namespace) -> None:
+    """``soflow doctor``: prints :func:`~soflow_fast.doctor.report`."""
     print(report())
 
 
-def _labels(text: str | None, count: int, config: TrainConfig, model: torch.nn.Module) -> torch.Tensor | OfItems | None:
+def _labels(
+    text: str | None, count: int, config: TrainConfig, model: torch.nn.Module
+) -> torch.Tensor | ItemConditions | None:
     parts = [] if text is None else [part.strip() for part in text.split(",")]
     num_classes = config.model.num_classes
     if not all(part.isdecimal() for part in parts):
@@ -259,8 +269,3 @@ class _Timed:
             return next(self._items)
         finally:
             self.seconds += time.perf_counter() - started
-
-
-def _require_positive(name: str, value: int) -> None:
-    if value < 1:
-        raise ValueError(f"{name} {value} is not possible; it must be at least 1")

@@ -58,7 +58,7 @@ def told(network: nn.Module | None, labels: Tensor | None, x: Tensor) -> Tensor 
     return torch.full((x.shape[0],), num_classes, device=x.device)
 
 
-class OfItems:
+class ItemConditions:
     """The conditions of items of a data set, read from it when they are asked for; to be sliced like a tensor.
 
     What an item draws from the global generators depends on its number alone.

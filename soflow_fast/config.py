@@ -19,8 +19,6 @@ from soflow_fast.config_io import (
     mappings,
     parse,
     read_yaml,
-    require,
-    require_count,
     require_known_overrides,
 )
 from soflow_fast.config_model import GIVEN, ModelConfig
@@ -34,6 +32,7 @@ from soflow_fast.config_objective import (
 )
 from soflow_fast.config_optimizer import OptimizerConfig
 from soflow_fast.imported import check_arguments, is_import_path
+from soflow_fast.require import require, require_count
 
 _log = logging.getLogger(__name__)
 

@@ -13,6 +13,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 import yaml
 
 from soflow_fast.interop import PUBLIC
+from soflow_fast.require import require
 
 
 class _Loader(yaml.SafeLoader):
@@ -29,18 +30,6 @@ for _class in (_Loader, _Dumper):
 
 # How like a known key an unknown one must be for the known one to be suggested, 1 for the same.
 _LIKE = 0.6
-
-
-def require(condition: bool, sentence: str) -> None:
-    """ValueError with that sentence unless the condition holds."""
-    if not condition:
-        raise ValueError(sentence)
-
-
-def require_count(name: str, value: int, least: int = 1, most: int = 2**31 - 1) -> None:
-    """ValueError unless a value is in that range."""
-    require(value >= least, f"{name}={value} is not possible; it must be at least {least}")
-    require(value <= most, f"{name}={value} is not possible; it must be at most {most}")
 
 
 def as_path(value: Any) -> Any:

@@ -3,8 +3,9 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from soflow_fast.config_io import Section, require, require_count
+from soflow_fast.config_io import Section
 from soflow_fast.imported import check_arguments, is_import_path
+from soflow_fast.require import require, require_count
 from soflow_fast.size import Size, as_size, height_and_width
 
 #: Stands for a network, an objective or a data set that was given to the Trainer as an object.

@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass
 
-from soflow_fast.config_io import Section, require
+from soflow_fast.config_io import Section
+from soflow_fast.require import require
 
 
 @dataclass

@@ -4,9 +4,10 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from soflow_fast.config_io import Section, require, require_count
+from soflow_fast.config_io import Section
 from soflow_fast.config_model import GIVEN
 from soflow_fast.imported import check_arguments, is_import_path
+from soflow_fast.require import require, require_count
 
 OPTIMIZER_NAMES = ("adamw", "radam", GIVEN)
 

@@ -26,7 +26,7 @@ from soflow_fast.layers import (
     product,
 )
 from soflow_fast.positions import position_table
-from soflow_fast.size import Size, as_size, height_and_width, in_words
+from soflow_fast.size import Size, as_size, format_size, height_and_width
 
 RECOMPUTE = ("none", "elementwise", "block")
 
@@ -91,7 +91,7 @@ class DiT(nn.Module):
     ):
         super().__init__()
         height, width = height_and_width(input_size)
-        _require_divides("patch_size", patch_size, f"input_size={in_words(input_size)}", height, width)
+        _require_divides("patch_size", patch_size, f"input_size={format_size(input_size)}", height, width)
         _require_divides("num_heads", num_heads, f"hidden_size={hidden_size}", hidden_size)
         if hidden_size % 4:
             raise ValueError(f"hidden_size={hidden_size} is not a multiple of 4, which the position embedding needs")
@@ -236,8 +236,8 @@ class DiT(nn.Module):
         ops, rows = call.ops, call.rows
         if x.shape[2:] != height_and_width(self.input_size):  # another grid may have as many tokens
             raise ValueError(
-                f"x of shape {tuple(x.shape)} does not fit a DiT of input_size={in_words(self.input_size)}; give x of "
-                "that size"
+                f"x of shape {tuple(x.shape)} does not fit a DiT of input_size={format_size(self.input_size)}; give x "
+                "of that size"
             )
         tokens = self.x_embedder(x.to(dtype)).to(residual_dtype) + self.pos_embed.to(residual_dtype)
         (first, *modulation), (d_first, *dmodulation) = self._modulation(t, s, labels, dtype, call, dt)

@@ -98,7 +98,14 @@ class EMA:
         self.updates.zero_()
 
     def load_state_dict(self, state: dict[str, Tensor], updates: int) -> None:
-        """Restores :meth:`state_dict` and the number of updates behind it."""
+        """Restores :meth:`state_dict` and the number of updates behind it.
+
+        Raises:
+            ValueError: for one without the average of a parameter; nothing is restored.
+        """
+        for name in self.averages:
+            if name not in state:
+                raise ValueError(f"the averages to restore have none of {name}; give those of the same parameters")
         for name, average in self.averages.items():
             average.copy_(state[name])
         self.updates.fill_(updates)

@@ -27,7 +27,8 @@ from soflow_fast.data.moments import fits, probe_rows, spread
 from soflow_fast.data.writer import Contents, LatentsWriter, is_complete
 from soflow_fast.images import load_vae, shift_of
 from soflow_fast.precision import PRECISIONS, tensor_cores
-from soflow_fast.size import Size, as_size, height_and_width, in_words
+from soflow_fast.require import require_count
+from soflow_fast.size import Size, as_size, format_size, height_and_width
 
 _log = logging.getLogger(__name__)
 
@@ -96,9 +97,9 @@ def encode(
     """
     images, out = Path(images), Path(out)
     sides = height_and_width(size, "size=")
-    for name, value, least in (("batch", batch, 1), ("workers", workers, 0)):
-        if value is not None and value < least:
-            raise ValueError(f"{name}={value} is not possible; it must be at least {least}")
+    require_count("batch", batch)
+    if workers is not None:
+        require_count("workers", workers, least=0)
     if precision not in (None, *PRECISIONS):
         raise ValueError(f"precision={precision!r} is not known; choose one of {', '.join(PRECISIONS)}")
     if out.is_dir():
@@ -164,7 +165,7 @@ def _latent_shape(vae: nn.Module, name: str, sides: tuple[int, int]) -> tuple[in
         raise ValueError(f"vae={name!r} takes images of {config.in_channels} channels; choose one for RGB images")
     factor = 2 ** (len(config.block_out_channels) - 1)
     if any(side % factor for side in sides):
-        size = in_words(as_size(*sides))
+        size = format_size(as_size(*sides))
         raise ValueError(f"size={size} is not possible with this autoencoder; choose a multiple of {factor}")
     return config.latent_channels, *(side // factor for side in sides)
 

@@ -4,7 +4,6 @@ Shapes: n samples, C channels, H height, W width. Images are in [-1, 1].
 """
 
 import hashlib
-import importlib.util
 import itertools
 import logging
 import time
@@ -23,6 +22,7 @@ from soflow_fast.data import CIFAR10, digits
 from soflow_fast.data.crop import centre_crop, centred
 from soflow_fast.distributed import Processes
 from soflow_fast.images import Decoder, are_images, in_file_name, labels_of_samples, save_folder
+from soflow_fast.require import require_package
 from soflow_fast.sample import Sampler
 from soflow_fast.size import as_size
 
@@ -353,10 +353,7 @@ def _median_nearest(points: Tensor, others: Tensor) -> float:
 
 
 def _fidelity():
-    if importlib.util.find_spec("torch_fidelity") is None:
-        raise ValueError(
-            "scores need the package torch-fidelity, which is not installed; run pip install 'soflow-fast[eval]'"
-        )
+    require_package("torch-fidelity", "a score", "eval")
     from soflow_fast import fidelity
 
     return fidelity

@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from soflow_fast import build, distributed
-from soflow_fast.conditions import OfItems, null_condition, require_classes
+from soflow_fast.conditions import ItemConditions, null_condition, require_classes
 from soflow_fast.config import GIVEN, OBJECTIVE_SECTIONS, ModelConfig, TrainConfig
 from soflow_fast.dit import DiT
 from soflow_fast.objectives.base import Objective, is_objective
@@ -88,7 +88,7 @@ def check(model: Objective, config: TrainConfig, dataset: Dataset) -> None:
     try:
         net = copy.deepcopy(net).cpu()
         null = null_condition(net)
-        labels = OfItems(dataset, torch.zeros(1, dtype=torch.int64))[:] if null is not None else None
+        labels = ItemConditions(dataset, torch.zeros(1, dtype=torch.int64))[:] if null is not None else None
         if num_classes:
             labels = torch.zeros(1, dtype=torch.int64)
         found = _call(net, x, *times, labels)

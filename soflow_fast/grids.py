@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from soflow_fast.build import sample_shape
-from soflow_fast.conditions import OfItems
+from soflow_fast.conditions import ItemConditions
 from soflow_fast.config import TrainConfig
 from soflow_fast.distributed import Processes
 from soflow_fast.ema import EMA
@@ -34,7 +34,7 @@ class Grids:
         config: TrainConfig,
         model: nn.Module,
         ema: EMA,
-        labels: Tensor | OfItems | None,
+        labels: Tensor | ItemConditions | None,
         processes: Processes,
         decode: Decoder | None,
     ):
@@ -46,7 +46,7 @@ class Grids:
         """Whether a grid belongs to this step."""
         return due(step, self._config.output.sample_every)
 
-    def lacks(self, step: int) -> bool:
+    def is_missing(self, step: int) -> bool:
         """Whether the grid that belongs to this step is not there, as a kill may have come before it."""
         return self.is_due(step) and self._processes.of_first(
             lambda: not any(self._folder.glob(f"{self._stem(step).name}.*"))

@@ -4,7 +4,6 @@ Shapes: n samples, C channels, H height, W width. Images are in [-1, 1].
 """
 
 import hashlib
-import importlib.util
 import zipfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -16,7 +15,8 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from soflow_fast.checkpoint import whole_file
-from soflow_fast.conditions import OfItems, null_condition
+from soflow_fast.conditions import ItemConditions, null_condition
+from soflow_fast.require import require_package
 from soflow_fast.sample import Decoder
 
 _CHANNELS = {1: "grey", 3: "RGB"}
@@ -58,7 +58,7 @@ def chosen_labels(chosen: Sequence[int], n: int, num_classes: int, setting: str,
 
 def labels_of_samples(
     network: nn.Module, dataset: Dataset | None, chosen: Sequence[int], n: int, num_classes: int, setting: str = ""
-) -> Tensor | OfItems | None:
+) -> Tensor | ItemConditions | None:
     """What a network is told of n samples to draw: classes, or the conditions of items of a data set.
 
     Args:
@@ -72,7 +72,7 @@ def labels_of_samples(
         return chosen_labels(chosen, n, num_classes, setting)
     if dataset is None:
         raise ValueError("the network is told conditions, and there is no data set to take them from; give dataset=")
-    return OfItems(dataset, chosen_labels(chosen, n, len(dataset), setting, "item"))
+    return ItemConditions(dataset, chosen_labels(chosen, n, len(dataset), setting, "item"))
 
 
 def load_vae(name: str, setting: str = "data.vae") -> nn.Module:
@@ -84,12 +84,8 @@ def load_vae(name: str, setting: str = "data.vae") -> nn.Module:
     Raises:
         ValueError: if diffusers is not installed or the autoencoder cannot be read.
     """
-    if importlib.util.find_spec("diffusers") is None:
-        otherwise = ", or leave it out to keep latents" if setting == "data.vae" else ""
-        raise ValueError(
-            f"{setting}={name!r} needs the package diffusers, which is not installed; run pip install "
-            f"'soflow-fast[vae]'{otherwise}"
-        )
+    otherwise = ", or leave it out to keep latents" if setting == "data.vae" else ""
+    require_package("diffusers", f"{setting}={name!r}", "vae", otherwise)
     from diffusers import AutoencoderKL
 
     try:
@@ -190,7 +186,7 @@ def save_folder(parts: Iterable[Tensor], folder: Path, first: int = 0) -> None:
         save_png(image, folder / f"{number:06d}.png")
 
 
-def save_npz(parts: Iterable[Tensor], n: int, labels: Tensor | OfItems | None, path: Path) -> None:
+def save_npz(parts: Iterable[Tensor], n: int, labels: Tensor | ItemConditions | None, path: Path) -> None:
     """Writes n images, part by part, as ADM's evaluation reads them: ``arr_0`` (n, H, W, C) uint8, and ``arr_1`` (n,)
     int64, their labels, or of conditions the numbers of their items, if they have any. The file is there once it is
     whole.
@@ -208,5 +204,5 @@ def save_npz(parts: Iterable[Tensor], n: int, labels: Tensor | OfItems | None, p
                 file.write(pixels.data)
         if labels is not None:
             with archive.open("arr_1.npy", "w") as file:
-                numbers = labels.items if isinstance(labels, OfItems) else labels
+                numbers = labels.items if isinstance(labels, ItemConditions) else labels
                 np.lib.format.write_array(file, numbers.numpy())

@@ -19,6 +19,7 @@ class OnDevice:
         self.value, self.tensor = math.nan, torch.zeros((), device=device)
 
     def set(self, value: float) -> None:
+        """Changes the number, and its copy where it is another one, without a wait for the device."""
         if value != self.value:
             self.value = value
             self.tensor.fill_(value)

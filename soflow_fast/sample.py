@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from soflow_fast.capture import Captured, compiled, on_side_stream
-from soflow_fast.conditions import OfItems, told
+from soflow_fast.conditions import ItemConditions, told
 from soflow_fast.kernels.reference import Stream, normal
 from soflow_fast.paths import path_coefficients
 from soflow_fast.precision import ComputeCopy, follows_parameters, tensor_cores
@@ -152,7 +152,7 @@ class Sampler:
         self._first_row = torch.zeros((), dtype=torch.int64, device=self.device)
 
     def draw(
-        self, labels: Tensor | OfItems | None, n: int, decode: Decoder | None = None, rows: range | None = None
+        self, labels: Tensor | ItemConditions | None, n: int, decode: Decoder | None = None, rows: range | None = None
     ) -> Iterator[Tensor]:
         """Samples 0 to n-1, in batches, or those of them in ``rows``.
 

@@ -51,7 +51,7 @@ class Scoring:
         """Whether a score belongs to this step."""
         return not self.lacking and due(step, self._config.evaluation.every)
 
-    def lacks(self, step: int) -> bool:
+    def is_missing(self, step: int) -> bool:
         """Whether the score that belongs to this step is not there, as a kill may have come before it."""
         return self.is_due(step) and self._processes.of_first(lambda: not is_logged(self._run_dir, step, _PREFIX))
 

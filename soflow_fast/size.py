@@ -17,9 +17,9 @@ def height_and_width(size: Size, setting: str = "input_size=") -> tuple[int, int
     """
     sides = (size, size) if isinstance(size, Integral) else tuple(size) if isinstance(size, (tuple, list)) else ()
     if len(sides) != 2 or not all(isinstance(side, Integral) and not isinstance(side, bool) for side in sides):
-        raise ValueError(f"{setting}{in_words(size)} is not a size; give a whole number, or [height, width]")
+        raise ValueError(f"{setting}{format_size(size)} is not a size; give a whole number, or [height, width]")
     if min(sides) < 1:
-        raise ValueError(f"{setting}{in_words(size)} is not possible; it must be at least 1")
+        raise ValueError(f"{setting}{format_size(size)} is not possible; it must be at least 1")
     return sides
 
 
@@ -28,7 +28,7 @@ def as_size(height: int, width: int) -> Size:
     return height if height == width else (height, width)
 
 
-def in_words(size: Size) -> str:
+def format_size(size: Size) -> str:
     """A size as it stands in a YAML file."""
     return str(list(size) if isinstance(size, tuple) else size)
 

@@ -17,7 +17,6 @@ from torch.nn.parallel import DistributedDataParallel
 from soflow_fast import optim
 from soflow_fast.augment import Augment
 from soflow_fast.capture import Captured, compiled, on_side_stream
-from soflow_fast.config_io import require_count
 from soflow_fast.differencing import left_as_it_was
 from soflow_fast.dit import DiT
 from soflow_fast.ema import EMA
@@ -26,6 +25,7 @@ from soflow_fast.objectives.base import LossOutput, Objective, TotalLoss, is_obj
 from soflow_fast.paths import row_order, row_period
 from soflow_fast.precision import PRECISIONS, ComputeCopy, follows_parameters, tensor_cores
 from soflow_fast.reduction import INDUCTOR_OPTIONS, CompiledReduction
+from soflow_fast.require import require_count
 from soflow_fast.sample import evaluating
 
 _log = logging.getLogger(__name__)

@@ -64,7 +64,7 @@ class StopSignal:
             return 0
         return processes.largest(self._number)
 
-    def kept_from_workers(self, batches: Iterator[Any]) -> Iterator[Any]:
+    def shield_workers(self, batches: Iterator[Any]) -> Iterator[Any]:
         """The same batches; what reads them, processes and threads that begin with the first, never gets the signals.
 
         A scheduler may send them to all processes of a job, and a run whose readers are dead cannot end its step.

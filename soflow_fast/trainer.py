@@ -197,12 +197,12 @@ class Trainer:
         origin = self._load_initial_weights() if start == 0 else None
         removed = self.processes.of_first(partial(self._claim_folder, start, data))
         validation = Validation(
-            config, self.step, self.ema, self.validation, self.processes, self.workers, kept=stop.kept_from_workers
+            config, self.step, self.ema, self.validation, self.processes, self.workers, shield=stop.shield_workers
         )
         grids = Grids(config, self.model, self.ema, self._grid_labels, self.processes, self._decode)
         scoring = Scoring(config, self.model, self.ema, self.dataset, self.processes, self._decode)
         reports = validation, grids, scoring
-        late = [report for report in reports if report.lacks(start)]
+        late = [report for report in reports if report.is_missing(start)]
         if start == config.total_steps and not (removed or late):
             return last_checkpoint
         log = Quiet()
@@ -253,7 +253,7 @@ class Trainer:
             device=self.processes.device,
             null_condition=null,
         )
-        steps = stop.kept_from_workers(steps)
+        steps = stop.shield_workers(steps)
         draws = type(self.model.network) is not DiT or self._of_run.of_user
         place = {"rank": self.processes.rank, "world_size": self.processes.world_size}
         try:

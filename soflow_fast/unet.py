@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from soflow_fast.size import Size, as_size, height_and_width, in_words
+from soflow_fast.size import Size, as_size, format_size, height_and_width
 
 _EPS, _MAX_GROUPS, _GROUP_CHANNELS = 1e-6, 32, 4
 _EMBEDDING_MULT = 4
@@ -63,7 +63,7 @@ class UNet(nn.Module):
             raise ValueError("channel_mult=() has no level; give a factor for each, such as (2, 2, 2)")
         if any(side % 2 ** (len(sizes) - 1) for side in sides):
             raise ValueError(
-                f"input_size={in_words(input_size)} cannot be halved for each of channel_mult={tuple(channel_mult)} "
+                f"input_size={format_size(input_size)} cannot be halved for each of channel_mult={tuple(channel_mult)} "
                 f"after the first; choose a multiple of {2 ** (len(sizes) - 1)}, or another number of levels"
             )
         for size in attention_resolutions or ():

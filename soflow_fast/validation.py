@@ -39,7 +39,7 @@ class Validation:
     Args:
         config: of the run. step: that it trains by. ema: its averages.
         dataset: of :func:`build_validation`. workers: that read it where it cannot be read in pieces.
-        kept: makes them deaf to signals, see :meth:`~soflow_fast.stopping.StopSignal.kept_from_workers`.
+        shield: makes them deaf to signals, see :meth:`~soflow_fast.stopping.StopSignal.shield_workers`.
     """
 
     def __init__(
@@ -50,10 +50,10 @@ class Validation:
         dataset: Dataset | None,
         processes: Processes,
         workers: int = 0,
-        kept: Callable[[Iterator], Iterator] = lambda batches: batches,
+        shield: Callable[[Iterator], Iterator] = lambda batches: batches,
     ):
         self._config, self._step, self._ema, self._dataset = config, step, ema, dataset
-        self._processes, self._workers, self._kept = processes, workers, kept
+        self._processes, self._workers, self._shield = processes, workers, shield
         n = 0 if dataset is None else len(dataset)
         self._items = permutation(n, _SEED, 0)[: config.data.validation_samples].tolist()
         self._rows = config.batch_size // processes.world_size // config.optimizer.accumulation  # of a micro-batch
@@ -62,7 +62,7 @@ class Validation:
         """Whether a validation belongs to this step."""
         return self._dataset is not None and due(step, self._config.output.validate_every)
 
-    def lacks(self, step: int) -> bool:
+    def is_missing(self, step: int) -> bool:
         """Whether the validation that belongs to this step is not there, as a kill may have come before it."""
         folder = Path(self._config.run_dir)
         return self.is_due(step) and self._processes.of_first(lambda: not is_logged(folder, step, f"{_PREFIX}/"))
@@ -93,7 +93,7 @@ class Validation:
             null_condition=null_condition(self._step.model.network),
         )
         sums: dict[tuple[str, str], Tensor] = {}
-        with closing(self._kept(read)) as read:
+        with closing(self._shield(read)) as read:
             for step, (x, labels) in zip(steps, read, strict=True):
                 for weights, applied in (("", nullcontext()), ("ema", self._ema.applied())):
                     with applied:

@@ -131,8 +131,8 @@ def test_a_folder_that_cannot_be_made(tmp_path, capsys):
 def test_bad_arguments_of_the_other_commands(run, tmp_path, capsys):
     assert "is not a run" in refused(capsys, "sample", tmp_path)
     assert "is not a run" in refused(capsys, "eval", tmp_path)
-    assert "--count 0" in refused(capsys, "sample", run, "--count", 0)
-    assert "--steps 0" in refused(capsys, "sample", run, "--steps", 0)
+    assert "--count=0" in refused(capsys, "sample", run, "--count", 0)
+    assert "--steps=0" in refused(capsys, "sample", run, "--steps", 0)
     assert "--labels '3,10'" in refused(capsys, "sample", run, "--labels", "3,10")
     for option in ("--reference", "--features", "--weights"):
         assert f"evaluation.{option[2:]}='x' does nothing here" in refused(capsys, "eval", run, option, "x")

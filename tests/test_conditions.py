@@ -25,7 +25,7 @@ from torch.utils.data import TensorDataset
 
 from soflow_fast import DiT, SoFlow, Trainer, trainer
 from soflow_fast.cli import main
-from soflow_fast.conditions import OfItems
+from soflow_fast.conditions import ItemConditions
 from soflow_fast.config import DataConfig, ModelConfig
 from soflow_fast.data import digits
 from soflow_fast.dry_run import plan
@@ -173,7 +173,7 @@ def test_conditions_of_items_are_read_when_they_are_needed():
 
     data = Counted()
     state = torch.get_rng_state()
-    conditions = OfItems(data, torch.tensor([5, 3, 3, 8]))
+    conditions = ItemConditions(data, torch.tensor([5, 3, 3, 8]))
     assert (len(conditions), data.reads) == (4, 0)
     assert torch.equal(conditions[1:3], torch.stack([data.pairs[3][1]] * 2))
     assert data.reads == 2

@@ -49,6 +49,15 @@ def test_state_is_restored():
     assert torch.equal(ema.current_decay(), other.current_decay())
 
 
+def test_a_state_without_an_average_is_refused_and_nothing_restored():
+    ema = EMA(nn.Linear(3, 2))
+    before = ema.averages["weight"].clone()
+    with pytest.raises(ValueError, match="the averages to restore have none of bias; give those of the same param"):
+        ema.load_state_dict({"weight": before + 1}, 5)
+    assert torch.equal(ema.averages["weight"], before)
+    assert ema.updates == 0
+
+
 def test_fixed_parameters_are_part_of_the_state_and_never_averaged():
     module = nn.Linear(3, 2)
     module.bias.requires_grad_(False)

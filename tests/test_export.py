@@ -178,7 +178,7 @@ def test_a_full_disk_is_one_sentence(run, tmp_path, capsys, monkeypatch):
 
 def test_refusals(run, tmp_path, capsys):
     assert "ends in neither .pt2, a program, nor .safetensors" in refused(capsys, "export", run, tmp_path / "x.onnx")
-    assert "--steps 0 is not possible" in refused(capsys, "export", run, tmp_path / "x.pt2", "--steps", 0)
+    assert "--steps=0 is not possible" in refused(capsys, "export", run, tmp_path / "x.pt2", "--steps", 0)
     said = refused(capsys, "export", run, tmp_path / "x.pt2", "--guidance-scale", 2, "--device", "cpu")
     assert "--guidance-scale is for runs of improved_meanflow" in said
     (tmp_path / "x.pt2").write_text("mine")

@@ -13,7 +13,8 @@ FLOORS = [
     ["kernels"],
     [
         "config", "config_io", "config_model", "config_objective", "config_optimizer", "derivation",
-        "difference_nonlinear", "difference_rules", "differencing", "imported", "interop", "paths", "seeding", "size",
+        "difference_nonlinear", "difference_rules", "differencing", "imported", "interop", "paths", "require",
+        "seeding", "size",
     ],
     [
         "attention", "augment", "build", "capture", "checkpoint", "conditions", "data", "distributed", "dit", "ema",

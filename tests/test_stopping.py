@@ -226,7 +226,7 @@ def test_readers_that_still_read_end_with_the_run():
     """They do not get the signal by which the loader, or Python at its exit, would end them."""
     given = batches(_Sleeper(), batch=2, steps=range(2), seed=0, num_classes=1, workers=1, device=torch.device("cpu"))
     with StopSignal() as stop:
-        steps = stop.kept_from_workers(given)
+        steps = stop.shield_workers(given)
         next(steps)
         (reader,) = multiprocessing.active_children()
         steps.close()

@@ -4,7 +4,6 @@ torchvision reads, checks and downloads it; the 10,000 test images can be valida
 """
 
 import fcntl
-import importlib.util
 import os
 import shutil
 from http.client import HTTPException
@@ -13,6 +12,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
+
+from soflow_fast.require import require_package
 
 NUM_CLASSES = 10
 
@@ -39,11 +40,7 @@ class CIFAR10(Dataset):
                 f"model.num_classes={num_classes} does not fit CIFAR-10, which has {NUM_CLASSES} classes; set "
                 f"{NUM_CLASSES}, or 0 for images without classes"
             )
-        if importlib.util.find_spec("torchvision") is None:
-            raise ValueError(
-                "data.kind='cifar10' needs the package torchvision, which is not installed; "
-                "run pip install 'soflow-fast[eval]'"
-            )
+        require_package("torchvision", "data.kind='cifar10'", "eval")
         from torchvision import datasets
 
         path = Path(path)

@@ -1,12 +1,11 @@
 """scikit-learn's handwritten digits: 1,797 real 8×8 images of ten classes, shipped inside that package."""
 
-import importlib.util
-
 import torch
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
 from soflow_fast.data.order import permutation
+from soflow_fast.require import require_package
 
 TRAIN_SIZE = 1347
 _MAX_PIXEL = 16.0
@@ -34,11 +33,7 @@ def digits(split: str = "train") -> TensorDataset:
 
 
 def _load() -> tuple[Tensor, Tensor]:
-    if importlib.util.find_spec("sklearn") is None:
-        raise ValueError(
-            "data.kind='digits' needs the package scikit-learn, which is not installed; "
-            "run pip install 'soflow-fast[demo]'"
-        )
+    require_package("scikit-learn", "data.kind='digits'", "demo")
     from sklearn.datasets import load_digits
 
     raw = load_digits()

@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset, default
 
 from soflow_fast.data.checks import as_condition, checked_labels, require_floating_point, require_one_shape
 from soflow_fast.data.order import batch_indices
-from soflow_fast.data.resident import Resident, is_in_pieces
+from soflow_fast.data.resident import Resident, can_read_ranges
 from soflow_fast.seeding import preserve_rng, seed_generators
 
 
@@ -68,7 +68,7 @@ class _Steps(Dataset):
 
 def draws_nothing(dataset: Dataset) -> bool:
     """Whether items are the same whenever they are read; otherwise each has to be fetched on its own, being seeded."""
-    return is_in_pieces(dataset) or (isinstance(dataset, Subset) and draws_nothing(dataset.dataset))
+    return can_read_ranges(dataset) or (isinstance(dataset, Subset) and draws_nothing(dataset.dataset))
 
 
 def batches(

@@ -39,13 +39,13 @@ class Resident(NamedTuple):
 
 def resident_bytes(dataset: Dataset) -> int | None:
     """What :func:`load_resident` would take on the device, or None if the data set cannot be read in pieces."""
-    if not is_in_pieces(dataset):
+    if not can_read_ranges(dataset):
         return None
     sample, label = dataset[0]
     return len(dataset) * (sample.nbytes + max(torch.int64.itemsize, getattr(label, "nbytes", 0)))
 
 
-def is_in_pieces(dataset: Dataset) -> bool:
+def can_read_ranges(dataset: Dataset) -> bool:
     """Whether a data set can be read in pieces, and so once for all: its items are the same whenever they are read."""
     return hasattr(dataset, "read_range") or _is_pair_of_tensors(dataset)
 

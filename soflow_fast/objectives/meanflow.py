@@ -72,9 +72,13 @@ class MeanFlow(AverageVelocity):
         )
         require_range("guidance_scale", guidance_scale, 0, float("inf"))
         if not 0 <= guidance_mix < 1:
-            raise ValueError(f"guidance_mix={guidance_mix} is outside [0, 1): the effective scale is ω/(1−κ)")
+            raise ValueError(
+                f"guidance_mix={guidance_mix} is outside [0, 1), as the scale is ω/(1−κ); choose one in it"
+            )
         if len(guidance_interval) != 2 or not 0 <= guidance_interval[0] <= guidance_interval[1] <= 1:
-            raise ValueError(f"guidance_interval={tuple(guidance_interval)} is not an interval of times in [0, 1]")
+            raise ValueError(
+                f"guidance_interval={tuple(guidance_interval)} is not an interval of times; give (start, end) in [0, 1]"
+            )
         self.guided = (guidance_scale, guidance_mix) != (1, 0)
         require_null_label(net, f"guidance_scale={guidance_scale}" if self.guided else None, label_drop)
         self.guidance_scale, self.guidance_mix = guidance_scale, guidance_mix
