@@ -19,10 +19,10 @@ Bytes per token and channel, bfloat16 operands:    residual stream float32    bf
     forward    reads x, branch; writes x_new, h           4+2+4+2 = 12        2+2+2+2 = 8
     backward   reads dh, dx_new, x_new, branch            2+4+4+2             2+2+2+2
                writes dx, dbranch                         4+2     = 18        2+2     = 12
-    partial sums, written and read, chunks of 32 tokens   32/32   =  1                   1
-    a block (two of each)                                           62                  42
+    partial sums, written and read, chunks of 64 tokens   32/64   =  ½                   ½
+    a block (two of each)                                           61                  41
 In chunks of 16 tokens (small batches) a block takes 64 and 44. With the modulation and its gradients, and with mean and
-rstd, all launches of a block of XL/2 move 62.2 bytes (float32 stream) and 42.2; of B/4, 64.7 and 44.7. The bias is 0.5
+rstd, all launches of a block of XL/2 move 61.2 bytes (float32 stream) and 41.2; of B/4, 64.7 and 44.7. The bias is 0.3
 of them (B/4: 1.1), where passes over dbranch would read 4.
 
 Saved for the backward: x_new (which the next op reads anyway), branch, bias, gate, scale, and mean and rstd of each
@@ -52,11 +52,11 @@ from ._rows import (
 )
 
 # Tokens per program. Forward: enough to reuse the modulation, few enough for several programs per SM at 64 tokens.
-# Backward: 32 keep the partial sums under 5 % of the bytes; where that leaves less than about 8 programs for each of
-# an H100's 132 SMs, 16.
+# Backward: 64 keep the partial sums at 3 to 4 % of the bytes; where that leaves fewer warps than about fit on an H100's
+# 132 SMs at 128 registers, 16 each, 32, and then 16.
 _FORWARD_TOKENS = 8
-_BACKWARD_TOKENS = (32, 16)
-_ENOUGH_PROGRAMS = 1024
+_BACKWARD_TOKENS = (64, 32, 16)
+_ENOUGH_WARPS = 2048
 
 # Registers for at least 4 rows of up to 1536 channels in flight per SM, where a microsecond of latency at 4.3 TB/s
 # needs 32 KiB on the way: at 1152 channels the backward has 54 KiB with a float32 stream and 36 with a bfloat16 one,
@@ -180,10 +180,10 @@ def _adaln_backward_kernel(
         store_row(partial_ptr + 2 * D, columns, dgate, D)
 
 
-def _tokens_per_program(B: int, N: int) -> int:
-    """Of the backward; see the launch table."""
-    many, few = _BACKWARD_TOKENS
-    return many if B * triton.cdiv(N, many) >= _ENOUGH_PROGRAMS else few
+def _tokens_per_program(B: int, N: int, warps: int) -> int:
+    """Of the backward, with that many warps a program; see the launch table."""
+    *many, fewest = _BACKWARD_TOKENS
+    return next((tokens for tokens in many if B * triton.cdiv(N, tokens) * warps >= _ENOUGH_WARPS), fewest)
 
 
 def _forward(x, branch, bias, gate, shift, scale, eps, dtype) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
@@ -221,13 +221,13 @@ def _backward(
     dx_new = None if dx_new is None else dx_new.contiguous()
     dx = torch.empty_like(x)
     dbranch = None if branch is None else torch.empty_like(branch)
-    tokens = _tokens_per_program(B, N)
+    warps = row_warps(D)
+    tokens = _tokens_per_program(B, N, warps)
     chunks = triton.cdiv(N, tokens)
     dmodulation = scale.new_empty((B, 2 if branch is None else 3, D))
     dbias = None if bias is None else x.new_empty((B, D), dtype=torch.float32)
     n_sums = dmodulation.shape[1] + (bias is not None)
     partials = x.new_empty((B, chunks, n_sums, D), dtype=torch.float32)
-    warps = row_warps(D)
     launch(
         _adaln_backward_kernel,
         lambda: (B, chunks),
@@ -348,6 +348,8 @@ def modulated_layernorm(
 
     Raises:
         ValueError: for a shape or dtype that does not fit.
+        RuntimeError: by torch, under torch.func.grad and torch.func.vjp, which the op does not take; use
+            torch.autograd.grad, or impl="torch".
     """
     (x,) = require_tokens(x=x)
     shift, scale = require_modulation(x, shift=shift, scale=scale)
@@ -376,6 +378,8 @@ def gated_residual_layernorm(
 
     Raises:
         ValueError: for a shape or dtype that does not fit.
+        RuntimeError: by torch, under torch.func.grad and torch.func.vjp, which the op does not take; use
+            torch.autograd.grad, or impl="torch".
     """
     x, branch = require_tokens(x=x, branch=branch)
     gate, shift, scale = require_modulation(x, gate=gate, shift=shift, scale=scale)

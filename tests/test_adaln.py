@@ -103,18 +103,27 @@ def test_a_constant_row_gives_the_shift():
 @pytest.mark.parametrize("name", GRADIENTS)
 def test_chunks_of_tokens(name, monkeypatch):
     """The gradients of the modulation do not depend on how tokens are dealt out to programs."""
-    monkeypatch.setattr(adaln, "_ENOUGH_PROGRAMS", 1)
-    check_accuracy(name, _inputs(name, (1, 41, 24), torch.float32), {}, GRADIENTS[name])
-    monkeypatch.setattr(adaln, "_BACKWARD_TOKENS", (2, 2))
-    check_accuracy(name, _inputs(name, (1, 41, 24), torch.float32), {}, GRADIENTS[name])
+    for tokens in (32, 2):
+        monkeypatch.setattr(adaln, "_BACKWARD_TOKENS", (tokens,))
+        check_accuracy(name, _inputs(name, (1, 41, 24), torch.float32), {}, GRADIENTS[name])
 
 
-@pytest.mark.parametrize(("rows", "tokens", "expected"), [(256, 256, 32), (256, 64, 16), (32, 256, 16), (32, 4096, 32)])
-def test_training_sizes_fill_the_gpu(rows, tokens, expected):
-    """At least 512 programs of the backward, about 4 for each of 132 SMs, in the largest chunks that allow 1024."""
-    chunk = adaln._tokens_per_program(rows, tokens)
-    assert chunk == expected
-    assert rows * -(-tokens // chunk) >= 512
+@pytest.mark.parametrize(
+    ("rows", "tokens", "width", "expected"),
+    [
+        *((256, 256, 1152, 64), (128, 256, 1152, 64), (64, 256, 1152, 32), (32, 256, 1152, 16), (32, 4096, 1152, 64)),
+        *((256, 256, 768, 64), (256, 64, 768, 16), (256, 256, 384, 32)),
+    ],
+)
+def test_training_sizes_fill_the_gpu(rows, tokens, width, expected):
+    """At least 2048 warps of the backward, about the 16 that fit on each of 132 SMs, in the largest such chunks."""
+    x = torch.empty(rows, tokens, width, device="meta", requires_grad=True)
+    m = torch.empty(rows, width, device="meta", requires_grad=True)
+    with recording() as records:
+        fused.modulated_layernorm(x, m, m).sum().backward()
+    (backward,) = (record for record in records if record.kernel is adaln._adaln_backward_kernel)
+    assert backward.grid() == (rows, -(-tokens // expected))
+    assert rows * -(-tokens // expected) * backward.config.num_warps >= 2048
 
 
 @pytest.mark.parametrize("name", GRADIENTS)

@@ -24,7 +24,7 @@ def entry(launches):
 
 def test_neighbours(launches, entry):
     assert entry.neighbours(1024) == [2048, 512]
-    assert launches.Entry(adaln, "_BACKWARD_TOKENS").neighbours((32, 16)) == [(64, 32), (16, 8)]
+    assert launches.Entry(adaln, "_BACKWARD_TOKENS").neighbours((64, 32, 16)) == [(128, 64, 32), (32, 16, 8)]
     assert entry.neighbours(Launch(num_warps=32, max_registers=64)) == [
         Launch(num_warps=32, num_stages=2),
         Launch(num_warps=16),
