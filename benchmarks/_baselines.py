@@ -16,11 +16,34 @@ from soflow_fast.ema import EMA
 from soflow_fast.kernels import reference
 from soflow_fast.kernels.reference import split_heads
 from soflow_fast.layers import Attention, linear, product
-from soflow_fast.objectives.base import TotalLoss
+from soflow_fast.objectives.base import TotalLoss, combine
 from soflow_fast.objectives.meanflow import MeanFlow
+from soflow_fast.objectives.soflow import Times
 from soflow_fast.optim import AdamW
 
 # --------------------------------------------------------------------------------------------------------- SoFlow
+
+
+class SixCalls(SoFlow):
+    """Each loss with network calls of its own, as published: six with guidance, of the same numbers."""
+
+    def loss_of_rows(self, x0, labels, rows, n_velocity, progress, seed, step, latent_scale=None) -> TotalLoss:
+        times = self.draw_times(rows, n_velocity, progress, seed, step)
+        if x0.dtype == torch.float64:
+            times = Times(*(z.double() for z in times))
+        drop = self.draw_drop(rows, labels, seed, step)
+        x_t, v_t = self.ops.noisy_sample(
+            x0, times.t, rows, seed=seed, step=step, path=self.path, latent_scale=latent_scale
+        )
+        v_t = self._regressed(x_t, v_t, times.t, labels)
+        parts = {}
+        for name, part, loss, extra in (
+            ("velocity", slice(None, n_velocity), self._velocity_loss, ()),
+            ("consistency", slice(n_velocity, None), self._consistency_loss, (times.gap, times.s)),
+        ):
+            if len(times.t[part]):
+                parts[name] = loss(x_t[part], v_t[part], times.t[part], *extra, _rows(labels, part), drop[part])
+        return combine(parts)
 
 
 class _FusedDraws:
@@ -38,6 +61,10 @@ class _FusedDraws:
 
 class EagerSoFlow(_FusedDraws, SoFlow):
     """SoFlow for a step that is not compiled."""
+
+
+class EagerSixCalls(_FusedDraws, SixCalls):
+    """As published, also in its calls."""
 
 
 @contextmanager

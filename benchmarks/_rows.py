@@ -11,6 +11,7 @@ import torch
 from _baselines import (
     AllRowsMeanFlow,
     DerivedSoFlow,
+    EagerSixCalls,
     EagerSoFlow,
     Fp32PairMeanFlow,
     Fp32PairSoFlow,
@@ -20,6 +21,7 @@ from _baselines import (
     PublishedMeanFlow,
     ScaledAdamW,
     ScaledLossSoFlow,
+    SixCalls,
     StrongMeanFlow,
 )
 from torch import Tensor, nn
@@ -56,7 +58,7 @@ class Row:
             are subtracted it grows with the depth, to 0.17 of 28 blocks with operands cut off to TensorFloat-32.
         dit: class of the network and, in ``network``, its options. impl: of ops and network.
         precision: of the step. optimizer: ``published`` (torch's AdamW, a Python loop for the EMA), ``torch`` (torch's
-            fused AdamW, foreach EMA) or ``one-pass``. compile, cuda_graph: of the step. merged: of SoFlow.
+            fused AdamW, foreach EMA) or ``one-pass``. compile, cuda_graph: of the step.
         no_cpu: why the row is not run on a CPU, if it is not.
     """
 
@@ -71,7 +73,6 @@ class Row:
     optimizer: str = "one-pass"
     compile: bool = True
     cuda_graph: bool = True
-    merged: bool = True
     no_cpu: str = ""
 
 
@@ -134,7 +135,7 @@ _PUBLISHED = {"optimizer": "published", "compile": False, "cuda_graph": False}
 ROWS = {
     "soflow/public": Row(
         "as published: eager, TF32, six network calls, torch's AdamW, EMA in a Python loop",
-        EagerSoFlow, 0.20, _TWO, precision="tf32", merged=False, **_PUBLISHED,
+        EagerSixCalls, 0.20, _TWO, precision="tf32", **_PUBLISHED,
     ),
     "soflow/public-tf32-compile": Row(
         "two forwards in TF32, three network calls, compiled, CUDA graph, one-pass update",
@@ -216,7 +217,7 @@ _FAST = ROWS["soflow/fast"]
 ABLATIONS = {
     "soflow/fast-no-graph": replace(_FAST, what="without the CUDA graph", cuda_graph=False),
     "soflow/fast-no-compile": replace(_FAST, what="without torch.compile", compile=False),
-    "soflow/fast-six-calls": replace(_FAST, what="six network calls", merged=False),
+    "soflow/fast-six-calls": replace(_FAST, what="six network calls", objective=SixCalls),
     "soflow/fast-torch-optimizer": replace(_FAST, what="torch's fused AdamW, foreach EMA", optimizer="torch"),
     "soflow/fast-fp32-residual": replace(_FAST, what="residual streams in float32", network=_FP32_STREAM),
     "soflow/fast-own-attention": replace(
@@ -233,7 +234,7 @@ ABLATIONS = {
 _EAGER = replace(
     ROWS["soflow/public"], what="and bfloat16, by the difference forward", tolerance=0.03, settings={}, precision="bf16"
 )
-_MERGED = replace(_EAGER, what="and two network calls", merged=True)
+_MERGED = replace(_EAGER, what="and two network calls", objective=EagerSoFlow)
 _COMPILED = replace(_MERGED, what="and torch.compile", objective=SoFlow, compile=True)
 _FUSED = replace(_COMPILED, what="and the fused kernels", dit=DiT, impl="triton", no_cpu=_KERNELS)
 
@@ -277,7 +278,6 @@ def build(row: Row, workload: Workload) -> TrainStep:
         impl, network = "torch", {name: value for name, value in network.items() if value != "triton"}
     net = workload.network(row.dit, **{"impl": impl, "attention": workload.attention, **network})
     model = row.objective(net, **workload.recipe(row.objective), **row.settings)
-    model.merged = row.merged
     graph = row.cuda_graph and workload.device == "cuda"
     optimizer, ema = _update(row, model, graph, workload.fused)
     return TrainStep(

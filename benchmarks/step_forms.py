@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
-from _baselines import EagerSoFlow, LoopEMA
+from _baselines import EagerSixCalls, LoopEMA
 from _measure import environment
 from torch import Tensor, nn
 
@@ -47,20 +47,19 @@ class Form:
     """A way to run the step.
 
     Attributes:
-        merged, quotient: of SoFlow. compile: of :class:`~soflow_fast.step.TrainStep`. fused: ops, network and update
+        quotient: of SoFlow. compile: of :class:`~soflow_fast.step.TrainStep`. fused: ops, network and update
             as the library has them by default, else plain torch.
     """
 
-    merged: bool
     quotient: str
     fused: bool
     compile: bool | str
 
 
 FORMS = {
-    PLAIN: Form(merged=False, quotient="two_forwards", fused=False, compile=False),
-    "fast eager": Form(merged=True, quotient="difference", fused=True, compile=False),
-    "fast compiled": Form(merged=True, quotient="difference", fused=True, compile=True),
+    PLAIN: Form(quotient="two_forwards", fused=False, compile=False),
+    "fast eager": Form(quotient="difference", fused=True, compile=False),
+    "fast compiled": Form(quotient="difference", fused=True, compile=True),
 }
 
 
@@ -87,9 +86,8 @@ def build(form: Form, config: TrainConfig) -> TrainStep:
         if p.requires_grad and not p.any():
             nn.init.normal_(p, std=0.02)
     # random numbers by kernels on a GPU also for the plain step: how they are drawn is not what is compared
-    objective = SoFlow if form.fused else EagerSoFlow
+    objective = SoFlow if form.fused else EagerSixCalls
     model = objective(network, **{**asdict(config.soflow), "quotient": form.quotient})
-    model.merged = form.merged
     model.to(config.device)
     parameters = [p for p in model.parameters() if p.requires_grad]
     options = {"lr": config.optimizer.learning_rate, "betas": config.optimizer.betas, "weight_decay": 0.0}

@@ -47,12 +47,6 @@ class DifferenceNet(Net):
             return F, self(x + dx, t + dt, s, labels) - self(x, t, s, labels)
 
 
-class SixCalls(SoFlow):
-    """Each loss with network calls of its own, as published."""
-
-    merged = False
-
-
 def make_model(net=None, objective=SoFlow, **settings):
     """A SoFlow whose settings all matter."""
     settings = {"guidance_scale": 2.5, "guidance_mix": 0.3, "p": 0.7, "eps": 0.05, **settings}

@@ -4,9 +4,9 @@ import math
 
 import pytest
 import torch
+from _baselines import SixCalls
 from foreign_networks import UNet
 from runs import tiny_config
-from soflow_formulas import SixCalls
 from torch import nn
 
 from soflow_fast import SoFlow, Trainer

@@ -10,12 +10,12 @@ from pathlib import Path
 import _rows
 import pytest
 import torch
-from _baselines import AllRowsMeanFlow, Fp32PairSoFlow, LoopEMA, ScaledAdamW, ScaledLossSoFlow
+from _baselines import AllRowsMeanFlow, Fp32PairSoFlow, LoopEMA, ScaledAdamW, ScaledLossSoFlow, SixCalls
 from _check import CHECKED_STEP, Truth
 from _public_source import public_source_row
 from _rows import ABLATIONS, LADDER, ROWS, Workload, build, selected
 
-from soflow_fast import DiT, SoFlow, paths
+from soflow_fast import DiT, paths
 from soflow_fast.objectives.flow_matching import FlowMatching
 from soflow_fast.objectives.meanflow import MeanFlow
 
@@ -55,7 +55,6 @@ def _in_float64(objective, row, **settings) -> tuple[torch.Tensor, dict[str, tor
     options = {name: value for name, value in row.network.items() if not isinstance(value, torch.dtype)}
     net = workload.network(row.dit, impl="torch", **options).double()
     model = objective(net, **workload.recipe(objective), **settings)
-    model.merged = row.merged
     x0, labels = workload.data()
     order, n_velocity = paths.row_order(BATCH, model.velocity_share, 0)
     order = torch.tensor(order)
@@ -67,13 +66,13 @@ def _in_float64(objective, row, **settings) -> tuple[torch.Tensor, dict[str, tor
 
 def _plain(row):
     """The plain objective: two forwards, or torch.func.jvp on the rows with r < t."""
-    plain = replace(row, dit=DiT, network={"attention": "math"}, merged=False)
+    plain = replace(row, dit=DiT, network={"attention": "math"})
     if issubclass(row.objective, MeanFlow):
         return _in_float64(MeanFlow, plain, derivative="jvp")
     if issubclass(row.objective, FlowMatching):
         return _in_float64(FlowMatching, plain)
     gap = {"gap_end": row.settings["gap_end"]} if "gap_end" in row.settings else {}
-    return _in_float64(SoFlow, plain, quotient="two_forwards", **gap)
+    return _in_float64(SixCalls, plain, quotient="two_forwards", **gap)
 
 
 def _distance(ours: dict, expected: dict) -> float:

@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from _baselines import SixCalls
 from conditioned import (
     CLASSES,
     WIDTH,
@@ -19,7 +20,6 @@ from conditioned import (
     seeded,
 )
 from runs import StopError, final, stop_at, tiny_config, write_latents
-from soflow_formulas import SixCalls
 from torch import nn
 from torch.utils.data import TensorDataset
 

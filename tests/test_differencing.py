@@ -7,9 +7,9 @@ import pickle
 
 import pytest
 import torch
+from _baselines import SixCalls
 from diffusers import UNet2DModel
 from foreign_networks import Function, Transformer, UNet
-from soflow_formulas import SixCalls
 from torch import nn
 
 from soflow_fast import DiT, SoFlow

@@ -11,8 +11,8 @@ from pathlib import Path
 import data_parallel
 import pytest
 import torch
+from _baselines import SixCalls
 from fast_step_runs import STEPS, distances, make_model, make_step, train, training_batch
-from soflow_formulas import SixCalls
 
 from soflow_fast import DiT, SoFlow, UNet
 from soflow_fast.augment import AUGMENT_DIM, Augment

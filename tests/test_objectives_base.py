@@ -5,8 +5,8 @@ from inspect import signature
 
 import pytest
 import torch
+from _baselines import SixCalls
 from conditioned import ByEmbedding
-from soflow_formulas import SixCalls
 from torch import nn
 
 from soflow_fast import DiT, SoFlow, TrainStep, build

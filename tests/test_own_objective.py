@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from _baselines import SixCalls
 from own_objectives import Aligned, Distilled, Given, small_dit
 from runs import Blobs, assert_bitwise_equal, final, refused, tiny_config, write_config
 from safetensors.torch import load_file
@@ -253,14 +254,17 @@ def test_distillation_in_a_run(tmp_path):
     assert load_run(tmp_path)[2] == 4
 
 
+def _by_six_calls(objective):
+    return type("Apart", (objective, SixCalls), {})
+
+
 def test_the_velocity_that_is_regressed():
-    """In the merged form, in the separate one, and in each loss of its own."""
-    model = Distilled(small_dit(), label_drop=0.0, guidance_scale=1.0, p=0.0)
-    merged = _losses(model)
-    model.merged = False
-    separate = _losses(model)
-    torch.testing.assert_close(merged.loss, separate.loss, rtol=1e-4, atol=1e-6)
-    torch.testing.assert_close(merged.parts["velocity"].mse, torch.zeros(6), rtol=0, atol=1e-8)  # it is the teacher
+    """In the loss of a batch, with other network calls, and in each loss of its own."""
+    settings = {"label_drop": 0.0, "guidance_scale": 1.0, "p": 0.0}
+    model = Distilled(small_dit(), **settings)
+    ours, apart = _losses(model), _losses(_by_six_calls(Distilled)(small_dit(), **settings))
+    torch.testing.assert_close(ours.loss, apart.loss, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(ours.parts["velocity"].mse, torch.zeros(6), rtol=0, atol=1e-8)  # it is the teacher
     x, labels = _batch()
     noise, t = torch.flip(x, [0]), torch.linspace(0.1, 0.9, 8)
     assert model.velocity_loss(x, noise, t, labels).loss < 1e-8
@@ -269,9 +273,8 @@ def test_the_velocity_that_is_regressed():
 
 
 def test_the_weight_of_a_row():
-    plain, weighted = SoFlow(small_dit()), Given(small_dit(), weight=lambda t, s: 1 + t + 2 * s)
-    for merged in (True, False):
-        plain.merged = weighted.merged = merged
+    for own, objective in ((Given, SoFlow), (_by_six_calls(Given), SixCalls)):
+        plain, weighted = objective(small_dit()), own(small_dit(), weight=lambda t, s: 1 + t + 2 * s)
         ours, theirs = _losses(weighted).parts, _losses(plain).parts
         times = plain.draw_times(torch.arange(8), 6, 0.5, 0, 0)
         for name, s in (("velocity", times.t[:6]), ("consistency", times.s)):

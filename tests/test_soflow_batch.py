@@ -4,9 +4,9 @@ import math
 
 import pytest
 import torch
+from _baselines import SixCalls
 from soflow_formulas import (
     NULL,
-    SixCalls,
     check_gradients,
     consistency_row,
     item,

@@ -68,14 +68,7 @@ class SoFlow(Objective):
 
     Raises:
         ValueError: for a value outside its range, or for guidance without a "no label" row to guide with.
-
-    Attributes:
-        merged: whether the loss of a batch takes two network calls, one without gradient for all of the guidance and
-            one with gradient for both losses, whose consistency rows carry the difference. Otherwise each loss makes
-            its own: six, as published, of the same numbers.
     """
-
-    merged = True
 
     def __init__(
         self,
@@ -225,7 +218,11 @@ class SoFlow(Objective):
         step: int | Tensor,
         latent_scale: float | None = None,
     ) -> TotalLoss:
-        """Both losses, ``loss_v·n_v/B + loss_c·n_c/B``; see the base class."""
+        """Both losses, ``loss_v·n_v/B + loss_c·n_c/B``; see the base class.
+
+        There are two network calls: one without gradient for all of the guidance, and one with gradient for both
+        losses, whose consistency rows carry the difference (``two_forwards`` adds one on these).
+        """
         times = self.draw_times(rows, n_velocity, progress, seed, step)
         if x0.dtype == torch.float64:
             times = Times(*(z.double() for z in times))
@@ -234,24 +231,6 @@ class SoFlow(Objective):
             x0, times.t, rows, seed=seed, step=step, path=self.path, latent_scale=latent_scale
         )
         v_t = self._regressed(x_t, v_t, times.t, labels)
-        if self.merged:
-            parts = self._merged_parts(x_t, v_t, times, labels, drop, n_velocity)
-        else:
-            parts = self._separate_parts(x_t, v_t, times, labels, drop, n_velocity)
-        return combine(parts)
-
-    def _separate_parts(self, x_t, v_t, times, labels, drop, n_velocity) -> dict[str, LossOutput]:
-        parts = {}
-        for name, part, part_loss, extra in (
-            ("velocity", slice(None, n_velocity), self._velocity_loss, ()),
-            ("consistency", slice(n_velocity, None), self._consistency_loss, (times.gap, times.s)),
-        ):
-            if len(times.t[part]):
-                part_labels = None if labels is None else labels[part]
-                parts[name] = part_loss(x_t[part], v_t[part], times.t[part], *extra, part_labels, drop[part])
-        return parts
-
-    def _merged_parts(self, x_t, v_t, times, labels, drop, n_velocity) -> dict[str, LossOutput]:
         (t, s, gap), n = times, n_velocity
         x_c, t_c, v = x_t[n:], t[n:], v_t[n:]
         F_null = None
@@ -275,7 +254,7 @@ class SoFlow(Objective):
             parts["velocity"] = self._reduce_velocity(F_v, v_t[:n], F_null, t[:n], drop[:n])
         if len(s):
             parts["consistency"] = self._reduce_consistency(F_c, dF, v, x_c, t_c, gap, s)
-        return parts
+        return combine(parts)
 
     def draw_times(
         self, rows: Tensor, n_velocity: int, progress: float | Tensor, seed: int | Tensor, step: int | Tensor
