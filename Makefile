@@ -15,7 +15,7 @@ test: $(INSTALLED)
 
 # Saved under .benchmarks; two runs are compared by .venv/bin/pytest-benchmark compare.
 bench: $(INSTALLED)
-	$(BIN)/python -m pytest benchmarks --benchmark-autosave
+	$(BIN)/python -m pytest benchmarks --benchmark-autosave --benchmark-max-time 0.5
 
 # Registers, spills and shared memory of every kernel, compiled for three GPU architectures.
 kernels: $(INSTALLED)

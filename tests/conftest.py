@@ -18,6 +18,10 @@ os.environ["TORCHINDUCTOR_VEC_ISA_OK"] = "0"
 torch._export.utils._materialize_cpp_cia_ops = functools.cache(torch._export.utils._materialize_cpp_cia_ops)
 
 
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.get_closest_marker("last") is not None)
+
+
 def pytest_collection_finish():
     """Captured networks are many small objects: to look for cycles among them took a fifth of some tests' time."""
     gc.collect()

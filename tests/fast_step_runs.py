@@ -7,7 +7,7 @@ from soflow_fast.ema import EMA
 from soflow_fast.optim import AdamW
 from soflow_fast.step import TrainStep
 
-BATCH, STEPS = 16, 20
+BATCH, STEPS = 16, 12
 
 
 def make_model(dtype, objective=SoFlow, **network):

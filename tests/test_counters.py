@@ -1,7 +1,7 @@
 """No deterministic counter of the training step is worse than the committed one.
 
 The file is rewritten by ``python benchmarks/counters.py --write benchmarks/counters.json``; ``--check`` recounts all of
-it, of which the dearest, what is saved for the backward, is recounted here for two networks only.
+it, of which the work and what is saved for the backward are recounted here for a few networks only.
 """
 
 import json
@@ -51,7 +51,7 @@ def test_what_a_block_saves(preset):
     assert row[f"{SAVED}_fp32_residual"] == pytest.approx(expected + 4, abs=1e-3)  # the stream, twice
 
 
-@pytest.mark.parametrize("preset", counters.PRESETS)
+@pytest.mark.parametrize("preset", ["DiT-B/4", "DiT-XL/2"])
 def test_work_of_a_step(preset):
     now = counters.work(preset)
     assert counters.worse(preset, {**now, "parameters": counters.parameters(preset)}) == []
@@ -60,8 +60,8 @@ def test_work_of_a_step(preset):
 
 def test_fused_ops_count_what_the_plain_ones_do():
     """Custom operators count no FLOPs unless they say how many."""
-    for preset in ("DiT-S/4", "DiT-B/2"):
-        assert counters.work(preset, impl="torch") == counters.work(preset)
+    preset = "DiT-S/2"  # of which no two sizes are equal
+    assert counters.work(preset, impl="torch") == counters.work(preset)
 
 
 @pytest.mark.parametrize("preset", ["DiT-B/4", "DiT-B/2"])

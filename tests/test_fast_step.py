@@ -84,7 +84,7 @@ def test_one_graph_and_one_compilation_in_a_run():
 
 
 def test_bfloat16_follows_float32(plain32):
-    """Twenty steps in bfloat16 stay within its rounding of the float32 ones."""
+    """The steps in bfloat16 stay within its rounding of the float32 ones."""
     losses, model = train(torch.float32, precision="bf16")
     assert losses == pytest.approx(plain32[0], rel=3e-3)
     assert max(distances(model, plain32[1]).values()) < 0.03
