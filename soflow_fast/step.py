@@ -276,6 +276,13 @@ class TrainStep:
         Args:
             x0: (B, C, H, W) this process's rows of the global batch, in their global order.
             labels: (B,) int64, (B, ...) conditions, or None.
+
+        Raises:
+            ValueError: for samples that are no floating point, another number of labels than of samples, a batch that
+                :meth:`check_batch` refuses or, with a CUDA graph, of another shape than before; for a network that the
+                objective's ``prepare`` refuses, and for an objective that returns no
+                :class:`~soflow_fast.objectives.base.TotalLoss`, or one with a part that cannot be reported.
+            RuntimeError: for a step that cannot be captured as a CUDA graph, with the cause.
         """
         if not x0.is_floating_point():
             raise ValueError(f"x0 has dtype {x0.dtype}; give samples in floating point, about in [-1, 1]")
