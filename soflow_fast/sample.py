@@ -50,6 +50,9 @@ def sample(
 
     Returns:
         (B, C, H, W), dtype of noise.
+
+    Raises:
+        ValueError: for fewer than one step, and another number of labels than of samples.
     """
     if steps < 1:
         raise ValueError(f"steps={steps} is not a number of sampling steps; it must be at least 1")
@@ -116,7 +119,7 @@ class Sampler:
         cuda_graph: whether a batch is one CUDA graph; by default where it is compiled for a GPU.
 
     Raises:
-        ValueError: for a precision that is not known, and a CUDA graph without a GPU.
+        ValueError: for a precision that is not known, a seed outside [0, 2^63) and a CUDA graph without a GPU.
     """
 
     def __init__(
@@ -164,6 +167,9 @@ class Sampler:
 
         Yields:
             (at most B, C, H, W) float32, or what decode makes of them, on the CPU.
+
+        Raises:
+            ValueError: for fewer labels than samples; a batch raises what :meth:`__call__` does.
         """
         if labels is not None and len(labels) < n:
             raise ValueError(f"there are {len(labels)} labels for {n} samples; give one for each")
@@ -185,6 +191,11 @@ class Sampler:
 
         Returns:
             (B, C, H, W) float32 on the device; with a CUDA graph, the next call overwrites it.
+
+        Raises:
+            ValueError: for more labels than a batch has samples, for fewer than one step, and with a CUDA graph for
+                labels of another shape than at first.
+            RuntimeError: for a batch that cannot be captured as a CUDA graph, with the cause.
         """
         if self._copy is not None:
             self._copy.refresh()

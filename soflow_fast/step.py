@@ -289,6 +289,13 @@ class TrainStep:
         Args:
             x0: (B, C, H, W) this process's rows of the global batch, in their global order.
             labels: (B,) int64, (B, ...) conditions, or None.
+
+        Raises:
+            ValueError: for samples that are no floating point, another number of labels than of samples, a batch that
+                :meth:`check_batch` refuses or, with a CUDA graph, of another shape than before; for a network that the
+                objective's ``prepare`` refuses, and for an objective that returns no
+                :class:`~soflow_fast.objectives.base.TotalLoss`, or one with a part that cannot be reported.
+            RuntimeError: for a step that cannot be captured as a CUDA graph, with the cause.
         """
         require_batch(x0, labels)
         if self.copy is not None:
