@@ -135,7 +135,10 @@ class _SelfAttention(torch.autograd.Function):
         if do is None:
             return (None,) * 4
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            raise NotImplementedError("the fused self-attention has no second derivative; use impl='torch'")
+            raise NotImplementedError(
+                "the fused self-attention has no second derivative, which torch.func.grad and vjp want too; use "
+                "torch.autograd.grad for a first one, or impl='torch'"
+            )
         h, weight, o, y, lse = ctx.saved_tensors
         dy, sums = _backward_op(y, do, o, lse)
         return *projection_gradients(dy.flatten(2), sums.flatten(0, 1), h, weight, ctx.needs_input_grad), None

@@ -184,6 +184,8 @@ def test_a_second_derivative_raises():
     out, _ = fused.mlp(**arguments)
     with pytest.raises(NotImplementedError, match="no second derivative"):
         torch.autograd.grad(out.sum(), arguments["h"], create_graph=True)
+    with pytest.raises(NotImplementedError, match=r"torch\.func\.grad .* use torch\.autograd\.grad for a first one"):
+        torch.func.grad(lambda h: fused.mlp(**{**arguments, "h": h})[0].sum())(arguments["h"])
 
 
 def test_bad_inputs():

@@ -137,6 +137,8 @@ def test_a_second_derivative_raises():
     o, *_ = fused.self_attention(**arguments, heads=3)
     with pytest.raises(NotImplementedError, match="no second derivative"):
         torch.autograd.grad(o.sum(), arguments["h"], create_graph=True)
+    with pytest.raises(NotImplementedError, match=r"torch\.func\.grad .* use torch\.autograd\.grad for a first one"):
+        torch.func.grad(lambda h: fused.self_attention(**{**arguments, "h": h}, heads=3)[0].sum())(arguments["h"])
 
 
 def test_bad_inputs():
