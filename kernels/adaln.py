@@ -348,8 +348,7 @@ def modulated_layernorm(
 
     Raises:
         ValueError: for a shape or dtype that does not fit.
-        RuntimeError: by torch, under torch.func.grad and torch.func.vjp, which the op does not take; use
-            torch.autograd.grad, or impl="torch".
+        RuntimeError: by torch, under torch.func.grad or vjp; torch.autograd.grad takes the op.
     """
     (x,) = require_tokens(x=x)
     shift, scale = require_modulation(x, shift=shift, scale=scale)
@@ -378,8 +377,7 @@ def gated_residual_layernorm(
 
     Raises:
         ValueError: for a shape or dtype that does not fit.
-        RuntimeError: by torch, under torch.func.grad and torch.func.vjp, which the op does not take; use
-            torch.autograd.grad, or impl="torch".
+        RuntimeError: by torch, under torch.func.grad or vjp; torch.autograd.grad takes the op.
     """
     x, branch = require_tokens(x=x, branch=branch)
     gate, shift, scale = require_modulation(x, gate=gate, shift=shift, scale=scale)

@@ -161,8 +161,8 @@ class _Mlp(torch.autograd.Function):
             return (None,) * 5
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             raise NotImplementedError(
-                "the fused MLP has no second derivative, which torch.func.grad and torch.func.vjp always ask for; "
-                "use torch.autograd.grad for a first one, or impl='torch'"
+                "the fused MLP has no second derivative, which torch.func.grad and vjp want too; use "
+                "torch.autograd.grad for a first one, or impl='torch'"
             )
         h, w1, w2, u, g = ctx.saved_tensors
         needs_h, needs_w1, needs_b1, needs_w2, _ = ctx.needs_input_grad

@@ -136,8 +136,8 @@ class _SelfAttention(torch.autograd.Function):
             return (None,) * 4
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             raise NotImplementedError(
-                "the fused self-attention has no second derivative, which torch.func.grad and torch.func.vjp always ask "
-                "for; use torch.autograd.grad for a first one, or impl='torch'"
+                "the fused self-attention has no second derivative, which torch.func.grad and vjp want too; use "
+                "torch.autograd.grad for a first one, or impl='torch'"
             )
         h, weight, o, y, lse = ctx.saved_tensors
         dy, sums = _backward_op(y, do, o, lse)
