@@ -13,7 +13,8 @@ _OPTIONS = {True: {"mode": "default"}, "max-autotune": {"mode": "max-autotune-no
 
 
 def compiled(function: Callable, how: bool | str | Callable, inductor: Mapping[str, Any] | None = None) -> Callable:
-    """The function, compiled as one graph for fixed shapes; what cannot be compiled raises.
+    """The function, compiled as one graph for fixed shapes; what cannot be compiled raises, an error of the function's
+    own as that.
 
     Args:
         how: False, True, ``max-autotune`` (which also tries implementations of the matrix products), or a backend of
@@ -34,7 +35,12 @@ def compiled(function: Callable, how: bool | str | Callable, inductor: Mapping[s
     def call(*arguments):
         # One graph also under data parallelism, which would cut it at its buckets; many settings in a process.
         with torch._dynamo.config.patch(optimize_ddp=False, recompile_limit=64):
-            return run(*arguments)
+            try:
+                return run(*arguments)
+            except torch._dynamo.exc.Unsupported:
+                with torch.no_grad():
+                    function(*arguments)  # an error of its own says more than that it cannot be compiled
+                raise
 
     return call
 

@@ -24,6 +24,7 @@ __all__ = [
     "GAP_SCHEDULES",
     "PARAMETERIZATIONS",
     "PATHS",
+    "clean_sample",
     "gap_ratio",
     "guidance_decay",
     "logit_normal",
@@ -36,6 +37,20 @@ __all__ = [
 ]
 
 GAP_SCHEDULES = ("const", "linear", "cosine", "exponential")
+
+
+def clean_sample(x_t: Tensor, v: Tensor, t: Tensor, path: str) -> Tensor:
+    """``x_0 = (β' x_t − β v) / (αβ' − α'β)`` of a point of a path and the velocity there; ``x_t − t v`` on the linear.
+
+    Args:
+        x_t, v: (B, ...) floating point. t: (B,) in [0, 1].
+
+    Returns:
+        (B, ...), of the wider dtype of both.
+    """
+    alpha, beta, dalpha, dbeta = path_coefficients(t, path)
+    of_x, of_v = (c.to(x_t.dtype).view(-1, *[1] * (x_t.dim() - 1)) for c in (dbeta, -beta))
+    return (of_x * x_t + of_v * v) / (alpha * dbeta - dalpha * beta).to(x_t.dtype).view_as(of_x)
 
 
 def gap_ratio(progress: float | Tensor, schedule: str, init: float, end: float) -> Tensor:

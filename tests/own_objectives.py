@@ -6,8 +6,10 @@ from torch import nn
 from torch.nn.functional import avg_pool2d
 
 from soflow_fast import DiT, SoFlow
+from soflow_fast.kernels.reference import Stream
 from soflow_fast.objectives.base import TotalLoss
 from soflow_fast.objectives.flow_matching import FlowMatching
+from soflow_fast.paths import clean_sample
 
 
 def small_dit(**changes) -> DiT:
@@ -63,6 +65,21 @@ class Given(SoFlow):
 
     def row_weight(self, *arguments):
         return (self.functions["row_weight"] or super().row_weight)(*arguments)
+
+
+class Pulled(SoFlow):
+    """SoFlow that also pulls what the network expects of the data towards it, as an encoder sees both, with noise."""
+
+    def __init__(self, net, weight=0.5, **keywords):
+        super().__init__(net, **keywords)
+        self.weight = weight
+        self.add_companion("encoder", nn.Conv2d(1, 3, 4, stride=4))
+
+    def further_terms(self, batch):
+        noise = self.ops.normal(batch.rows, 1, seed=batch.seed, step=batch.step, stream=Stream.USER)
+        data = clean_sample(batch.x_t, batch.F.float(), batch.t, self.path)
+        error = (self.encoder(data) - self.encoder(batch.x0)).square().flatten(1).mean(1)
+        return {"pull": self.weight * (1 + batch.progress) * (noise[:, 0].square() * error).mean()}
 
 
 def network_alone(net) -> nn.Module:

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from _baselines import SixCalls
-from own_objectives import Aligned, Distilled, Given, small_dit
+from own_objectives import Aligned, Distilled, Given, Pulled, small_dit
 from runs import Blobs, assert_bitwise_equal, final, refused, tiny_config, write_config
 from safetensors.torch import load_file
 from torch import nn
@@ -16,9 +16,12 @@ from torch import nn
 from soflow_fast import DiT, SoFlow, Trainer, TrainStep, load_run, load_weights
 from soflow_fast.cli import main
 from soflow_fast.config import ComputeConfig, OptimizerConfig, TrainConfig
+from soflow_fast.kernels.reference import Stream, noisy_sample, normal
+from soflow_fast.objectives.alphaflow import AlphaFlow
 from soflow_fast.objectives.base import TotalLoss
 from soflow_fast.objectives.meanflow import MeanFlow
 from soflow_fast.optim import AdamW
+from soflow_fast.paths import PATHS
 from soflow_fast.precision import ComputeCopy
 
 
@@ -210,6 +213,8 @@ def _step(model, **options):
 
 def test_a_compiled_step_on_copies_computes_what_is_beside_them_in_float32():
     class Both(Aligned):
+        further_terms = Pulled.further_terms
+
         def data_velocity(self, x_t, v_t, t, labels):
             return v_t + self.encoder(x_t).mean()
 
@@ -222,6 +227,8 @@ def test_a_compiled_step_on_copies_computes_what_is_beside_them_in_float32():
     )
     torch.testing.assert_close(whole.loss, eager.loss)
     assert whole.parts["alignment"].dtype == torch.float32
+    assert whole.parts["pull"] > 0
+    torch.testing.assert_close(whole.parts["pull"], eager.parts["pull"])
     torch.testing.assert_close(*(model.projection.weight.grad for model in models))
 
 
@@ -306,3 +313,102 @@ def test_another_share_of_rows_between_two_steps():
     assert len(step(*_batch()).parts["velocity"].t) == 6
     model.velocity_share = 0.5
     assert len(step(*_batch()).parts["velocity"].t) == 4
+
+
+# --------------------------------------------------------------------------------------------------- further terms
+
+
+def _with_terms(objective, terms):
+    """An objective with that function for its further terms."""
+    return type("Further", (objective,), {"further_terms": lambda self, batch: terms(batch)})
+
+
+def _expected_data(x_t, t, F):
+    return x_t - t.view(-1, 1, 1, 1) * F
+
+
+@pytest.mark.parametrize("objective", [SoFlow, MeanFlow, AlphaFlow])
+def test_a_further_term_is_that_of_another_call(objective):
+    """Its gradient too; and that other call is not made."""
+
+    def terms(batch):
+        return {"far": 3 * (_expected_data(batch.x_t, batch.t, batch.F) - batch.x0).pow(4).mean()}
+
+    net, (x, labels), rows = small_dit().double(), _batch(), torch.arange(8)
+    plain, model = objective(net), _with_terms(objective, terms)(net)
+    calls = []
+    with net.x_embedder.register_forward_hook(lambda *_: calls.append(1)):
+        without, total = (m.loss_of_rows(x.double(), labels, rows, 6, 0.5, 0, 7) for m in (plain, model))
+    assert len(calls) == 2 * 2
+    if objective is SoFlow:
+        t, s, _ = plain.draw_times(rows, 6, 0.5, 0, 7)
+        s = torch.cat([t[:6], s])
+    else:
+        t, s = plain.draw_times(rows, 6, 0, 7)
+    t, s = t.double(), s.double()
+    x_t, _ = noisy_sample(x.double(), t, rows, seed=0, step=7, path="linear")
+    F = net(x_t, t, s, plain.input_labels(labels, plain.draw_drop(rows, labels, 0, 7), x))
+    term = 3 * (_expected_data(x_t, t, F) - x.double()).pow(4).mean()
+    torch.testing.assert_close(total.parts["far"], term)
+    torch.testing.assert_close(total.loss, without.loss + term)
+    parameters = [p for p in net.parameters() if p.requires_grad]
+    ours, theirs = (torch.autograd.grad(loss, parameters) for loss in (total.loss, without.loss + term))
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("latent_scale", [None, 0.2])
+def test_what_a_further_term_gets(path, latent_scale):
+    """The clean samples whatever is regressed, of moments those that were drawn."""
+    seen = []
+    model = _with_terms(Given, lambda batch: seen.append(batch) or {})(
+        small_dit(), velocity=lambda x_t, v_t, t, labels: 5 * v_t, path=path, label_drop=0.5
+    )
+    (x, labels), rows, progress = _batch(), torch.arange(8), torch.tensor(0.5)
+    moments = x if latent_scale is None else torch.cat([x, 0.5 + x.square()], 1)
+    total = model.loss_of_rows(moments, labels, rows, 6, progress, 3, 7, latent_scale)
+    assert total.parts.keys() == {"velocity", "consistency"}
+    if latent_scale is not None:
+        drawn = normal(rows, x[0].numel(), seed=3, step=7, stream=Stream.LATENT).view_as(x)
+        x = (x + (0.5 + x.square()) * drawn) * latent_scale
+    (batch,), times = seen, model.draw_times(rows, 6, progress, 3, 7)
+    torch.testing.assert_close(batch.x0, x, rtol=0, atol=1e-5)
+    x_t, _ = noisy_sample(moments, times.t, rows, seed=3, step=7, path=path, latent_scale=latent_scale)
+    assert torch.equal(batch.x_t, x_t)
+    assert torch.equal(batch.t, times.t)
+    assert torch.equal(batch.s, torch.cat([times.t[:6], times.s]))
+    assert torch.equal(batch.labels, torch.where(model.draw_drop(rows, labels, 3, 7), 10, labels))
+    assert torch.equal(batch.rows, rows)
+    assert batch.F.shape == x.shape
+    assert batch.F.requires_grad
+    assert (batch.n_velocity, batch.progress, batch.seed, batch.step) == (6, progress, 3, 7)
+
+
+def test_a_further_term_in_micro_batches_an_evaluation_and_a_run(tmp_path):
+    torch.manual_seed(0)
+    model = Pulled(small_dit())
+    whole, parts = (_step(copy.deepcopy(model), accumulation=n)(*_batch()) for n in (1, 2))
+    torch.testing.assert_close(parts.parts["pull"], whole.parts["pull"])
+    torch.testing.assert_close(parts.loss, whole.loss)
+    evaluated = _step(model).evaluate(*_batch())
+    assert evaluated.parts["pull"] > 0
+    assert not evaluated.loss.requires_grad
+    Trainer(_config(tmp_path, "own_objectives.Pulled", weight=0.25)).fit()
+    assert json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])["pull/loss"] > 0
+    assert not any("encoder" in name for name in final(tmp_path, 4).model)
+
+
+@pytest.mark.parametrize(
+    ("terms", "compile", "sentence"),
+    [
+        (lambda batch: {"velocity": batch.F.mean()}, False, "has a part 'velocity' already; give the further term ano"),
+        (lambda batch: {"velocity": batch.F.mean()}, "eager", "has a part 'velocity' already; give the further term"),
+        (lambda batch: {"far": batch.F.mean(0)}, False, r"term 'far' of the loss is of shape \(1, 8, 8\); give a 0-d"),
+        (lambda batch: {"far": 1.0}, False, "the further term 'far' of the loss is a float; give a 0-d tensor"),
+    ],
+)
+def test_what_is_no_further_term(terms, compile, sentence):
+    model = _with_terms(SoFlow, terms)(small_dit(), velocity_share=1.0, guidance_scale=1.0)
+    with pytest.raises(ValueError, match=sentence):
+        _step(model, compile=compile)(*_batch())

@@ -97,7 +97,7 @@ def test_the_python_of_the_readme_runs(tmp_path, monkeypatch):
     exec(own, names)
     objective = names["Distilled"](names["my_network"], SoFlow(DiT(8, 4, 1, 16, 1, 2, num_classes=3)), guidance_scale=2)
     total = objective.loss(torch.ones(4, 1, 8, 8), torch.zeros(4, dtype=torch.int64), 0.5, step=3)
-    assert {*total.parts} == {"velocity", "consistency", "squares"}
+    assert {*total.parts} == {"velocity", "consistency", "robust"}
     assert total.loss.isfinite()
     assert not any("teacher" in name for name in objective.state_dict())
 

@@ -17,7 +17,6 @@ from soflow_fast.objectives.base import (
     Objective,
     TotalLoss,
     by_batch,
-    combine,
     require_range,
 )
 
@@ -150,7 +149,20 @@ class AverageVelocity(Objective):
             parts["velocity"] = self._reduce(u_velocity.to(target.dtype) - target, t[:n])
         if n < len(rows):
             parts["average"] = self._average_loss(u_average, v_average, change, t[n:], progress)
-        return combine(parts)
+        return self.combined(
+            parts,
+            v,
+            x_t=z,
+            t=t,
+            s=r,
+            labels=labels,
+            F=u,
+            n_velocity=n,
+            rows=rows,
+            progress=progress,
+            seed=seed,
+            step=step,
+        )
 
     def _conditioned(self, labels, rows, n: int, seed, step) -> Tensor | None:
         """The labels with what else the network is told of each row; the first n rows train the velocity."""

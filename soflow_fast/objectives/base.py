@@ -12,6 +12,7 @@ from soflow_fast import kernels, paths
 from soflow_fast.conditions import null_condition, require_classes, told
 from soflow_fast.differencing import ForwardDifference, draws
 from soflow_fast.kernels.reference import Stream
+from soflow_fast.objectives.prediction import Prediction
 from soflow_fast.sample import evaluating, sample
 
 #: What to do about a network that :func:`by_batch` finds.
@@ -50,10 +51,10 @@ class Objective(nn.Module):
     """A loss over any network ``F = net(x, t, s, labels)``; the state_dict holds the network, and what a subclass
     trains beside it.
 
-    A subclass sets ``path`` and implements :meth:`loss_of_rows` and :meth:`solution`. One that adds a term to another's
-    loss returns ``TotalLoss(total.loss + term, {**total.parts, "term": term})`` of its ``super().loss_of_rows(...)``.
-    Modules that it is given as attributes are trained, averaged and saved with the network; those that only serve the
-    loss, such as a teacher, are given by :meth:`add_companion`.
+    A subclass sets ``path`` and implements :meth:`loss_of_rows`, which may end in :meth:`combined`, and
+    :meth:`solution`. One that adds terms to another's loss overrides :meth:`further_terms`. Modules that it is given as
+    attributes are trained, averaged and saved with the network; those that only serve the loss, such as a teacher, are
+    given by :meth:`add_companion`.
 
     Args:
         net: module with ``net(x, t, s, labels)`` and ``net.num_classes``, the index that means "no label"; or with
@@ -232,6 +233,40 @@ class Objective(nn.Module):
                 moments (B, 2C, H, W), see :func:`soflow_fast.kernels.reference.noisy_sample`.
         """
         raise NotImplementedError
+
+    def further_terms(self, batch: Prediction) -> dict[str, Tensor]:
+        """Terms that are added to the loss, by name: 0-d, with gradient, times their weights; by default none.
+
+        Called once for a loss, of a micro-batch or of samples that are evaluated, after the network. Each is logged as
+        ``<name>/loss``. They are compiled with the loss: no reads on the host, and no ``if`` on ``batch.progress``.
+        """
+        return {}
+
+    def combined(self, parts: dict[str, LossOutput], v_t: Tensor, **given) -> TotalLoss:
+        """The mean over all rows of all parts, and :meth:`further_terms`.
+
+        Args:
+            parts: of the loss. v_t: (B, C, H, W) the velocity of the path. given: what a
+                :class:`~soflow_fast.objectives.prediction.Prediction` has beside x0.
+
+        Raises:
+            ValueError: for a further term that is not 0-d, or has the name of a part.
+        """
+        total = combine(parts)
+        if getattr(self.further_terms, "__func__", None) is Objective.further_terms:
+            return total  # nobody asks for x0
+        x0 = paths.clean_sample(given["x_t"], v_t, given["t"], self.path)
+        loss, parts = total.loss, dict(total.parts)
+        for name, term in self.further_terms(Prediction(x0=x0, **given)).items():
+            if name in parts:
+                raise ValueError(f"the loss has a part {name!r} already; give the further term another name")
+            if not torch.is_tensor(term) or term.dim():
+                what = f"of shape {tuple(term.shape)}" if torch.is_tensor(term) else f"a {type(term).__name__}"
+                raise ValueError(
+                    f"the further term {name!r} of the loss is {what}; give a 0-d tensor, such as its mean"
+                )
+            loss, parts[name] = loss + term, term
+        return TotalLoss(loss, parts)
 
     def solution(self, x: Tensor, t: Tensor, s: Tensor, labels: Tensor | None = None) -> Tensor:
         """Where a sample x at time t is at time s.

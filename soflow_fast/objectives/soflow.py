@@ -19,7 +19,6 @@ from soflow_fast.objectives.base import (
     Objective,
     TotalLoss,
     by_batch,
-    combine,
     require_null_label,
     require_range,
 )
@@ -227,10 +226,10 @@ class SoFlow(Objective):
         if x0.dtype == torch.float64:
             times = Times(*(z.double() for z in times))
         drop = self.draw_drop(rows, labels, seed, step)
-        x_t, v_t = self.ops.noisy_sample(
+        x_t, v_path = self.ops.noisy_sample(
             x0, times.t, rows, seed=seed, step=step, path=self.path, latent_scale=latent_scale
         )
-        v_t = self._regressed(x_t, v_t, times.t, labels)
+        v_t = self._regressed(x_t, v_path, times.t, labels)
         (t, s, gap), n = times, n_velocity
         x_c, t_c, v = x_t[n:], t[n:], v_t[n:]
         F_null = None
@@ -254,7 +253,20 @@ class SoFlow(Objective):
             parts["velocity"] = self._reduce_velocity(F_v, v_t[:n], F_null, t[:n], drop[:n])
         if len(s):
             parts["consistency"] = self._reduce_consistency(F_c, dF, v, x_c, t_c, gap, s)
-        return combine(parts)
+        return self.combined(
+            parts,
+            v_path,
+            x_t=x_t,
+            t=t,
+            s=s_all,
+            labels=labels,
+            F=F,
+            n_velocity=n,
+            rows=rows,
+            progress=progress,
+            seed=seed,
+            step=step,
+        )
 
     def draw_times(
         self, rows: Tensor, n_velocity: int, progress: float | Tensor, seed: int | Tensor, step: int | Tensor
