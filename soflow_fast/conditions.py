@@ -5,6 +5,8 @@ or a parameter where that is to be learned; every sample's condition has its sha
 (B, *shape of null_condition).
 """
 
+import inspect
+
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
@@ -32,6 +34,17 @@ def require_classes(network: nn.Module) -> None:
             "which is also the label that means 'no label' (0 for none), or give it a null_condition (see "
             "soflow_fast.conditions)"
         )
+
+
+def require_arguments(network: nn.Module) -> None:
+    """ValueError for a network that does not take ``(x, t, s, labels)``."""
+    try:
+        inspect.signature(network.forward).bind("x", "t", "s", "labels")
+    except TypeError as error:
+        raise ValueError(
+            f"the network {type(network).__name__} is called as net(x, t, s, labels), and its forward does not take "
+            f"that ({error}); give it these four arguments"
+        ) from None
 
 
 def told(network: nn.Module | None, labels: Tensor | None, x: Tensor) -> Tensor | None:

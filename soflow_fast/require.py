@@ -12,6 +12,11 @@ def require(condition: bool, sentence: str) -> None:
         raise ValueError(sentence)
 
 
+def require_range(name: str, value: float, low: float, high: float) -> None:
+    """ValueError unless ``low <= value <= high``."""
+    require(low <= value <= high, f"{name}={value} is outside [{low}, {high}]; choose a value in it")
+
+
 def require_count(name: str, value: int, least: int = 1, most: int = 2**31 - 1) -> None:
     """ValueError unless a value is in that range."""
     require(value >= least, f"{name}={value} is not possible; it must be at least {least}")

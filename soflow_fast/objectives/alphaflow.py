@@ -7,8 +7,9 @@ way down, ``h = α (t−r)``: flow matching at α = 1, and MeanFlow in the limit
 import torch
 from torch import Tensor, nn
 
-from soflow_fast.objectives.base import LossOutput, require_range
+from soflow_fast.objectives.base import LossOutput
 from soflow_fast.objectives.meanflow import MeanFlow
+from soflow_fast.require import require_range
 
 
 class AlphaFlow(MeanFlow):

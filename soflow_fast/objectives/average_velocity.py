@@ -17,8 +17,8 @@ from soflow_fast.objectives.base import (
     Objective,
     TotalLoss,
     by_batch,
-    require_range,
 )
+from soflow_fast.require import require_range
 
 DIRECTIONS = ("target", "prediction")
 

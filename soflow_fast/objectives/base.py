@@ -1,6 +1,5 @@
 """What the objectives share: the interface the trainer uses, and what they return."""
 
-import inspect
 from typing import NamedTuple
 
 import torch
@@ -9,10 +8,11 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from soflow_fast import kernels, paths
-from soflow_fast.conditions import null_condition, require_classes, told
+from soflow_fast.conditions import null_condition, require_arguments, require_classes, told
 from soflow_fast.differencing import ForwardDifference, draws
 from soflow_fast.kernels.reference import Stream
 from soflow_fast.objectives.prediction import Prediction
+from soflow_fast.require import require_range
 from soflow_fast.sample import evaluating, sample
 
 #: What to do about a network that :func:`by_batch` finds.
@@ -81,7 +81,7 @@ class Objective(nn.Module):
         super().__init__()
         require_range("velocity_share", velocity_share, 0, 1)
         require_classes(net)
-        _require_arguments(net)
+        require_arguments(net)
         self.network, self.velocity_share = net, velocity_share
         self._derived: dict[bool, ForwardDifference | None] = {True: None, False: None}  # of the training mode or not
         self._drawless: set[bool] = set()
@@ -383,12 +383,6 @@ def by_batch(net: nn.Module) -> str | None:
     return None
 
 
-def require_range(name: str, value: float, low: float, high: float) -> None:
-    """ValueError unless ``low <= value <= high``."""
-    if not low <= value <= high:
-        raise ValueError(f"{name}={value} is outside [{low}, {high}]")
-
-
 def require_batch(x0: Tensor, labels: Tensor | None) -> None:
     """ValueError unless x0 are samples, and there is a label for each, or none at all."""
     if not x0.is_floating_point():
@@ -397,16 +391,6 @@ def require_batch(x0: Tensor, labels: Tensor | None) -> None:
         raise ValueError("x0 has no samples; give at least one")
     if labels is not None and len(labels) != len(x0):
         raise ValueError(f"there are {len(labels)} labels for {len(x0)} samples; give one for each")
-
-
-def _require_arguments(net: nn.Module) -> None:
-    try:
-        inspect.signature(net.forward).bind("x", "t", "s", "labels")
-    except TypeError as error:
-        raise ValueError(
-            f"the network {type(net).__name__} is called as net(x, t, s, labels), and its forward does not take that "
-            f"({error}); give it these four arguments"
-        ) from None
 
 
 def require_null_label(net: nn.Module, guidance: str | None, label_drop: float) -> None:

@@ -2,8 +2,8 @@
 
 from torch import Tensor, nn
 
-from soflow_fast.objectives.base import require_range
 from soflow_fast.objectives.soflow import SoFlow
+from soflow_fast.require import require_range
 
 
 class FlowMatching(SoFlow):

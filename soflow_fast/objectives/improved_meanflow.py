@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from soflow_fast.kernels.reference import Stream
 from soflow_fast.objectives.average_velocity import AverageVelocity
-from soflow_fast.objectives.base import require_null_label, require_range
+from soflow_fast.objectives.base import require_null_label
+from soflow_fast.require import require_range
 
 # Of w: at larger ones 1 − 1/w, which the network is told, would hardly change.
 _LARGEST_GUIDANCE = 1e4

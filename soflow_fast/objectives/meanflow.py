@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from soflow_fast.objectives.average_velocity import AverageVelocity
-from soflow_fast.objectives.base import require_null_label, require_range
+from soflow_fast.objectives.base import require_null_label
+from soflow_fast.require import require_range
 
 
 class MeanFlow(AverageVelocity):

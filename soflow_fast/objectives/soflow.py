@@ -20,8 +20,8 @@ from soflow_fast.objectives.base import (
     TotalLoss,
     by_batch,
     require_null_label,
-    require_range,
 )
+from soflow_fast.require import require_range
 
 _log = logging.getLogger(__name__)
 
