@@ -189,6 +189,27 @@ def test_a_network_takes_four_arguments():
         SoFlow(net, guidance_scale=1, label_drop=0)
 
 
+@pytest.mark.parametrize(
+    ("make", "hooked", "rows"),
+    [(lambda: DiT(8, 4, 1, 16, 1, 2, num_classes=10, impl="torch"), "blocks.0", 8), (Net, "inside", 6)],
+    ids=["DiT", "derived"],
+)
+def test_the_inside_of_the_network_in_a_further_term(make, hooked, rows):
+    """Forward hooks see all rows of a DiT, and of a network whose difference is derived those that carry none."""
+
+    class Bounded(SoFlow):
+        def further_terms(self, batch):
+            return {"inside": inside[-1].square().mean()}
+
+    inside, net = [], make()
+    module = net.get_submodule(hooked)
+    with module.register_forward_hook(lambda m, x, out: inside.append(out[0] if isinstance(out, tuple) else out)):
+        total = Bounded(net).loss(*batch(), 0.5, step=0)
+    assert len(inside[-1]) == rows
+    assert inside[-1].requires_grad
+    torch.testing.assert_close(total.parts["inside"], inside[-1].square().mean())
+
+
 @pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize("num_classes", [None, -1, 2.5])
 def test_a_network_says_how_many_classes_it_has(objective, num_classes):
