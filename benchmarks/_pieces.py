@@ -25,9 +25,10 @@ def begun(path: Path | None, **settings) -> dict:
         report = json.loads(path.read_text())
         same_machine = identity(report["environment"]) == identity(here["environment"])
         if same_machine and all(report.get(name) == value for name, value in settings.items()):
-            given = {name: why for name, why in given_up(report).items() if name not in report["pieces"]}
+            report["interrupted"] = interruptions(report)
+            given = [name for name in given_up(report) if name not in report["pieces"]]
             report["pieces"] += given
-            report["refused"] += [{"piece": name, "why": why} for name, why in given.items()]
+            report["refused"] += [{"piece": name, "why": GIVEN_UP} for name in given]
             return {name: value for name, value in report.items() if name not in ("partial", "running")}
     return {**here, "pieces": [], "rows": [], "refused": []}
 
@@ -49,11 +50,12 @@ def run_pieces(
         if path:
             write_report(path, report, partial=True)
 
-    end, report["left_out"] = time.monotonic() + 60 * minutes, []
+    end, report["left_out"], longest = time.monotonic() + 60 * minutes, [], 0.0
     for name, run in pieces:
         if name in report["pieces"]:
             continue
-        if time.monotonic() > end:
+        begin = time.monotonic()
+        if begin + longest > end:
             report["left_out"].append(name)
             continue
         try:
@@ -62,12 +64,17 @@ def run_pieces(
         except Exception as error:  # must not cost the other pieces
             report["refused"].append({"piece": name, "why": f"{type(error).__name__}: {error}"})
         report["pieces"].append(name)
+        longest = max(longest, time.monotonic() - begin)
         print(name, file=sys.stderr, flush=True)
         write(report)
         if gpu_lost():
             sys.exit(f"{name} has cost this process its GPU; --resume goes on with what is left")
     if path:
         write_report(path, report, partial=bool(report["left_out"]))
+
+
+#: Why a name of :func:`given_up` is left out.
+GIVEN_UP = "it was interrupted twice, or its process ended in it"
 
 
 @contextmanager
@@ -88,13 +95,15 @@ def running(report: dict, name: str, write: Callable[[dict], None]) -> Iterator[
         write(after)
 
 
-def given_up(report: dict) -> dict[str, str]:
-    """What must not be begun again, by name, and why: what ended or hung its process, or was interrupted twice."""
-    interrupted = report.get("interrupted", [])
-    reasons = {name: "it was interrupted twice" for name in interrupted if interrupted.count(name) > 1}
-    if "running" in report:
-        reasons[report["running"]] = "the process that ran it ended in it, or was killed as it hung"
-    return reasons
+def interruptions(report: dict) -> list[str]:
+    """What was interrupted, a name for each time; what a process ended in, or was killed as it hung, counts as that."""
+    return [*report.get("interrupted", []), *([report["running"]] if "running" in report else [])]
+
+
+def given_up(report: dict) -> list[str]:
+    """What must not be begun again: what was interrupted twice, as once may be the machine's or the time's fault."""
+    names = interruptions(report)
+    return [name for name in dict.fromkeys(names) if names.count(name) > 1]
 
 
 def gpu_lost() -> bool:

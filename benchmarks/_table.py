@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 
 from _measure import write_report
-from _pieces import given_up, running
+from _pieces import GIVEN_UP, given_up, interruptions, running
 from _public_source import ID as PUBLIC_SOURCE
 
 REFERENCE = "soflow/public"
@@ -31,7 +31,7 @@ COLUMNS = {
     "group": "rows of one group were in memory together and timed in turns; others share the probe only",
 }
 
-_SAME = ("model", "batch", "device", "attention", "compile", "hardware", "threads", "versions", "commit")
+_SAME = ("model", "batch", "device", "attention", "compile", "hardware", "versions", "commit")
 
 
 class Results:
@@ -58,9 +58,9 @@ class Results:
             if different:
                 told = ", ".join(f"{name} {same.get(name)} there, {header['same'][name]} here" for name in different)
                 raise ValueError(f"{path} cannot be resumed, it is of another run ({told}); give another --json")
-            self.report |= {"rows": rows, "interrupted": before.get("interrupted", [])}
-            for name, why in given_up(before).items():
-                rows.setdefault(name, {"skipped": why, "failed": True})
+            self.report |= {"rows": rows, "interrupted": interruptions(before)}
+            for name in given_up(before):
+                rows.setdefault(name, {"skipped": GIVEN_UP, "failed": True})
 
     @property
     def rows(self) -> dict[str, dict]:
@@ -78,7 +78,7 @@ class Results:
         self._write(self.report)
 
     def running(self, name: str) -> AbstractContextManager[None]:
-        """Within it a row is prepared or run: what ends or hangs the process there is not begun by another."""
+        """Within it a row is prepared or run: what ends or hangs the process there is known to the next."""
         return running(self.report, name, self._write)
 
     def _write(self, report: dict) -> None:

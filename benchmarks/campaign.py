@@ -16,8 +16,8 @@ campaign, and its figures mean nothing.
 A folder belongs to one card. What 30 minutes are best spent on, in three calls:
 
     run --minutes 9                                                   H200, 139 GiB: the stages as they come
-    run --minutes 9 --folder benchmarks/results/h100 --only correctness rates throughput_b4 profile_b4
-        throughput_xl2_96                                             80 GiB: XL/2 at batch 256 is too large there
+    run --minutes 9 --folder benchmarks/results/h100 --only correctness rates throughput_b4
+                                                                      80 GiB: XL/2 at batch 256 is too large there
 """
 
 import argparse
@@ -189,8 +189,11 @@ class Campaign:
             if left < (min(stage.seconds, stage.least) if stage.rows or stage.pieces else stage.seconds):
                 print(f"{stage.name}: {left:.0f} s are too few, left for the next call", flush=True)
                 continue
-            if stage.script == "pytest":  # begins anew in every call, and must not take all of each
-                left = min(left, 2 * stage.seconds)
+            if stage.script == "pytest":  # begins anew in every call, and must not take what others could have
+                others = sum(
+                    one.seconds for one in stages if one is not stage and self.state(one) in ("to do", "begun")
+                )
+                left = min(left, max(2 * stage.seconds, left - others))
             if not self._run(stage, left):
                 failed.append(stage.name)
             self._pack()
@@ -224,6 +227,7 @@ class Campaign:
         variables = {name: str(folder.resolve()) for name, folder in caches.items()}
         if stage.script == "pytest":
             variables["OMP_NUM_THREADS"] = "2"  # of each of the processes
+        signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
         signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a shell's background, and by its children
         with log.open("w") as output:
             process = subprocess.Popen(
@@ -234,7 +238,11 @@ class Campaign:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
-            code = self._wait(process, left)
+            try:
+                code = self._wait(process, left)
+            except BaseException:  # a stage must not run on beside what comes next
+                self._end(process)
+                raise
         if stage.script == "pytest":
             self._write_test_report(stage, code)
         state = self.state(stage)
@@ -251,13 +259,18 @@ class Campaign:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 return process.wait(timeout=min(still, _ARCHIVED))
             self._pack()  # the machine may be gone before the stage has ended
-        os.killpg(process.pid, signal.SIGINT)
+        self._end(process)
+        return "stopped, the time was over"
+
+    def _end(self, process: subprocess.Popen) -> None:
+        """Interrupts a process, so that it writes what it has, and kills its group if that does not end it."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGINT)
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(timeout=_GRACE)
         with contextlib.suppress(ProcessLookupError):  # none of its group is left
             os.killpg(process.pid, signal.SIGKILL)  # with the workers that compile for it
         process.wait()
-        return "stopped, the time was over"
 
     def _set_aside(self, stage: Stage) -> None:
         """Renames a result of another commit or card, or one that cannot be read."""

@@ -118,6 +118,7 @@ def test_row_passes_its_check(name, half, truths):
     "name",
     [
         "soflow/public-fp16-compile",
+        "soflow/public-bf16-fp32pair-compile",
         "soflow/derived",
         "meanflow/compiled",
         "meanflow/strong",

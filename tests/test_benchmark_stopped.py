@@ -111,7 +111,7 @@ def test_a_piece_that_costs_the_gpu_is_not_tried_again(monkeypatch, tmp_path):
     assert "partial" not in json.loads(path.read_text())
 
 
-def test_a_piece_that_ends_the_process_is_not_tried_again(tmp_path):
+def test_a_piece_that_ends_the_process_twice_is_not_tried_again(tmp_path):
     path, ran, left = tmp_path / "out.json", [], []
     pieces = [
         ("first", lambda: ran.append("first")),
@@ -121,14 +121,15 @@ def test_a_piece_that_ends_the_process_is_not_tried_again(tmp_path):
     ]
     _pieces.run_pieces(_pieces.begun(None), pieces, 1.0, path)
     assert ran == ["first", "raises", "last"]
-    path.write_text(*left)
-    report = _pieces.begun(path)
-    _pieces.run_pieces(report, pieces, 1.0, path)
-    assert ran == ["first", "raises", "last", "raises", "last"]
-    assert len(left) == 1
+    for _ in range(2):  # once may have been the machine's fault
+        path.write_text(left[-1])
+        report = _pieces.begun(path)
+        _pieces.run_pieces(report, pieces, 1.0, path)
+    assert ran == ["first", *["raises", "last"] * 3]
+    assert len(left) == 2
     assert report["pieces"] == ["first", "ends it", "raises", "last"]
     assert [(one["piece"], one["why"][:17]) for one in report["refused"]] == [
-        ("ends it", "the process that "),
+        ("ends it", "it was interrupte"),
         ("raises", "ZeroDivisionError"),
     ]
     assert json.loads(path.read_text()).keys() == report.keys()
@@ -149,6 +150,6 @@ def test_a_piece_that_is_interrupted_is_tried_once_more(tmp_path):
         report = _pieces.begun(path)
     _pieces.run_pieces(report, pieces, 1.0, path)
     assert ran == ["long", "long", "next"]
-    assert report["refused"] == [{"piece": "long", "why": "it was interrupted twice"}]
+    assert report["refused"] == [{"piece": "long", "why": _pieces.GIVEN_UP}]
     assert report["rows"] == []
     assert _pieces.begun(path)["refused"] == report["refused"]

@@ -127,10 +127,28 @@ def test_tests_take_twice_their_time_at_most_and_come_last_where_they_begin_anew
     monkeypatch.setattr(here, "_run", lambda stage, left: given.update({stage.name: left}) or True)
     stages = [stage for stage in campaign.STAGES if stage.name in ("correctness", "correctness_step", "rates")]
     monkeypatch.setattr(here, "state", lambda stage: "begun" if stage.name == "correctness" else "to do")
-    here.run(stages, time.monotonic() + 1000.0)
+    here.run(stages, time.monotonic() + 500.0)
     assert list(given) == ["rates", "correctness_step", "correctness"]
     assert (given["correctness"], given["correctness_step"]) == (480, 360)
-    assert given["rates"] > 900
+    assert given["rates"] > 400
+    here.run(stages, time.monotonic() + 3000.0)  # enough for all of them
+    assert given["correctness"] > 2500
+
+
+def test_an_interrupted_campaign_ends_its_stage(campaign, monkeypatch, tmp_path):
+    here, stage = campaign.Campaign(tmp_path, tmp_path, smoke=True), campaign.STAGES[1]
+    monkeypatch.setattr(campaign, "_GRACE", 1.0)
+    monkeypatch.setattr(here, "_command", lambda *_: [sys.executable, "-c", "import time; time.sleep(100)"])
+    begun = []
+
+    def interrupted(process, left):
+        begun.append(process)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(here, "_wait", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        here._run(stage, 60.0)
+    assert begun[0].poll() is not None
 
 
 def test_too_little_time_leaves_a_stage_for_the_next_call(run, tmp_path):
