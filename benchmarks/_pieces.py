@@ -25,8 +25,8 @@ def begun(path: Path | None, **settings) -> dict:
         report = json.loads(path.read_text())
         same_machine = identity(report["environment"]) == identity(here["environment"])
         if same_machine and all(report.get(name) == value for name, value in settings.items()):
-            report["interrupted"] = interruptions(report)
             given = [name for name in given_up(report) if name not in report["pieces"]]
+            report["interrupted"] = interruptions(report)
             report["pieces"] += given
             report["refused"] += [{"piece": name, "why": GIVEN_UP} for name in given]
             return {name: value for name, value in report.items() if name not in ("partial", "running")}

@@ -37,9 +37,8 @@ def compiled(function: Callable, how: bool | str | Callable, inductor: Mapping[s
         with torch._dynamo.config.patch(optimize_ddp=False, recompile_limit=64):
             try:
                 return run(*arguments)
-            except torch._dynamo.exc.Unsupported:
-                with torch.no_grad():
-                    function(*arguments)  # an error of its own says more than that it cannot be compiled
+            except (torch._dynamo.exc.Unsupported, torch._dynamo.exc.TorchRuntimeError):
+                function(*arguments)  # an error of its own says more than that it cannot be compiled
                 raise
 
     return call

@@ -39,7 +39,11 @@ def require_classes(network: nn.Module) -> None:
 def require_arguments(network: nn.Module) -> None:
     """ValueError for a network that does not take ``(x, t, s, labels)``."""
     try:
-        inspect.signature(network.forward).bind("x", "t", "s", "labels")
+        signature = inspect.signature(network.forward)
+    except (TypeError, ValueError):  # a traced one has none
+        return
+    try:
+        signature.bind("x", "t", "s", "labels")
     except TypeError as error:
         raise ValueError(
             f"the network {type(network).__name__} is called as net(x, t, s, labels), and its forward does not take "

@@ -53,6 +53,11 @@ class EMA:
         torch._foreach_lerp_(averages, parameters, [weight] * len(averages))  # one tensor would be read on the host
         self.updates += taken
 
+    def is_of(self, parameters: Sequence[Tensor]) -> bool:
+        """Whether any of these parameters is averaged."""
+        own = {id(p) for p in self._parameters.values()}
+        return any(id(p) in own for p in parameters)
+
     def averages_of(self, parameters: Sequence[Tensor]) -> list[Tensor]:
         """The averages of the given parameters, for an optimizer that updates them itself.
 
@@ -63,8 +68,8 @@ class EMA:
         for p in parameters:
             if id(p) not in by_parameter:
                 raise ValueError(
-                    f"there is no average of a parameter of shape {tuple(p.shape)} that is updated; set "
-                    "requires_grad_(True) on all that is trained before the averages are made"
+                    f"there is no average of a parameter of shape {tuple(p.shape)} that is updated; make the averages "
+                    "of the whole model, EMA(model), after requires_grad_(True) on all that is trained"
                 )
         return [by_parameter[id(p)] for p in parameters]
 
@@ -97,15 +102,23 @@ class EMA:
             self.averages[name].copy_(p)
         self.updates.zero_()
 
+    def check_state(self, state: dict[str, Tensor]) -> None:
+        """ValueError for averages without one of a parameter, or with one of another shape."""
+        for name, average in self.averages.items():
+            if name not in state or state[name].shape != average.shape:
+                found = tuple(state[name].shape) if name in state else "none"
+                raise ValueError(
+                    f"the averages to restore have {found} of {name}, which is {tuple(average.shape)}; give those of "
+                    "the same parameters"
+                )
+
     def load_state_dict(self, state: dict[str, Tensor], updates: int) -> None:
         """Restores :meth:`state_dict` and the number of updates behind it.
 
         Raises:
-            ValueError: for one without the average of a parameter; nothing is restored.
+            ValueError: for what :meth:`check_state` refuses; nothing is restored.
         """
-        for name in self.averages:
-            if name not in state:
-                raise ValueError(f"the averages to restore have none of {name}; give those of the same parameters")
+        self.check_state(state)
         for name, average in self.averages.items():
             average.copy_(state[name])
         self.updates.fill_(updates)

@@ -50,6 +50,7 @@ class OnePass(torch.optim.Optimizer):
     ):
         self.impl = kernels.resolve_impl(impl)
         super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, **self._options)
+        self._step_supports_amp_scaling = False  # torch's GradScaler unscales the gradients itself
         parameters = [p for group in self.param_groups for p in group["params"]]
         self.device = parameters[0].device  # a group may be empty
         self._use_options()

@@ -122,7 +122,7 @@ class TrainStep:
         rank, world_size: this process holds rows ``rank·B .. (rank+1)·B-1`` of the global batch, and with more than
             one gradients are averaged: of a compiled DiT inside of its backward, see :mod:`soflow_fast.reduction`, of
             another network, uncompiled or in micro-batches by DistributedDataParallel. By default as torch.distributed
-            says, if initialised.
+            says, if initialised. Weights, and averages without an update, begin as the first process's weights.
 
     Raises:
         ValueError: for a setting that cannot run here.
@@ -168,7 +168,8 @@ class TrainStep:
             )
         optim.require_all(optimizer, model, f"the optimizer is a {type(optimizer).__name__}")
         for average in [*([] if ema is None else [ema]), *averages]:
-            average.averages_of(self._parameters)  # raises where it is of another network
+            if not average.is_of(self._parameters):
+                raise ValueError("an average is of another network than the one that is trained; make it as EMA(model)")
         device = self._parameters[0].device
         if augment is not None:
             augment.check(model.network, latent_scale)
@@ -250,6 +251,8 @@ class TrainStep:
                     f"the state is of a step that trains {theirs} where this one trains {ours}; set requires_grad as "
                     "it was"
                 )
+        for one, saved in zip(own, state["averages"], strict=True):
+            one.check_state(saved["weights"])
         constants = self._constants_of_a_graph()
         self.optimizer.load_state_dict(state["optimizer"])
         if self._constants_of_a_graph() != constants:

@@ -12,7 +12,7 @@ from runs import Augmented, Blobs, tiny_config, write_latents
 from torch.utils.data import Subset, TensorDataset
 
 from soflow_fast import build
-from soflow_fast.conditions import OfItems
+from soflow_fast.conditions import ItemConditions
 from soflow_fast.data import LatentMoments, batches, digits, load_resident, resident, resident_bytes
 from soflow_fast.data.order import batch_indices, permutation
 
@@ -247,7 +247,7 @@ def test_what_a_subclass_makes_of_tensors_is_read_item_by_item():
     (first, _), (again, _) = (_batches(data, range(1))[0] for _ in range(2))
     assert torch.equal(first, again)  # each item's draws are seeded
     assert 0 < sum(x[0, 0, 0] > x[0, 0, 1] for x in first) < len(first)
-    assert OfItems(data, torch.arange(3))[:].tolist() == labels[:3].tolist()
+    assert ItemConditions(data, torch.arange(3))[:].tolist() == labels[:3].tolist()
 
 
 # -------------------------------------------------------------------------------------------------------- digits

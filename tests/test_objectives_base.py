@@ -199,15 +199,25 @@ def test_the_inside_of_the_network_in_a_further_term(make, hooked, rows):
 
     class Bounded(SoFlow):
         def further_terms(self, batch):
-            return {"inside": inside[-1].square().mean()}
+            return {"inside": self.network.kept.square().mean()}
 
-    inside, net = [], make()
-    module = net.get_submodule(hooked)
-    with module.register_forward_hook(lambda m, x, out: inside.append(out[0] if isinstance(out, tuple) else out)):
-        total = Bounded(net).loss(*batch(), 0.5, step=0)
-    assert len(inside[-1]) == rows
-    assert inside[-1].requires_grad
-    torch.testing.assert_close(total.parts["inside"], inside[-1].square().mean())
+    def keep(module, x, out):
+        net.kept = out[0] if isinstance(out, tuple) else out
+
+    net, (x, labels) = make(), batch()
+    with net.get_submodule(hooked).register_forward_hook(keep):
+        total = Bounded(net).loss(x, labels, 0.5, step=0)
+        assert len(net.kept) == rows
+        assert net.kept.requires_grad
+        torch.testing.assert_close(total.parts["inside"], net.kept.square().mean())
+        torch.compiler.reset()
+        torch._dynamo.utils.counters.clear()
+        model = Bounded(net)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+        step = TrainStep(model, optimizer=optimizer, total_steps=4, compile="eager")
+        first, *_ = [step(x, labels).parts["inside"] for _ in range(3)]
+        torch.testing.assert_close(first, total.parts["inside"])
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)

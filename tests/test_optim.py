@@ -395,3 +395,22 @@ def test_bad_inputs():
     optimizer = AdamW(net.parameters(), impl="triton")
     with pytest.raises(RuntimeError, match=r"no parameter of this AdamW has a gradient; call backward\(\) first"):
         optimizer.update()
+
+
+@pytest.mark.parametrize("make", [optim.AdamW, optim.RAdam])
+def test_gradients_scaled_by_torch(make):
+    """Its GradScaler hands the scale to fused optimizers of torch's; here it divides by it and leaves steps out."""
+    weights = []
+    for scaled in (False, True):
+        p = torch.nn.Parameter(torch.tensor([1.0, -2.0]))
+        optimizer = make([p], lr=0.1, impl="torch")
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8, enabled=scaled)
+        for factor in (1.0, float("nan") if scaled else 0.0, 3.0):
+            if factor == 0:
+                continue
+            optimizer.zero_grad()
+            scaler.scale(factor * p.square().sum()).backward()
+            scaler.step(optimizer)
+            scaler.update()
+        weights.append(p.detach().clone())
+    torch.testing.assert_close(weights[1], weights[0])

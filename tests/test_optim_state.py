@@ -106,7 +106,7 @@ def test_a_parameter_without_an_average_is_refused():
     module.bias.requires_grad_(True)
     for p in module.parameters():
         p.grad = torch.ones_like(p)
-    with pytest.raises(ValueError, match=r"no average of a parameter of shape \(2,\) that is updated; set"):
+    with pytest.raises(ValueError, match=r"no average of a parameter of shape \(2,\) that is updated; make"):
         AdamW(module.parameters(), impl="triton").update(ema=ema)
 
 
