@@ -76,7 +76,7 @@ def test_the_file_holds_the_autoencoders_moments(tmp_path, pictures, vae):
         posterior = AutoencoderKL.from_pretrained(vae, low_cpu_mem_usage=False).encode(x).latent_dist
     expected = torch.cat([posterior.mean, posterior.std], dim=1).numpy()
     np.testing.assert_allclose(found["latents"], expected, rtol=1e-4, atol=1e-4)
-    moments, labels = LatentMoments(done.path, **FORM).read(0, 7)
+    moments, labels = LatentMoments(done.path, **FORM).read_range(0, 7)
     assert np.array_equal(moments.numpy(), found["latents"])
     assert labels.tolist() == found["labels"].tolist()
     assert sorted(file.name for file in done.path.parent.iterdir()) == ["out.hdf5"]
