@@ -120,7 +120,6 @@ def test_a_stopped_run_goes_on_exactly(tmp_path, monkeypatch, step):
 )
 def test_another_schedule_or_optimizer_is_another_run(tmp_path, change, words):
     config = _config(tmp_path, total_steps=5)
-    (tmp_path / "config.yaml").write_text(config.to_yaml())
-    (tmp_path / "metrics.jsonl").write_text("")
+    Trainer(config).fit()
     with pytest.raises(ValueError, match=re.escape(words)):
         Trainer(replace(config, optimizer=replace(config.optimizer, **change))).fit()
