@@ -7,7 +7,7 @@ import atexit
 import itertools
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from datetime import timedelta
 from typing import Any
 
@@ -156,12 +156,12 @@ def begin_alike(processes: Processes, module: nn.Module) -> None:
                 f"process {rank} has another {type(module).__name__} than the first, {one} in place of {other}; build "
                 "the same network in every process"
             )
-    broadcast(module)
+    broadcast([t for _, t in tensors])
 
 
-def broadcast(module: nn.Module) -> None:
-    """All processes begin with the parameters and buffers of the first; they have to be alike."""
-    for tensor in (*module.parameters(), *module.buffers()):
+def broadcast(tensors: Iterable[Tensor]) -> None:
+    """All processes begin with the tensors of the first; they have to be alike."""
+    for tensor in tensors:
         first = tensor.detach().contiguous()
         dist.broadcast(first, src=0)
         tensor.detach().copy_(first)

@@ -95,13 +95,6 @@ class EMA:
         """A state_dict of the averaged module, with the module's own keys."""
         return {**{name: p.detach() for name, p in self._fixed.items()}, **self.named_averages()}
 
-    @torch.no_grad()
-    def restart(self) -> None:
-        """The averages begin with what the parameters are now."""
-        for name, p in self._parameters.items():
-            self.averages[name].copy_(p)
-        self.updates.zero_()
-
     def check_state(self, state: dict[str, Tensor]) -> None:
         """ValueError for averages without one of a parameter, or with one of another shape."""
         for name, average in self.averages.items():

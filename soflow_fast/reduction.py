@@ -64,7 +64,7 @@ class CompiledReduction:
     """
 
     def __init__(self, module: nn.Module):
-        broadcast(module)
+        broadcast([*module.parameters(), *module.buffers()])
         self.parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
         self.world_size, self._group = dist.get_world_size(), dist.group.WORLD.group_name
         self._names = _by_module(self.parameters, _LEAST_BYTES)

@@ -18,6 +18,7 @@ from soflow_fast import optim
 from soflow_fast.augment import Augment
 from soflow_fast.capture import Captured, compiled, on_side_stream
 from soflow_fast.differencing import left_as_it_was
+from soflow_fast.distributed import broadcast
 from soflow_fast.dit import DiT
 from soflow_fast.ema import EMA
 from soflow_fast.kernels.coefficients import require_choice
@@ -216,9 +217,8 @@ class TrainStep:
             self._loss = DistributedDataParallel(
                 self._loss, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True
             )
-        for average in self._all_averages():
-            if world_size > 1 and not average.updates:  # its weights have just become those of the first process
-                average.restart()
+        if world_size > 1:  # as the parameters
+            broadcast(t for average in self._all_averages() for t in (*average.averages.values(), average.updates))
         self._orders: dict[tuple[int, float], list[tuple[Tensor, Tensor, int]]] = {}
         self._latent_scale, self._augment = latent_scale, augment
         self._steps_run = 0

@@ -13,7 +13,7 @@ from soflow_fast import SoFlow, Trainer
 from soflow_fast.augment import AUGMENT_DIM, Augment
 from soflow_fast.config import DataConfig
 from soflow_fast.objectives.alphaflow import AlphaFlow
-from soflow_fast.objectives.base import LossOutput, TotalLoss
+from soflow_fast.objectives.base import LossOutput, Objective, TotalLoss
 from soflow_fast.objectives.flow_matching import FlowMatching
 from soflow_fast.objectives.meanflow import MeanFlow
 from soflow_fast.step import TrainStep
@@ -128,18 +128,14 @@ def test_rows_without_label_have_no_guidance(objective):
 def test_autocast_does_not_round_it():
     x, rows = torch.rand(8, 1, 8, 8), torch.arange(8)
 
-    class Seen(nn.Module):
-        needs_float32, velocity_share = False, 0.5
-
-        def __init__(self):
-            super().__init__()
-            self.network = _Told()
+    class Seen(Objective):
+        needs_float32 = False
 
         def forward(self, x0, *_, **__):
             self.x0 = x0
             return TotalLoss(x0.mean() * self.network.label.weight.sum(), {"all": LossOutput(*x0.new_zeros(4, 1))})
 
-    model = Seen()
+    model = Seen(_Told(), velocity_share=0.5, impl="torch")
     step = TrainStep(
         model, optimizer=torch.optim.SGD(model.network.parameters()), total_steps=1, augment=Augment(0.9, 10)
     )
