@@ -146,8 +146,8 @@ def compiled_step(preset: str, **options) -> tuple[Compiled, int]:
 
 def _per_block(measure: Callable[..., tuple[float, ...]], preset: str, **options) -> list[float]:
     """Of each value."""
-    three, one = (measure(preset, depth=depth, **options) for depth in (3, 1))
-    return [round((more - less) / 2, 3) for more, less in zip(three, one, strict=True)]
+    two, one = (measure(preset, depth=depth, **options) for depth in (2, 1))
+    return [round(more - less, 3) for more, less in zip(two, one, strict=True)]
 
 
 def _run_compiled(preset: str, how: Callable, **options) -> int:

@@ -35,7 +35,7 @@ ARCHITECTURES = (80, 90, 100)
 # long as compiling.
 _TUNED = 90
 
-_CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
 #: bytes that the widest access of a kernel has at least if it moves much, and what is much
@@ -113,8 +113,8 @@ def compile_record(record: Record, case: str, arch: int, disassemble: bool = Tru
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        report = _cuobjdump("-res-usage", file.name)
-        instructions, widest_access = _code(_cuobjdump("-sass", file.name)) if disassemble else (None, None)
+        report = _said_by("cuobjdump", "-res-usage", file.name)
+        code = _code(_said_by("nvdisasm", "--print-code", file.name)) if disassemble else (None, None)
     usage = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", report)}
     return Binary(
         kernel=record.kernel.__name__.strip("_").removesuffix("_kernel"),
@@ -123,15 +123,15 @@ def compile_record(record: Record, case: str, arch: int, disassemble: bool = Tru
         registers=usage["REG"],
         stack=usage["STACK"] + usage["LOCAL"],
         shared=compiled.metadata.shared,
-        instructions=instructions,
-        widest_access=widest_access,
+        instructions=code[0],
+        widest_access=code[1],
         bytes_moved=record.bytes_moved,
         max_registers=record.config.max_registers,
     )
 
 
-def _cuobjdump(option: str, file: str) -> str:
-    return subprocess.run([_CUOBJDUMP, option, file], check=True, capture_output=True, text=True).stdout
+def _said_by(tool: str, option: str, file: str) -> str:
+    return subprocess.run([_TOOLS / tool, option, file], check=True, capture_output=True, text=True).stdout
 
 
 def _code(disassembly: str) -> tuple[int, int]:

@@ -2,13 +2,14 @@
 
 import functools
 import math
-import os
 
 import pytest
 import torch
 import torch.nn.functional as nnf
 from foreign_networks import Function
 from image_operators import MOVING, OTHERS, inputs
+from torch.func import functionalize
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from soflow_fast.difference_rules import RULES
 from soflow_fast.differencing import ForwardDifference
@@ -227,23 +228,7 @@ def name(request):
     return request.param
 
 
-@pytest.fixture(scope="session")
-def called_by(tmp_path_factory):
-    """Where the processes that run these tests note which operators a function calls."""
-    folder = tmp_path_factory.getbasetemp()
-    folder = (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "called_by"
-    folder.mkdir(exist_ok=True)
-    return folder
-
-
-def _note_calls(name, folder):
-    nodes = [node for derived in _forward(name)._derived.values() for node in derived.run.graph.nodes]
-    called = {str(getattr(node.meta.get("operator"), "overloadpacket", None)) for node in nodes}
-    (folder / f".{name}").write_text(" ".join(called))
-    (folder / f".{name}").replace(folder / name)  # as a whole
-
-
-def test_rule(name, called_by):
+def test_rule(name):
     """As accurate as the arithmetic, however small the step; the value is what the operator computes."""
     function = OPERATORS[name]
     forward = _forward(name)
@@ -255,7 +240,6 @@ def test_rule(name, called_by):
         torch.testing.assert_close(value, function(*single[:2]), rtol=1e-6, atol=1e-6)
         assert difference.dtype == value.dtype
         assert (difference - truth).norm() <= 3e-6 * truth.norm()
-    _note_calls(name, called_by)
 
 
 @pytest.mark.parametrize("name", [name for name in MOVING if "norm" in name])
@@ -320,14 +304,16 @@ def test_autocast(name):
     assert (difference - change).norm() <= 0.1 * change.norm()
 
 
-@pytest.mark.last  # what other tests have not noted yet is captured once more
-def test_every_rule_is_tried(called_by):
-    called = set()
-    for name in OPERATORS:
-        if not (called_by / name).is_file():
-            _forward(name).prepare(inputs(1.0)[0].float(), None)
-            _note_calls(name, called_by)
-        called |= set((called_by / name).read_text().split())
+def test_every_rule_is_tried():
+    """By what each function calls, and what torch makes of its assignments in place; a capture has two more."""
+    x, t, *_ = inputs(1.0)
+    _forward("batch_norm").prepare(x.float(), None)
+    nodes = [node for derived in _forward("batch_norm")._derived.values() for node in derived.run.graph.nodes]
+    called = {str(getattr(node.meta.get("operator"), "overloadpacket", None)) for node in nodes}
+    for function in OPERATORS.values():
+        for form, pre_dispatch in ((function, True), (functionalize(function), False)):
+            nodes = make_fx(form, pre_dispatch=pre_dispatch)(x, t).graph.nodes
+            called |= {str(getattr(node.target, "overloadpacket", None)) for node in nodes}
     assert {str(operator) for operator in RULES} - called == {"aten.native_dropout"}  # see test_dropout
 
 

@@ -146,8 +146,8 @@ def test_difference_forward():
 def test_a_compiled_step_is_one_graph():
     """Augmentation, draws and difference forward."""
 
-    def losses(compile):
-        model = SoFlow(_network(), velocity_share=0.5)
+    def losses(compile):  # no resolution below, of which there are as many operators again
+        model = SoFlow(_network(channel_mult=(1,), attention_resolutions=(8,)), velocity_share=0.5)
         optimizer = AdamW(model.parameters(), lr=1e-3, impl="torch")
         augment = Augment(0.5, 10, "torch")
         step = TrainStep(model, optimizer=optimizer, total_steps=9, augment=augment, compile=compile)
