@@ -31,8 +31,8 @@ from ._launch import Record, recording
 
 ARCHITECTURES = (80, 90, 100)
 
-# The one whose launches are tuned; a brief table has it in full in bfloat16, and only that disassembled, which takes as
-# long as compiling.
+# The one whose launches are tuned; a brief table has it in full in bfloat16, and only that disassembled, which takes
+# half as long as compiling.
 _TUNED = 90
 
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -114,7 +114,8 @@ def compile_record(record: Record, case: str, arch: int, disassemble: bool = Tru
         file.write(compiled.asm["cubin"])
         file.flush()
         report = _said_by("cuobjdump", "-res-usage", file.name)
-        code = _code(_said_by("nvdisasm", "--print-code", file.name)) if disassemble else (None, None)
+        code = _said_by("nvdisasm", "--print-code", file.name) if disassemble else None
+    instructions, widest_access = (None, None) if code is None else _code(code)
     usage = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", report)}
     return Binary(
         kernel=record.kernel.__name__.strip("_").removesuffix("_kernel"),
@@ -123,8 +124,8 @@ def compile_record(record: Record, case: str, arch: int, disassemble: bool = Tru
         registers=usage["REG"],
         stack=usage["STACK"] + usage["LOCAL"],
         shared=compiled.metadata.shared,
-        instructions=code[0],
-        widest_access=code[1],
+        instructions=instructions,
+        widest_access=widest_access,
         bytes_moved=record.bytes_moved,
         max_registers=record.config.max_registers,
     )
