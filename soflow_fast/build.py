@@ -37,6 +37,9 @@ _log = logging.getLogger(__name__)
 # There where the kernel has loaded NVIDIA's driver.
 _DRIVER = Path("/proc/driver/nvidia/version")
 
+# Items of the data whose standard deviations are looked at.
+_LOOKED_AT = 8
+
 #: The class of each objective; its section of the configuration holds its arguments.
 OBJECTIVES = {
     "soflow": SoFlow,
@@ -243,7 +246,8 @@ def build_dataset(config: TrainConfig, null_condition: Tensor | None = None) -> 
     form = {"channels": model.in_channels, "size": model.input_size, "num_classes": model.num_classes}
     if data.kind == "folder":
         return ImageFolder(data.path, **form, flip=data.flip)
-    form |= {"scale": data.latent_scale, "dtype": torch.bfloat16 if data.latent_precision == "bf16" else torch.float32}
+    form |= {"scale": data.latent_scale, "mean": data.latent_mean, "std": data.latent_std}
+    form["dtype"] = torch.bfloat16 if data.latent_precision == "bf16" else torch.float32
     folder = find_moments_folder(data.path)
     if folder is not None:
         return MomentsFolder(folder, **form)
@@ -312,7 +316,9 @@ def check_dataset(
             warn_of_other_range(dataset)
         return None
     if shape == (2 * channels, *size):
-        if (item[0][channels:] < 0).any():
+        with preserve_rng():
+            stds = [dataset[i][0][channels:] for i in range(min(len(dataset), _LOOKED_AT))]
+        if any((std < 0).any() for std in stds):
             raise ValueError(
                 f"the data has {2 * channels} channels, twice model.in_channels={channels}, which stands for means and "
                 "standard deviations of latents, and some of the latter are negative; for samples of so many channels "

@@ -141,10 +141,20 @@ def _parser() -> argparse.ArgumentParser:
     encoder = add("encode", commands.encode_images, "write, or go on writing, the latents of a folder of images")
     encoder.add_argument("images", help="folder of class folders, or of images without classes")
     encoder.add_argument("out", help="HDF5 file to write; OUT.partial until it is complete")
-    encoder.add_argument("--vae", required=True, help="diffusers AutoencoderKL: name of a published one, or its folder")
+    encoder.add_argument(
+        "--vae",
+        required=True,
+        help="the autoencoder: a published one of diffusers, owner/name or owner/name/vae, its folder, or your own, "
+        "package.module.make",
+    )
     encoder.add_argument("--size", default="256", help="of images, or height,width; cropped as by ADM (default 256)")
     encoder.add_argument("--batch", type=int, default=32, help="images at a time (default 32)")
     encoder.add_argument("--flip", action="store_true", help="each image's mirror image too, as samples of their own")
+    encoder.add_argument(
+        "--per-channel",
+        action="store_true",
+        help="measure mean and standard deviation of each channel, for data.latent_mean and data.latent_std",
+    )
     encoder.add_argument("--precision", choices=PRECISIONS, help="of the encoder (default tf32 on a GPU, else fp32)")
     encoder.add_argument("--workers", type=int, help="processes that read images (default: the CPU cores, up to 16)")
 

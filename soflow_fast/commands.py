@@ -68,7 +68,7 @@ def train(args: argparse.Namespace) -> None:
 def encode_images(args: argparse.Namespace) -> None:
     """``soflow encode``: writes the latents of a folder of images, and prints the configuration that trains on them."""
     distributed.require_alone("soflow encode")
-    names = ("vae", "size", "batch", "device", "precision", "workers", "flip")
+    names = ("vae", "size", "batch", "device", "precision", "workers", "flip", "per_channel")
     args.size = parse_size(args.size, "--size ")
     done = encode(args.images, args.out, **{name: getattr(args, name) for name in names})
     print(f"{done.rows} latents {done.shape} of {done.num_classes or 'no'} classes: {done.path}; in the configuration:")

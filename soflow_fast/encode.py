@@ -17,15 +17,15 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from soflow_fast.autoencoder import encode_moments, load_vae, own_value, shift_of
 from soflow_fast.build import resolve_device
 from soflow_fast.config import DataConfig
 from soflow_fast.config_io import lists
 from soflow_fast.data.crop import centre_crop
 from soflow_fast.data.folder import class_folders, labelled_images, read_image
 from soflow_fast.data.latents import LatentMoments
-from soflow_fast.data.moments import fits, probe_rows, spread
+from soflow_fast.data.moments import fits, normalised, probe_rows, spread
 from soflow_fast.data.writer import Contents, LatentsWriter, is_complete
-from soflow_fast.images import load_vae, shift_of
 from soflow_fast.precision import PRECISIONS, tensor_cores
 from soflow_fast.require import require_count
 from soflow_fast.size import Size, as_size, format_size, height_and_width
@@ -33,6 +33,8 @@ from soflow_fast.size import Size, as_size, format_size, height_and_width
 _log = logging.getLogger(__name__)
 
 _MOST_WORKERS = 16
+# Samples whose channels are measured.
+_MEASURED = 4096
 
 
 class Encoded(NamedTuple):
@@ -40,7 +42,8 @@ class Encoded(NamedTuple):
 
     Attributes:
         path: of the file. rows: samples in it. shape: (C, H, W) of a latent. num_classes: 0 for images without
-            classes. scale: what makes the latents' standard deviation about 1. vae: name of the autoencoder.
+            classes. scale: what makes the latents' standard deviation about 1. vae: name of the autoencoder. mean, std:
+        (C,), what each channel is to be normalised by before it is scaled, or empty.
     """
 
     path: Path
@@ -49,6 +52,8 @@ class Encoded(NamedTuple):
     num_classes: int
     scale: float
     vae: str
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
 
     def configuration(self) -> dict[str, dict]:
         """The sections ``model`` and ``data`` as far as the file determines them."""
@@ -57,6 +62,8 @@ class Encoded(NamedTuple):
         data = {"kind": "latents", "path": str(self.path), "vae": self.vae}
         if self.scale != DataConfig().latent_scale:
             data["latent_scale"] = self.scale
+        channels = {"latent_mean": self.mean, "latent_std": self.std}
+        data |= lists({name: values for name, values in channels.items() if values})
         return {"model": lists(model), "data": data}
 
 
@@ -71,6 +78,7 @@ def encode(
     precision: str | None = None,
     workers: int | None = None,
     flip: bool = False,
+    per_channel: bool = False,
 ) -> Encoded:
     """Writes the latent moments of a folder of images as HDF5, see :mod:`soflow_fast.data.latents`.
 
@@ -81,7 +89,7 @@ def encode(
     Args:
         images: folder of class folders, whose sorted names are classes 0, 1, ..; or of images without classes.
         out: the file; until it is complete it lies beside it as ``OUT.partial``.
-        vae: name of a published diffusers ``AutoencoderKL``, or a folder that holds one.
+        vae: the autoencoder, see :func:`~soflow_fast.autoencoder.load_vae`.
         size: of the images, one number or (H, W). batch: images at a time; it changes the result by rounding only.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         precision: ``tf32``, the default on a GPU, as is torch's own for convolutions and so that of the published
@@ -89,6 +97,8 @@ def encode(
             than the standard deviations beside them. Moments are stored in float32.
         workers: processes that read images, 0 for none; by default as many as there are CPU cores, up to 16.
         flip: each image is followed by its mirror image, so that there are twice as many samples.
+        per_channel: give back the mean and the standard deviation of each channel, of up to 4,096 samples, to normalise
+            by. It changes nothing in the file. Otherwise these are the autoencoder's own, if it has any.
 
     Raises:
         ValueError: for a folder or a class folder without images, an image that cannot be read, an autoencoder that
@@ -126,10 +136,10 @@ def encode(
         with writer:
             _write(writer, network.to(place), samples, sides, batch, precision, workers, copies)
         writer.finish()
-    scale = _scale(network, out)
-    form = {"channels": shape[0], "size": shape[1:], "num_classes": classes}
-    rows = len(LatentMoments(out, **form, scale=scale))
-    return Encoded(out, rows, shape, classes, scale, vae)
+    mean, std = _channels(out) if per_channel else _own_channels(network)
+    form = {"channels": shape[0], "size": shape[1:], "num_classes": classes, "mean": mean, "std": std}
+    form["scale"] = _scale(None if per_channel else own_value(network, "scaling_factor"), out, mean, std)
+    return Encoded(out, len(LatentMoments(out, **form)), shape, classes, form["scale"], vae, mean, std)
 
 
 class _Batches(Dataset):
@@ -158,16 +168,23 @@ def _samples(images: Path) -> tuple[int, list[tuple[Path, int]]]:
     return len(classes), labelled_images(images, classes or [""])
 
 
+@torch.inference_mode()
 def _latent_shape(vae: nn.Module, name: str, sides: tuple[int, int]) -> tuple[int, int, int]:
-    """(C, H, W)."""
-    config = vae.config
-    if config.in_channels != 3:
-        raise ValueError(f"vae={name!r} takes images of {config.in_channels} channels; choose one for RGB images")
-    factor = 2 ** (len(config.block_out_channels) - 1)
-    if any(side % factor for side in sides):
-        size = format_size(as_size(*sides))
+    """(C, H, W), of an image that is tried."""
+    if not hasattr(vae, "encode"):
+        raise ValueError(f"vae={name!r} is a {type(vae).__name__} and has no encode(images); give one that has")
+    channels = own_value(vae, "in_channels") or 3
+    if channels != 3:
+        raise ValueError(f"vae={name!r} takes images of {channels} channels; choose one for RGB images")
+    size = format_size(as_size(*sides))
+    try:
+        _, moments, *latent = encode_moments(vae, torch.zeros(1, 3, *sides)).shape
+    except RuntimeError as error:
+        raise ValueError(f"size={size} is not possible with this autoencoder ({error}); choose another") from error
+    factor = round(sides[0] / latent[0])
+    if any(factor * part != side for part, side in zip(latent, sides, strict=True)):
         raise ValueError(f"size={size} is not possible with this autoencoder; choose a multiple of {factor}")
-    return config.latent_channels, *(side // factor for side in sides)
+    return moments // 2, *latent
 
 
 def _digest(vae: nn.Module) -> str:
@@ -239,8 +256,7 @@ def _launch(vae, images: Tensor, device, precision: str, mirrored: bool) -> tupl
     if mirrored:
         x = torch.stack([x, x.flip(-1)], dim=1).flatten(0, 1)
     with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-        posterior = vae.encode(x).latent_dist
-    moments = torch.cat([posterior.mean.float() - shift_of(vae), (posterior.logvar.float() / 2).exp()], dim=1)
+        moments = encode_moments(vae, x)
     if device.type != "cuda":
         return moments, None
     moments, event = moments.to("cpu", non_blocking=True), torch.cuda.Event()
@@ -254,12 +270,30 @@ def _arrived(moments: Tensor, event: torch.cuda.Event | None) -> np.ndarray:
     return moments.numpy()
 
 
-def _scale(vae: nn.Module, path: Path) -> float:
+def _channels(path: Path) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation of each channel of the latents in a file, to five digits."""
+    with h5py.File(path, "r") as file:
+        rows = probe_rows(len(file["labels"]), _MEASURED)
+        mean, std = np.split(file["latents"][rows].astype(np.float64), 2, axis=1)
+    axes = (0, 2, 3)
+    spread = np.sqrt(mean.var(axes) + np.square(std).mean(axes))
+    return tuple(tuple(float(f"{x:.5g}") for x in values) for values in (mean.mean(axes), spread))
+
+
+def _own_channels(vae: nn.Module) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """What an autoencoder says its latents are to be normalised by, for means that are less its shift."""
+    mean, std = (own_value(vae, name) or () for name in ("latents_mean", "latents_std"))
+    return tuple(x - shift_of(vae) for x in mean), tuple(std)
+
+
+def _scale(own: float | None, path: Path, mean: tuple[float, ...], std: tuple[float, ...]) -> float:
     """The autoencoder's own scale if it fits the latents, otherwise the one that does, to three digits."""
     with h5py.File(path, "r") as file:
-        found = spread(file["latents"][probe_rows(len(file["labels"]))])
-    own = vae.config.scaling_factor
+        probes = file["latents"][probe_rows(len(file["labels"]))]
+    found = spread(normalised(probes, mean, std))
     if own and fits(own, found):
         return own
+    if std and fits(1.0, found):
+        return 1.0
     _log.warning("the autoencoder's own scale %s gives latents of standard deviation %.2g", own, (own or 1) * found)
     return float(f"{1 / found:.3g}")

@@ -21,9 +21,9 @@ from soflow_fast.config import TrainConfig
 from soflow_fast.data import CIFAR10, digits
 from soflow_fast.data.crop import centre_crop, centred
 from soflow_fast.distributed import Processes
-from soflow_fast.images import Decoder, are_images, in_file_name, labels_of_samples, save_folder
+from soflow_fast.images import are_images, in_file_name, labels_of_samples, save_folder
 from soflow_fast.require import require_package
-from soflow_fast.sample import Sampler
+from soflow_fast.sample import Decoder, Sampler
 from soflow_fast.size import as_size
 
 _log = logging.getLogger(__name__)

@@ -1,4 +1,4 @@
-"""From a trained model to files: any number of samples, decoded latents, PNG grids.
+"""From samples to files: what is drawn of which label, PNG grids, folders and arrays of images.
 
 Shapes: n samples, C channels, H height, W width. Images are in [-1, 1].
 """
@@ -16,8 +16,6 @@ from torch.utils.data import Dataset
 
 from soflow_fast.checkpoint import whole_file
 from soflow_fast.conditions import ItemConditions, null_condition
-from soflow_fast.require import require_package
-from soflow_fast.sample import Decoder
 
 _CHANNELS = {1: "grey", 3: "RGB"}
 _NOT_IN_FILE_NAMES = str.maketrans({".": "_", "/": "-", ",": "-", " ": None})
@@ -73,51 +71,6 @@ def labels_of_samples(
     if dataset is None:
         raise ValueError("the network is told conditions, and there is no data set to take them from; give dataset=")
     return ItemConditions(dataset, chosen_labels(chosen, n, len(dataset), setting, "item"))
-
-
-def load_vae(name: str, setting: str = "data.vae") -> nn.Module:
-    """A diffusers ``AutoencoderKL`` on the CPU, in float32, for inference.
-
-    Args:
-        name: of the published autoencoder, or a folder that holds one. setting: what the user calls it.
-
-    Raises:
-        ValueError: if diffusers is not installed or the autoencoder cannot be read.
-    """
-    otherwise = ", or leave it out to keep latents" if setting == "data.vae" else ""
-    require_package("diffusers", f"{setting}={name!r}", "vae", otherwise)
-    from diffusers import AutoencoderKL
-
-    try:
-        vae = AutoencoderKL.from_pretrained(name, low_cpu_mem_usage=False)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{setting}={name!r} cannot be read ({error}); give a name or a folder that can") from None
-    return vae.float().eval().requires_grad_(False)
-
-
-def shift_of(vae: nn.Module) -> float:
-    """What an autoencoder such as SD3's and FLUX's subtracts from latents before they are scaled; 0 for others."""
-    return getattr(vae.config, "shift_factor", None) or 0.0
-
-
-def vae_decoder(name: str, scale: float, device: torch.device) -> Decoder:
-    """The function from scaled latents (n, C, H, W) to images (n, 3, 8H, 8W) of a diffusers ``AutoencoderKL``.
-
-    Its own shift, if it has one, is added to the unscaled latents: ``soflow encode`` stores them without it.
-
-    Args:
-        name: see :func:`load_vae`, also for what it raises. scale: what latents were multiplied by.
-    """
-    return _VaeDecoder(load_vae(name), scale).to(device)
-
-
-class _VaeDecoder(nn.Module):
-    def __init__(self, vae: nn.Module, scale: float):
-        super().__init__()
-        self.vae, self.scale, self.shift = vae, scale, shift_of(vae)
-
-    def forward(self, latents: Tensor) -> Tensor:
-        return self.vae.decode(latents / self.scale + self.shift).sample
 
 
 def to_uint8(images: Tensor) -> Tensor:

@@ -6,8 +6,9 @@ from typing import Literal
 
 from torch import nn
 
+from soflow_fast.autoencoder import decoder_of
 from soflow_fast.config import TrainConfig
-from soflow_fast.images import in_file_name, vae_decoder
+from soflow_fast.images import in_file_name
 from soflow_fast.sample import SAMPLE_PRECISIONS, Decoder
 
 # What a run's samples can be drawn with beside its own, and how files of them are called.
@@ -90,9 +91,7 @@ def with_vae(config: TrainConfig, vae: str | None) -> TrainConfig:
 
 def decoder(config: TrainConfig, model: nn.Module) -> Decoder | None:
     """From latents to images, on the model's device, where there is an autoencoder."""
-    if config.data.vae is None:
-        return None
-    return vae_decoder(config.data.vae, config.data.latent_scale, next(model.parameters()).device)
+    return decoder_of(config.data, next(model.parameters()).device)
 
 
 def _step(text: str) -> int | Literal["best"]:

@@ -14,6 +14,7 @@ from torch.utils.data import Dataset
 
 from soflow_fast import build, checkpoint, distributed, given, memory, posthoc, run_folder, stopping, weights
 from soflow_fast.augment import Augment
+from soflow_fast.autoencoder import decoder_of
 from soflow_fast.checkpoint import CHECKPOINTS
 from soflow_fast.conditions import null_condition
 from soflow_fast.config import TrainConfig
@@ -25,7 +26,7 @@ from soflow_fast.ema import EMA, PowerEMA
 from soflow_fast.evaluate import check_evaluation, why_unscored
 from soflow_fast.fingerprint import fingerprint
 from soflow_fast.grids import Grids
-from soflow_fast.images import are_images, labels_of_samples, vae_decoder
+from soflow_fast.images import are_images, labels_of_samples
 from soflow_fast.logs import Meter, Quiet, RunLog, due
 from soflow_fast.optim import can_leave_out
 from soflow_fast.records import of_given
@@ -146,9 +147,7 @@ class Trainer:
         self.step.check_batch(self.rows.stop - self.rows.start)
         self.on_device = self._fit_into_memory()
         self.workers = min(config.data.workers, len(os.sched_getaffinity(0)))
-        self._decode = None
-        if config.data.vae is not None:
-            self._decode = vae_decoder(config.data.vae, config.data.latent_scale, self.processes.device)
+        self._decode = decoder_of(config.data, self.processes.device)
         self.run_dir = Path(config.run_dir)
         self.checkpoints = self.run_dir / CHECKPOINTS
 

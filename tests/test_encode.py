@@ -12,11 +12,11 @@ from encode_runs import FORM, SMALL, random_image, read_arrays, write_pictures, 
 from PIL import Image
 from runs import tiny_config
 
+from soflow_fast.autoencoder import vae_decoder
 from soflow_fast.cli import main
 from soflow_fast.config import TrainConfig
 from soflow_fast.data import LatentMoments
 from soflow_fast.encode import centre_crop, encode
-from soflow_fast.images import vae_decoder
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +64,7 @@ def test_what_is_less_than_twice_the_size_is_resized_bicubic(width, height, resi
 
 def test_the_file_holds_the_autoencoders_moments(tmp_path, pictures, vae):
     done = encode(pictures, tmp_path / "new" / "out.hdf5", vae=vae, **SMALL)
-    assert done == (tmp_path / "new" / "out.hdf5", 7, (4, 8, 8), 2, 0.18215, vae)
+    assert done == (tmp_path / "new" / "out.hdf5", 7, (4, 8, 8), 2, 0.18215, vae, (), ())
     assert done.configuration()["data"].keys() == {"kind", "path", "vae"}  # the scale is the default
     found = read_arrays(done.path)
     assert (found["amount"], found["latent_size"], found["written"]) == (7, 8, 7)

@@ -14,11 +14,12 @@ from runs import pixel_features, tiny_config, write_images, write_statistics
 from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
 
 from soflow_fast import SoFlow, build, evaluate, fidelity, sample
+from soflow_fast.autoencoder import vae_decoder
 from soflow_fast.config import DataConfig, EvaluationConfig, SoFlowConfig
 from soflow_fast.data import ImageFolder, digits
 from soflow_fast.data.crop import centre_crop
 from soflow_fast.fidelity import frechet_distance, load_statistics, scores
-from soflow_fast.images import balanced_labels, grid, save_samples, to_uint8, vae_decoder
+from soflow_fast.images import balanced_labels, grid, save_samples, to_uint8
 from soflow_fast.kernels.reference import Stream, normal
 from soflow_fast.sample import Sampler
 
@@ -347,7 +348,7 @@ def test_nothing_is_drawn_for_no_score(tmp_path):
 
 
 class _FakeVae(torch.nn.Module):
-    """Stands in for diffusers' AutoencoderKL: eight times the size, three of the channels."""
+    """Stands in for an autoencoder of diffusers: eight times the size, three of the channels."""
 
     config = types.SimpleNamespace(scaling_factor=0.18215)
 
@@ -364,7 +365,7 @@ class _FakeVae(torch.nn.Module):
 
 def test_latents_are_unscaled_and_decoded(monkeypatch):
     package = types.ModuleType("diffusers")
-    package.AutoencoderKL, package.__spec__ = _FakeVae, importlib.util.spec_from_loader("diffusers", None)
+    package.AutoModel, package.__spec__ = _FakeVae, importlib.util.spec_from_loader("diffusers", None)
     monkeypatch.setitem(sys.modules, "diffusers", package)
     latents = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     decode = vae_decoder("some/vae", 0.18215, torch.device("cpu"))

@@ -13,9 +13,9 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from soflow_fast import SoFlow, Trainer, UNet, export, load_weights
+from soflow_fast.autoencoder import vae_decoder
 from soflow_fast.cli import main
 from soflow_fast.export import ABOUT, write_program
-from soflow_fast.images import vae_decoder
 from soflow_fast.sample import Sampler
 from soflow_fast.trainer import load_run
 

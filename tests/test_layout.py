@@ -12,14 +12,14 @@ ROOT = Path(__file__).parents[1]
 FLOORS = [
     ["kernels"],
     [
-        "config", "config_io", "config_model", "config_objective", "config_optimizer", "derivation",
+        "config", "config_data", "config_io", "config_model", "config_objective", "config_optimizer", "derivation",
         "difference_nonlinear", "difference_rules", "differencing", "imported", "interop", "paths", "require",
         "seeding", "size",
     ],
     [
-        "attention", "augment", "build", "capture", "checkpoint", "conditions", "data", "distributed", "dit", "ema",
-        "encode", "evaluate", "export", "fidelity", "fingerprint", "flow_weights", "given", "images", "layers",
-        "memory", "objectives", "one_pass", "optim", "pair", "positions", "posthoc", "precision", "records",
+        "attention", "augment", "autoencoder", "build", "capture", "checkpoint", "conditions", "data", "distributed",
+        "dit", "ema", "encode", "evaluate", "export", "fidelity", "fingerprint", "flow_weights", "given", "images",
+        "layers", "memory", "objectives", "one_pass", "optim", "pair", "positions", "posthoc", "precision", "records",
         "reduction", "run_optimizer", "sample", "unet", "weights",
     ],
     [

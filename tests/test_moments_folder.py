@@ -146,7 +146,10 @@ def _array(array, number=0):
         (_array(np.zeros((4, 8, 8), np.float32)), "are float32 of shape (4, 8, 8), and this model needs floats of"),
         (_array(np.zeros((8, 8, 8), np.uint8)), "are uint8 of shape (8, 8, 8), and this model needs floats of"),
         (_array(np.full((8, 8, 8), np.nan, np.float32)), "have values that are not finite; write them again"),
-        (_array(np.zeros((8, 8, 8), np.float32)), "must be positive; store the mean, then the standard deviation"),
+        (
+            _array(np.full((8, 8, 8), -1, np.float32)),
+            "must not be negative; store the mean, then the standard deviation",
+        ),
         (
             _array(np.full((8, 8, 8), 1e3, np.float32)),
             "it should be near 1: store them unscaled, or set data.latent_",

@@ -7,6 +7,7 @@ there is another array, ``conditions`` (N, ...).
 """
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import h5py
@@ -25,7 +26,7 @@ class LatentMoments(Moments):
 
     Args:
         path: of the file, or of the folder that holds ``imagenet_latent.hdf5``. channels: C. size: one number or
-            (H, W). num_classes, scale, dtype: see :class:`~soflow_fast.data.moments.Moments`.
+            (H, W). num_classes, scale, mean, std, dtype: see :class:`~soflow_fast.data.moments.Moments`.
         with_conditions: whether items have the file's conditions in place of labels.
 
     Raises:
@@ -40,6 +41,8 @@ class LatentMoments(Moments):
         size: Size,
         num_classes: int,
         scale: float,
+        mean: Sequence[float] = (),
+        std: Sequence[float] = (),
         dtype: torch.dtype = torch.float32,
         with_conditions: bool = False,
     ):
@@ -63,7 +66,8 @@ class LatentMoments(Moments):
                 f"the latents file {self.path} cannot be read as HDF5 ({error}); it is damaged or incomplete: "
                 "write or copy it again"
             ) from None
-        super().__init__(self.path, labels, probes, num_classes=num_classes, scale=scale, dtype=dtype)
+        form = {"num_classes": num_classes, "scale": scale, "mean": mean, "std": std, "dtype": dtype}
+        super().__init__(self.path, labels, probes, **form)
 
     def _read(self, rows: np.ndarray | slice) -> np.ndarray:
         return self._array("latents")[rows].astype(np.float32, copy=False)

@@ -4,6 +4,7 @@ The moments of a sample are (2C, H, W): the mean and then the standard deviation
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,15 +17,24 @@ _PROBES = 64
 _SPREAD = (0.5, 2.0)
 
 
-def probe_rows(n: int) -> np.ndarray:
-    """Which of n samples are looked at when latents are opened: up to 64, evenly, ascending int64."""
-    return np.unique(np.linspace(0, max(n - 1, 0), _PROBES).astype(int))[:n]
+def probe_rows(n: int, most: int = _PROBES) -> np.ndarray:
+    """Which of n samples are looked at, by default when latents are opened: evenly spread, ascending int64."""
+    return np.unique(np.linspace(0, max(n - 1, 0), most).astype(int))[:n]
 
 
 def spread(moments: np.ndarray) -> float:
     """The standard deviation of latents drawn from moments (n, 2C, H, W)."""
     mean, std = np.split(moments.astype(np.float64), 2, axis=1)
     return float(np.sqrt(mean.var() + np.square(std).mean()))
+
+
+def normalised(moments: np.ndarray, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
+    """Moments (n, 2C, H, W) of the latents less the mean of their channel, by its standard deviation; (C,) or empty."""
+    if not (mean or std):
+        return moments
+    means, stds = np.split(moments, 2, axis=1)
+    by = np.array(std or 1, moments.dtype).reshape(-1, 1, 1)
+    return np.concatenate([(means - np.array(mean or 0, moments.dtype).reshape(-1, 1, 1)) / by, stds / by], axis=1)
 
 
 def fits(scale: float, of: float) -> bool:
@@ -38,15 +48,16 @@ class Moments(Dataset, ABC):
     Args:
         path: of the file or folder. labels: (n,) of the samples. probes: (m, 2C, H, W), the samples that
             :func:`probe_rows` names. num_classes: labels must lie in [0, num_classes); 0 does not look at them.
-        scale: what the unscaled latents will be multiplied by. dtype: of the moments; bfloat16 rounds them by at most
-            2^-8 of their size and halves the memory they take.
+        scale: what the unscaled latents will be multiplied by. mean, std: (C,), what each channel is normalised by
+            before that, or empty. dtype: of the moments; bfloat16 rounds them by at most 2^-8 of their size and halves
+            the memory they take.
 
     Attributes:
         labels: (n,) int64, on the host.
 
     Raises:
-        ValueError: if there are no samples, for labels outside the classes, standard deviations that are not positive,
-            values that are not finite, and latents whose spread does not fit the scale.
+        ValueError: if there are no samples, for labels outside the classes, negative standard deviations,
+            values that are not finite or all the same, and latents whose spread does not fit the scale.
     """
 
     def __init__(
@@ -57,9 +68,12 @@ class Moments(Dataset, ABC):
         *,
         num_classes: int,
         scale: float,
+        mean: Sequence[float],
+        std: Sequence[float],
         dtype: torch.dtype,
     ):
         self.path, self.dtype = path, dtype
+        self._mean, self._std = mean, std
         self.labels = labels.astype(np.int64, copy=False)
         self._check_labels(num_classes)
         self._check_values(probes, scale)
@@ -85,7 +99,8 @@ class Moments(Dataset, ABC):
         return self._pair(slice(start, stop))
 
     def _pair(self, rows: np.ndarray | slice) -> tuple[Tensor, Tensor]:
-        return torch.from_numpy(self._read(rows)).to(self.dtype), torch.from_numpy(self._told(rows))
+        moments = torch.from_numpy(normalised(self._read(rows), self._mean, self._std))
+        return moments.to(self.dtype), torch.from_numpy(self._told(rows))
 
     def _told(self, rows: np.ndarray | slice) -> np.ndarray:
         """What the network is told of some rows."""
@@ -105,15 +120,19 @@ class Moments(Dataset, ABC):
         std, channels = probes[:, probes.shape[1] // 2 :], probes.shape[1] // 2
         if not np.isfinite(probes).all():
             raise ValueError(f"the latents in {self.path} have values that are not finite; write them again")
-        if not (std > 0).all():
+        if (std < 0).any():
             raise ValueError(
                 f"the standard deviations in {self.path} (channels {channels} to {2 * channels - 1}) go down to "
-                f"{std.min():.3g} and must be positive; store the mean, then the standard deviation (not its logarithm)"
+                f"{std.min():.3g} and must not be negative; store the mean, then the standard deviation (not its "
+                "logarithm)"
             )
-        found = spread(probes)
+        found = spread(normalised(probes, self._mean, self._std))
+        if found == 0:
+            raise ValueError(f"the latents in {self.path} are all the same; write them again")
         if not fits(scale, found):
+            changed = ", normalised," if self._mean or self._std else ""
             raise ValueError(
-                f"the latents in {self.path} times data.latent_scale={scale} have a standard deviation of "
+                f"the latents in {self.path}{changed} times data.latent_scale={scale} have a standard deviation of "
                 f"{found * scale:.2g}, and it should be near 1: store them unscaled, or set data.latent_scale="
                 f"{1 / found:.2g} if that is what they are"
             )

@@ -12,6 +12,7 @@ import io
 import json
 import os
 import threading
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -45,7 +46,7 @@ class MomentsFolder(Moments):
 
     Args:
         path: of the folder that holds ``dataset.json``. channels: C. size: one number or (H, W). num_classes, scale,
-            dtype: see :class:`~soflow_fast.data.moments.Moments`.
+            mean, std, dtype: see :class:`~soflow_fast.data.moments.Moments`.
 
     Raises:
         ValueError: for an index that is not of this form or has no labels where there are classes, files that are
@@ -61,13 +62,16 @@ class MomentsFolder(Moments):
         size: Size,
         num_classes: int,
         scale: float,
+        mean: Sequence[float] = (),
+        std: Sequence[float] = (),
         dtype: torch.dtype = torch.float32,
     ):
         self.path, self._shape = Path(path), (2 * channels, *height_and_width(size))
         names, labels = self._read_index(num_classes)
         self._names = np.array([os.fsencode(name) for name in names])  # without a Python object per file
         probes = self._read(probe_rows(len(names)))
-        super().__init__(self.path, labels, probes, num_classes=num_classes, scale=scale, dtype=dtype)
+        form = {"num_classes": num_classes, "scale": scale, "mean": mean, "std": std, "dtype": dtype}
+        super().__init__(self.path, labels, probes, **form)
 
     def _read_index(self, num_classes: int) -> tuple[list[str], np.ndarray]:
         index = self.path / _INDEX
