@@ -25,7 +25,7 @@ from _race import Contestant, NotRun, Track, broken, out_of_memory, release
 from _rows import SETS, Row, Workload, selected
 from _table import Results, chart, table
 
-from soflow_fast.dit import PRESETS
+from soflow_fast.dit import PRESET_NAMES, PRESETS
 
 # A row that is begun is assumed to take this many seconds to prepare, the last where nothing is left to compile, until
 # such a one has taken longer.
@@ -165,7 +165,7 @@ def parsed(arguments: list[str]) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--model", default="DiT-B/4" if on_gpu else "small", choices=["small", *PRESETS], metavar="NAME",
-        help=f"small, {', '.join(PRESETS)} (default %(default)s here)")  # fmt: skip
+        help=f"small, {PRESET_NAMES} (default %(default)s here)")  # fmt: skip
     add("--batch", type=int, default=256 if on_gpu else 16, help="default %(default)s here")
     add("--rows", nargs="+", default=["table"], metavar="ROW", help=f"ids, or {', '.join(SETS)} (default table)")
     add("--seconds", type=float, default=10.0, help="of timing for each row (default %(default)s)")

@@ -19,7 +19,7 @@ from soflow_fast.config import GIVEN, ModelConfig, TrainConfig
 from soflow_fast.config_model import UNET_PRESET
 from soflow_fast.data import CIFAR10, ImageFolder, LatentMoments, MomentsFolder, digits, find_moments_folder
 from soflow_fast.data.checks import require_labels_at_hand, require_pair, warn_of_other_range, warn_of_unused_classes
-from soflow_fast.dit import PRESETS, DiT
+from soflow_fast.dit import PRESET_NAMES, DiT
 from soflow_fast.imported import import_maker, is_import_path
 from soflow_fast.objectives.alphaflow import AlphaFlow
 from soflow_fast.objectives.base import Objective, is_objective
@@ -100,7 +100,7 @@ def build_network(config: ModelConfig, label_drop: float, condition_dim: int = 0
         return UNet(**taken, augment_dim=AUGMENT_DIM)  # its weights are of use with and without augmentation
     if not config.is_dit:
         raise ValueError(
-            f"model.preset={config.preset!r} is not known; choose one of {', '.join((*PRESETS, UNET_PRESET))}, or the "
+            f"model.preset={config.preset!r} is not known; choose one of {PRESET_NAMES}, {UNET_PRESET}, or the "
             "import path package.module.Class of a network of yours"
         )
     if config.recompute == "auto":

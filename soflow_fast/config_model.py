@@ -1,7 +1,7 @@
 """The network's section of the configuration."""
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from soflow_fast.config_io import Section
 from soflow_fast.imported import check_arguments, is_import_path
@@ -36,6 +36,7 @@ class ModelConfig(Section, section="model."):
             num_classes=0. recompute: see there, or ``auto``: ``elementwise``, or ``block`` where that is estimated not
             to fit the GPU's memory; ``none`` on a CPU.
         model_channels, channel_mult, num_blocks, attention_resolutions, dropout: of a UNet.
+        prediction: of the last layer, ``velocity`` or ``data``, see :class:`~soflow_fast.layers.DataPrediction`.
         impl: of the fused ops, see :func:`soflow_fast.kernels.resolve_impl`; for attention see
             :func:`soflow_fast.attention.resolve_attention`.
     """
@@ -55,6 +56,7 @@ class ModelConfig(Section, section="model."):
     num_blocks: int | None = None
     attention_resolutions: tuple[int, ...] | None = None
     dropout: float | None = None
+    prediction: Literal["velocity", "data"] = "velocity"
     impl: str = "auto"
     attention: str = "auto"
     recompute: str = "auto"
@@ -73,7 +75,7 @@ class ModelConfig(Section, section="model."):
         require_count("model.num_classes", self.num_classes, least=0)
         of_others = _OF_DIT if self.preset == UNET_PRESET else _OF_UNET if self.is_dit else ()
         if self.is_imported:
-            of_others = _OF_DIT + _OF_UNET
+            of_others = (*_OF_DIT, *_OF_UNET, "prediction")
         remedy = "give it in model.init_args" if self.is_imported else "leave it out"
         for name in of_others:
             if getattr(self, name) != getattr(type(self), name):

@@ -23,6 +23,7 @@ from soflow_fast.layers import (
     PatchEmbed,
     TimestepEmbedder,
     linear,
+    prediction_of,
     product,
 )
 from soflow_fast.positions import position_table
@@ -30,16 +31,22 @@ from soflow_fast.size import Size, as_size, format_size, height_and_width
 
 RECOMPUTE = ("none", "elementwise", "block")
 
-#: patch size, width, depth, heads
-PRESETS = {
-    "DiT-S/4": (4, 384, 12, 6),
-    "DiT-S/2": (2, 384, 12, 6),
-    "DiT-B/4": (4, 768, 12, 12),
-    "DiT-B/2": (2, 768, 12, 12),
-    "DiT-M/2": (2, 1024, 16, 16),
-    "DiT-L/2": (2, 1024, 24, 16),
-    "DiT-XL/2": (2, 1152, 28, 16),
+_SIZES = {
+    "S": (384, 12, 6),
+    "B": (768, 12, 12),
+    "M": (1024, 16, 16),
+    "L": (1024, 24, 16),
+    "XL": (1152, 28, 16),
 }
+
+_PATCHES = (1, 2, 4, 8, 16, 32)
+
+#: patch size, width, depth, heads. Patches of 1 are for latents of 16×16, of 2 and 4 for ones of 32×32, and larger ones
+#: for pixels.
+PRESETS = {f"DiT-{name}/{patch}": (patch, *sizes) for name, sizes in _SIZES.items() for patch in _PATCHES}
+
+#: Their names, in words.
+PRESET_NAMES = f"DiT-{{{','.join(_SIZES)}}}/{{{','.join(map(str, _PATCHES))}}}"
 
 
 class DiT(nn.Module):
@@ -57,6 +64,8 @@ class DiT(nn.Module):
             :mod:`soflow_fast.conditions`; 0 for classes. Its ``null_condition`` is 0 until it is set.
         condition_dim: how many numbers, of about [0, 1], a row is conditioned on beside its label, such as the guidance
             of :class:`~soflow_fast.objectives.improved_meanflow.ImprovedMeanFlow`; 0 for none.
+        prediction: ``velocity``, or ``data``: the last layer then predicts the data, for pixels in large patches, see
+            :class:`~soflow_fast.layers.DataPrediction`.
         impl: ``auto``, ``torch`` or ``triton``, see :func:`soflow_fast.kernels.resolve_impl`. Of heads above
             :data:`soflow_fast.kernels.MAX_HEAD_DIM` plain torch makes the difference of attention, which is logged.
         attention: see :func:`soflow_fast.attention.resolve_attention`.
@@ -83,6 +92,7 @@ class DiT(nn.Module):
         *,
         embedding_dim: int = 0,
         condition_dim: int = 0,
+        prediction: str = "velocity",
         impl: str = "auto",
         attention: str = "auto",
         compute_dtype: torch.dtype | None = None,
@@ -125,6 +135,7 @@ class DiT(nn.Module):
         self.condition_embedder = TimestepEmbedder(hidden_size, numbers) if condition_dim else None
         self.blocks = nn.ModuleList(DiTBlock(hidden_size, num_heads, mlp_ratio) for _ in range(depth))
         self.final_layer = FinalLayer(hidden_size, patch_size, in_channels)
+        self.prediction = prediction_of(prediction)
         self._initialize()
 
     @classmethod
@@ -132,7 +143,7 @@ class DiT(nn.Module):
         """A published size, such as ``"DiT-B/4"`` (``"DiT-B-4"`` is accepted); overrides are constructor arguments."""
         preset = PRESETS.get(name) or PRESETS.get("/".join(name.rsplit("-", 1)))
         if preset is None:
-            raise ValueError(f"no DiT preset is called {name!r}; choose one of {', '.join(PRESETS)}")
+            raise ValueError(f"no DiT preset is called {name!r}; choose one of {PRESET_NAMES}, such as DiT-B/4")
         sizes = dict(zip(("patch_size", "hidden_size", "depth", "num_heads"), preset, strict=True))
         return cls(**{**sizes, **overrides})
 
@@ -256,10 +267,15 @@ class DiT(nn.Module):
                 run = partial(checkpoint, block, use_reentrant=False, preserve_rng_state=False)
             tokens, h, d, dh = run(tokens, h, modulation[i], (d, dh, dmodulation[i]), call)
         out = self._unpatchify(linear(self.final_layer.linear, h)).to(x.dtype)
+        if self.prediction is not None:
+            out = self.prediction(out, x, t)
         if rows is None:
             return out, None
         with torch.no_grad():
-            return out, self._unpatchify(product(self.final_layer.linear, dh)).to(x.dtype)
+            d_out = self._unpatchify(product(self.final_layer.linear, dh)).to(x.dtype)
+            if self.prediction is not None:
+                d_out = self.prediction.difference(out[rows], d_out, dx, t[rows], dt, call.tangent)
+            return out, d_out
 
     def _modulation_layers(self) -> list[nn.Linear]:
         return [m.adaLN_modulation[1] for m in (*self.blocks, self.final_layer)]

@@ -44,6 +44,11 @@ def converted(weights: Mapping[str, Tensor], form: str, model: nn.Module) -> dic
             f"initial_weights_form={form!r} is of transformers, and this network is a {type(net).__name__}; choose a "
             "DiT preset"
         )
+    if net.prediction is not None:
+        raise ValueError(
+            f"initial_weights_form={form!r} is of networks that predict a velocity, and this one predicts the data; "
+            "choose model.prediction=velocity"
+        )
     prefix = "" if net is model else "network."
     found = {name.removeprefix(prefix): value for name, value in weights.items()}
     found = {name: value for name, value in found.items() if not name.startswith("projectors.")}

@@ -12,10 +12,17 @@ from torch import Tensor, nn
 
 from soflow_fast.attention import attention
 from soflow_fast.kernels import MAX_HEAD_DIM, reference
+from soflow_fast.kernels.coefficients import require_choice
 from soflow_fast.kernels.reference import split_heads
 
 SINUSOID_WIDTH = 256
 LN_EPS = 1e-6
+
+#: What a network's last layer is of: F itself, or the data, from which F follows.
+PREDICTIONS = ("velocity", "data")
+
+# Below this time F of a prediction of the data is by a larger one, so that it is bounded (arXiv 2511.13720).
+_LEAST_TIME = 0.05
 
 
 class Call(NamedTuple):
@@ -176,6 +183,52 @@ class DiTBlock(nn.Module):
                         bias=bias, eps=LN_EPS, tangent=call.tangent,
                     )  # fmt: skip
         return x, h, d, dh
+
+
+class DataPrediction(nn.Module):
+    """``F = (x − G)/max(t, 0.05)`` of a prediction G of the data, on the linear path.
+
+    As in pixel MeanFlow (arXiv 2601.22158): ``f(x, t, 0) = x − tF`` is then G, an image, which a network of large
+    patches predicts where the velocity, as noisy as x, is beyond its width. The least time is a buffer, so that weights
+    of one prediction are not loaded for the other.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("least_time", torch.tensor(_LEAST_TIME))
+
+    def forward(self, data: Tensor, x: Tensor, t: Tensor) -> Tensor:
+        """F, of the shape of x and data, (B, C, H, W); t is (B,)."""
+        return (x - data) / self._divisor(t)
+
+    @torch.no_grad()
+    def difference(self, F: Tensor, d_data: Tensor, dx: Tensor, t: Tensor, dt: Tensor, tangent: bool) -> Tensor:
+        """``dF = (dx − dG − F·dc)/(c + dc)``, c the divisor ``max(t, 0.05)``; tangent: without the dc of c + dc."""
+        least, divisor = self.least_time.to(t), self._divisor(t)
+        if tangent:
+            dc = torch.where(t > least, dt, 0.0).view_as(divisor)
+        else:
+            dc = torch.where(t > least, torch.maximum(dt, least - t), (t + dt - least).clamp(min=0)).view_as(divisor)
+            divisor = divisor + dc
+        return (dx - d_data - F * dc) / divisor
+
+    def _divisor(self, t: Tensor) -> Tensor:
+        return torch.maximum(t, self.least_time.to(t)).view(-1, 1, 1, 1)
+
+
+def prediction_of(name: str) -> DataPrediction | None:
+    """What makes F of a network's last layer, None where that is F; ValueError for a name not in PREDICTIONS."""
+    require_choice("prediction", name, PREDICTIONS)
+    return DataPrediction() if name == "data" else None
+
+
+def require_linear(net: nn.Module, path: str, parameterization: str = "euler") -> None:
+    """ValueError for a network that predicts the data with another path or solution function than it does it for."""
+    if isinstance(getattr(net, "prediction", None), DataPrediction) and (path, parameterization) != ("linear", "euler"):
+        raise ValueError(
+            "the network's prediction='data' is for path='linear' and parameterization='euler', and these are "
+            f"{path!r} and {parameterization!r}; choose prediction='velocity', or the former"
+        )
 
 
 class FinalLayer(nn.Module):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from soflow_fast.layers import prediction_of
 from soflow_fast.size import Size, as_size, format_size, height_and_width
 
 _EPS, _MAX_GROUPS, _GROUP_CHANNELS = 1e-6, 32, 4
@@ -38,6 +39,7 @@ class UNet(nn.Module):
         attention_resolutions: sizes, by their shorter side, at which the blocks attend, one head as wide as the level;
             by default 16, where there is such a level. dropout: in each block.
         augment_dim: how many numbers say how a row was augmented, see :mod:`soflow_fast.augment`; 0 for none.
+        prediction: ``velocity`` or ``data``, see :class:`~soflow_fast.layers.DataPrediction`.
 
     Raises:
         ValueError: for a size that cannot be halved that often, and widths that GroupNorm or the sinusoids cannot have.
@@ -55,6 +57,7 @@ class UNet(nn.Module):
         attention_resolutions: tuple[int, ...] | None = None,
         dropout: float = 0.13,
         augment_dim: int = 0,
+        prediction: str = "velocity",
     ):
         super().__init__()
         sides = height_and_width(input_size)
@@ -115,6 +118,7 @@ class UNet(nn.Module):
                 channels = width
         self.dec[f"{names[0]}_aux_norm"] = _norm(channels)
         self.dec[f"{names[0]}_aux_conv"] = _conv(channels, in_channels, 3)
+        self.prediction = prediction_of(prediction)
         self._initialize()
 
     def _initialize(self) -> None:
@@ -156,7 +160,8 @@ class UNet(nn.Module):
                 break
             h = layer(h if layer.channels == h.shape[1] else torch.cat([h, kept.pop()], 1), e)
         norm, conv = list(self.dec.values())[-2:]
-        return conv(F.silu(norm(h))).to(x.dtype)
+        out = conv(F.silu(norm(h))).to(x.dtype)
+        return out if self.prediction is None else self.prediction(out, x, t)
 
     def _embedding(self, t: Tensor, s: Tensor, labels: Tensor | None) -> Tensor:
         """(B, E)."""

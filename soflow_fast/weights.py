@@ -80,6 +80,7 @@ def read_weights(
     weights |= {name: state[name] for name in kept | fixed}
     # "the averages are" would not fit the sentence
     remedies = {} if form != "own" else dict.fromkeys(("final_layer.linear", "s_embedder"), _OF_OTHER_TRAININGS)
+    remedies["least_time"] = ", or its model.prediction"
     remedies["y_embedder"] = ", or leave it out by initial_weights_except: [y_embedder]"
     checkpoint.require_fit(model, weights, f"the checkpoint {path}" if path.is_dir() else origin, remedies)
     for name, value in weights.items():

@@ -51,7 +51,7 @@ def test_sizes_replace_the_presets():
     [
         ({"model": {"num_heads": 7}}, ["num_heads=7", "hidden_size=768"]),
         ({"model": {"patch_size": 5}}, ["patch_size=5", "input_size=32"]),
-        ({"model": {"preset": "DiT-Q/4"}}, ["DiT-Q/4", "DiT-XL/2"]),
+        ({"model": {"preset": "DiT-Q/4"}}, ["DiT-Q/4", "choose one of DiT-{S,B,M,L,XL}/{1,2,4,8,16,32}, such"]),
         ({"model": {"attention": "flash_attn"}}, ["attention='flash_attn'", "flash-attn", "attention='sdpa'"]),
         ({"model": {"preset": "given"}}, ["given to the Trainer"]),
         ({"soflow": {"label_drop": 0.0}}, ["guidance_scale=3.0", "label_drop"]),

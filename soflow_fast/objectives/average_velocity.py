@@ -11,6 +11,7 @@ from soflow_fast import paths
 from soflow_fast.conditions import takes_labels
 from soflow_fast.kernels.coefficients import require_choice
 from soflow_fast.kernels.reference import Stream
+from soflow_fast.layers import require_linear
 from soflow_fast.objectives.base import (
     NORMS_REMEDY,
     LossOutput,
@@ -53,6 +54,7 @@ class AverageVelocity(Objective):
     ):
         super().__init__(net, velocity_share, impl)
         require_choice("path", path, paths.PATHS)
+        require_linear(net, path)
         require_choice("derivative", derivative, self.derivatives)
         require_choice("direction", direction, DIRECTIONS)
         require_range("label_drop", label_drop, 0, 1)

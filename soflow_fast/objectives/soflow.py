@@ -13,6 +13,7 @@ from soflow_fast import paths
 from soflow_fast.conditions import takes_labels
 from soflow_fast.kernels.coefficients import require_choice
 from soflow_fast.kernels.reference import Stream
+from soflow_fast.layers import require_linear
 from soflow_fast.objectives.base import (
     NORMS_REMEDY,
     LossOutput,
@@ -110,6 +111,7 @@ class SoFlow(Objective):
             require_range("time_mean", mean, -float("inf"), float("inf"))  # not nan
             require_range("time_std", std, 0, float("inf"))
         require_range("min_gap", min_gap, 0, 1)
+        require_linear(net, path, parameterization)
         require_null_label(net, f"guidance_scale={guidance_scale}" if guidance_scale != 1 else None, label_drop)
         if min_gap == 0 and quotient == "two_forwards":
             raise ValueError(
