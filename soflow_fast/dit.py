@@ -52,27 +52,28 @@ PRESET_NAMES = f"DiT-{{{','.join(_SIZES)}}}/{{{','.join(map(str, _PATCHES))}}}"
 class DiT(nn.Module):
     """Diffusion transformer ``F(x, t, s, label)`` over images or latents.
 
-    The conditioning is ``embed_t(t) + embed_s(t−s) + embed_y(label)``; times are not scaled. It may have another term.
+    The conditioning is ``embed_t(t) + embed_s(t−s) + embed_y(label)``; times are not scaled. With
+    ``condition_dim`` there is another term, of these numbers.
 
     Args:
         input_size: of x, one number or (H, W). patch_size: divides both. in_channels: of x and of the output.
         hidden_size: width D, a multiple of 4 and of num_heads. depth: blocks. mlp_ratio: MLP width over D.
-        class_dropout_prob: only whether it is positive counts: then the label table has a row for "no label". Which
+        class_dropout_prob: if positive, the label table has a row for "no label"; its value has no other effect. Which
             labels are dropped is decided by the objective, never here.
         num_classes: the index of "no label"; 0 for unconditional models.
         embedding_dim: size k of an embedding, such as of a text, that a row is conditioned on in place of a class, see
-            :mod:`soflow_fast.conditions`; 0 for classes. Its ``null_condition`` is 0 until it is set.
+            :mod:`soflow_fast.conditions`; 0 for classes. ``null_condition`` is then 0 until it is set.
         condition_dim: how many numbers, of about [0, 1], a row is conditioned on beside its label, such as the guidance
             of :class:`~soflow_fast.objectives.improved_meanflow.ImprovedMeanFlow`; 0 for none.
         prediction: ``velocity``, or ``data``: the last layer then predicts the data, for pixels in large patches, see
             :class:`~soflow_fast.layers.DataPrediction`.
-        impl: ``auto``, ``torch`` or ``triton``, see :func:`soflow_fast.kernels.resolve_impl`. Of heads above
-            :data:`soflow_fast.kernels.MAX_HEAD_DIM` plain torch makes the difference of attention, which is logged.
+        impl: ``auto``, ``torch`` or ``triton``, see :func:`soflow_fast.kernels.resolve_impl`. For heads larger than
+            :data:`soflow_fast.kernels.MAX_HEAD_DIM`, plain torch computes attention's difference; this is logged.
         attention: see :func:`soflow_fast.attention.resolve_attention`.
-        compute_dtype: of matrix operands and activations; by default that of the parameters, which are cast to it.
-        residual_dtype: of the residual stream and of its difference, at least as wide as compute_dtype, the default.
-        recompute: what the backward computes again instead of keeping it: ``none``, ``elementwise`` (the GELU: a third
-            of the activations less than with none) or ``block`` (everything but the blocks' inputs).
+        compute_dtype: of matrix operands and activations; parameters are cast to it. By default the parameters' own.
+        residual_dtype: of the residual stream and its difference; at least as wide as compute_dtype, the default.
+        recompute: what the backward computes again instead of keeping it: ``none``, ``elementwise`` (the GELU, which
+            saves a third of the activations) or ``block`` (everything but the blocks' inputs).
 
     Raises:
         ValueError: for sizes that do not divide, and for an implementation that cannot run here.

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 class EMA:
     """Float32 averages of a module's parameters: ``average ← decay_k·average + (1−decay_k)·parameter``.
 
-    The warm-up ``decay_k = min(decay, (1+k)/(10+k))`` after k updates makes short runs useful: with 0.9999 alone the
-    average would still be the initialisation after a thousand steps. Nothing is read on the host.
+    After k updates the warm-up is ``decay_k = min(decay, (1+k)/(10+k))``. It makes short runs useful: with 0.9999 alone
+    the average would still be the initialisation after a thousand steps. Nothing is read on the host.
 
     Args:
-        module: whose parameters are averaged; those without gradient are not, and :meth:`state_dict` has them as they
-            are then.
+        module: whose parameters are averaged, except those without gradient, of which :meth:`state_dict` has the values
+            at the time of its call.
         decay: in [0, 1). warmup: whether the decay grows from 0.1 to its value.
 
     Raises:

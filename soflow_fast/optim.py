@@ -29,7 +29,7 @@ class OnePass(torch.optim.Optimizer):
 
     Args:
         params: as in torch. lr, betas, eps, weight_decay: as in torch; by default the published recipe.
-        impl: ``triton`` is one pass over the parameters; ``torch`` is operations of torch's.
+        impl: ``triton`` is one pass over the parameters; ``torch`` uses torch's operations.
 
     Raises:
         ValueError: for a parameter that is a view with gaps, and for impl="triton" with one that is not float32.
@@ -175,7 +175,7 @@ class OnePass(torch.optim.Optimizer):
 
 
 class AdamW(OnePass, torch.optim.AdamW):
-    """:class:`torch.optim.AdamW`; arguments and errors as :class:`OnePass`, impl="torch" is torch's fused one."""
+    """:class:`torch.optim.AdamW`; arguments and errors as :class:`OnePass`. impl="torch" is torch's fused form."""
 
     rectified = False
     _options = {"fused": True}  # noqa: RUF012

@@ -36,16 +36,17 @@ def sample(
     seed: int | Tensor | None = None,
     first_row: int | Tensor = 0,
 ) -> Tensor:
-    """Samples from noise in jumps from the times ``1 − i/steps``.
+    """Samples from noise in ``steps`` jumps, which begin at the times ``1 − i/steps``.
 
-    A model that ``renoises`` jumps to time 0, adds noise for the next time and jumps again; its noise is drawn from
-    (seed, i, global row), so samples do not depend on how rows are split into batches. Others jump to the next time.
+    A model that ``renoises`` jumps to time 0, adds noise for the next time and jumps again. Its noise is drawn from
+    (seed, i, global row), so samples do not depend on how rows are split into batches. Other models jump to the next
+    time.
 
     Args:
         model: an objective. noise: (B, C, H, W) standard normal. labels: (B,) int64, (B, 1+k) floating point,
             (B, ...) conditions, or None for no class or condition.
         steps: jumps, at least 1, each of one network call (of flow matching ``ode_steps``).
-        generator: draws the seed if none is given; None is torch's own. seed: of the noise that is added.
+        generator: draws the seed if none is given; None means torch's own. seed: of the noise that is added.
         first_row: global row of noise[0]; a 0-d int64 tensor is not read on the host.
 
     Returns:

@@ -91,39 +91,38 @@ class _Loss(nn.Module):
 class TrainStep:
     """``stats = step(x0, labels)``: one optimizer step of an objective.
 
-    Every draw of step k depends on (seed, k, global row) alone, so a run can stop and go on, or be split over
-    processes and micro-batches, without changing its numbers; but for what the network draws by itself, such as
-    dropout, from torch's generator. Progress and the step live on the device; nothing is read on the host. Where the
-    gradient is not finite, an optimizer that can leave a step out and the EMA stay as they were: that too is decided
-    on the device.
+    Every draw of step k depends on (seed, k, global row) alone. A run can therefore stop and resume, or be split over
+    processes and micro-batches, without changing its numbers. The exception is what the network draws by itself from
+    torch's generator, such as dropout. Progress and the step live on the device; nothing is read on the host. Where the
+    gradient is not finite, the EMA and an optimizer that can leave a step out stay as they were; that too is decided on
+    the device.
 
-    The objective's attributes, such as ``model.velocity_share = 0.5``, may be changed between steps; where the loss is
-    compiled, it is compiled anew for them. A CUDA graph has them as they were at its capture: what is changed after
-    that is ignored.
+    The objective's attributes, such as ``model.velocity_share = 0.5``, may be changed between steps; a compiled loss is
+    then compiled anew. A CUDA graph has them as they were at its capture and ignores later changes.
 
     Args:
         model: an objective such as :class:`~soflow_fast.SoFlow`, already on its device.
-        optimizer: over ``model.parameters()``, best :class:`~soflow_fast.optim.AdamW` or ``RAdam``; of others, see
-            :func:`~soflow_fast.optim.can_leave_out`, and only those with ``capturable=True`` go into a CUDA graph.
+        optimizer: over ``model.parameters()``, best :class:`~soflow_fast.optim.AdamW` or ``RAdam``. For others, see
+            :func:`~soflow_fast.optim.can_leave_out`; only those with ``capturable=True`` go into a CUDA graph.
         ema: updated after each step, or None. averages: further ones, such as :class:`~soflow_fast.ema.PowerEMA`; each
-            is a pass of its own over the parameters, 12 bytes of traffic a parameter.
+            is a pass of its own over the parameters, 12 bytes of traffic per parameter.
         total_steps: of the run; progress is step/total_steps. seed: of all draws.
         accumulation: micro-batches per step; it divides the batch. grad_clip: largest global gradient norm, or None.
         latent_scale: x0 holds latent moments (B, 2C, H, W), see
             :func:`soflow_fast.kernels.reference.noisy_sample`; None: x0 are samples.
-        precision: ``bf16`` computes on bfloat16 copies of the network's float32 parameters, and what the objective has
-            beside it on its own ones (networks other than DiT: all under autocast), ``tf32`` on the parameters with
+        precision: ``bf16`` computes a DiT on bfloat16 copies of its float32 parameters, what the objective has beside
+            it on its own parameters, and other networks wholly under autocast; ``tf32`` computes on the parameters with
             TensorFloat-32 products, ``fp32`` on the parameters as they are. By default bf16 on a GPU, else fp32. Where
             the objective's ``needs_float32`` is true, no product is rounded to TensorFloat-32.
         compile: whether the loss is compiled, by default on a GPU; see :func:`~soflow_fast.capture.compiled`.
         cuda_graph: replay the whole step as one CUDA graph, by default on a GPU with one process and an optimizer that
-            allows it: one of soflow_fast.optim, or one that is capturable, its learning rate a tensor. The first steps
+            allows it: one of soflow_fast.optim, or a capturable one whose learning rate is a tensor. The first steps
             run without it, then it is captured; batches must keep their shape.
         augment: of the samples, before anything else; the network is told of it, see :mod:`soflow_fast.augment`.
-        rank, world_size: this process holds rows ``rank·B .. (rank+1)·B-1`` of the global batch, and with more than
-            one gradients are averaged: of a compiled DiT inside of its backward, see :mod:`soflow_fast.reduction`, of
-            another network, uncompiled or in micro-batches by DistributedDataParallel. By default as torch.distributed
-            says, if initialised. Weights, and averages without an update, begin as the first process's weights.
+        rank, world_size: this process holds rows ``rank·B .. (rank+1)·B-1`` of the global batch; by default as
+            torch.distributed says, if initialised. With several processes gradients are averaged: inside the backward
+            of a compiled DiT without micro-batches, see :mod:`soflow_fast.reduction`, and otherwise by
+            DistributedDataParallel. Weights, and averages without an update, begin as the first process's weights.
 
     Raises:
         ValueError: for a setting that cannot run here.

@@ -41,36 +41,36 @@ __all__ = ["Trainer", "load_run"]
 
 
 class Trainer:
-    """One training run in a folder; the same call again goes on where it stopped.
+    """One training run in a folder; the same call again resumes where it stopped.
 
     The trained weights are a pure function of the configuration, the data, the network, the optimizer and the initial
-    weights: stopping, even by a kill, and going on changes nothing (bitwise on a CPU). Changes that it went on with,
-    see ``accept_changes``, are in its ``changes.jsonl``.
+    weights. Stopping, even by a kill, and resuming changes nothing (bitwise on a CPU). Changes that were accepted, see
+    ``accept_changes``, are recorded in the run's ``changes.jsonl``.
 
-    Where the gradient norm is not finite, the step is left out: weights, optimizer and averages stay as they were. (An
-    optimizer of yours that cannot do that has to have ``max_skipped_steps=0``.) Such steps, and any whose loss is not
-    finite, are counted on the device and looked at whenever metrics or a checkpoint are written; more than
-    ``max_skipped_steps`` of them stop the run, before anything is saved.
+    A step whose gradient norm is not finite is left out: weights, optimizer and averages stay as they were. (With an
+    optimizer of yours that cannot leave a step out, ``max_skipped_steps`` must be 0.) Such steps, and any whose loss is
+    not finite, are counted on the device. The count is read whenever metrics or a checkpoint are written; more than
+    ``max_skipped_steps`` of them stop the run before anything is saved.
 
-    Started by torchrun, every process takes its rows of each batch and its share of the samples of an evaluation, and
-    the first alone writes the rest; a run may go on with another number of processes, which only changes what the
-    network draws by itself, such as dropout. The folder must be in a file system that all of them see.
+    Started by torchrun, every process takes its rows of each batch and its share of the samples of an evaluation; the
+    first alone writes the rest. A run may resume with another number of processes, which only changes what the network
+    draws by itself, such as dropout. The folder must be in a file system that all of them see.
 
     Args:
         config: see :class:`~soflow_fast.TrainConfig`.
-        model: a network ``net(x, t, s, labels)`` with ``net.num_classes`` to train instead of the configuration's
-            own, or an objective such as :class:`~soflow_fast.SoFlow` over one; its values replace the configuration's.
-            One that is told other conditions than classes has ``null_condition``, see :mod:`soflow_fast.conditions`.
+        model: to train instead of the configuration's: a network ``net(x, t, s, labels)`` with ``net.num_classes``; or
+            an objective over one, such as :class:`~soflow_fast.SoFlow`, whose values replace the configuration's. A
+            network told conditions other than classes has ``null_condition``, see :mod:`soflow_fast.conditions`.
         dataset: map-style, of (sample, label) or (sample, condition), to train on instead of the configuration's data;
-            samples (C, H, W) floating point, or (2C, H, W) latent moments. validation: of the same form, to compute the
-            losses of every ``output.validate_every`` steps, instead of the configuration's.
-        optimizer: what makes a torch optimizer of the list of (name, parameter) that are trained and of ``lr``, such as
-            ``functools.partial(torch.optim.SGD, momentum=0.9)``, instead of the configuration's. The learning rates of
-            its groups keep their ratios to ``lr`` as that changes.
-        accept_changes: go on with a run of another configuration, other data or other trained parameters where the
-            weights fit, and record what changed.
-        on_log: called with every line of ``metrics.jsonl`` as it is written, a mapping with the ``step``, in the first
-            process; such as ``wandb.log``; and of a grid of images with its path, ``samples``. Its errors are warnings.
+            samples (C, H, W) floating point, or (2C, H, W) latent moments. validation: of the same form, instead of the
+            configuration's, for the losses computed every ``output.validate_every`` steps.
+        optimizer: instead of the configuration's, a function that makes a torch optimizer from the list of (name,
+            parameter) that are trained and from ``lr``, such as ``functools.partial(torch.optim.SGD, momentum=0.9)``.
+            As ``lr`` changes, the learning rates of its groups keep their ratios to it.
+        accept_changes: resume a run whose configuration, data or trained parameters were others, where the weights
+            fit, and record what changed.
+        on_log: called in the first process with every line of ``metrics.jsonl`` as it is written, a mapping with the
+            ``step``, such as ``wandb.log``; and with the path of each image grid, ``samples``. Its errors are warnings.
 
     Raises:
         ValueError: for a configuration that is impossible on this machine or does not fit the data.

@@ -51,26 +51,26 @@ class Objective(nn.Module):
     """A loss over any network ``F = net(x, t, s, labels)``; the state_dict holds the network, and what a subclass
     trains beside it.
 
-    A subclass sets ``path`` and implements :meth:`loss_of_rows`, which may end in :meth:`combined`, and
-    :meth:`solution`. One that adds terms to another's loss overrides :meth:`further_terms`. Modules that it is given as
-    attributes are trained, averaged and saved with the network; those that only serve the loss, such as a teacher, are
-    given by :meth:`add_companion`.
+    A subclass sets ``path`` and implements :meth:`solution` and :meth:`loss_of_rows`, which may end in
+    :meth:`combined`. One that adds terms to another's loss overrides :meth:`further_terms`. Modules set as attributes
+    are trained, averaged and saved with the network; those that only serve the loss, such as a teacher, are given by
+    :meth:`add_companion`.
 
     Args:
         net: module with ``net(x, t, s, labels)`` and ``net.num_classes``, the index that means "no label"; or with
-            ``net.null_condition``, see :mod:`soflow_fast.conditions`. Without labels it gets "no label" for each row,
-            and None where it has ``num_classes = 0``.
+            ``net.null_condition``, see :mod:`soflow_fast.conditions`. If no labels are given, it gets "no label" for
+            each row, or None where ``num_classes = 0``.
         velocity_share: share of rows that train the velocity, ordered first.
         impl: of the fused ops; by default the network's own, see :func:`soflow_fast.kernels.resolve_impl`.
 
     Raises:
-        ValueError: for a network that has neither, or does not take these four.
+        ValueError: for a network that has neither of these two, or does not take these four arguments.
 
     Attributes:
-        path: of its noise. condition_dim: how many numbers it tells the network of a row beside its label.
-        renoises: whether sampling in several steps jumps to data and adds noise again, or goes from
-            time to time. needs_float32: whether it subtracts two nearly equal outputs of the network, which float32
-            alone carries.
+        path: from data to noise, ``linear`` or ``trig``. condition_dim: how many numbers the network is told of a row
+            beside its label. renoises: whether sampling in several steps jumps to data and adds noise again, or goes
+            from time to time. needs_float32: whether it subtracts two nearly equal outputs of the network, for which
+            float32 alone is precise enough.
     """
 
     path: str

@@ -46,23 +46,23 @@ class SoFlow(Objective):
     ``f(x,t,s) = a(t,s) x + b(t,s) F(x,t,s)`` carries a sample from time t to time s; ``x_0 = f(ε,1,0)`` is a one-step
     sample. The state_dict holds the network alone, under ``network.``.
 
-    A subclass may override, beside what :class:`~soflow_fast.objectives.base.Objective` says: :meth:`gap_ratio` and
-    :meth:`draw_times`, the schedule and the draws of the times; :meth:`data_velocity`, the velocity that is regressed,
-    such as a teacher's; :meth:`row_weight`, a weight of each row.
+    Besides what :class:`~soflow_fast.objectives.base.Objective` names, a subclass may override :meth:`gap_ratio` (the
+    schedule of the gap), :meth:`draw_times` (the draws of the times), :meth:`data_velocity` (the velocity that is
+    regressed, such as a teacher's) and :meth:`row_weight` (a weight of each row).
 
     Args:
         net: module with ``net(x, t, s, labels)`` and ``net.num_classes``, the index that means "no label"; or with
             ``net.null_condition``, see :mod:`soflow_fast.conditions`.
         path: ``linear`` or ``trig``. parameterization: ``euler`` or ``trig``.
-        guidance_scale: ω; 1 is no guidance. guidance_mix: m in [0, 1]. guidance_decay_time: τ, from 1 no decay.
+        guidance_scale: ω; 1 is no guidance. guidance_mix: m in [0, 1]. guidance_decay_time: τ, no decay from 1 on.
         label_drop: share of rows trained without label. p, eps: the adaptive weight ``(error + eps)^(−p)``.
         velocity_share: share of rows that train the velocity; the rest train the consistency.
         time_mean, time_std: of the logit-normal draws, in the order velocity t, consistency s, consistency t.
         gap_schedule, gap_init, gap_end: r(k), see :func:`soflow_fast.paths.gap_ratio`.
         min_gap: the smallest ``t−l`` (never more than ``t−s``); 0 only with the difference forward.
         quotient: ``difference`` carries ``F(x_l,l,s) − F(x_t,t,s)`` through the network without cancellation, by its
-            ``forward_difference`` or one derived from its operators, see :mod:`soflow_fast.differencing`; where that is
-            not possible it takes two forwards, in float32, and a warning says why. ``two_forwards`` subtracts two
+            ``forward_difference`` or one derived from its operators, see :mod:`soflow_fast.differencing`. Where that is
+            not possible, it takes two forwards in float32, and a warning says why. ``two_forwards`` subtracts two
             outputs; ``tangent`` is the limit of a gap of 0.
         impl: of the reductions; by default the network's own, see :func:`soflow_fast.kernels.resolve_impl`.
 
