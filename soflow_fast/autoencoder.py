@@ -6,14 +6,21 @@ standard deviations.
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from soflow_fast.build import imported
 from soflow_fast.config import DataConfig
-from soflow_fast.imported import import_maker, is_import_path
+from soflow_fast.imported import is_import_path
 from soflow_fast.require import require_package
 from soflow_fast.sample import Decoder
+
+
+def is_own(name: str) -> bool:
+    """Whether an autoencoder is the user's, named by its import path."""
+    return is_import_path(name) and "/" not in name and not Path(name).exists()
 
 
 def load_vae(name: str, setting: str = "data.vae") -> nn.Module:
@@ -28,33 +35,51 @@ def load_vae(name: str, setting: str = "data.vae") -> nn.Module:
     Raises:
         ValueError: if diffusers is not installed, or the autoencoder cannot be read or is none.
     """
-    if is_import_path(name) and "/" not in name and not Path(name).exists():
-        vae = import_maker(setting, name, {})()
+    if is_own(name):
+        vae = imported(setting, name, {}, seed=0)
         remedy = "is to be a torch.nn.Module with decode(latents), which returns the images"
     else:
         vae = _published(name, setting)
         remedy = "is to be an autoencoder, such as stabilityai/sd-vae-ft-ema"
     if not isinstance(vae, nn.Module) or not hasattr(vae, "decode"):
         raise ValueError(f"{setting}={name!r} is a {type(vae).__name__}, and {remedy}")
-    return vae.float().eval().requires_grad_(False)
+    return vae.cpu().float().eval().requires_grad_(False)
 
 
 def _published(name: str, setting: str) -> nn.Module:
     otherwise = ", or leave it out to keep latents" if setting == "data.vae" else ""
     require_package("diffusers", f"{setting}={name!r}", "vae", otherwise)
-    from diffusers import AutoModel
+    from diffusers import AutoencoderKL, AutoModel
 
-    folder = {}
+    place, folder = name, {}
     if not Path(name).exists() and name.count("/") == 2:
-        name, _, folder["subfolder"] = name.rpartition("/")
-    try:
-        return AutoModel.from_pretrained(name, low_cpu_mem_usage=False, **folder)
-    except (OSError, ValueError) as error:
-        full = "/".join([name, *folder.values()])
-        raise ValueError(f"{setting}={full!r} cannot be read ({error}); give a name or a folder that can") from None
+        place, _, folder["subfolder"] = name.rpartition("/")
+    errors = []
+    for of in (AutoModel, AutoencoderKL):  # of which some were published without the name of their class
+        try:
+            vae = of.from_pretrained(place, low_cpu_mem_usage=False, **folder)
+        except (OSError, ValueError) as error:
+            errors.append(error)
+        else:
+            return _OfUnitRange(vae) if type(vae).__name__ == "AutoencoderRAE" else vae
+    raise ValueError(f"{setting}={name!r} cannot be read ({errors[0]}); give a name or a folder that can") from None
 
 
-def own_value(vae: nn.Module, name: str) -> float | Sequence[float] | None:
+class _OfUnitRange(nn.Module):
+    """diffusers' ``AutoencoderRAE``, whose images are in [0, 1], and which normalises its latents itself."""
+
+    def __init__(self, coder: nn.Module):
+        super().__init__()
+        self.coder = coder
+
+    def encode(self, images: Tensor) -> Tensor:
+        return self.coder.encode((images + 1) / 2).latent
+
+    def decode(self, latents: Tensor) -> Tensor:
+        return 2 * self.coder.decode(latents).sample - 1
+
+
+def own_value(vae: nn.Module, name: str) -> Any:
     """What an autoencoder's configuration, if it has one, says of its latents, such as ``scaling_factor``."""
     return getattr(getattr(vae, "config", None), name, None)
 
@@ -68,16 +93,31 @@ def encode_moments(vae: nn.Module, images: Tensor) -> Tensor:
     """The moments of images, (n, 2C, h, w) float32, the means less the autoencoder's own shift.
 
     One that draws nothing, and so gives latents alone, has standard deviations of 0.
+
+    Raises:
+        ValueError: if what it gives is neither.
     """
     found = vae.encode(images)
-    if hasattr(found, "latent_dist"):
-        mean, std = found.latent_dist.mean, (found.latent_dist.logvar.float() / 2).exp()
-    elif isinstance(found, tuple) and len(found) == 2:
-        mean, std = found
-    else:
-        mean = getattr(found, "latent", found)
-        std = torch.zeros_like(mean)
+    mean, std = _mean_and_std(found)
+    if not all(isinstance(x, Tensor) and x.dim() == 4 for x in (mean, std)) or mean.shape != std.shape:
+        shape = f" of shape {tuple(mean.shape)}" if isinstance(mean, Tensor) else ""
+        raise ValueError(
+            f"encode(images) of the autoencoder {type(vae).__name__} gives a {type(found).__name__}{shape}; it is to "
+            "give latents (n, C, h, w), or their (means, standard deviations)"
+        )
     return torch.cat([mean.float() - shift_of(vae), std.float()], dim=1)
+
+
+def _mean_and_std(found: Any) -> tuple[Any, Any]:
+    """Of what an autoencoder's ``encode`` gives: tensors, distributions, and outputs that hold either."""
+    if isinstance(found, Tensor):
+        return found, torch.zeros_like(found)
+    if isinstance(found, (tuple, list)):
+        return tuple(found) if len(found) == 2 else _mean_and_std(found[0]) if len(found) == 1 else (None, None)
+    if hasattr(found, "logvar"):
+        return found.mean, (found.logvar.float() / 2).exp()
+    inside = next((name for name in ("latent_dist", "latent", "latents") if hasattr(found, name)), None)
+    return (None, None) if inside is None else _mean_and_std(getattr(found, inside))
 
 
 def vae_decoder(
@@ -92,7 +132,10 @@ def vae_decoder(
         name: see :func:`load_vae`, also for what it raises. scale: what latents were multiplied by. mean, std: (C,),
             what each channel was normalised by before that, or empty.
     """
-    return _Decoder(load_vae(name), scale, mean, std).to(device)
+    vae = load_vae(name)
+    if not is_own(name) and hasattr(vae, "encoder"):
+        del vae.encoder  # which would take memory, and lie in every exported program
+    return _Decoder(vae, scale, mean, std).to(device)
 
 
 def decoder_of(data: DataConfig, device: torch.device) -> Decoder | None:
@@ -112,4 +155,4 @@ class _Decoder(nn.Module):
 
     def forward(self, latents: Tensor) -> Tensor:
         images = self.vae.decode(latents / self.scale * self.std + self.shift)
-        return getattr(images, "sample", images)
+        return images[0] if isinstance(images, tuple) else getattr(images, "sample", images)

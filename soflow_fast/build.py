@@ -307,12 +307,12 @@ def check_dataset(
     with preserve_rng():  # from which an item may draw
         item = dataset[0]
     shape = require_pair(item, config.model.num_classes, null_condition)
-    channels, *size = sample_shape(config)
+    data, (channels, *size) = config.data, sample_shape(config)
     require_labels_at_hand(dataset, config.model.num_classes)
     if trained_on:
         warn_of_unused_classes(dataset, config.model.num_classes)
     if shape == (channels, *size):
-        if trained_on and config.data.vae is None and (config.data.kind == GIVEN or is_import_path(config.data.kind)):
+        if trained_on and data.vae is None and (data.kind == GIVEN or is_import_path(data.kind)):
             warn_of_other_range(dataset)
         return None
     if shape == (2 * channels, *size):
@@ -324,7 +324,13 @@ def check_dataset(
                 "standard deviations of latents, and some of the latter are negative; for samples of so many channels "
                 f"set model.in_channels={2 * channels}"
             )
-        return config.data.latent_scale
+        given = (data.latent_mean, data.latent_std)
+        if any(given) and given != getattr(dataset, "normalised_by", None):
+            raise ValueError(
+                "data.latent_mean and data.latent_std normalise files of data.kind=latents, and this data set is a "
+                f"{type(dataset).__name__}; leave them out, and normalise and undo it in the data set and in data.vae"
+            )
+        return data.latent_scale
     raise ValueError(
         f"the data has samples of shape {shape} and the model takes {(channels, *size)}; set model.in_channels and "
         "model.input_size to those of the data"

@@ -71,7 +71,7 @@ def encode_images(args: argparse.Namespace) -> None:
     names = ("vae", "size", "batch", "device", "precision", "workers", "flip", "per_channel")
     args.size = parse_size(args.size, "--size ")
     done = encode(args.images, args.out, **{name: getattr(args, name) for name in names})
-    print(f"{done.rows} latents {done.shape} of {done.num_classes or 'no'} classes: {done.path}; in the configuration:")
+    print(f"# {done.rows} latents {done.shape} of {done.num_classes or 'no'} classes: {done.path}")
     print(yaml.safe_dump(done.configuration(), default_flow_style=None, sort_keys=False, width=10_000), end="")
 
 

@@ -6,7 +6,7 @@ from typing import Any, Literal
 from soflow_fast.config_io import Section, as_path
 from soflow_fast.config_model import GIVEN
 from soflow_fast.imported import check_arguments, is_import_path
-from soflow_fast.require import require, require_count
+from soflow_fast.require import brief, require, require_count
 
 DATA_KINDS = ("digits", "latents", "folder", "cifar10", GIVEN)
 
@@ -74,7 +74,10 @@ class DataConfig(Section, section="data."):
             f"data.flip=True does nothing with data.kind={self.kind!r}; leave it out (latents: soflow encode --flip)",
         )
         require(self.latent_scale > 0, f"data.latent_scale={self.latent_scale} must be greater than 0")
-        require(all(x > 0 for x in self.latent_std), f"data.latent_std={list(self.latent_std)} must be greater than 0")
+        require(
+            all(x > 0 for x in self.latent_std),
+            f"data.latent_std={brief(list(self.latent_std))} must be greater than 0",
+        )
         require(
             not (self.latent_mean or self.latent_std) or self.kind not in ("digits", "folder", "cifar10"),
             f"data.latent_mean and data.latent_std do nothing with data.kind={self.kind!r}; leave them out",

@@ -17,14 +17,14 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from soflow_fast.autoencoder import encode_moments, load_vae, own_value, shift_of
+from soflow_fast.autoencoder import encode_moments, is_own, load_vae, own_value, shift_of
 from soflow_fast.build import resolve_device
 from soflow_fast.config import DataConfig
 from soflow_fast.config_io import lists
 from soflow_fast.data.crop import centre_crop
 from soflow_fast.data.folder import class_folders, labelled_images, read_image
 from soflow_fast.data.latents import LatentMoments
-from soflow_fast.data.moments import fits, normalised, probe_rows, spread
+from soflow_fast.data.moments import fits, normalise, probe_rows, spread
 from soflow_fast.data.writer import Contents, LatentsWriter, is_complete
 from soflow_fast.precision import PRECISIONS, tensor_cores
 from soflow_fast.require import require_count
@@ -33,8 +33,10 @@ from soflow_fast.size import Size, as_size, format_size, height_and_width
 _log = logging.getLogger(__name__)
 
 _MOST_WORKERS = 16
-# Samples whose channels are measured.
-_MEASURED = 4096
+# Samples whose channels are measured, how many are read at a time, and the share of a channel's mean square below which
+# its variance is rounding.
+_MEASURED, _READ_ROWS = 4096, 64
+_NO_SPREAD = 1e-10
 
 
 class Encoded(NamedTuple):
@@ -119,10 +121,13 @@ def encode(
     classes, samples = _samples(images)
     network = load_vae(vae, "vae")
     shape = _latent_shape(network, vae, sides)
+    own_channels = ((), ()) if per_channel else _own_channels(network, vae, shape[0])
     copies = 1 + flip
     size = lists(as_size(*sides))
     settings = {"size": size, "flip": flip, "precision": precision, "autoencoder weights": _digest(network)}
     settings["shift"] = shift_of(network)
+    if is_own(vae):  # of the published ones the weights tell enough
+        settings["autoencoder"] = vae
     contents = Contents(
         settings,
         (2 * shape[0], *shape[1:]),
@@ -134,9 +139,9 @@ def encode(
     else:
         writer = LatentsWriter(out, contents)
         with writer:
-            _write(writer, network.to(place), samples, sides, batch, precision, workers, copies)
+            _write(writer, network.to(place), place, samples, sides, batch, precision, workers, copies)
         writer.finish()
-    mean, std = _channels(out) if per_channel else _own_channels(network)
+    mean, std = _channels(out) if per_channel else own_channels
     form = {"channels": shape[0], "size": shape[1:], "num_classes": classes, "mean": mean, "std": std}
     form["scale"] = _scale(None if per_channel else own_value(network, "scaling_factor"), out, mean, std)
     return Encoded(out, len(LatentMoments(out, **form)), shape, classes, form["scale"], vae, mean, std)
@@ -176,22 +181,34 @@ def _latent_shape(vae: nn.Module, name: str, sides: tuple[int, int]) -> tuple[in
     channels = own_value(vae, "in_channels") or 3
     if channels != 3:
         raise ValueError(f"vae={name!r} takes images of {channels} channels; choose one for RGB images")
-    size = format_size(as_size(*sides))
+    factor, size = _factor(vae), format_size(as_size(*sides))
+    impossible = f"size={size} is not possible with this autoencoder"
+    if factor and any(side % factor for side in sides):
+        raise ValueError(f"{impossible}; choose a multiple of {factor}")
     try:
         _, moments, *latent = encode_moments(vae, torch.zeros(1, 3, *sides)).shape
     except RuntimeError as error:
-        raise ValueError(f"size={size} is not possible with this autoencoder ({error}); choose another") from error
-    factor = round(sides[0] / latent[0])
+        if is_own(name):
+            raise
+        raise ValueError(f"{impossible} ({error}); choose another") from error
+    factor = factor or round(sides[0] / latent[0])
     if any(factor * part != side for part, side in zip(latent, sides, strict=True)):
-        raise ValueError(f"size={size} is not possible with this autoencoder; choose a multiple of {factor}")
+        raise ValueError(f"{impossible}; choose a multiple of {factor}")
     return moments // 2, *latent
+
+
+def _factor(vae: nn.Module) -> int | None:
+    """How many times smaller than images its latents are, if an autoencoder says so."""
+    levels = own_value(vae, "block_out_channels")
+    return 2 ** (len(levels) - 1) if levels else getattr(vae, "spatial_compression_ratio", None)
 
 
 def _digest(vae: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, weight in sorted(vae.state_dict().items()):
         digest.update(name.encode())
-        digest.update(weight.numpy().tobytes())
+        if isinstance(weight, Tensor):  # and no extra state
+            digest.update(weight.numpy().tobytes())
     return digest.hexdigest()[:16]
 
 
@@ -202,9 +219,9 @@ def _fingerprints(images: Path, samples: list[tuple[Path, int]]) -> np.ndarray:
     return np.frombuffer(b"".join(digests), dtype="<u8")
 
 
-def _write(writer, vae, samples, sides, batch, precision, workers, copies) -> None:
+def _write(writer, vae, device, samples, sides, batch, precision, workers, copies) -> None:
     """Encodes the images that the writer has not, ``copies`` rows of each."""
-    device, done = next(vae.parameters()).device, writer.written // copies
+    done = writer.written // copies
     cores = len(os.sched_getaffinity(0))
     loader = DataLoader(
         _Batches([file for file, _ in samples[done:]], sides, batch),
@@ -271,29 +288,43 @@ def _arrived(moments: Tensor, event: torch.cuda.Event | None) -> np.ndarray:
 
 
 def _channels(path: Path) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation of each channel of the latents in a file, to five digits."""
+    """Mean and standard deviation of each channel of the latents in a file, to five digits; of one value 1."""
+    axes, totals = (0, 2, 3), []
     with h5py.File(path, "r") as file:
         rows = probe_rows(len(file["labels"]), _MEASURED)
-        mean, std = np.split(file["latents"][rows].astype(np.float64), 2, axis=1)
-    axes = (0, 2, 3)
-    spread = np.sqrt(mean.var(axes) + np.square(std).mean(axes))
-    return tuple(tuple(float(f"{x:.5g}") for x in values) for values in (mean.mean(axes), spread))
+        for first in range(0, len(rows), _READ_ROWS):
+            mean, std = np.split(file["latents"][rows[first : first + _READ_ROWS]].astype(np.float64), 2, axis=1)
+            totals.append([mean.sum(axes), np.square(mean).sum(axes) + np.square(std).sum(axes)])
+        values = len(rows) * np.prod(file["latents"].shape[2:])
+    mean, square = np.sum(totals, axis=0) / values
+    variance = square - np.square(mean)
+    spread = np.where(variance > _NO_SPREAD * square, np.sqrt(variance.clip(0)), 1)
+    return tuple(tuple(float(f"{x:.5g}") for x in values) for values in (mean, spread))
 
 
-def _own_channels(vae: nn.Module) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def _own_channels(vae: nn.Module, name: str, channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """What an autoencoder says its latents are to be normalised by, for means that are less its shift."""
-    mean, std = (own_value(vae, name) or () for name in ("latents_mean", "latents_std"))
+    found = []
+    for key in ("latents_mean", "latents_std"):
+        values = own_value(vae, key)
+        values = [] if values is None else torch.as_tensor(values, dtype=torch.float64).flatten().tolist()
+        if len(values) not in (0, channels):
+            raise ValueError(
+                f"vae={name!r} has {len(values)} numbers in {key} and latents of {channels} channels; measure them by "
+                "--per-channel"
+            )
+        found.append(values)
+    mean, std = found
     return tuple(x - shift_of(vae) for x in mean), tuple(std)
 
 
 def _scale(own: float | None, path: Path, mean: tuple[float, ...], std: tuple[float, ...]) -> float:
-    """The autoencoder's own scale if it fits the latents, otherwise the one that does, to three digits."""
+    """The autoencoder's own scale if it fits the latents, otherwise 1 or, to three digits, the one that does."""
     with h5py.File(path, "r") as file:
         probes = file["latents"][probe_rows(len(file["labels"]))]
-    found = spread(normalised(probes, mean, std))
+    found = spread(normalise(probes, mean, std))
     if own and fits(own, found):
         return own
-    if std and fits(1.0, found):
-        return 1.0
-    _log.warning("the autoencoder's own scale %s gives latents of standard deviation %.2g", own, (own or 1) * found)
-    return float(f"{1 / found:.3g}")
+    if own:
+        _log.warning("the autoencoder's own scale %s gives latents of standard deviation %.2g", own, own * found)
+    return 1.0 if std and fits(1.0, found) else float(f"{1 / found:.3g}")

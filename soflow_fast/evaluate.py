@@ -160,7 +160,7 @@ def evaluate(
     Args:
         model: an objective, its weights already those to score. folder: for images, in place of any that are there.
         dataset: whose items' conditions are drawn for, evenly spread, where the network is told conditions.
-        decode: from latents to images, see :func:`soflow_fast.images.vae_decoder`. seed: of the noise.
+        decode: from latents to images, see :func:`soflow_fast.autoencoder.vae_decoder`. seed: of the noise.
         precision, compile: of the sampling, see :class:`~soflow_fast.sample.Sampler`.
         processes: of the run; by default this one is alone.
 

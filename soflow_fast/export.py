@@ -70,7 +70,7 @@ def write_program(
             precision, and without gradients. shape: (C, H, W). path: the file; it is there once it is whole and has
             drawn what the model draws. about: written into its archive as JSON.
         steps: as in :func:`~soflow_fast.sample.sample`. decode: from latents to images, see
-            :func:`soflow_fast.images.vae_decoder`; a module, which stays in float32.
+            :func:`soflow_fast.autoencoder.vae_decoder`; a module, which stays in float32.
         precision: as in :class:`~soflow_fast.sample.Sampler`.
 
     Returns:

@@ -1,9 +1,21 @@
 """Checks of values: each that fails is a ValueError of one sentence."""
 
 import importlib.util
+import reprlib
+from typing import Any
 
 # Of packages that are imported by another name than their own.
 _MODULES = {"scikit-learn": "sklearn", "torch-fidelity": "torch_fidelity"}
+
+
+_brief = reprlib.Repr()
+_brief.maxlist = _brief.maxtuple = 8
+_brief.maxstring = _brief.maxother = 1000
+
+
+def brief(value: Any) -> str:
+    """A value for a sentence, as repr has it; of long lists the first eight."""
+    return _brief.repr(value)
 
 
 def require(condition: bool, sentence: str) -> None:

@@ -17,6 +17,7 @@ from soflow_fast import build, checkpoint, fingerprint, given, posthoc, records,
 from soflow_fast.checkpoint import CHECKPOINTS
 from soflow_fast.config import TrainConfig
 from soflow_fast.logs import METRICS_NAME
+from soflow_fast.require import brief
 
 _log = logging.getLogger(__name__)
 
@@ -84,8 +85,8 @@ def changes(
     found += run_optimizer.changes(_read_json(run_dir / OPTIMIZER_NAME), made)
     for change in () if accept else found:
         raise ValueError(
-            f"run_dir={str(run_dir)!r} holds a run with {change['key']} {change['before']!r}, and this one has "
-            f"{change['after']!r}; make it as it was, choose another run_dir, or go on with {ACCEPT}"
+            f"run_dir={str(run_dir)!r} holds a run with {change['key']} {brief(change['before'])}, and this one "
+            f"has {brief(change['after'])}; make it as it was, choose another run_dir, or go on with {ACCEPT}"
         )
     sentence = fingerprint.difference(before, data)
     if sentence is None:
@@ -102,8 +103,8 @@ def require_same(run_dir: Path, config: TrainConfig, theirs: TrainConfig, remedy
     """ValueError if the configuration of the run in that folder, ``theirs``, would have other weights."""
     for name in config.differences(theirs):
         raise ValueError(
-            f"run_dir={str(run_dir)!r} holds a run with {name}={theirs.flat()[name]!r}, and this one has "
-            f"{config.flat()[name]!r}; {remedy}"
+            f"run_dir={str(run_dir)!r} holds a run with {name}={brief(theirs.flat()[name])}, and this one has "
+            f"{brief(config.flat()[name])}; {remedy}"
         )
 
 

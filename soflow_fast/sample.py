@@ -163,8 +163,8 @@ class Sampler:
         Args:
             labels: (n,) int64; (n, 1+k) floating point, the label and what else the network is told of a sample;
                 (n, ...) conditions; or None for "no label". decode: from latents to images, see
-                :func:`soflow_fast.images.vae_decoder`. rows: by default all; from a multiple of B on they are bitwise
-                those of all.
+                :func:`soflow_fast.autoencoder.vae_decoder`. rows: by default all; from a multiple of B on they are
+                bitwise those of all.
 
         Yields:
             (at most B, C, H, W) float32, or what decode makes of them, on the CPU.

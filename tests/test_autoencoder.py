@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections import namedtuple
 from pathlib import Path
 
 import diffusers
@@ -14,6 +15,7 @@ from PIL import Image
 from runs import tiny_config
 
 from soflow_fast.autoencoder import decoder_of, load_vae, vae_decoder
+from soflow_fast.build import check_dataset
 from soflow_fast.cli import main
 from soflow_fast.config import TrainConfig
 from soflow_fast.data import LatentMoments, MomentsFolder
@@ -40,9 +42,7 @@ def _cropped(pictures: Path) -> torch.Tensor:
 def test_a_run_with_an_autoencoder_of_ones_own(pictures, capsys):
     command = ["encode", str(pictures), "out.hdf5", "--size", "16", "--workers", "0", "--device", "cpu"]
     assert main([*command, "--vae", "own_autoencoders.Shuffled", "--per-channel"]) == 0
-    first, *lines = capsys.readouterr().out.splitlines()
-    assert first == "7 latents (12, 8, 8) of 2 classes: out.hdf5; in the configuration:"
-    given = yaml.safe_load("\n".join(lines))
+    given = yaml.safe_load(capsys.readouterr().out)
     stored = read_arrays("out.hdf5")["latents"].astype(np.float64)
     assert not stored[:, 12:].any()
     np.testing.assert_allclose(given["data"]["latent_mean"], stored[:, :12].mean((0, 2, 3)), rtol=1e-4)
@@ -142,6 +142,87 @@ def test_what_an_autoencoder_says_of_its_channels_is_taken(pictures, tmp_path):
     torch.testing.assert_close(decoded, images, rtol=1e-3, atol=1e-3)
 
 
+def test_statistics_of_another_number_of_channels_are_refused_before_encoding(pictures, tmp_path):
+    name = write_vae(tmp_path / "vae", latents_mean=[0.0] * 3)
+    with pytest.raises(
+        ValueError, match=r"has 3 numbers in latents_mean and latents of 4 channels; measure them by --p"
+    ):
+        encode(pictures, "out.hdf5", vae=name, **SMALL)
+    assert not list(tmp_path.glob("out.hdf5*"))
+    nested = write_vae(tmp_path / "nested", latents_std=[[[5.0]], [[4.0]], [[5.0]], [[6.0]]])
+    assert encode(pictures, "out.hdf5", vae=nested, **SMALL).std == (5.0, 4.0, 5.0, 6.0)
+
+
+def test_an_autoencoder_whose_configuration_does_not_name_its_class(tmp_path):
+    name = write_vae(tmp_path / "vae")
+    config = json.loads((tmp_path / "vae" / "config.json").read_text())
+    del config["_class_name"]
+    (tmp_path / "vae" / "config.json").write_text(json.dumps(config))
+    assert isinstance(load_vae(name), diffusers.AutoencoderKL)
+
+
+def test_what_decodes_alone_has_no_encoder(tmp_path):
+    decode = vae_decoder(write_vae(tmp_path / "vae"), 1.0, CPU)
+    assert not [name for name in decode.state_dict() if "encoder" in name]
+    assert decode(torch.zeros(1, 4, 8, 8)).shape == (1, 3, 16, 16)
+
+
+def test_images_in_0_to_1_are_made_of_ours(monkeypatch):
+    """Of diffusers' AutoencoderRAE, which needs another package; here one that does what it does to images."""
+    output = namedtuple("Output", ["latent", "sample"])
+
+    class AutoencoderRAE(torch.nn.Module):
+        def encode(self, images):
+            assert 0 <= images.min() <= images.max() <= 1
+            return output(images, None)
+
+        def decode(self, latents):
+            return output(None, latents)
+
+    monkeypatch.setattr(diffusers.AutoModel, "from_pretrained", lambda *_, **__: AutoencoderRAE())
+    vae, images = load_vae("owner/rae"), torch.rand(2, 3, 4, 4, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    torch.testing.assert_close(vae.encode(images), (images + 1) / 2)
+    torch.testing.assert_close(vae.decode(vae.encode(images)), images)
+
+
+def test_a_channel_without_spread_and_an_autoencoder_without_parameters(pictures):
+    done = encode(pictures, "out.hdf5", vae="own_autoencoders.WithoutParameters", per_channel=True, **SMALL)
+    assert (done.mean[0], done.std[0], done.scale) == (0.3, 1.0, 1.0)
+    assert all(0.3 < std < 1 for std in done.std[1:])
+    with pytest.raises(
+        ValueError, match=r"made with autoencoder own_autoencoders\.WithoutParameters, and this command"
+    ):
+        encode(pictures, "out.hdf5", vae="own_autoencoders.Louder", **SMALL)
+
+
+def test_an_autoencoders_own_error_is_shown_as_it_is(pictures):
+    with pytest.raises(RuntimeError, match=r"mat1 and mat2|size mismatch|shape"):
+        encode(pictures, "out.hdf5", vae="own_autoencoders.Broken", **SMALL)
+
+
+def test_what_an_autoencoder_draws_is_no_draw_of_ours():
+    before = torch.get_rng_state()
+    weights = [load_vae("own_autoencoders.Drawn").weight for _ in range(2)]
+    assert torch.equal(*weights)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_moments_of_ones_own_data_set_are_not_normalised(pictures, tmp_path):
+    done = encode(pictures, "out.hdf5", vae="own_autoencoders.Uncertain", per_channel=True, **SMALL)
+    given = done.configuration()
+    config = TrainConfig.from_dict({**given, "batch_size": 2, "run_dir": str(tmp_path / "run"), "device": "cpu"})
+    moments = torch.ones(8, 24, 8, 8)
+    own = torch.utils.data.TensorDataset(moments, torch.zeros(8, dtype=torch.int64))
+    with pytest.raises(
+        ValueError, match=r"normalise files of data\.kind=latents, and this data set is a TensorDataset;"
+    ):
+        check_dataset(config, own)
+    form = {"channels": 12, "size": 8, "num_classes": 2, "scale": done.scale}
+    assert check_dataset(config, LatentMoments(done.path, **form, mean=done.mean, std=done.std)) == 1
+    with pytest.raises(ValueError, match="and this data set is a LatentMoments"):
+        check_dataset(config, LatentMoments(done.path, **{**form, "scale": 0.2}))
+
+
 def test_an_autoencoder_in_a_folder_of_a_repository(monkeypatch, tmp_path):
     name, asked = write_vae(tmp_path / "vae"), []
     own = diffusers.AutoModel.from_pretrained
@@ -162,6 +243,7 @@ def test_an_autoencoder_in_a_folder_of_a_repository(monkeypatch, tmp_path):
         ("own_autoencoders.nowhere", "vae='own_autoencoders.nowhere' cannot be imported (AttributeError:"),
         ("own_autoencoders.nothing", "vae='own_autoencoders.nothing' is a str, and is to be a torch.nn.Module with de"),
         ("own_autoencoders.OnlyDecodes", "vae='own_autoencoders.OnlyDecodes' is a OnlyDecodes and has no encode(ima"),
+        ("own_autoencoders.Tokens", "encode(images) of the autoencoder Tokens gives a Tensor of shape (1, 64, 12); it"),
         ("owner/name/x/y", "vae='owner/name/x/y' cannot be read ("),
     ],
 )

@@ -365,7 +365,8 @@ class _FakeVae(torch.nn.Module):
 
 def test_latents_are_unscaled_and_decoded(monkeypatch):
     package = types.ModuleType("diffusers")
-    package.AutoModel, package.__spec__ = _FakeVae, importlib.util.spec_from_loader("diffusers", None)
+    package.AutoModel = package.AutoencoderKL = _FakeVae
+    package.__spec__ = importlib.util.spec_from_loader("diffusers", None)
     monkeypatch.setitem(sys.modules, "diffusers", package)
     latents = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     decode = vae_decoder("some/vae", 0.18215, torch.device("cpu"))

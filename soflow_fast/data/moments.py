@@ -28,13 +28,20 @@ def spread(moments: np.ndarray) -> float:
     return float(np.sqrt(mean.var() + np.square(std).mean()))
 
 
-def normalised(moments: np.ndarray, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
-    """Moments (n, 2C, H, W) of the latents less the mean of their channel, by its standard deviation; (C,) or empty."""
-    if not (mean or std):
-        return moments
+def normalise(moments: np.ndarray, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
+    """Moments (n, 2C, H, W) float32 of the latents less their channel's mean, by its standard deviation, in place.
+
+    Args:
+        mean, std: (C,), or empty for 0 and 1.
+    """
     means, stds = np.split(moments, 2, axis=1)
-    by = np.array(std or 1, moments.dtype).reshape(-1, 1, 1)
-    return np.concatenate([(means - np.array(mean or 0, moments.dtype).reshape(-1, 1, 1)) / by, stds / by], axis=1)
+    if mean:
+        means -= np.array(mean, np.float32).reshape(-1, 1, 1)
+    if std:
+        gain = 1 / np.array(std, np.float32).reshape(-1, 1, 1)
+        means *= gain
+        stds *= gain
+    return moments
 
 
 def fits(scale: float, of: float) -> bool:
@@ -53,7 +60,7 @@ class Moments(Dataset, ABC):
             the memory they take.
 
     Attributes:
-        labels: (n,) int64, on the host.
+        labels: (n,) int64, on the host. normalised_by: (mean, std).
 
     Raises:
         ValueError: if there are no samples, for labels outside the classes, negative standard deviations,
@@ -73,7 +80,7 @@ class Moments(Dataset, ABC):
         dtype: torch.dtype,
     ):
         self.path, self.dtype = path, dtype
-        self._mean, self._std = mean, std
+        self.normalised_by = tuple(mean), tuple(std)
         self.labels = labels.astype(np.int64, copy=False)
         self._check_labels(num_classes)
         self._check_values(probes, scale)
@@ -99,7 +106,7 @@ class Moments(Dataset, ABC):
         return self._pair(slice(start, stop))
 
     def _pair(self, rows: np.ndarray | slice) -> tuple[Tensor, Tensor]:
-        moments = torch.from_numpy(normalised(self._read(rows), self._mean, self._std))
+        moments = torch.from_numpy(normalise(self._read(rows), *self.normalised_by))
         return moments.to(self.dtype), torch.from_numpy(self._told(rows))
 
     def _told(self, rows: np.ndarray | slice) -> np.ndarray:
@@ -126,11 +133,11 @@ class Moments(Dataset, ABC):
                 f"{std.min():.3g} and must not be negative; store the mean, then the standard deviation (not its "
                 "logarithm)"
             )
-        found = spread(normalised(probes, self._mean, self._std))
+        found = spread(normalise(probes.astype(np.float32), *self.normalised_by))
         if found == 0:
             raise ValueError(f"the latents in {self.path} are all the same; write them again")
         if not fits(scale, found):
-            changed = ", normalised," if self._mean or self._std else ""
+            changed = ", normalised," if any(self.normalised_by) else ""
             raise ValueError(
                 f"the latents in {self.path}{changed} times data.latent_scale={scale} have a standard deviation of "
                 f"{found * scale:.2g}, and it should be near 1: store them unscaled, or set data.latent_scale="
