@@ -95,10 +95,17 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument("run", help="folder of the run")
     sample.add_argument("--count", type=int, default=64, help="how many (default 64)")
     sample.add_argument("--steps", type=int, default=1, help=f"{_STEPS} (default 1)")
-    sample.add_argument(
+    told = sample.add_mutually_exclusive_group()
+    told.add_argument(
         "--labels",
         help="classes, such as 3 or 1,5,7, repeated in turn (default: all in turn; of more classes than samples, as "
-        "many, spread evenly)",
+        "many, spread evenly); of a network that is told conditions, items of the data",
+    )
+    told.add_argument(
+        "--conditions",
+        metavar="FILE.npy",
+        help="of a network that is told such, in place of those of the data: an array (N, ...) of numpy.save, whose "
+        "rows, repeated in turn, are the conditions of the samples",
     )
     sample.add_argument("--seed", type=int, default=0, help="of the noise (default 0)")
     sample.add_argument(
