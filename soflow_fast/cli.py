@@ -69,8 +69,24 @@ def _nobody_reads() -> bool:
     return found
 
 
+class _Parser(argparse.ArgumentParser):
+    """Takes its options with underscores too, as those of the configuration have them: ``--dry_run``."""
+
+    def parse_known_args(self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None):
+        """As argparse's; what is no option of this parser's stays as it is spelled."""
+        given = list(sys.argv[1:] if args is None else args)
+        end = given.index("--") if "--" in given else len(given)
+        return super().parse_known_args([*map(self._respelled, given[:end]), *given[end:]], namespace)
+
+    def _respelled(self, argument: str) -> str:
+        name, *value = argument.split("=", 1)
+        dashed = name.replace("_", "-")
+        is_ours = name.startswith("--") and any(dashed in action.option_strings for action in self._actions)
+        return "=".join([dashed, *value]) if is_ours else argument
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="soflow", description="Train one-step image generators with Solution Flow Models.", allow_abbrev=False
     )
     parser.add_argument("--version", action="version", version=doctor.version())
