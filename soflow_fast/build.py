@@ -266,7 +266,8 @@ def dataset_of_conditions(config: TrainConfig, network: nn.Module) -> Dataset | 
     if config.data.kind == GIVEN:
         raise ValueError(
             "this run's samples have the conditions of its data set's items, and that was given to the Trainer as an "
-            "object; name its class in data.kind, or draw in Python: model.sample(noise, conditions)"
+            "object; name its class in data.kind, draw by soflow sample RUN --conditions FILE.npy, or in Python by "
+            "model.sample(noise, conditions)"
         )
     return build_dataset(config, null)
 

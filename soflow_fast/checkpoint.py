@@ -220,10 +220,15 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def writing(what: str, folder: Path, remedy: str) -> Iterator[None]:
-    """A failure to write within it is one sentence: of a full disk torch and safetensors raise errors of their own.
+    """A failure to write within it is one sentence: torch and safetensors raise errors of their own.
+
+    These are of a full disk as of what cannot be serialised, and only their text may tell which.
+
+    Args:
+        what: is written. folder: where. remedy: where there is too little room.
 
     Raises:
-        OSError: that ``what`` cannot be written, with the cause and the remedy.
+        OSError: that ``what`` cannot be written, with the cause, the room that there is and the remedy.
     """
     try:
         yield
@@ -232,8 +237,8 @@ def writing(what: str, folder: Path, remedy: str) -> Iterator[None]:
             raise
         free = shutil.disk_usage(folder).free
         raise OSError(
-            f"{what} cannot be written to {folder}, where {free >> 20} MiB are free ({' '.join(str(error).split())}); "
-            f"{remedy}"
+            f"{what} cannot be written to {folder} ({' '.join(str(error).split())}), where {free >> 20} MiB are free; "
+            f"if that is too little, {remedy}"
         ) from error
 
 

@@ -69,8 +69,24 @@ def _nobody_reads() -> bool:
     return found
 
 
+class _Parser(argparse.ArgumentParser):
+    """Takes its options with underscores too, as those of the configuration have them: ``--dry_run``."""
+
+    def parse_known_args(self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None):
+        """As argparse's; what is no option of this parser's stays as it is spelled."""
+        given = list(sys.argv[1:] if args is None else args)
+        end = given.index("--") if "--" in given else len(given)
+        return super().parse_known_args([*map(self._respelled, given[:end]), *given[end:]], namespace)
+
+    def _respelled(self, argument: str) -> str:
+        name, *value = argument.split("=", 1)
+        dashed = name.replace("_", "-")
+        is_ours = name.startswith("--") and any(dashed in action.option_strings for action in self._actions)
+        return "=".join([dashed, *value]) if is_ours else argument
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="soflow", description="Train one-step image generators with Solution Flow Models.", allow_abbrev=False
     )
     parser.add_argument("--version", action="version", version=doctor.version())
@@ -95,10 +111,17 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument("run", help="folder of the run")
     sample.add_argument("--count", type=int, default=64, help="how many (default 64)")
     sample.add_argument("--steps", type=int, default=1, help=f"{_STEPS} (default 1)")
-    sample.add_argument(
+    told = sample.add_mutually_exclusive_group()
+    told.add_argument(
         "--labels",
         help="classes, such as 3 or 1,5,7, repeated in turn (default: all in turn; of more classes than samples, as "
-        "many, spread evenly)",
+        "many, spread evenly); of a network that is told conditions, items of the data",
+    )
+    told.add_argument(
+        "--conditions",
+        metavar="FILE.npy",
+        help="of a network that is told such, in place of those of the data: an array (N, ...) of numpy.save, whose "
+        "rows, repeated in turn, are the conditions of the samples",
     )
     sample.add_argument("--seed", type=int, default=0, help="of the noise (default 0)")
     sample.add_argument(

@@ -17,7 +17,7 @@ import yaml
 
 from soflow_fast import build, distributed, export
 from soflow_fast.build import resolve_device
-from soflow_fast.conditions import ItemConditions
+from soflow_fast.conditions import ConditionsFile, ItemConditions
 from soflow_fast.config import TrainConfig
 from soflow_fast.config_io import read_yaml
 from soflow_fast.doctor import report, version
@@ -82,7 +82,9 @@ def sample(args: argparse.Namespace) -> None:
     require_count("--steps", args.steps)
     config, model, loaded = load_run(args.run, args.device, ema_std=args.ema_std, step=args.step)
     set_sampling(model, config.objective, args)
-    labels = _labels(args.labels, args.count, config, model)
+    if args.conditions is not None:
+        args.conditions = ConditionsFile(args.conditions, model.network)
+    labels = _labels(args, config, model)
     sampler = Sampler(
         model,
         build.sample_shape(config),
@@ -244,8 +246,11 @@ def doctor(args: argparse.Namespace) -> None:
 
 
 def _labels(
-    text: str | None, count: int, config: TrainConfig, model: torch.nn.Module
+    args: argparse.Namespace, config: TrainConfig, model: torch.nn.Module
 ) -> torch.Tensor | ItemConditions | None:
+    text, count = args.labels, args.count
+    if args.conditions is not None:
+        return ItemConditions(args.conditions, torch.arange(count) % len(args.conditions))
     parts = [] if text is None else [part.strip() for part in text.split(",")]
     num_classes = config.model.num_classes
     if not all(part.isdecimal() for part in parts):

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
+from torch.utils._pytree import tree_map
 
 from soflow_fast import difference_nonlinear, kernels  # noqa: F401, the rules that it registers
 from soflow_fast.difference_rules import RULES, NoRuleError, aten, value_of
@@ -25,6 +26,23 @@ class Derived(NamedTuple):
     names: tuple[str, ...]
 
 
+class _Trial(fx.Interpreter):
+    """Runs a graph with differences; calls that a rule refuses are kept, and run on as if their output stayed."""
+
+    def __init__(self, module: fx.GraphModule):
+        super().__init__(module)
+        self.refused: dict[fx.Node, NoRuleError] = {}
+        self.extra_traceback = False  # it would be part of an error's message
+
+    def run_node(self, n: fx.Node):
+        try:
+            return super().run_node(n)
+        except NoRuleError as error:
+            self.refused[n] = error
+            (out, *_), _ = self.fetch_args_kwargs_from_env(n)
+            return tree_map(lambda x: torch.zeros_like(x) if isinstance(x, Tensor) else x, out)
+
+
 class Derivation:
     """A program's graph with, beside every node that changes with x and t, the node of its difference.
 
@@ -39,7 +57,12 @@ class Derivation:
         self.differences: dict[fx.Node, fx.Node] = {}
 
     def derive(self) -> Derived:
-        """The graph that takes (parameters and buffers, inputs, dx, dt) and returns ``(F, dF)``."""
+        """The graph that takes (parameters and buffers, inputs, dx, dt) and returns ``(F, dF)``.
+
+        Raises:
+            NoRuleError: for an operator without a rule, or for one whose rule refuses some of its calls, with these.
+            ValueError: for what else cannot be derived.
+        """
         signature, constants = self.program.graph_signature, nn.Module()
         held = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
         fixed = signature.inputs_to_lifted_tensor_constants
@@ -69,8 +92,13 @@ class Derivation:
         self.graph.eliminate_dead_code()
         module = fx.GraphModule(constants, self.graph)
         examples = [node.meta["val"] for node in (*given, x, t)]
+        trial = _Trial(module)
         with examples[0].fake_mode:
-            module(*examples)  # a rule that does not apply is found here
+            trial.run(*examples)  # a rule that does not apply is found here
+        if trial.refused:
+            error, calls = next(iter(trial.refused.values())), {d: node for node, d in self.differences.items()}
+            error.calls = [calls[d] for d, other in trial.refused.items() if other.operator is error.operator]
+            raise error
         return Derived(module, tuple(held[node.name] for node in given if node.name in held))
 
     def _add(self, node: fx.Node) -> None:

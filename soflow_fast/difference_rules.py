@@ -38,11 +38,16 @@ def without_half(*tensors) -> list:
 
 
 class NoRuleError(ValueError):
-    """An operator, as it is called, has no rule."""
+    """An operator, as it is called, has no rule.
+
+    Attributes:
+        operator: the overload. refused: whether it has a rule, which refuses how it is called. calls: the nodes of the
+            calls that are refused, once they are known.
+    """
 
     def __init__(self, message: str, operator, refused: bool = False):
         super().__init__(message)
-        self.operator, self.refused = operator, refused
+        self.operator, self.refused, self.calls = operator, refused, []
 
 
 def refuse(operator, why: str) -> None:

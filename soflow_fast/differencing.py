@@ -10,7 +10,7 @@ import logging
 import operator
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr
 from functools import partial
 
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
+from torch.fx.traceback import get_current_meta
 from torch.utils._pytree import tree_flatten, tree_structure, tree_unflatten
 
 from soflow_fast.derivation import Derivation, Derived
@@ -30,6 +31,9 @@ _log = logging.getLogger(__name__)
 _PRODUCTS = {aten.linear, aten.matmul, aten.mm, aten.bmm, aten.addmm, aten.baddbmm, aten.einsum}
 _PRODUCTS |= {getattr(aten, f"conv{kind}{n}d") for kind in ("", "_transpose") for n in (1, 2, 3)}
 _PRODUCTS |= {aten.scaled_dot_product_attention}
+
+# Among what is noted at a node: its call is replaced by what torch defines the operator by.
+_REPLACED = "soflow_fast.replaced"
 
 # A node for every step of them would be a graph without end.
 _LOOPS = {aten.lstm, aten.gru, aten.rnn_tanh, aten.rnn_relu}
@@ -261,7 +265,7 @@ def _casts_to_float32(node: Node) -> bool:
 
 
 def _derived(program: ExportedProgram, name: str, tangent: bool, impl: str) -> Derived:
-    """Operators that have no rule, or none for how they are called, are replaced by what torch defines them by."""
+    """Operators that have no rule, and those calls that a rule refuses, are replaced by what torch defines them by."""
     definitions, refusal = None, None
     while True:
         try:
@@ -274,7 +278,21 @@ def _derived(program: ExportedProgram, name: str, tangent: bool, impl: str) -> D
             refusal = refusal or (error if found and error.refused else None)
             if definition is None:  # what an operator was refused for says more than what is amiss inside of it
                 raise error if refusal in (None, error) else refusal from error
-            program = program.run_decompositions({error.operator: definition})
+            program = program.run_decompositions({error.operator: _of_calls(definition, error.calls)})
+
+
+def _of_calls(definition: Callable, calls: Sequence[Node]) -> Callable:
+    """An operator's definition for these of its calls; NotImplemented for others, by which torch keeps them.
+
+    Where there are none, it is for every call.
+    """
+    for node in calls:
+        node.meta[_REPLACED] = True
+
+    def of_call(*args, **kwargs):
+        return definition(*args, **kwargs) if _REPLACED in get_current_meta() else NotImplemented
+
+    return of_call if calls else definition
 
 
 def _in_a_line(error: Exception) -> str:

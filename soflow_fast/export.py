@@ -32,7 +32,7 @@ _CAPTURED_ROWS, _TRIED_ROWS = 3, 2
 # Fewer rows than this are said to be the most: a network may have another branch for many, as diffusers' decoder has.
 _UNLIMITED = 1 << 16
 
-_MAKE_ROOM = "make room, or give another path"
+_MAKE_ROOM = "make room or give another path"
 
 
 class _Generator(nn.Module):

@@ -25,6 +25,9 @@ from soflow_fast.objectives.base import is_objective
 
 FORMS = ("sit", "repa", "meanflow")
 
+#: How the names begin of what such a training has beside its transformer.
+BESIDE = "projectors."
+
 
 def converted(weights: Mapping[str, Tensor], form: str, model: nn.Module) -> dict[str, Tensor]:
     """The weights by the names and in the shapes of a model.
@@ -51,7 +54,7 @@ def converted(weights: Mapping[str, Tensor], form: str, model: nn.Module) -> dic
         )
     prefix = "" if net is model else "network."
     found = {name.removeprefix(prefix): value for name, value in weights.items()}
-    found = {name: value for name, value in found.items() if not name.startswith("projectors.")}
+    found = {name: value for name, value in found.items() if not name.startswith(BESIDE)}
     if any(name.startswith("s_embedder.") for name in found):
         raise ValueError(
             f"initial_weights_form={form!r} is of another training's weights, and these have an s_embedder, as this "

@@ -141,8 +141,8 @@ def save_folder(parts: Iterable[Tensor], folder: Path, first: int = 0) -> None:
 
 def save_npz(parts: Iterable[Tensor], n: int, labels: Tensor | ItemConditions | None, path: Path) -> None:
     """Writes n images, part by part, as ADM's evaluation reads them: ``arr_0`` (n, H, W, C) uint8, and ``arr_1`` (n,)
-    int64, their labels, or of conditions the numbers of their items, if they have any. The file is there once it is
-    whole.
+    int64, their labels, or of conditions the numbers of their items, or of their rows of a file, if they have any. The
+    file is there once it is whole.
 
     Args:
         parts: (at most B, C, H, W). path: the file, with its suffix ``.npz``.

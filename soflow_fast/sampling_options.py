@@ -20,7 +20,7 @@ EVAL_VARIANTS = {
     "vae": "vae",
     "precision": "precision",
 }
-SAMPLE_VARIANTS = {"labels": "labels", **EVAL_VARIANTS}
+SAMPLE_VARIANTS = {"labels": "labels", "conditions": "conditions", **EVAL_VARIANTS}
 
 
 def add(parser: argparse.ArgumentParser, *, draws: bool = True) -> None:

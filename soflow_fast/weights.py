@@ -1,5 +1,6 @@
 """Weights to start from: a published checkpoint, a file of another training, or a run of this library."""
 
+import logging
 from argparse import Namespace
 from collections.abc import Iterable, Mapping, Sequence, Set
 from itertools import accumulate
@@ -10,13 +11,18 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from soflow_fast import checkpoint, flow_weights
+from soflow_fast import checkpoint, distributed, flow_weights
 from soflow_fast.objectives.base import is_objective
 from soflow_fast.positions import are_of_one_grid
+
+_log = logging.getLogger(__name__)
 
 # Under which names trainings keep weights beside other things; the averages first, as they are the better ones.
 _USUAL = ("ema", "ema_state_dict", "ema_model", "model_ema", "state_dict_ema")
 _USUAL += ("model", "model_state_dict", "state_dict", "network", "net")
+
+# How many names of weights that are left out are told.
+_TOLD = 3
 
 # Before the names of a network's weights in an objective.
 _PREFIX = "network."
@@ -36,7 +42,8 @@ def read_weights(
 ) -> tuple[dict[str, Tensor], str]:
     """Weights that fit a model, on the host; a file is mapped into memory where its form allows that.
 
-    The model's own are what ``keep`` names, and a fixed ``pos_embed`` of another grid: it is a function of that.
+    The model's own are what ``keep`` names, and a fixed ``pos_embed`` of another grid: it is a function of that. Which
+    weights are not used, and which of the model's stay, is logged, in the first process.
 
     Args:
         model: an objective such as :class:`~soflow_fast.SoFlow`, or a network.
@@ -69,6 +76,7 @@ def read_weights(
         weights = {name: value for name, value in weights.items() if name in own} | part
     if is_objective(model) and any(name.startswith(_PREFIX) for name in weights):
         weights = {name: value for name, value in weights.items() if name in own or name.startswith(_PREFIX)}
+    used = {id(value) for name, value in weights.items() if form == "own" or not _is_beside(name)}
     if form != "own":
         weights = flow_weights.converted(weights, form, model)
         origin = f"{origin}, converted from {form}"
@@ -88,8 +96,28 @@ def read_weights(
             raise ValueError(
                 f"{origin} has in {name} values that are not finite; give weights of before they were lost"
             )
+    # without counters, see _renamed
+    unused = [name for name, x in parts[0].items() if id(x) not in used and (x.dim() or "." in name)]
+    _tell(origin, unused, len(parts[0]), kept | fixed, len(own))
     unchanged = [*keep, *sorted(name.removeprefix("network.") for name in fixed - kept)]
     return weights, origin + (f"; kept as initialised: {', '.join(unchanged)}" if unchanged else "")
+
+
+def _is_beside(name: str) -> bool:
+    return name.removeprefix(_PREFIX).startswith(flow_weights.BESIDE)
+
+
+def _tell(origin: str, unused: Sequence[str], read: int, kept: Set[str], own: int) -> None:
+    """Logs which of the weights that were read are not used, which is a warning, and which of the model's stay."""
+    if distributed.rank() != 0 or not (unused or kept):
+        return
+    told = [f"{len(unused)} of the {read} weights there are not used ({_first_of(unused)})"] if unused else []
+    told += [f"{len(kept)} of the model's {own} stay as they are ({_first_of(sorted(kept))})"] if kept else []
+    _log.log(logging.WARNING if unused else logging.INFO, "%s: %s", origin, ", and ".join(told))
+
+
+def _first_of(names: Sequence[str]) -> str:
+    return ", ".join([*names[:_TOLD], *(["..."] if len(names) > _TOLD else [])])
 
 
 def locate(path: str | Path) -> Path:

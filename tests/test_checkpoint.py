@@ -2,12 +2,14 @@
 
 import json
 import os
+import re
 import shutil
 from functools import partial
 
 import pytest
 import torch
 from runs import killed
+from safetensors import SafetensorError
 from torch import nn
 
 from soflow_fast import checkpoint
@@ -161,10 +163,27 @@ def test_a_full_disk_leaves_the_checkpoint_before(tmp_path, monkeypatch, error):
         raise error
 
     monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(OSError, match=rf"step 2 cannot be written to .* MiB are free \({error}\); make room"):
+    sentence = rf"step 2 cannot be written to .* \({error}\), where \d+ MiB are free; if that is too little, make room"
+    with pytest.raises(OSError, match=sentence):
         checkpoint.save(tmp_path, _state(2), keep=1)
     assert list(tmp_path.iterdir()) == [first]
     _assert_equal(checkpoint.load(first), _state(1))
+
+
+def test_what_cannot_be_serialised_is_not_told_as_a_full_disk(tmp_path, monkeypatch):
+    """Of which safetensors has one class of errors."""
+
+    def refuses(tensors, path):
+        raise SafetensorError("Error while serializing: invalid offset")
+
+    monkeypatch.setattr(checkpoint, "save_file", refuses)
+    with pytest.raises(OSError, match="cannot be written") as found:
+        checkpoint.save(tmp_path, _state(2), keep=1)
+    assert re.sub(r"\d+ MiB", "n MiB", str(found.value)) == (
+        f"the checkpoint of step 2 cannot be written to {tmp_path} (Error while serializing: invalid offset), where "
+        "n MiB are free; if that is too little, make room, and the run goes on from the checkpoint before"
+    )
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from runs import (
 )
 from test_interop import IMAGENET
 
-from soflow_fast import Trainer, trainer
+from soflow_fast import Trainer, cli, trainer
 from soflow_fast.cli import main
 from soflow_fast.config import DataConfig, ModelConfig
 
@@ -164,6 +164,44 @@ def test_train_with_overrides_in_a_process_of_its_own(tmp_path):
     assert "velocity=" in result.stderr
     assert "images/s=" in result.stderr
     assert "learning_rate: 0.002" in (tmp_path / "run" / "config.yaml").read_text()
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "train c.yaml --dry-run --accept-changes --total_steps 3 --soflow.time_mean=[1,2,3] --batch-size 4",
+        "sample run_1 --ema-std 0.08 --guidance-scale=3 --guidance-interval 0.3,0.8 --no-renoise --out a_b",
+        "eval run_1 --ema-std=0.08 --no-compile --reference x_y",
+        "export run_1 a_b.pt2 --guidance-scale 3",
+        "encode a_b c_d --vae=e_f --per-channel",
+        "demo --run-dir a_b",
+    ],
+)
+def test_options_may_have_underscores(line):
+    """And only options of ours become others: names and values of the configuration, paths, what comes after --."""
+    dashed = [*line.split(), *(["--", "--dry_run"] if line.startswith("train") else [])]
+    ours = "dry-run accept-changes ema-std guidance-scale guidance-interval no-renoise no-compile per-channel run-dir"
+    respelled = [name for name in ours.split() if f"--{name}" in line]
+    underscored = dashed
+    for name in respelled:
+        underscored = [a.replace(f"--{name}", f"--{name.replace('-', '_')}") for a in underscored]
+    assert sum(a != b for a, b in zip(dashed, underscored, strict=True)) == len(respelled) > 0
+    assert cli._parser().parse_known_args(underscored) == cli._parser().parse_known_args(dashed)
+    rest = cli._parser().parse_known_args(underscored)[1]
+    if line.startswith("train"):
+        assert rest[:5] == ["--total_steps", "3", "--soflow.time_mean=[1,2,3]", "--batch-size", "4"]
+        assert rest[-1] == "--dry_run"
+    else:
+        assert rest == []
+
+
+def test_a_run_is_planned_and_sampled_by_options_with_underscores(run, tmp_path, capsys):
+    path = write_config(tmp_path / "config.yaml", tiny_config(tmp_path / "new"))
+    assert main(["train", str(path), "--dry_run"]) == 0
+    assert "parameters  " in capsys.readouterr().out
+    assert not (tmp_path / "new").exists()
+    assert "unknown key 'dry_runs'" in refused(capsys, "train", path, "--dry_runs", "1")
+    assert "no snapshots to reconstruct the average of std 0.08" in refused(capsys, "sample", run, "--ema_std", "0.08")
 
 
 def test_a_failure_to_load_the_data_stands_on_a_line_of_its_own(tmp_path, capsys, monkeypatch):

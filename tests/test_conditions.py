@@ -134,7 +134,7 @@ def test_a_run_of_data_given_as_an_object_says_how_to_sample(tmp_path, capsys):
     config = tiny_config(tmp_path, total_steps=1, model=ModelConfig("conditioned.ByEmbedding", 8, 1))
     Trainer(config, dataset=data_of(ByEmbedding())).fit()
     assert main(["sample", str(tmp_path), "--device", "cpu"]) == 2
-    assert "name its class in data.kind, or draw in Python" in capsys.readouterr().err
+    assert "draw by soflow sample RUN --conditions FILE.npy, or in Python" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("on_device", [False, True])

@@ -202,6 +202,42 @@ def test_a_network_that_differentiates_in_its_forward_takes_two_forwards(caplog)
     assert "takes two forwards in float32" in caplog.text
 
 
+class _Norms(nn.Module):
+    """Instance norms one after the other, in evaluation; some keep statistics, by which they then normalise."""
+
+    def __init__(self, kept):
+        super().__init__()
+        torch.manual_seed(0)
+        self.norms = nn.ModuleList(nn.InstanceNorm2d(3, affine=True, track_running_stats=k).eval() for k in kept)
+        for norm in self.norms:
+            nn.init.normal_(norm.weight)
+            nn.init.normal_(norm.bias)
+            if norm.running_mean is not None:
+                norm.running_mean.normal_()
+                norm.running_var.uniform_(0.5, 2)
+
+    def forward(self, x, t, s, labels):
+        for norm in self.norms:
+            x = torch.sin(3 * norm(x)) + t.view(-1, 1, 1, 1)
+        return x
+
+
+@pytest.mark.parametrize("kept", [(True, False), (False, True, False, True, True), (True, True)])
+def test_calls_that_a_rule_refuses_are_taken_apart_and_no_others(kept):
+    """Of an instance norm without statistics torch's definition has no rule."""
+    net = _Norms(kept).double()
+    forward = ForwardDifference(net)
+    x, t, s, labels, dx, dt = (None if z is None else z.double() for z in _batch())
+    value, difference = forward(x, t, s, labels, dx, dt)
+    assert torch.equal(value, net(x, t, s, labels))
+    truth = net(x + dx, t + dt, s, labels) - value
+    assert (difference - truth).norm() <= 1e-12 * truth.norm()
+    (derived,) = forward._derived.values()
+    called = [node.meta.get("operator") for node in derived.run.graph.nodes]
+    assert called.count(torch.ops.aten.instance_norm.default) == kept.count(False)
+    assert called.count(torch.ops.aten._native_batch_norm_legit_no_training.default) == kept.count(True)
+
+
 def test_rules_keep_their_digits_when_compiled():
     """Inductor rewrites some functions into forms that cancel."""
 

@@ -172,7 +172,8 @@ def test_a_full_disk_is_one_sentence(run, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(export, "save_file", full)
     said = refused(capsys, "export", run, tmp_path / "digits.safetensors")
     assert "the file of weights cannot be written to" in said
-    assert said.endswith("MiB are free (File too large); make room, or give another path\n")
+    assert " (File too large), where " in said
+    assert said.endswith(" MiB are free; if that is too little, make room or give another path\n")
     assert list(tmp_path.glob("*digits*")) == []
 
 

@@ -89,6 +89,18 @@ def test_the_velocity_is_theirs_at_every_second_time(tmp_path, form, make, optio
     assert model.network.s_embedder.mlp[0].weight.std() > 0.01  # so that its last layer has a gradient
 
 
+def test_what_they_have_beside_the_transformer_is_told(tmp_path, caplog):
+    for form in FORMS:
+        theirs = _weights(form, True)
+        torch.save(theirs, tmp_path / "x.pt")
+        load_weights(
+            SoFlow(DiT(8, PATCH, CHANNELS, WIDTH, DEPTH, HEADS, num_classes=CLASSES)), tmp_path / "x.pt", form=form
+        )
+        names = f"2 of the {len(theirs)} weights there are not used (projectors.0.0.weight, projectors.0.0.bias)"
+        assert [names in record.getMessage() for record in caplog.records] == ([True] if form == "repa" else [])
+        caplog.clear()
+
+
 @pytest.mark.parametrize("sigma", [False, True])
 def test_the_average_velocity_is_theirs(tmp_path, sigma):
     theirs = _weights("meanflow", sigma)

@@ -6,10 +6,22 @@ from dataclasses import replace
 
 import pytest
 import torch
-from runs import Blobs, KilledError, StopError, files, final, soflow, stop_at, tiny_config, write_config
+from foreign_networks import UNet
+from runs import (
+    Blobs,
+    KilledError,
+    StopError,
+    assert_bitwise_equal,
+    files,
+    final,
+    soflow,
+    stop_at,
+    tiny_config,
+    write_config,
+)
 
-from soflow_fast import DiT, Trainer, grids, posthoc, trainer
-from soflow_fast.config import EMAConfig, EvaluationConfig, OutputConfig
+from soflow_fast import DiT, Trainer, differencing, grids, posthoc, trainer
+from soflow_fast.config import EMAConfig, EvaluationConfig, OutputConfig, SoFlowConfig
 
 
 def _snapshots(run_dir):
@@ -117,6 +129,10 @@ def _scored(run_dir, name="evaluation/frechet_all"):
     return [line["step"] for line in lines if name in line]
 
 
+def _validations(run_dir):
+    return [line for line in (run_dir / "metrics.jsonl").read_text().splitlines() if "validation/" in line]
+
+
 @pytest.mark.parametrize("step", [3, 6])
 @pytest.mark.parametrize("before", ["Validation", "Grids", "Scoring"])
 def test_what_a_kill_after_the_checkpoint_prevented_is_made_first(tmp_path, monkeypatch, before, step):
@@ -148,6 +164,42 @@ def test_what_a_kill_after_the_checkpoint_prevented_is_made_first(tmp_path, monk
         for name in ("Validation", "Grids", "Scoring"):
             patch.setattr(getattr(trainer, name), "__call__", lambda *_: 1 / 0)
         Trainer(config).fit()  # nothing is missing
+
+
+class _Branching(UNet):
+    """Cannot be captured."""
+
+    def __init__(self):
+        torch.manual_seed(0)
+        super().__init__(channels=1)
+
+    def forward(self, x, t, s, labels=None):
+        return super().forward(x, t, s, labels) if t.max() <= 2 else x
+
+
+def test_a_validation_that_comes_late_warns_as_any_other(tmp_path, monkeypatch, caplog):
+    """Of a network that takes two forwards, once, though each of its batches is of a copy of the objective."""
+    output = OutputConfig(log_every=2, sample_every=0, checkpoint_every=3, validate_every=3)
+    config = tiny_config(tmp_path / "run", output=output, soflow=SoFlowConfig(guidance_scale=1.0, label_drop=0.0))
+    config = replace(config, data=replace(config.data, validation="held_out", validation_samples=40))
+    captures, captured = [], differencing._captured
+    monkeypatch.setattr(differencing, "_captured", lambda *inputs: captures.append(1) or captured(*inputs))
+
+    def warnings_of(config):
+        caplog.clear(), captures.clear()
+        Trainer(config, model=_Branching()).fit()
+        return [record.getMessage() for record in caplog.records if "takes two forwards" in record.getMessage()]
+
+    wanted = warnings_of(replace(config, run_dir=str(tmp_path / "straight")))
+    assert (len(wanted), len(captures)) == (1, 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer.Validation, "__call__", lambda *_: (_ for _ in ()).throw(KilledError()))
+        with pytest.raises(KilledError):
+            warnings_of(config)
+    assert warnings_of(config) == wanted
+    assert len(captures) == 2  # in the two modes
+    assert_bitwise_equal(final(tmp_path / "run"), final(tmp_path / "straight"))
+    assert _validations(tmp_path / "run") == _validations(tmp_path / "straight")
 
 
 def test_a_half_written_grid_is_none(tmp_path, monkeypatch):

@@ -355,3 +355,48 @@ def test_parts_to_keep_are_whole_names(tmp_path):
         load_weights(deep, file, ["y_embed"])
     with pytest.raises(ValueError, match="does nothing without initial_weights"):
         tiny_config(tmp_path, initial_weights_except=("y_embedder",))
+
+
+# ------------------------------------------------------------------------------------------------- what is not used
+
+
+def _told(caplog):
+    found = [(record.levelname, record.getMessage()) for record in caplog.records if "weights" in record.name]
+    caplog.clear()
+    return found
+
+
+def test_weights_that_are_not_used_are_told(tmp_path, caplog):
+    caplog.set_level("INFO")
+    theirs = _network(1).state_dict()
+    beside = {f"head.{name}": torch.zeros(2) for name in "abcd"}
+    whole = _prefixed(theirs, "network.")
+    file = _save(tmp_path / "x.pt", {"model": whole | beside, "ema": whole | {"n_averaged": torch.tensor(3)} | beside})
+    n = len(theirs)
+    for model in (SoFlow(_network()), _network()):
+        load_weights(model, file)
+        said = f"'ema' of {file}: 4 of the {n + 5} weights there are not used (head.a, head.b, head.c, ...)"
+        assert _told(caplog) == [("WARNING", said)]
+    file = _save(tmp_path / "y.safetensors", _prefixed(whole | {"head.a": torch.zeros(2)}, "module."))
+    load_weights(_network(), file, keep=["x_embedder"])
+    names = "x_embedder.proj.bias, x_embedder.proj.weight"
+    said = f"1 of the {n + 1} weights there are not used (module.head.a), and 2 of the model's {n} stay as they are"
+    assert _told(caplog) == [("WARNING", f"{file}: {said} ({names})")]
+
+
+def test_weights_that_stay_are_told_and_nothing_where_all_are_used(tmp_path, caplog, monkeypatch):
+    caplog.set_level("INFO")
+    file = _save(tmp_path / "x.pt", _network(1).state_dict())
+    load_weights(SoFlow(_network()), file)
+    assert _told(caplog) == []
+    wide = DiT(16, 4, 1, 16, 1, 2, num_classes=12)  # of another grid and of other classes
+    load_weights(wide, file, keep=["y_embedder"])
+    names = "pos_embed, y_embedder.embedding_table.weight"
+    assert _told(caplog) == [("INFO", f"{file}: 2 of the model's {len(wide.state_dict())} stay as they are ({names})")]
+    told = DiT(8, 4, 1, 16, 1, 2, num_classes=0, embedding_dim=5)  # classes have no null_condition
+    load_weights(told, file, keep=["y_embedder"])
+    names = "null_condition, y_embedder.mlp.0.bias, y_embedder.mlp.0.weight, ..."
+    assert _told(caplog) == [("INFO", f"{file}: 5 of the model's {len(told.state_dict())} stay as they are ({names})")]
+    monkeypatch.setenv("RANK", "1")
+    load_weights(told, file, keep=["y_embedder"])
+    assert _told(caplog) == []
