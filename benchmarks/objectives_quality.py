@@ -44,11 +44,13 @@ METHODS = {
 }
 
 
-def run(name: str, seed: int, steps: int, samples: int) -> list[dict]:
-    """Trains, and scores samples of one and of two steps; improved MeanFlow at every scale."""
+def run(name: str, changes: dict, seed: int, steps: int, samples: int) -> list[dict]:
+    """Trains the demo's configuration with changes, and scores samples of one and of two steps; improved MeanFlow at
+    every scale.
+    """
     with TemporaryDirectory() as folder:
         demo = demo_config(folder, seed)
-        config: TrainConfig = replace(demo, total_steps=steps, **METHODS[name])
+        config: TrainConfig = replace(demo, total_steps=steps, **changes)
         config.output.sample_every, config.evaluation.samples = 0, samples
         Trainer(config).fit()
         _, model, _ = load_run(folder, config.device)
@@ -80,9 +82,10 @@ def summary(runs: list[dict]) -> dict[str, dict]:
     return rows
 
 
-def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", choices=list(METHODS), default=list(METHODS), metavar="NAME")
+def main(arguments: list[str] | None = None, methods: dict[str, dict] = METHODS, about: str | None = __doc__) -> None:
+    """Runs these methods: what each has in place of the demo's."""
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=list(methods), default=list(methods), metavar="NAME")
     parser.add_argument("--steps", type=int, default=STEPS, help="of a run (default %(default)s)")
     parser.add_argument("--seeds", type=int, default=3, help="runs of a method, from seed 0 (default %(default)s)")
     parser.add_argument("--samples", type=int, default=5000, help="to score (default %(default)s)")
@@ -104,7 +107,7 @@ def main(arguments: list[str] | None = None) -> None:
         for name in options.only:
             if (name, seed) in done:
                 continue
-            report["runs"] += run(name, seed, options.steps, options.samples)
+            report["runs"] += run(name, methods[name], seed, options.steps, options.samples)
             report["summary"] = summary(report["runs"])
             print(json.dumps(report["runs"][-1]), flush=True)
             if options.json:

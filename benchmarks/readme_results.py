@@ -232,6 +232,13 @@ class Section(NamedTuple):
 SECTIONS = (
     Section("demo*.json", "The digits demo", "demo.py", demo, True),
     Section("objectives*.json", "The objectives, on the digits", "objectives_quality.py", objectives_quality, True),
+    Section(
+        "prediction_quality*.json",
+        "What the last layer predicts, on the digits",
+        "prediction_quality.py",
+        objectives_quality,
+        True,
+    ),
     Section("cifar_recipe*.json", "The CIFAR-10 recipe, on the digits", "cifar_recipe.py", cifar_recipe),
     Section("precision*.json", "Error of the consistency quotient", "precision.py", precision, True),
     Section("digits_quality*.json", "Quality by precision, on the digits", "digits_quality.py", digits_quality),
