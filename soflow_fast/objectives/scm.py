@@ -30,14 +30,15 @@ class SCM(DerivativeObjective):
     Jacobian-vector product, so that attention, precision and compilation are those of any other step. r rises from 0,
     which trains F as a velocity, to 1 over ``tangent_warmup``. Loss of a row ``w mean((F − F⁻ − g)²)``, with
     ``w = (mean(g²) + eps)^−p``. As g is normalised the loss says little; what its part reports as the error is
-    ``mean(g²)`` before that, the square of how fast f changes.
+    ``mean(g²)`` before that, with r = 1 that of ``cos τ df/dτ``.
 
-    Differences from the paper: The warm-up is a share of the training, and long: the paper's is of 10,000 steps, of a
+    Differences from the paper: the warm-up is a share of the training, and long: the paper's is of 10,000 steps, of a
     network that starts as a trained diffusion model. ``‖g‖`` is the root of the mean square over the sample, so that
     norm_constant means the same for samples of every size; Algorithm 1 has the norm, public code either. Left out are
     the learned weight ``e^w(t)``, whose optimum is one over the mean error at a time, as p = 1 is one over the error of
     a row (both favour times near 1, where g is small, and trained from nothing on digits p = 1 was much worse than 0);
-    distillation (sCD); and guidance, which needs a velocity of the network, and here none is trained.
+    distillation (sCD); guidance, which needs a velocity of the network, and here none is trained; and the rearranged
+    derivative, which keeps float16 from overflowing, as bfloat16 does not.
 
     Args:
         net: as for :class:`~soflow_fast.SoFlow`.
