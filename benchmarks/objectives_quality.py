@@ -4,7 +4,8 @@
 
 Everything but the objective is that of ``soflow demo``: network, draws, optimizer, averages. Settings that have nothing
 to do with the data are as published; guidance has an effective scale of 2 where it is fixed in the training, and
-improved MeanFlow's one run of each seed is scored at several. A run that is already in the JSON is not run again.
+improved MeanFlow's one run of each seed is scored at several; sCM has none. A run that is already in the JSON is not
+run again.
 """
 
 import argparse
@@ -17,7 +18,7 @@ from tempfile import TemporaryDirectory
 from _measure import environment
 
 from soflow_fast import TrainConfig, Trainer
-from soflow_fast.config import AlphaFlowConfig, FlowMatchingConfig, ImprovedMeanFlowConfig, MeanFlowConfig
+from soflow_fast.config import AlphaFlowConfig, FlowMatchingConfig, ImprovedMeanFlowConfig, MeanFlowConfig, SCMConfig
 from soflow_fast.demo import STEPS, demo_config, score
 from soflow_fast.dry_run import plan
 from soflow_fast.trainer import load_run
@@ -37,6 +38,7 @@ METHODS = {
         "improved_meanflow": ImprovedMeanFlowConfig(guidance_max=4.0, sample_scale=2.0, sample_interval=(0.0, 1.0)),
     },
     "α-Flow": {"objective": "alphaflow", "alphaflow": AlphaFlowConfig()},
+    "sCM": {"objective": "scm", "scm": SCMConfig()},
     "flow matching, 32 network calls": {
         "objective": "flow_matching",
         "flow_matching": FlowMatchingConfig(guidance_scale=2.0),

@@ -17,6 +17,7 @@ from soflow_fast.objectives.alphaflow import AlphaFlow
 from soflow_fast.objectives.flow_matching import FlowMatching
 from soflow_fast.objectives.improved_meanflow import ImprovedMeanFlow
 from soflow_fast.objectives.meanflow import MeanFlow
+from soflow_fast.objectives.scm import SCM
 from soflow_fast.objectives.soflow import SoFlow
 from soflow_fast.step import TrainStep
 from soflow_fast.trainer import Trainer, load_run
@@ -25,6 +26,7 @@ from soflow_fast.weights import load_weights
 
 __all__ = [
     "EMA",
+    "SCM",
     "AlphaFlow",
     "DiT",
     "FlowMatching",

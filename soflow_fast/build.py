@@ -26,6 +26,7 @@ from soflow_fast.objectives.base import Objective, is_objective
 from soflow_fast.objectives.flow_matching import FlowMatching
 from soflow_fast.objectives.improved_meanflow import ImprovedMeanFlow
 from soflow_fast.objectives.meanflow import MeanFlow
+from soflow_fast.objectives.scm import SCM
 from soflow_fast.objectives.soflow import SoFlow
 from soflow_fast.optim import OPTIMIZERS, can_leave_out
 from soflow_fast.seeding import preserve_rng, seed_generators
@@ -46,6 +47,7 @@ OBJECTIVES = {
     "meanflow": MeanFlow,
     "improved_meanflow": ImprovedMeanFlow,
     "alphaflow": AlphaFlow,
+    "scm": SCM,
     "flow_matching": FlowMatching,
 }
 

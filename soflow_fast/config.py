@@ -29,6 +29,7 @@ from soflow_fast.config_objective import (
     FlowMatchingConfig,
     ImprovedMeanFlowConfig,
     MeanFlowConfig,
+    SCMConfig,
     SoFlowConfig,
 )
 from soflow_fast.config_optimizer import OptimizerConfig
@@ -221,6 +222,7 @@ class TrainConfig(Section):
     meanflow: MeanFlowConfig = field(default_factory=MeanFlowConfig)
     improved_meanflow: ImprovedMeanFlowConfig = field(default_factory=ImprovedMeanFlowConfig)
     alphaflow: AlphaFlowConfig = field(default_factory=AlphaFlowConfig)
+    scm: SCMConfig = field(default_factory=SCMConfig)
     flow_matching: FlowMatchingConfig = field(default_factory=FlowMatchingConfig)
     output: OutputConfig = field(default_factory=OutputConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)

@@ -111,6 +111,23 @@ class AlphaFlowConfig(_ObjectiveConfig, section="alphaflow."):
 
 
 @dataclass
+class SCMConfig(_ObjectiveConfig, section="scm."):
+    """The objective ``scm``, with the times published for CIFAR-10 and ImageNet 64; every attribute is an argument of
+    :class:`~soflow_fast.objectives.scm.SCM`, which checks it."""
+
+    label_drop: float = 0.1
+    p: float = 0.0
+    eps: float = 0.01
+    time_mean: float = -1.0
+    time_std: float = 1.4
+    sigma_data: float = 0.5
+    tangent_warmup: float = 0.5
+    norm_constant: float = 0.1
+    derivative: str = "tangent"
+    difference_step: float = 1e-3
+
+
+@dataclass
 class FlowMatchingConfig(_ObjectiveConfig, section="flow_matching."):
     """The objective ``flow_matching``; every attribute is an argument of
     :class:`~soflow_fast.objectives.flow_matching.FlowMatching`, which checks it."""
@@ -133,5 +150,6 @@ OBJECTIVE_SECTIONS = {
     "meanflow": MeanFlowConfig,
     "improved_meanflow": ImprovedMeanFlowConfig,
     "alphaflow": AlphaFlowConfig,
+    "scm": SCMConfig,
     "flow_matching": FlowMatchingConfig,
 }

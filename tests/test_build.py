@@ -19,7 +19,7 @@ def test_every_objective_has_a_section_with_exactly_its_arguments():
         assert {f.name for f in dataclasses.fields(section)} == arguments
 
 
-@pytest.mark.parametrize("objective", ["soflow", "meanflow", "improved_meanflow", "alphaflow", "flow_matching"])
+@pytest.mark.parametrize("objective", ["soflow", "meanflow", "improved_meanflow", "alphaflow", "scm", "flow_matching"])
 def test_initialisation_is_a_function_of_the_seed_alone(tmp_path, objective):
     config = tiny_config(tmp_path, objective=objective)
     torch.manual_seed(1)

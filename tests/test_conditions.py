@@ -34,6 +34,7 @@ from soflow_fast.objectives.alphaflow import AlphaFlow
 from soflow_fast.objectives.flow_matching import FlowMatching
 from soflow_fast.objectives.improved_meanflow import ImprovedMeanFlow
 from soflow_fast.objectives.meanflow import MeanFlow
+from soflow_fast.objectives.scm import SCM
 from soflow_fast.sample import Sampler
 from soflow_fast.step import TrainStep
 
@@ -46,6 +47,7 @@ from soflow_fast.step import TrainStep
         (SoFlow, ByTokens),
         (MeanFlow, ByEmbedding),
         (AlphaFlow, ByTokens),
+        (SCM, ByEmbedding),
         (FlowMatching, ByEmbedding),
     ],
 )
@@ -53,7 +55,8 @@ def test_conditions_train_as_the_classes_that_they_stand_for(make, told):
     x0, labels = digits()[:16]
     found = []
     for net in (seeded(ByClass), seeded(told)):
-        model = make(net, guidance_scale=2.0, label_drop=0.3)
+        guidance = {} if make is SCM else {"guidance_scale": 2.0}
+        model = make(net, label_drop=0.3, **guidance)
         given = labels if type(net) is ByClass else conditions_of(labels, net)
         out = model.loss_of_rows(x0, given, torch.arange(16), round(16 * model.velocity_share), 0.5, 3, 7)
         out.loss.backward()

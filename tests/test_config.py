@@ -272,6 +272,7 @@ def test_only_what_changes_the_weights_makes_another_run(tmp_path):
     [
         ({"soflow": {"guidance_scale": 2.0}}, ["--objective", "meanflow"], ["soflow"]),
         ({"objective": "meanflow", "meanflow": {"p": 0.5}}, ["--alphaflow.p=0.5"], ["alphaflow"]),
+        ({"objective": "scm", "scm": {"eps": 0.1}}, ["--alphaflow.p=0.5"], ["alphaflow"]),
         ({"objective": "alphaflow"}, ["--meanflow.p", "1", "--soflow.p", "1"], ["soflow", "meanflow"]),
         ({"soflow": {"p": 0.5}, "meanflow": {}}, ["--soflow.eps", "0.1"], []),
     ],

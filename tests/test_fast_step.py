@@ -21,6 +21,7 @@ from soflow_fast.objectives.alphaflow import AlphaFlow
 from soflow_fast.objectives.flow_matching import FlowMatching
 from soflow_fast.objectives.improved_meanflow import ImprovedMeanFlow
 from soflow_fast.objectives.meanflow import MeanFlow
+from soflow_fast.objectives.scm import SCM
 from soflow_fast.optim import AdamW, RAdam
 from soflow_fast.precision import ComputeCopy, tensor_cores
 from soflow_fast.step import TrainStep
@@ -67,7 +68,7 @@ def test_inductor_equals_plain_in_float32(plain32):
     assert max(distances(model, plain32[1]).values()) < 1e-5
 
 
-@pytest.mark.parametrize("objective", [MeanFlow, AlphaFlow, FlowMatching])
+@pytest.mark.parametrize("objective", [MeanFlow, AlphaFlow, SCM, FlowMatching])
 def test_other_objectives_compile(objective):
     plain, _ = train(torch.float64, steps=3, objective=objective)
     compiled, _ = train(torch.float64, steps=3, objective=objective, compile="aot_eager")
@@ -299,7 +300,7 @@ def test_torchs_capturable_optimizer_in_a_graph_follows_the_learning_rate_and_a_
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="Inductor, fused kernels and the CUDA graph need a GPU")
 @pytest.mark.parametrize(
     ("objective", "optimizer_class"),
-    [(SoFlow, AdamW), (SoFlow, RAdam), (MeanFlow, AdamW), (ImprovedMeanFlow, AdamW), (AlphaFlow, AdamW)],
+    [(SoFlow, AdamW), (SoFlow, RAdam), *((kind, AdamW) for kind in (MeanFlow, ImprovedMeanFlow, AlphaFlow, SCM))],
 )
 def test_the_default_step_on_a_gpu_follows_the_eager_one_and_the_learning_rate(objective, optimizer_class):
     results = []

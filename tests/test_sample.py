@@ -14,6 +14,7 @@ from soflow_fast.kernels.reference import Stream, normal
 from soflow_fast.objectives.alphaflow import AlphaFlow
 from soflow_fast.objectives.flow_matching import FlowMatching
 from soflow_fast.objectives.meanflow import MeanFlow
+from soflow_fast.objectives.scm import SCM
 from soflow_fast.sample import Sampler, sample
 
 
@@ -69,7 +70,7 @@ def test_without_noise_in_between_it_goes_from_time_to_time(steps):
 
 def test_which_objectives_add_noise_in_between():
     net = DiT(8, 4, 2, 16, 1, 2, num_classes=3)
-    assert [kind(net).renoises for kind in (SoFlow, MeanFlow, AlphaFlow, FlowMatching)] == [True] + 3 * [False]
+    assert [kind(net).renoises for kind in (SoFlow, SCM, MeanFlow, AlphaFlow, FlowMatching)] == 2 * [True] + 3 * [False]
 
 
 def test_one_step_of_soflow_is_its_solution_from_noise():

@@ -282,7 +282,7 @@ def test_unconditional_training(tmp_path):
     assert final(tmp_path).step == 6
 
 
-@pytest.mark.parametrize("objective", ["meanflow", "improved_meanflow", "alphaflow", "flow_matching"])
+@pytest.mark.parametrize("objective", ["meanflow", "improved_meanflow", "alphaflow", "scm", "flow_matching"])
 def test_other_objectives_train_and_sample(tmp_path, objective):
     config = tiny_config(tmp_path, objective=objective)
     config = replace(config, total_steps=2, output=replace(config.output, sample_every=2))

@@ -13,6 +13,7 @@ from soflow_fast.config import ComputeConfig, DataConfig, EMAConfig, ModelConfig
 from soflow_fast.objectives.alphaflow import AlphaFlow
 from soflow_fast.objectives.flow_matching import FlowMatching
 from soflow_fast.objectives.meanflow import MeanFlow
+from soflow_fast.objectives.scm import SCM
 
 
 def _network(classes=10):
@@ -84,18 +85,21 @@ def test_an_objective_that_took_two_forwards_is_still_the_same(tmp_path, caplog)
     Trainer(tiny_config(tmp_path, total_steps=1), model=model).fit()
 
 
-@pytest.mark.parametrize("make", [SoFlow, MeanFlow, AlphaFlow, FlowMatching])
-def test_a_given_objective_of_other_values_is_another_run(tmp_path, make):
-    def run(scale, label_drop=0.1):
-        model = make(_network(), guidance_scale=scale, label_drop=label_drop)
+@pytest.mark.parametrize(
+    ("make", "name"),
+    [*((make, "guidance_scale") for make in (SoFlow, MeanFlow, AlphaFlow, FlowMatching)), (SCM, "sigma_data")],
+)
+def test_a_given_objective_of_other_values_is_another_run(tmp_path, make, name):
+    def run(value):
+        model = make(_network(), **{name: value})
         return Trainer(tiny_config(tmp_path, total_steps=1), model=model)
 
     run(2.0).fit()
     run(2.0).fit()
-    with pytest.raises(ValueError, match=r"guidance_scale=2\.0, and this one has 3\.0"):
+    with pytest.raises(ValueError, match=rf"{name}=2\.0, and this one has 3\.0"):
         run(3.0).fit()
     with pytest.raises(ValueError, match=r"label_drop=0\.1, and this one has 0\.5"):
-        trainer.load_run(tmp_path, model=make(_network(), guidance_scale=2.0, label_drop=0.5))
+        trainer.load_run(tmp_path, model=make(_network(), **{name: 2.0}, label_drop=0.5))
 
 
 class _OwnObjective(SoFlow):

@@ -35,6 +35,7 @@ from soflow_fast.objectives.base import TotalLoss
 from soflow_fast.objectives.flow_matching import FlowMatching
 from soflow_fast.objectives.improved_meanflow import ImprovedMeanFlow
 from soflow_fast.objectives.meanflow import MeanFlow
+from soflow_fast.objectives.scm import SCM
 from soflow_fast.step import TrainStep
 from soflow_fast.validation import Validation
 
@@ -55,7 +56,7 @@ def _validations(run_dir):
 # ------------------------------------------------------------------------------------------------ the loss of a step
 
 
-@pytest.mark.parametrize("make", [SoFlow, MeanFlow, ImprovedMeanFlow, AlphaFlow, FlowMatching])
+@pytest.mark.parametrize("make", [SoFlow, MeanFlow, ImprovedMeanFlow, AlphaFlow, SCM, FlowMatching])
 def test_it_is_the_objectives_loss_at_the_trainings_progress(make):
     network = {"condition_dim": 3} if make is ImprovedMeanFlow else {}
     step, _ = make_step(make_model(torch.float64, make, **network))

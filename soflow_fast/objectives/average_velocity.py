@@ -11,20 +11,13 @@ from soflow_fast import paths
 from soflow_fast.conditions import takes_labels
 from soflow_fast.kernels.coefficients import require_choice
 from soflow_fast.kernels.reference import Stream
-from soflow_fast.layers import require_linear
-from soflow_fast.objectives.base import (
-    NORMS_REMEDY,
-    LossOutput,
-    Objective,
-    TotalLoss,
-    by_batch,
-)
-from soflow_fast.require import require_range
+from soflow_fast.objectives.base import LossOutput, TotalLoss
+from soflow_fast.objectives.derivative import DerivativeObjective
 
 DIRECTIONS = ("target", "prediction")
 
 
-class AverageVelocity(Objective):
+class AverageVelocity(DerivativeObjective):
     """An objective of an average velocity, with a part of its rows for the velocity, u at r = t.
 
     A subclass says in ``guided`` whether its velocity is guided where there are labels, and if so implements
@@ -32,7 +25,6 @@ class AverageVelocity(Objective):
     :class:`~soflow_fast.objectives.meanflow.MeanFlow`.
     """
 
-    derivatives: tuple[str, ...] = ("tangent", "jvp", "finite_difference")
     renoises = False
     guided: bool
 
@@ -52,45 +44,21 @@ class AverageVelocity(Objective):
         direction: str,
         impl: str | None,
     ):
-        super().__init__(net, velocity_share, impl)
-        require_choice("path", path, paths.PATHS)
-        require_linear(net, path)
-        require_choice("derivative", derivative, self.derivatives)
+        super().__init__(
+            net,
+            path=path,
+            label_drop=label_drop,
+            p=p,
+            eps=eps,
+            velocity_share=velocity_share,
+            time_mean=time_mean,
+            time_std=time_std,
+            derivative=derivative,
+            difference_step=difference_step,
+            impl=impl,
+        )
         require_choice("direction", direction, DIRECTIONS)
-        require_range("label_drop", label_drop, 0, 1)
-        for name, value in (("p", p), ("eps", eps), ("time_std", time_std)):
-            require_range(name, value, 0, float("inf"))
-        require_range("time_mean", time_mean, -float("inf"), float("inf"))  # not nan
-        require_range("difference_step", difference_step, 1e-8, 0.1)
-        if derivative == "jvp" and not hasattr(net, "jvp"):
-            raise ValueError(
-                f"derivative='jvp' needs a network with jvp; {type(net).__name__} has none: use derivative='tangent'"
-            )
-        self.path, self.label_drop, self.p, self.eps = path, label_drop, p, eps
-        self.time_mean, self.time_std = time_mean, time_std
-        self.derivative, self.difference_step, self.direction = derivative, difference_step, direction
-        self.needs_float32 = derivative == "finite_difference"
-
-    def prepare(self, x: Tensor, labels: Tensor | None) -> None:
-        """Derives the difference forward of a network that has none; see the base class.
-
-        Raises:
-            ValueError: where it cannot be derived, and for a finite difference of two forwards of which each draws
-                another dropout or has statistics of another batch.
-        """
-        if self.derivative == "finite_difference":
-            self.require_subtractable(x, labels, "derivative='finite_difference'")
-        if self.derivative in ("jvp", "finite_difference"):
-            return
-        try:
-            self.derive(x, labels, self.derivative)
-        except ValueError as error:
-            remedy = "write the network's forward_difference, or use derivative='finite_difference'"
-            if by_batch(self.network) is not None:  # with which that is no way out
-                remedy = NORMS_REMEDY
-            raise ValueError(
-                f"derivative={self.derivative!r} needs a difference forward, and {error}; {remedy}"
-            ) from error
+        self.direction = direction
 
     def velocity(self, x: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
         """The model's velocity ``u(x,t,t,y)``."""
@@ -185,19 +153,6 @@ class AverageVelocity(Objective):
 
     def _average_loss(self, u, v, change, t, progress) -> LossOutput:
         return self._reduce(u.to(v.dtype) - (v - change), t)
-
-    def with_derivative(self, z, t, r, labels, v, rows: slice) -> tuple[Tensor, Tensor]:
-        """``u(z,t,r,y)`` of all rows, and ``du/dt`` along ``(v, 1)`` of the given ones, without gradient."""
-        one = torch.ones_like(t[rows])
-        if self.derivative == "tangent":
-            return self.forward_difference(z, t, r, labels, v, one, rows=rows, mode="tangent")
-        if self.derivative == "finite_difference":
-            u, difference = self.two_forwards(z, t, r, labels, v, rows, self.difference_step * one)
-            return u, difference / -self.difference_step
-        u = self.network(z, t, r, labels)
-        with torch.no_grad():
-            labels = None if labels is None else labels[rows]
-            return u, self.network.jvp(z[rows], t[rows], r[rows], labels, v, one)[1]
 
     def _reduce(self, error: Tensor, t: Tensor) -> LossOutput:
         squares = error.square().flatten(1)

@@ -11,7 +11,8 @@ class Prediction(NamedTuple):
     F is of the network call with gradient. On the first ``n_velocity`` rows, where s = t, it is the model's velocity v,
     but for a SoFlow of ``parameterization="trig"``, where v is π/2 F; the data that the network expects there is
     ``soflow_fast.paths.clean_sample(x_t, v, t, path)``, on the linear path ``x_t − t v``. On the other rows the model's
-    sample at time s is ``x_t + (s−t) F``, or ``a x_t + b F`` of :func:`soflow_fast.paths.solution_coefficients`.
+    sample at time s is ``x_t + (s−t) F``, or ``a x_t + b F`` of :func:`soflow_fast.paths.solution_coefficients`,
+    as of SCM.
 
     Attributes:
         x0: (B, C, H, W) the clean samples, float32 (float64 for float64 data); of latent moments the latents that were
