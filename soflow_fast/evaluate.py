@@ -251,6 +251,7 @@ def _check_reference(reference: Path, config: TrainConfig) -> None:
     fidelity.require_metrics(extractor, wanted.metrics)
     # How many pixels a decoded latent has shows when it is decoded; a network's features are as many of any size.
     if _are_pixels(config) or features != fidelity.PIXELS:
+        fidelity.require_covariance(features, config.model.input_size)
         length = fidelity.count_features(extractor, config.model.input_size)
         if statistics:
             fidelity.require_length(reference, statistics, features, length)
@@ -307,6 +308,7 @@ class _Real:
         path, wanted, size, fidelity = self._path, self._config.evaluation, as_size(*sides), _fidelity()
         metrics = [one for one in wanted.metrics if one in fidelity.OF_IMAGES]
         images = None
+        fidelity.require_covariance(self._options["features"], size)
         if _is_cifar10(self._config):
             images = CIFAR10(path).images
             depends_on = ("cifar10", hashlib.sha256(images.numpy()).hexdigest(), wanted.weights)

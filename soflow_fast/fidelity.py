@@ -46,6 +46,8 @@ NEIGHBOURS = 3
 # Of how many real images KID, precision and recall are, as ADM's reference files hold them for the latter two.
 _MOST_REAL = 10_000
 _KID_SUBSET = 1000
+# Of a covariance of 2 GiB and its root, minutes.
+_MOST_PIXELS = 1 << 14
 _NAMES = {
     torch_fidelity.KEY_METRIC_FID: "frechet",
     torch_fidelity.KEY_METRIC_ISC_MEAN: "inception_score",
@@ -204,6 +206,17 @@ def count_features(extractor: FeatureExtractorBase, size: Size) -> int:
     with torch.no_grad():
         (features,) = extractor(torch.zeros(1, 3, *height_and_width(size), dtype=torch.uint8))
     return features.shape[1]
+
+
+def require_covariance(features: str, size: Size) -> None:
+    """ValueError for pixels of images of a size at which their covariance would take too much memory and time."""
+    height, width = height_and_width(size)
+    values = 3 * height * width
+    if features == PIXELS and values > _MOST_PIXELS:
+        raise ValueError(
+            f"evaluation.features='pixels' is for small images, and these of {height}x{width} pixels have {values} "
+            f"values, of whose covariance {values**2 * 8 >> 30} GiB would be needed; choose inception-v3-compat"
+        )
 
 
 def require_length(file: Path, statistics: dict[str, np.ndarray], features: str, length: int) -> None:

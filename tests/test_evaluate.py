@@ -215,6 +215,10 @@ def test_what_would_fail_is_found_before_anything_is_drawn(tmp_path, monkeypatch
     with pytest.raises(ValueError, match=re.escape(words[0])) as error:
         evaluate.check_evaluation(_folder_config(tmp_path, tmp_path / "real", **changes))
     assert all(word in str(error.value) for word in words)
+    large = _folder_config(tmp_path, tmp_path / "real")
+    large = replace(large, model=replace(large.model, input_size=256))
+    with pytest.raises(ValueError, match="pixels have 196608 values, of whose covariance 288 GiB would be needed"):
+        evaluate.check_evaluation(large)
 
 
 def _first_bytes_of_an_array_lost(content: bytes) -> bytes:
