@@ -58,7 +58,7 @@ def _published(name: str, setting: str) -> nn.Module:
     for of in (AutoModel, AutoencoderKL):  # of which some were published without the name of their class
         try:
             vae = of.from_pretrained(place, low_cpu_mem_usage=False, **folder)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, KeyError, ImportError) as error:
             errors.append(error)
         else:
             return _OfUnitRange(vae) if type(vae).__name__ == "AutoencoderRAE" else vae
@@ -133,8 +133,9 @@ def vae_decoder(
             what each channel was normalised by before that, or empty.
     """
     vae = load_vae(name)
-    if not is_own(name) and hasattr(vae, "encoder"):
-        del vae.encoder  # which would take memory, and lie in every exported program
+    coder = getattr(vae, "coder", vae)
+    if not is_own(name) and hasattr(coder, "encoder"):
+        del coder.encoder  # which would take memory, and lie in every exported program
     return _Decoder(vae, scale, mean, std).to(device)
 
 

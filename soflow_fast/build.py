@@ -19,6 +19,7 @@ from soflow_fast.config import GIVEN, ModelConfig, TrainConfig
 from soflow_fast.config_model import UNET_PRESET
 from soflow_fast.data import CIFAR10, ImageFolder, LatentMoments, MomentsFolder, digits, find_moments_folder
 from soflow_fast.data.checks import require_labels_at_hand, require_pair, warn_of_other_range, warn_of_unused_classes
+from soflow_fast.data.moments import normalised_by
 from soflow_fast.dit import PRESET_NAMES, DiT
 from soflow_fast.imported import import_maker, is_import_path
 from soflow_fast.objectives.alphaflow import AlphaFlow
@@ -29,6 +30,7 @@ from soflow_fast.objectives.meanflow import MeanFlow
 from soflow_fast.objectives.scm import SCM
 from soflow_fast.objectives.soflow import SoFlow
 from soflow_fast.optim import OPTIMIZERS, can_leave_out
+from soflow_fast.require import brief
 from soflow_fast.seeding import preserve_rng, seed_generators
 from soflow_fast.size import height_and_width
 from soflow_fast.unet import UNet
@@ -327,11 +329,13 @@ def check_dataset(
                 "standard deviations of latents, and some of the latter are negative; for samples of so many channels "
                 f"set model.in_channels={2 * channels}"
             )
-        given = (data.latent_mean, data.latent_std)
-        if any(given) and given != getattr(dataset, "normalised_by", None):
+        wanted, found = (data.latent_mean, data.latent_std), normalised_by(dataset)
+        if wanted != found:
             raise ValueError(
-                "data.latent_mean and data.latent_std normalise files of data.kind=latents, and this data set is a "
-                f"{type(dataset).__name__}; leave them out, and normalise and undo it in the data set and in data.vae"
+                f"data.latent_mean and data.latent_std are {brief(wanted)}, and the moments of the data set "
+                f"{type(dataset).__name__} are normalised by {brief(found)}; they are what files of data.kind=latents "
+                "are normalised by, and decoding undoes: give the same, or normalise and undo it in the data set and "
+                "in data.vae"
             )
         return data.latent_scale
     raise ValueError(

@@ -15,8 +15,8 @@ class EMA:
     the average would still be the initialisation after a thousand steps. Nothing is read on the host.
 
     Args:
-        module: whose parameters are averaged, except those without gradient, of which :meth:`state_dict` has the values
-            at the time of its call.
+        module: whose parameters are averaged, except those without gradient. Of these and of buffers :meth:`state_dict`
+            has the values at the time of its call.
         decay: in [0, 1). warmup: whether the decay grows from 0.1 to its value.
 
     Raises:
@@ -26,9 +26,8 @@ class EMA:
     def __init__(self, module: nn.Module, decay: float = 0.9999, warmup: bool = True):
         if not 0 <= decay < 1:
             raise ValueError(f"ema decay={decay} is outside [0, 1); choose one in it, such as 0.9999")
-        self.decay, self.warmup = decay, warmup
+        self._module, self.decay, self.warmup = module, decay, warmup
         self._parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
-        self._fixed = {name: p for name, p in module.named_parameters() if not p.requires_grad}
         self.averages = {name: p.detach().clone().float() for name, p in self._parameters.items()}
         first = {id(p): name for name, p in self._parameters.items()}
         every = module.named_parameters(remove_duplicate=False)
@@ -93,7 +92,7 @@ class EMA:
 
     def state_dict(self) -> dict[str, Tensor]:
         """A state_dict of the averaged module, with the module's own keys."""
-        return {**{name: p.detach() for name, p in self._fixed.items()}, **self.named_averages()}
+        return {**self._module.state_dict(), **self.named_averages()}
 
     def check_state(self, state: dict[str, Tensor]) -> None:
         """ValueError for averages without one of a parameter, or with one of another shape."""

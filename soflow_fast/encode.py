@@ -323,8 +323,8 @@ def _scale(own: float | None, path: Path, mean: tuple[float, ...], std: tuple[fl
     with h5py.File(path, "r") as file:
         probes = file["latents"][probe_rows(len(file["labels"]))]
     found = spread(normalise(probes, mean, std))
-    if own and fits(own, found):
-        return own
+    if (own and fits(own, found)) or found == 0:
+        return own or 1.0
     if own:
         _log.warning("the autoencoder's own scale %s gives latents of standard deviation %.2g", own, own * found)
     return 1.0 if std and fits(1.0, found) else float(f"{1 / found:.3g}")

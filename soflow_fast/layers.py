@@ -21,7 +21,7 @@ LN_EPS = 1e-6
 #: What a network's last layer is of: F itself, or the data, from which F follows.
 PREDICTIONS = ("velocity", "data")
 
-# Below this time F of a prediction of the data is by a larger one, so that it is bounded (arXiv 2511.13720).
+# What times below it count as where F is divided by the time, so that it is bounded (arXiv 2511.13720).
 _LEAST_TIME = 0.05
 
 
@@ -188,9 +188,11 @@ class DiTBlock(nn.Module):
 class DataPrediction(nn.Module):
     """``F = (x − G)/max(t, 0.05)`` of a prediction G of the data, on the linear path.
 
-    As in pixel MeanFlow (arXiv 2601.22158): ``f(x, t, 0) = x − tF`` is then G, an image, which a network of large
-    patches predicts where the velocity, as noisy as x, is beyond its width. The least time is a buffer, so that weights
-    of one prediction are not loaded for the other.
+    As in pixel MeanFlow (arXiv 2601.22158): from t = 0.05 on ``f(x, t, 0) = x − tF`` is G, an image, which is easier to
+    predict of large patches than a velocity as noisy as x. Below, where the paper divides what F is compared with by
+    0.05 too, it stays the velocity here, for which G has to have a part of the noise; few rows are drawn there.
+
+    The least time is a buffer, so that weights of one prediction are not loaded for the other.
     """
 
     def __init__(self):
@@ -198,8 +200,8 @@ class DataPrediction(nn.Module):
         self.register_buffer("least_time", torch.tensor(_LEAST_TIME))
 
     def forward(self, data: Tensor, x: Tensor, t: Tensor) -> Tensor:
-        """F, of the shape of x and data, (B, C, H, W); t is (B,)."""
-        return (x - data) / self._divisor(t)
+        """F, of the shape and dtype of x, (B, C, H, W), as data is; t is (B,)."""
+        return ((x - data) / self._divisor(t)).to(x.dtype)
 
     @torch.no_grad()
     def difference(self, F: Tensor, d_data: Tensor, dx: Tensor, t: Tensor, dt: Tensor, tangent: bool) -> Tensor:
@@ -210,7 +212,7 @@ class DataPrediction(nn.Module):
         else:
             dc = torch.where(t > least, torch.maximum(dt, least - t), (t + dt - least).clamp(min=0)).view_as(divisor)
             divisor = divisor + dc
-        return (dx - d_data - F * dc) / divisor
+        return ((dx - d_data - F * dc) / divisor).to(dx.dtype)
 
     def _divisor(self, t: Tensor) -> Tensor:
         return torch.maximum(t, self.least_time.to(t)).view(-1, 1, 1, 1)

@@ -8,14 +8,31 @@ from typing import Any
 _MODULES = {"scikit-learn": "sklearn", "torch-fidelity": "torch_fidelity"}
 
 
+# Characters of a value that a sentence can hold as it is.
+_SHORT = 200
+
 _brief = reprlib.Repr()
-_brief.maxlist = _brief.maxtuple = 8
-_brief.maxstring = _brief.maxother = 1000
+_brief.maxlist = _brief.maxtuple = _brief.maxdict = 8
+_brief.maxstring = _brief.maxother = _SHORT
 
 
 def brief(value: Any) -> str:
-    """A value for a sentence, as repr has it; of long lists the first eight."""
-    return _brief.repr(value)
+    """A value for a sentence, as repr has it; of long ones the beginning."""
+    text = repr(value)
+    return text if len(text) <= _SHORT else _brief.repr(value)
+
+
+def brief_difference(first: Any, second: Any) -> tuple[str, str]:
+    """Two values that differ, for a sentence; of long ones of the same length or keys what differs."""
+    if len(repr(first)) + len(repr(second)) <= 2 * _SHORT or type(first) is not type(second):
+        return brief(first), brief(second)
+    if isinstance(first, dict):
+        names = [name for name in {**first, **second} if (name, first.get(name)) not in second.items()]
+        return tuple(brief({name: value[name] for name in names if name in value}) for value in (first, second))
+    if isinstance(first, (list, tuple)) and len(first) == len(second):
+        place = next(i for i, pair in enumerate(zip(first, second, strict=True)) if pair[0] != pair[1])
+        return tuple(f"{brief(value[place])} in place {place + 1} of {len(value)}" for value in (first, second))
+    return brief(first), brief(second)
 
 
 def require(condition: bool, sentence: str) -> None:

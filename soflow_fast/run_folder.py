@@ -17,7 +17,7 @@ from soflow_fast import build, checkpoint, fingerprint, given, posthoc, records,
 from soflow_fast.checkpoint import CHECKPOINTS
 from soflow_fast.config import TrainConfig
 from soflow_fast.logs import METRICS_NAME
-from soflow_fast.require import brief
+from soflow_fast.require import brief_difference
 
 _log = logging.getLogger(__name__)
 
@@ -84,9 +84,10 @@ def changes(
     found += records.changes_of_given(_read_json(run_dir / GIVEN_NAME), objects)
     found += run_optimizer.changes(_read_json(run_dir / OPTIMIZER_NAME), made)
     for change in () if accept else found:
+        was, now = brief_difference(change["before"], change["after"])
         raise ValueError(
-            f"run_dir={str(run_dir)!r} holds a run with {change['key']} {brief(change['before'])}, and this one "
-            f"has {brief(change['after'])}; make it as it was, choose another run_dir, or go on with {ACCEPT}"
+            f"run_dir={str(run_dir)!r} holds a run with {change['key']} {was}, and this one has {now}; "
+            f"make it as it was, choose another run_dir, or go on with {ACCEPT}"
         )
     sentence = fingerprint.difference(before, data)
     if sentence is None:
@@ -102,10 +103,8 @@ def changes(
 def require_same(run_dir: Path, config: TrainConfig, theirs: TrainConfig, remedy: str) -> None:
     """ValueError if the configuration of the run in that folder, ``theirs``, would have other weights."""
     for name in config.differences(theirs):
-        raise ValueError(
-            f"run_dir={str(run_dir)!r} holds a run with {name}={brief(theirs.flat()[name])}, and this one has "
-            f"{brief(config.flat()[name])}; {remedy}"
-        )
+        was, now = brief_difference(theirs.flat()[name], config.flat()[name])
+        raise ValueError(f"run_dir={str(run_dir)!r} holds a run with {name}={was}, and this one has {now}; {remedy}")
 
 
 def require_usable(state: checkpoint.State, config: TrainConfig, path: Path, trained: Iterable[str]) -> None:

@@ -69,6 +69,10 @@ def read_weights(
     state = model.state_dict()
     own = state.keys()
     kept = {name for part in keep for name in _names_of_part(part, own)}
+    left_out = list(keep)
+    if any(part.removeprefix(_PREFIX) == "final_layer" for part in keep):  # and with it what it predicts
+        left_out.append("prediction")
+        kept |= {name for name in own if _is_of(name, left_out)}
     path = locate(path)
     parts, origin = _read(path)
     weights: dict[str, Tensor] = {}
@@ -82,13 +86,15 @@ def read_weights(
         origin = f"{origin}, converted from {form}"
     tables = (name for name in own & weights.keys() if _is_fixed(model, name))
     fixed = {name for name in tables if not are_of_one_grid(state[name], weights[name])}
-    weights = {name: value for name, value in weights.items() if not _is_of(name, keep)}
+    weights = {name: value for name, value in weights.items() if not _is_of(name, left_out)}
     # of weights of classes there is none
     kept |= {name for name in own - weights.keys() if name.split(".")[-1] == "null_condition"}
     weights |= {name: state[name] for name in kept | fixed}
     # "the averages are" would not fit the sentence
     remedies = {} if form != "own" else dict.fromkeys(("final_layer.linear", "s_embedder"), _OF_OTHER_TRAININGS)
-    remedies["least_time"] = ", or its model.prediction"
+    remedies["least_time"] = (
+        ", or its model.prediction, or leave out what differs by initial_weights_except: [final_layer]"
+    )
     remedies["y_embedder"] = ", or leave it out by initial_weights_except: [y_embedder]"
     checkpoint.require_fit(model, weights, f"the checkpoint {path}" if path.is_dir() else origin, remedies)
     for name, value in weights.items():

@@ -42,6 +42,11 @@ class Louder(WithoutParameters):
         return 2 * super().encode(images)
 
 
+class Silent(WithoutParameters):
+    def encode(self, images):
+        return 0 * super().encode(images)
+
+
 class Tokens(WithoutParameters):
     def encode(self, images):
         return super().encode(images).flatten(2).mT

@@ -3,6 +3,7 @@
 import json
 import re
 from collections import namedtuple
+from dataclasses import replace
 from pathlib import Path
 
 import diffusers
@@ -17,7 +18,7 @@ from runs import tiny_config
 from soflow_fast.autoencoder import decoder_of, load_vae, vae_decoder
 from soflow_fast.build import check_dataset
 from soflow_fast.cli import main
-from soflow_fast.config import TrainConfig
+from soflow_fast.config import DataConfig, TrainConfig
 from soflow_fast.data import LatentMoments, MomentsFolder
 from soflow_fast.data.crop import centre_crop
 from soflow_fast.encode import encode
@@ -195,6 +196,11 @@ def test_a_channel_without_spread_and_an_autoencoder_without_parameters(pictures
         encode(pictures, "out.hdf5", vae="own_autoencoders.Louder", **SMALL)
 
 
+def test_latents_that_are_all_the_same_are_refused(pictures):
+    with pytest.raises(ValueError, match=r"the latents in out\.hdf5 are all the same"):
+        encode(pictures, "out.hdf5", vae="own_autoencoders.Silent", per_channel=True, **SMALL)
+
+
 def test_an_autoencoders_own_error_is_shown_as_it_is(pictures):
     with pytest.raises(RuntimeError, match=r"mat1 and mat2|size mismatch|shape"):
         encode(pictures, "out.hdf5", vae="own_autoencoders.Broken", **SMALL)
@@ -213,14 +219,17 @@ def test_moments_of_ones_own_data_set_are_not_normalised(pictures, tmp_path):
     config = TrainConfig.from_dict({**given, "batch_size": 2, "run_dir": str(tmp_path / "run"), "device": "cpu"})
     moments = torch.ones(8, 24, 8, 8)
     own = torch.utils.data.TensorDataset(moments, torch.zeros(8, dtype=torch.int64))
-    with pytest.raises(
-        ValueError, match=r"normalise files of data\.kind=latents, and this data set is a TensorDataset;"
-    ):
+    words = r"and the moments of the data set TensorDataset are normalised by \(\(\), \(\)\); they are what files"
+    with pytest.raises(ValueError, match=words):
         check_dataset(config, own)
     form = {"channels": 12, "size": 8, "num_classes": 2, "scale": done.scale}
-    assert check_dataset(config, LatentMoments(done.path, **form, mean=done.mean, std=done.std)) == 1
-    with pytest.raises(ValueError, match="and this data set is a LatentMoments"):
-        check_dataset(config, LatentMoments(done.path, **{**form, "scale": 0.2}))
+    normalised = LatentMoments(done.path, **form, mean=done.mean, std=done.std)
+    assert check_dataset(config, normalised) == 1
+    assert check_dataset(config, torch.utils.data.Subset(normalised, range(5))) == 1
+    with pytest.raises(
+        ValueError, match=r"latent_std are \(\(\), \(\)\), and the moments of the data set LatentMoments"
+    ):
+        check_dataset(replace(config, data=DataConfig(latent_scale=1.0)), normalised)
 
 
 def test_an_autoencoder_in_a_folder_of_a_repository(monkeypatch, tmp_path):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from runs import tiny_config
 
-from soflow_fast import DiT, FlowMatching, MeanFlow, SoFlow, Trainer, TrainStep, UNet, load_run, load_weights
+from soflow_fast import EMA, DiT, FlowMatching, MeanFlow, SoFlow, Trainer, TrainStep, UNet, load_run, load_weights
 from soflow_fast.config import ModelConfig, TrainConfig
 from soflow_fast.layers import DataPrediction
 from soflow_fast.optim import AdamW
@@ -77,6 +77,15 @@ def test_the_tangent_is_the_derivative():
     torch.testing.assert_close(tangent, derivative)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_outputs_have_the_dtype_of_x(dtype):
+    x, t, s, labels, dx = _inputs(torch.float32)
+    net, given = _net(torch.float32), (x.to(dtype), t, s, labels)
+    outputs = [net(*given), *net.forward_difference(*given, dx.to(dtype), -t)]
+    outputs += net.forward_difference(*given, dx.to(dtype), -t, mode="tangent")
+    assert [out.dtype for out in outputs] == [dtype] * 5
+
+
 def test_some_rows_alone_carry_a_difference():
     net = _net()
     x, t, s, labels, dx = _inputs()
@@ -126,8 +135,14 @@ def test_a_run_of_it(tmp_path):
     assert load_weights(data, tmp_path / "run").startswith("the averages of")
     for net, path in ((velocity, tmp_path / "run"), (data, tmp_path / "velocity.pt")):
         torch.save(velocity.state_dict(), tmp_path / "velocity.pt")
-        with pytest.raises(ValueError, match=r"prediction\.least_time is .*; choose .* or its model\.prediction"):
+        with pytest.raises(ValueError, match=r"prediction\.least_time is .*; choose .* or its model\.prediction, or l"):
             read_weights(net, path)
+        weights, origin = read_weights(net, path, keep=["final_layer"])
+        assert weights.keys() == net.state_dict().keys()
+        assert origin.endswith("kept as initialised: final_layer")
+    averages = next((tmp_path / "run" / "checkpoints").iterdir()) / "ema.safetensors"
+    assert load_weights(SoFlow(data), averages) == str(averages)
+    SoFlow(data).load_state_dict(EMA(SoFlow(data)).state_dict())
 
 
 @pytest.mark.parametrize(

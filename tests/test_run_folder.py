@@ -19,6 +19,7 @@ from torch.utils.data import TensorDataset
 from soflow_fast import Trainer, run_folder, trainer
 from soflow_fast.cli import main
 from soflow_fast.config import ComputeConfig, DataConfig, EMAConfig, OptimizerConfig, OutputConfig
+from soflow_fast.require import brief_difference
 from soflow_fast.trainer import load_run
 
 # ---------------------------------------------------------------------------------------------------------- the data
@@ -372,3 +373,15 @@ def test_where_files_cannot_be_locked_a_run_trains_without(tmp_path, monkeypatch
     monkeypatch.setattr(run_folder.fcntl, "flock", unable)
     Trainer(tiny_config(tmp_path)).fit()
     assert final(tmp_path).step == 6
+
+
+def test_what_differs_of_long_values_is_told():
+    long = tuple(range(300))
+    assert brief_difference(long, (*long[:40], -1.5, *long[41:])) == (
+        "40 in place 41 of 300",
+        "-1.5 in place 41 of 300",
+    )
+    many = {f"setting_{i}": i for i in range(60)}
+    assert brief_difference(many, {**many, "setting_50": "x"}) == ("{'setting_50': 50}", "{'setting_50': 'x'}")
+    assert brief_difference({"a": 1, "b": None}, {"a": 1}) == ("{'a': 1, 'b': None}", "{'a': 1}")
+    assert brief_difference(long, ())[0] == "(0, 1, 2, 3, 4, 5, 6, 7, ...)"

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Subset
 
 # Samples looked at when latents are opened, and the spread that scaled latents may have: about 1 by definition.
 _PROBES = 64
@@ -47,6 +47,15 @@ def normalise(moments: np.ndarray, mean: Sequence[float], std: Sequence[float]) 
 def fits(scale: float, of: float) -> bool:
     """Whether latents whose spread is ``of`` have one near 1 when they are multiplied by a scale."""
     return _SPREAD[0] <= scale * of <= _SPREAD[1]
+
+
+def normalised_by(dataset: Dataset) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """The mean and standard deviation, of each channel, that the moments of a data set are normalised by, or of what it
+    is a subset of; empty for none.
+    """
+    while isinstance(dataset, Subset):
+        dataset = dataset.dataset
+    return getattr(dataset, "normalised_by", ((), ()))
 
 
 class Moments(Dataset, ABC):

@@ -120,8 +120,8 @@ class SoFlow(Objective):
             )
         self.path, self.parameterization, self.quotient = path, parameterization, quotient
         self._subtracts = quotient == "two_forwards"
-        # of the training mode or not, why there is no difference forward; copies of this, as of a validation, share it
-        self._underivable: dict[bool, str] = {}
+        # why there is no difference forward, by mode and shape; copies of this, as of a validation, share it
+        self._underivable: dict[tuple[bool, torch.Size], str] = {}
         self.guidance_scale, self.guidance_mix = guidance_scale, guidance_mix
         self.guidance_decay_time, self.label_drop = guidance_decay_time, label_drop
         self.p, self.eps = p, eps
@@ -146,7 +146,8 @@ class SoFlow(Objective):
             ValueError: for two forwards of which each draws another dropout or has statistics of another batch; and
                 where the difference forward cannot be derived and two forwards are no way out.
         """
-        if self.network.training in self._underivable:
+        form = self.network.training, x.shape
+        if form in self._underivable:
             self._subtracts = self.needs_float32 = True
         if self._subtracts:
             self.require_subtractable(x, labels, "quotient='two_forwards'")
@@ -173,7 +174,7 @@ class SoFlow(Objective):
                 ) from error
             if str(error) not in self._underivable.values():
                 _log.warning("the consistency quotient takes two forwards in float32: %s", error)
-            self._underivable[self.network.training] = str(error)
+            self._underivable[form] = str(error)
             self._subtracts = self.needs_float32 = True
 
     # --------------------------------------------------------------------------------------------------- losses
