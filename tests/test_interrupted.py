@@ -197,7 +197,7 @@ def test_a_validation_that_comes_late_warns_as_any_other(tmp_path, monkeypatch, 
         with pytest.raises(KilledError):
             warnings_of(config)
     assert warnings_of(config) == wanted
-    assert len(captures) == 2  # in the two modes
+    assert len(captures) == 3  # of the training, and of two sizes of batches of the validation
     assert_bitwise_equal(final(tmp_path / "run"), final(tmp_path / "straight"))
     assert _validations(tmp_path / "run") == _validations(tmp_path / "straight")
 
