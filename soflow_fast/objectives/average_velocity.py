@@ -22,41 +22,14 @@ class AverageVelocity(DerivativeObjective):
 
     A subclass says in ``guided`` whether its velocity is guided where there are labels, and if so implements
     :meth:`_guidance` and :meth:`_guided_velocity`. Arguments are those of
-    :class:`~soflow_fast.objectives.meanflow.MeanFlow`.
+    :class:`~soflow_fast.objectives.derivative.DerivativeObjective` and direction.
     """
 
     renoises = False
     guided: bool
 
-    def __init__(
-        self,
-        net: nn.Module,
-        *,
-        path: str,
-        label_drop: float,
-        p: float,
-        eps: float,
-        velocity_share: float,
-        time_mean: float,
-        time_std: float,
-        derivative: str,
-        difference_step: float,
-        direction: str,
-        impl: str | None,
-    ):
-        super().__init__(
-            net,
-            path=path,
-            label_drop=label_drop,
-            p=p,
-            eps=eps,
-            velocity_share=velocity_share,
-            time_mean=time_mean,
-            time_std=time_std,
-            derivative=derivative,
-            difference_step=difference_step,
-            impl=impl,
-        )
+    def __init__(self, net: nn.Module, *, direction: str, **others):
+        super().__init__(net, **others)
         require_choice("direction", direction, DIRECTIONS)
         self.direction = direction
 
