@@ -86,7 +86,7 @@ def test_runs_go_on_exactly_and_draw_upright_pictures(tmp_path, monkeypatch, kin
 
     read, model, _ = load_run(tmp_path / "straight", "cpu", model=Painter() if kind == "given" else None)
     assert read.model.input_size == (H, W)
-    assert f"input_size:\n  - {H}\n  - {W}\n" in (tmp_path / "straight" / "config.yaml").read_text()
+    assert f"input_size: [{H}, {W}]\n" in (tmp_path / "straight" / "config.yaml").read_text()
     labels = torch.arange(6) * 10 // 6
     samples = to_uint8(next(Sampler(model, (1, H, W), seed=0, batch=6).draw(labels, 6)))
     picture = np.asarray(Image.open(tmp_path / "straight" / "samples" / "step-00000004.png"))
