@@ -322,8 +322,8 @@ def check_dataset(
         return None
     if shape == (2 * channels, *size):
         with preserve_rng():
-            stds = [dataset[i][0][channels:] for i in range(min(len(dataset), _LOOKED_AT))]
-        if any((std < 0).any() for std in stds):
+            items = [item, *(dataset[i] for i in range(1, min(len(dataset), _LOOKED_AT)))]
+        if any((pair[0][channels:] < 0).any() for pair in items):
             raise ValueError(
                 f"the data has {2 * channels} channels, twice model.in_channels={channels}, which stands for means and "
                 "standard deviations of latents, and some of the latter are negative; for samples of so many channels "

@@ -45,7 +45,7 @@ class Encoded(NamedTuple):
     Attributes:
         path: of the file. rows: samples in it. shape: (C, H, W) of a latent. num_classes: 0 for images without
             classes. scale: what makes the latents' standard deviation about 1. vae: name of the autoencoder. mean, std:
-        (C,), what each channel is to be normalised by before it is scaled, or empty.
+            (C,), what each channel is to be normalised by before it is scaled, or empty.
     """
 
     path: Path

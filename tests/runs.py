@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from soflow_fast import checkpoint, trainer
+from soflow_fast.build import sample_shape
 from soflow_fast.cli import main
 from soflow_fast.config import (
     DataConfig,
@@ -23,6 +24,9 @@ from soflow_fast.config import (
     SoFlowConfig,
     TrainConfig,
 )
+from soflow_fast.evaluate import digit_scores
+from soflow_fast.images import balanced_labels
+from soflow_fast.sample import Sampler
 from soflow_fast.size import height_and_width
 
 
@@ -71,6 +75,16 @@ def refused(capsys, *args) -> str:
     assert printed.err.count("\n") == 1
     assert "Traceback" not in printed.err
     return printed.err
+
+
+def scores_of_digits(config: TrainConfig) -> dict[str, float]:
+    """Trains on the digits, and scores 2,000 one-step samples of the averages."""
+    run = trainer.Trainer(config)
+    run.fit()
+    labels = balanced_labels(2000, 10)
+    with run.ema.applied():
+        parts = Sampler(run.model, sample_shape(config), batch=1000).draw(labels, 2000)
+        return digit_scores(torch.cat(list(parts)), labels)
 
 
 def write_latents(path: Path, n=40, channels=4, size=8, classes=10, **changes) -> Path:

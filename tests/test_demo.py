@@ -4,15 +4,11 @@ import json
 from dataclasses import replace
 
 import pytest
-import torch
 from PIL import Image
+from runs import scores_of_digits
 
-from soflow_fast import Trainer, demo
-from soflow_fast.build import sample_shape
+from soflow_fast import demo
 from soflow_fast.cli import main
-from soflow_fast.evaluate import digit_scores
-from soflow_fast.images import balanced_labels
-from soflow_fast.sample import Sampler
 
 
 def test_demo_writes_what_it_names(tmp_path, capsys, monkeypatch):
@@ -38,12 +34,7 @@ def test_demo_writes_what_it_names(tmp_path, capsys, monkeypatch):
 @pytest.mark.slow
 def test_four_hundred_quarter_batches_learn_the_digits(tmp_path):
     config = replace(demo.demo_config(str(tmp_path), device="cpu"), total_steps=400, batch_size=64)
-    run = Trainer(config)
-    run.fit()
-    labels = balanced_labels(2000, 10)
-    with run.ema.applied():
-        parts = Sampler(run.model, sample_shape(config), batch=1000).draw(labels, 2000)
-        scores = digit_scores(torch.cat(list(parts)), labels)
+    scores = scores_of_digits(config)
     assert scores["frechet_all"] < 3.2
     assert scores["frechet_held_out"] < 3.8
     assert scores["recognised"] > 0.35  # 0.1 by chance

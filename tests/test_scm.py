@@ -8,15 +8,11 @@ import pytest
 import torch
 from fast_step_runs import make_model, make_step, train, training_batch
 from foreign_networks import UNet
-from runs import StopError, assert_bitwise_equal, final, stop_at, tiny_config
+from runs import StopError, assert_bitwise_equal, final, scores_of_digits, stop_at, tiny_config
 
 from soflow_fast import SCM, DiT, demo
-from soflow_fast.build import sample_shape
 from soflow_fast.config import SCMConfig
-from soflow_fast.evaluate import digit_scores
-from soflow_fast.images import balanced_labels
 from soflow_fast.kernels.reference import Stream, normal, uniform
-from soflow_fast.sample import Sampler
 from soflow_fast.trainer import Trainer
 
 B, SEED, STEP = 8, 5, 7
@@ -259,11 +255,6 @@ def test_four_hundred_quarter_batches_learn_the_digits(tmp_path):
     config = replace(demo.demo_config(str(tmp_path), device="cpu"), total_steps=400, batch_size=64, objective="scm")
     config = replace(config, scm=SCMConfig(tangent_warmup=1.0))
     config.optimizer.learning_rate = 3e-3
-    run = Trainer(config)
-    run.fit()
-    labels = balanced_labels(2000, 10)
-    with run.ema.applied():
-        parts = Sampler(run.model, sample_shape(config), batch=1000).draw(labels, 2000)
-        scores = digit_scores(torch.cat(list(parts)), labels)
+    scores = scores_of_digits(config)
     assert scores["frechet_all"] < 3.2
     assert scores["recognised"] > 0.5  # 0.1 by chance
