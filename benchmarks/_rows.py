@@ -27,7 +27,9 @@ from _baselines import (
 from torch import Tensor, nn
 
 from soflow_fast import DiT, SoFlow
+from soflow_fast.attention import OF_A_GPU
 from soflow_fast.ema import EMA
+from soflow_fast.flash import PACKAGES
 from soflow_fast.objectives.base import Objective
 from soflow_fast.objectives.flow_matching import FlowMatching
 from soflow_fast.objectives.meanflow import MeanFlow
@@ -223,6 +225,12 @@ ABLATIONS = {
     "soflow/fast-own-attention": replace(
         _FAST, what="projection and attention by the library's kernels", network={"attention": "triton"}
     ),
+    **{
+        f"soflow/fast-{name.replace('_', '-')}": replace(
+            _FAST, what=f"projection and attention by {package.name}", network={"attention": name}
+        )
+        for name, package in PACKAGES.items()
+    },
     "soflow/fast-recompute-elementwise": replace(
         _FAST, what="the GELU computed again in the backward", network={"recompute": "elementwise"}
     ),
@@ -275,7 +283,7 @@ def build(row: Row, workload: Workload) -> TrainStep:
         network = {name: value for name, value in network.items() if not isinstance(value, torch.dtype)}
     impl = row.impl
     if not workload.fused:  # plain torch in place of every kernel
-        impl, network = "torch", {name: value for name, value in network.items() if value != "triton"}
+        impl, network = "torch", {name: value for name, value in network.items() if value not in OF_A_GPU}
     net = workload.network(row.dit, **{"impl": impl, "attention": workload.attention, **network})
     model = row.objective(net, **workload.recipe(row.objective), **row.settings)
     graph = row.cuda_graph and workload.device == "cuda"

@@ -57,7 +57,7 @@ _NATIVE_TESTS = {
         "self_attention",
         "velocity",
     ],
-    "correctness_step": ["optim", "impl", "attention", "fast_step", "capture"],
+    "correctness_step": ["optim", "impl", "attention", "flash", "fast_step", "capture"],
 }
 
 # Batch 256 for the rows that fit: the published form keeps float32 activations, with which XL/2 and L/2 do not. Their

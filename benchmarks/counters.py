@@ -68,16 +68,26 @@ SAVED = {
 
 
 def fake_step(
-    preset: str, *, impl="triton", quotient="difference", step=TrainStep, objective=SoFlow, compile=False, **network
+    preset: str,
+    *,
+    impl="triton",
+    attention="sdpa",
+    quotient="difference",
+    step=TrainStep,
+    objective=SoFlow,
+    compile=False,
+    **network,
 ) -> TrainStep:
     """A preset's step in bfloat16; to be built and run under one FakeTensorMode.
 
     Args:
-        impl: of the ops. quotient: of SoFlow. step, objective: classes. compile: of the step. network: of the DiT.
+        impl: of the ops. attention: its backend. quotient: of SoFlow. step, objective: classes. compile: of the step.
+            network: of the DiT.
     """
     net = DiT.from_preset(preset, impl="torch", **network)
     model = objective(net, quotient=quotient)
     net.impl = model.impl = impl  # not asked for by name: fused ops on fake tensors need no GPU
+    net.attention = attention
     adamw = AdamW((p for p in net.parameters() if p.requires_grad), impl="torch")
     return step(model, optimizer=adamw, ema=EMA(model), total_steps=4, precision="bf16", compile=compile)
 

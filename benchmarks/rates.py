@@ -22,6 +22,7 @@ from _pieces import gpu_lost
 from _timing import Timer, copy_bandwidth, launch_floor_ms
 from torch import Tensor
 
+from soflow_fast import flash
 from soflow_fast.attention import attention as network_attention
 from soflow_fast.dit import PRESETS
 from soflow_fast.kernels import mlp, reference, self_attention
@@ -90,13 +91,13 @@ def parts(sizes: tuple[int, int, int, int], batch: int, device: str, dtype: torc
 
         return make
 
-    def own_attention(b: int, backward: bool):
+    def projected_attention(b: int, backward: bool, forward_op: Callable, backward_op: Callable, *options: str):
         def make():
             y, g = normal(b, N, 3, heads, D // heads), normal(b, N, heads, D // heads)
 
             def run():
-                o, lse = self_attention._forward(y)
-                return self_attention.backward(y, g, o, lse) if backward else o
+                o, lse = forward_op(y, *options)
+                return backward_op(y, g, o, lse, *options) if backward else o
 
             return run
 
@@ -133,12 +134,18 @@ def parts(sizes: tuple[int, int, int, int], batch: int, device: str, dtype: torc
         Part("attention, gradient and backward", gradient, depth, attention(batch, True)),
         Part("attention difference", 2.5 * quarter * two_products, depth, attention_difference),
     ]
-    # Not in the floor: which backend torch has chosen above, and whether another is faster. The library's own leaves
-    # the gradient packed and summed.
+    # Not in the floor: which backend torch has chosen above, and whether another is faster. Those named first leave the
+    # gradient packed, the library's own also summed.
+    projected = {}
     if device == "cuda":
+        projected["triton"] = (self_attention._forward, self_attention.backward)
+        for name in flash.PACKAGES:
+            if flash.missing_for_flash(name, D // heads) is None:
+                projected[name] = (flash._forward, flash._backward, name)
+    for name, ops in projected.items():
         listed += [
-            Part("attention by triton, guidance", guidance, 0, own_attention(rows["guidance"], False)),
-            Part("attention by triton, both ways", gradient, 0, own_attention(batch, True)),
+            Part(f"attention by {name}, guidance", guidance, 0, projected_attention(rows["guidance"], False, *ops)),
+            Part(f"attention by {name}, both ways", gradient, 0, projected_attention(batch, True, *ops)),
         ]
     for name, backend in _BACKENDS.items():
         listed += [

@@ -112,14 +112,6 @@ def constants(*tensors: Tensor) -> list[Tensor]:
     return [tensor.detach() for tensor in tensors]
 
 
-def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """The tensors in autocast's dtype where it is on, so that a backward gets operands of one dtype."""
-    device = tensors[0].device.type
-    if device == "meta" or not torch.is_autocast_enabled(device):  # meta has none to ask about
-        return tensors
-    return tuple(x.to(torch.get_autocast_dtype(device)) for x in tensors)
-
-
 def require_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
     """ValueError unless the tensor has that shape."""
     if tuple(tensor.shape) != tuple(shape):

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
 from torch._inductor.lowering import make_fallback
 
 
@@ -21,3 +22,11 @@ def raw_op(name: str, function: Callable, fake: Callable | None = None) -> Calla
     op.register_fake(function if fake is None else fake)
     make_fallback(getattr(torch.ops.soflow, name).default, warn=False)
     return op
+
+
+def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors in autocast's dtype where it is on, so that a backward gets operands of one dtype."""
+    device = tensors[0].device.type
+    if device == "meta" or not torch.is_autocast_enabled(device):  # meta has none to ask about
+        return tensors
+    return tuple(x.to(torch.get_autocast_dtype(device)) for x in tensors)

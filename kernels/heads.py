@@ -24,8 +24,9 @@ import triton.language as tl
 from torch import Tensor, nn
 
 from ._cases import Case, Inputs
-from ._launch import Launch, autocast, launch, require_dtype, require_shape
-from ._op import raw_op
+from ._launch import Launch, launch, require_dtype, require_shape
+from ._op import autocast, raw_op
+from ._projection import projection_gradients
 from ._rows import require_tokens
 from .reference import split_heads
 
@@ -162,16 +163,6 @@ def _pack_heads_bwd(dq: Tensor | None, dk: Tensor | None, dv: Tensor | None) -> 
 
 
 _op = raw_op("pack_heads_bwd", _pack_heads_bwd)
-
-
-def projection_gradients(
-    dy: Tensor, partials: Tensor, h: Tensor, weight: Tensor, needed: tuple[bool, ...]
-) -> tuple[Tensor | None, ...]:
-    """``(dh, dweight, dbias)``, those needed, of dy (B, N, 3·D) and partial sums of its columns (chunks, 3·D)."""
-    dy = dy.flatten(0, 1)
-    dh = (dy @ weight).view(h.shape) if needed[0] else None
-    dweight = dy.mT @ h.flatten(0, 1) if needed[1] else None
-    return dh, dweight, partials.sum(0).to(weight.dtype) if needed[2] else None
 
 
 @torch.compiler.allow_in_graph  # else a checkpoint that is compiled keeps what it should recompute

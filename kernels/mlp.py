@@ -21,8 +21,8 @@ from torch.utils.flop_counter import register_flop_formula
 
 from ._activations import gelu, value_and_slope
 from ._cases import Case, Inputs
-from ._launch import Launch, autocast, constants, launch, require_dtype, require_shape
-from ._op import raw_op
+from ._launch import Launch, constants, launch, require_dtype, require_shape
+from ._op import autocast, raw_op
 
 # A tile of 4 rows is 8 values a thread, 16-byte accesses in bfloat16. With 64 registers at least half of an SM's
 # threads are resident. At most 256 chunks, so that adding up their sums is small, and of at least 64 rows, so that the

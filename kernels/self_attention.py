@@ -22,17 +22,15 @@ and o once and writes dy: 24, of one block 16. Saved: h, W, y, o and the logarit
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor, nn
-from torch.utils.flop_counter import register_flop_formula
+from torch import Tensor
 
 from . import MAX_HEAD_DIM
 from ._attention import dot, load, own_block, scores, store
 from ._cases import Case, Inputs
-from ._launch import autocast
-from ._op import raw_op
+from ._op import autocast, raw_op
+from ._projection import attention_of_projection, count_flops
 from ._self_attention_backward import backward, blocks, run
-from .heads import check_projection, projection_gradients
-from .reference import split_heads
+from .heads import check_projection
 
 
 @triton.jit(do_not_specialize=["n", "heads"])
@@ -99,49 +97,8 @@ def _forward(y: Tensor) -> tuple[Tensor, Tensor]:
 
 _forward_op = raw_op("self_attention_fwd", _forward)
 _backward_op = raw_op("self_attention_bwd", backward)
-
-
-@register_flop_formula(torch.ops.soflow.self_attention_fwd)
-def _forward_flops(y_shape, *args, out_shape=None, **kwargs) -> int:
-    B, n, _, heads, h = y_shape
-    return 2 * 2 * B * heads * n * n * h
-
-
-@register_flop_formula(torch.ops.soflow.self_attention_bwd)
-def _backward_flops(y_shape, *args, out_shape=None, **kwargs) -> int:
-    """The 5 products of flash attention; that 2 are made twice is the kernels' own affair."""
-    B, n, _, heads, h = y_shape
-    return 5 * 2 * B * heads * n * n * h
-
-
-@torch.compiler.allow_in_graph  # else a checkpoint that is compiled keeps what it should recompute
-class _SelfAttention(torch.autograd.Function):
-    @staticmethod
-    def forward(h, weight, bias, heads):
-        y = nn.functional.linear(h, weight, bias).unflatten(-1, (3, heads, -1))
-        o, lse = _forward_op(y)
-        return o, y, lse
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        h, weight, _, _ = inputs
-        o, y, lse = output
-        ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(y, lse)
-        ctx.save_for_backward(h, weight, o, y, lse)
-
-    @staticmethod
-    def backward(ctx, do, *_):
-        if do is None:
-            return (None,) * 4
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            raise NotImplementedError(
-                "the fused self-attention has no second derivative, which torch.func.grad and vjp want too; use "
-                "torch.autograd.grad for a first one, or impl='torch'"
-            )
-        h, weight, o, y, lse = ctx.saved_tensors
-        dy, sums = _backward_op(y, do, o, lse)
-        return *projection_gradients(dy.flatten(2), sums.flatten(0, 1), h, weight, ctx.needs_input_grad), None
+count_flops(torch.ops.soflow.self_attention_fwd, torch.ops.soflow.self_attention_bwd)
+_attention = attention_of_projection(_forward_op, _backward_op)
 
 
 def self_attention(h: Tensor, weight: Tensor, bias: Tensor, *, heads: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -170,8 +127,7 @@ def self_attention(h: Tensor, weight: Tensor, bias: Tensor, *, heads: int) -> tu
             f"the queries, keys and values of {h.shape[1]} tokens of width {h.shape[2]} are 2^31 numbers or more; use "
             "fewer tokens or attention='sdpa'"
         )
-    o, y, _ = _SelfAttention.apply(h, weight, bias, heads)
-    return o.transpose(1, 2), *split_heads(y.flatten(2), heads)
+    return _attention(h, weight, bias, heads)
 
 
 def cases() -> list[Case]:

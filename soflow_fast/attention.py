@@ -3,21 +3,21 @@
 Shapes: B rows, H heads, N tokens, h head dim.
 """
 
-import importlib.util
 import logging
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from soflow_fast.flash import PACKAGES, missing_for_flash
 from soflow_fast.kernels import MAX_HEAD_DIM, missing_for_triton
 
 _log = logging.getLogger(__name__)
 
-BACKENDS = ("auto", "sdpa", "triton", "torch_flash", "torch_efficient", "cudnn", "flash_attn", "math")
+BACKENDS = ("auto", "sdpa", "triton", "torch_flash", "torch_efficient", "cudnn", *PACKAGES, "math")
 
 #: those that run on a GPU alone
-OF_A_GPU = ("triton", "torch_efficient", "cudnn", "flash_attn")
+OF_A_GPU = ("triton", "torch_efficient", "cudnn", *PACKAGES)
 
 # Torch's own. ``sdpa`` is its choice without cuDNN, which torch 2.11 would take first on an H100: its backward there is
 # reported to return NaN for rows whose logsumexp is below −88 at 64, 192, ... tokens (pytorch's issue 196678), and a
@@ -29,12 +29,6 @@ _OF_TORCH = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,
 }
 
-_HALF_PRECISION = ("flash_attn", "cudnn")
-_HALF_PRECISION_ON_A_GPU = ("torch_flash",)
-
-# flash-attn's published kernels take half precision and head dims up to 256.
-_FLASH_MAX_HEAD_DIM = 256
-
 
 def resolve_attention(name: str, head_dim: int, compute_dtype: torch.dtype | None = None) -> str:
     """The backend that ``name`` stands for on this machine; logged.
@@ -43,9 +37,10 @@ def resolve_attention(name: str, head_dim: int, compute_dtype: torch.dtype | Non
     for by name. Which is fastest for a shape has not been measured on a GPU yet. ``math`` is the plain formula, the
     only backend with forward-mode AD and with float64 on a GPU. ``triton`` is the library's own, of a layer from its
     projection on, see :func:`soflow_fast.kernels.fused.self_attention`; a DiT takes it with ``impl="triton"``, up to
-    the head dims of :data:`soflow_fast.kernels.MAX_HEAD_DIM`. ``torch_flash``, ``torch_efficient`` and ``cudnn`` hold
-    torch to one of its own. All that need a GPU are unverified when asked for by name, never run natively for this
-    project.
+    the head dims of :data:`soflow_fast.kernels.MAX_HEAD_DIM`. ``flash_attn``, ``flash_attn_3`` and ``flash_attn_4``
+    are FlashAttention 2, 3 (for Hopper) and 4 (Hopper and Blackwell), see :mod:`soflow_fast.flash`. ``torch_flash``,
+    ``torch_efficient`` and ``cudnn`` hold torch to one of its own. All that need a GPU are unverified when asked for by
+    name, never run natively for this project.
 
     Args:
         name: one of ``BACKENDS``. head_dim: h. compute_dtype: of q, k and v, where it is known.
@@ -71,16 +66,12 @@ def missing_for(name: str, head_dim: int, compute_dtype: torch.dtype | None = No
             return missing
         where = f" in {compute_dtype}" if compute_dtype in MAX_HEAD_DIM else ""
         return f"takes head dims up to {most}{where}, and this model has {head_dim}"
-    if name == "flash_attn":
-        spec = importlib.util.find_spec("flash_attn")
-        if spec is None or spec.origin is None:  # a folder without __init__.py is version 4, of another interface
-            return "needs the package flash-attn, which is not installed (pip install 'soflow-fast[flash]')"
+    if name in PACKAGES:
+        return missing_for_flash(name, head_dim)
     if name == "cudnn" and not (torch.cuda.is_available() and torch.backends.cudnn.is_available()):
         return "needs a CUDA GPU with cuDNN and none is visible"
     if name in OF_A_GPU and not torch.cuda.is_available():
         return "needs a CUDA GPU and none is visible"
-    if name == "flash_attn" and (head_dim % 8 or head_dim > _FLASH_MAX_HEAD_DIM):
-        return f"takes head dims that are multiples of 8 up to {_FLASH_MAX_HEAD_DIM}, and this model has {head_dim}"
     return None
 
 
@@ -109,7 +100,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, backend: str) -> Tensor:
 
     Args:
         q, k, v: (B, H, N, h), any strides with a contiguous last axis. backend: as :func:`resolve_attention` returns,
-            but ``triton``, which has q, k and v made too.
+            but those that make q, k and v too: ``triton`` and the packages of flash attention.
 
     Returns:
         (B, H, N, h), dtype of q.
@@ -117,7 +108,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, backend: str) -> Tensor:
     Raises:
         ValueError: for a backend that takes half precision only, and others.
     """
-    half_only = backend in _HALF_PRECISION or (backend in _HALF_PRECISION_ON_A_GPU and q.is_cuda)
+    half_only = backend == "cudnn" or (backend == "torch_flash" and q.is_cuda)
     if half_only and q.dtype not in (torch.bfloat16, torch.float16):
         raise ValueError(
             f"attention={backend!r} takes bfloat16 and float16 and got {q.dtype}; compute in bf16 or choose "
@@ -126,10 +117,6 @@ def attention(q: Tensor, k: Tensor, v: Tensor, backend: str) -> Tensor:
     if backend == "math":
         scores = (q @ k.mT).to(torch.promote_types(q.dtype, torch.float32)) * q.shape[-1] ** -0.5
         return scores.softmax(-1).to(v.dtype) @ v
-    if backend == "flash_attn":
-        from flash_attn import flash_attn_func  # of (B, N, H, h); its default scale is h^-½
-
-        return flash_attn_func(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2)
     if backend == "sdpa" and not q.is_cuda:
         return nn.functional.scaled_dot_product_attention(q, k, v)
     with sdpa_kernel(_OF_TORCH[backend]):

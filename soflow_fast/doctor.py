@@ -6,6 +6,7 @@ from importlib import metadata
 import torch
 
 from soflow_fast.attention import missing_for, resolve_attention
+from soflow_fast.flash import PACKAGES
 from soflow_fast.kernels import missing_for_triton, resolve_impl
 
 # Package, and what is missing without it.
@@ -19,7 +20,7 @@ _PACKAGES = {
     "torchvision": "scores and data.kind='cifar10'",
     "matplotlib": "the demo's figures",
     "diffusers": "encoding to latents and decoding them (data.vae)",
-    "flash-attn": "attention='flash_attn'",
+    **{package.name: f"attention={backend!r}" for backend, package in PACKAGES.items()},
 }
 
 # What the tests run on and the kernels are compiled with offline; the first numbers of constraints.txt.
@@ -47,8 +48,8 @@ def report() -> str:
     lines += [f"  impl=auto       {impl}: {_why_impl(impl)}"]
     why = "torch's own choice among its kernels, without cuDNN's; none has been measured to be better here"
     lines += [f"  attention=auto  {attention}: {why}"]
-    for backend in ("triton", "flash_attn", "cudnn"):
-        lines.append(f"  attention={backend:<11}{missing_for(backend, _HEAD_DIM) or 'available, unverified'}")
+    for backend in ("triton", *PACKAGES, "cudnn"):
+        lines.append(f"  attention={backend:<13}{missing_for(backend, _HEAD_DIM) or 'available, unverified'}")
     return "\n".join(lines)
 
 

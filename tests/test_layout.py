@@ -13,7 +13,7 @@ FLOORS = [
     ["kernels"],
     [
         "config", "config_data", "config_io", "config_model", "config_objective", "config_optimizer", "derivation",
-        "difference_nonlinear", "difference_rules", "differencing", "imported", "interop", "paths", "require",
+        "difference_nonlinear", "difference_rules", "differencing", "flash", "imported", "interop", "paths", "require",
         "seeding", "size",
     ],
     [
