@@ -27,6 +27,9 @@ _log = logging.getLogger(__name__)
 METRICS_NAME = "metrics.jsonl"
 TIME_BINS = 10
 
+# Steps whose reports are kept until they are added up: 1 MB of 1,024 rows.
+_KEPT_STEPS = 64
+
 
 def due(step: int, every: int) -> bool:
     """Whether what comes every so many steps, 0 for never, comes after this one."""
@@ -65,15 +68,20 @@ def going_on(what: str, processes: Processes) -> Iterator[None]:
         _log.warning("%s failed, and training goes on: %s", what, error, exc_info=error)
 
 
-def sums_of(part: LossOutput | Tensor) -> Tensor:
-    """(3 + 2·TIME_BINS,): rows, mse, weighted mse; then mse and rows of each time bin. Of one number (2,): 1 and it."""
+def sums_of(part: LossOutput | Tensor, counted: Tensor | None = None) -> Tensor:
+    """(3 + 2·TIME_BINS,): rows, mse, weighted mse; then mse and rows of each time bin. Of numbers (2,): how many, and
+    their sum. ``counted``: which of the rows or numbers enter, by default all.
+    """
+    values = part if torch.is_tensor(part) else part.mse
+    counted = torch.ones_like(values, dtype=torch.bool) if counted is None else counted
+    rows, values = counted.float(), torch.where(counted, values.float(), 0)
     if torch.is_tensor(part):
-        return torch.stack([torch.ones_like(part), part]).float()
+        return torch.stack([rows.sum(), values.sum()])
     bins = torch.bucketize(part.t.float(), _edges(part.t.device), right=True)
     member = (bins[:, None] == torch.arange(TIME_BINS, device=bins.device)).float()
-    mse = part.mse.float()
-    plain = torch.stack([torch.ones_like(mse).sum(), mse.sum(), (part.weight * mse).sum()])
-    return torch.cat([plain, mse @ member, member.sum(0)])
+    weighted = torch.where(counted, part.weight.float(), 0) * values
+    plain = torch.stack([rows.sum(), values.sum(), weighted.sum()])
+    return torch.cat([plain, values @ member, rows @ member])
 
 
 @cache
@@ -99,6 +107,8 @@ class Meter:
     Steps whose gradient, for which they are left out, or loss is not finite do not enter the means; they are counted.
     With several processes, what is read is of all of them, and all of them must read.
 
+    Of a step what it reports is copied, in a launch or two; what that adds up to is computed of many steps at once.
+
     Args:
         processes: of the run. skipped: how many such steps there were before.
     """
@@ -107,18 +117,48 @@ class Meter:
         self._processes = processes
         self._skipped = torch.tensor([skipped, 0], device=processes.device)  # how many, and the first, from 1, or 0
         self._sums: dict[str, Tensor] = {}
+        self._steps: list[int] = []
+        self._kept: list[Tensor] = []
+        self._sizes: dict[str, int] = {}  # of the parts in what is kept: their rows, or 0 of a number
 
     def update(self, step: int, stats: StepStats) -> None:
         """Adds step number ``step``, counted from 1."""
-        finite = stats.finite & stats.loss.isfinite()
-        self._skipped[0] += ~finite
-        self._skipped[1] += (~finite & (self._skipped[1] == 0)) * step
-        self._add("", torch.stack([torch.ones_like(stats.loss), stats.loss, stats.grad_norm]), finite)
-        for name, part in stats.parts.items():
-            self._add(name, sums_of(part), finite)
+        sizes = {name: 0 if torch.is_tensor(part) else len(part.mse) for name, part in stats.parts.items()}
+        if sizes != self._sizes or len(self._kept) == _KEPT_STEPS:
+            self._fold()
+            self._sizes = sizes
+        values = [stats.loss, stats.grad_norm, stats.finite]
+        for part in stats.parts.values():
+            values += [part] if torch.is_tensor(part) else [part.mse, part.weight, part.t]
+        self._kept.append(torch.cat([x.detach().float().view(-1) for x in values]))
+        self._steps.append(step)
+
+    def _fold(self) -> None:
+        if not self._kept:
+            return
+        kept = torch.stack(self._kept)
+        steps = torch.tensor(self._steps).to(kept.device, non_blocking=True)
+        self._kept, self._steps = [], []
+        sizes = [1, 1, 1] + [n for size in self._sizes.values() for n in (3 * [size] if size else [1])]
+        loss, grad_norm, finite, *columns = kept.split(sizes, 1)
+        finite = (finite > 0) & loss.isfinite()
+        first = torch.where(finite[:, 0], torch.iinfo(steps.dtype).max, steps).min()
+        self._skipped[1] = torch.where((self._skipped[1] == 0) & ~finite.all(), first, self._skipped[1])
+        self._skipped[0] += (~finite).sum()
+        self._add("", torch.where(finite, torch.cat([torch.ones_like(loss), loss, grad_norm], 1), 0).sum(0))
+        columns = iter(columns)
+        for name, size in self._sizes.items():
+            counted = finite.expand(-1, max(size, 1)).reshape(-1)
+            if size:
+                mse, weight, t = (next(columns).reshape(-1) for _ in range(3))
+                part = LossOutput(loss, mse, weight, t)
+            else:
+                part = next(columns).reshape(-1)
+            self._add(name, sums_of(part, counted))
 
     def skipped(self) -> tuple[int, int]:
         """How many such steps the whole run had, and the first of them since it was started, from 1, or 0."""
+        self._fold()
         return tuple(self._processes.maximum(self._skipped).tolist())
 
     def read(self) -> dict[str, float | list[float | None]]:
@@ -128,6 +168,7 @@ class Meter:
         over :data:`TIME_BINS` equal bins of t, None where a bin had no rows. Of a part that is one number there is
         ``<part>/loss``.
         """
+        self._fold()
         sizes = {name: len(sums) for name, sums in self._sums.items()}
         if not sizes:
             return {}
@@ -142,8 +183,7 @@ class Meter:
             values |= means_of(name, of_part)
         return values
 
-    def _add(self, name: str, values: Tensor, finite: Tensor) -> None:
-        values = torch.where(finite, values, 0)
+    def _add(self, name: str, values: Tensor) -> None:
         self._sums[name] = self._sums[name] + values if name in self._sums else values
 
 
