@@ -77,7 +77,7 @@ def sums_of(part: LossOutput | Tensor, counted: Tensor | None = None) -> Tensor:
     rows, values = counted.float(), torch.where(counted, values.float(), 0)
     if torch.is_tensor(part):
         return torch.stack([rows.sum(), values.sum()])
-    bins = torch.bucketize(part.t.float(), _edges(part.t.device), right=True)
+    bins = torch.bucketize(part.t.float().contiguous(), _edges(part.t.device), right=True)
     member = (bins[:, None] == torch.arange(TIME_BINS, device=bins.device)).float()
     weighted = torch.where(counted, part.weight.float(), 0) * values
     plain = torch.stack([rows.sum(), values.sum(), weighted.sum()])
