@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from soflow_fast import DiT, SoFlow
 from soflow_fast.attention import OF_A_GPU
 from soflow_fast.ema import EMA
-from soflow_fast.flash import PACKAGES
+from soflow_fast.flash_packages import PACKAGES
 from soflow_fast.objectives.base import Objective
 from soflow_fast.objectives.flow_matching import FlowMatching
 from soflow_fast.objectives.meanflow import MeanFlow

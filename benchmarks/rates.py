@@ -25,6 +25,7 @@ from torch import Tensor
 from soflow_fast import flash
 from soflow_fast.attention import attention as network_attention
 from soflow_fast.dit import PRESETS
+from soflow_fast.flash_packages import PACKAGES, missing_for_flash
 from soflow_fast.kernels import mlp, reference, self_attention
 
 INPUT_SIZE = 32
@@ -139,8 +140,8 @@ def parts(sizes: tuple[int, int, int, int], batch: int, device: str, dtype: torc
     projected = {}
     if device == "cuda":
         projected["triton"] = (self_attention._forward, self_attention.backward)
-        for name in flash.PACKAGES:
-            if flash.missing_for_flash(name, D // heads) is None:
+        for name in PACKAGES:
+            if missing_for_flash(name, D // heads) is None:
                 projected[name] = (flash._forward, flash._backward, name)
     for name, ops in projected.items():
         listed += [

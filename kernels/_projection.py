@@ -63,7 +63,7 @@ def attention_of_projection(forward: Callable, backward: Callable) -> Callable:
             if torch.is_grad_enabled() and not torch.compiler.is_compiling():
                 raise NotImplementedError(
                     "the fused self-attention has no second derivative, which torch.func.grad and vjp want too; use "
-                    "torch.autograd.grad for a first one, or impl='torch'"
+                    "torch.autograd.grad for a first one, or impl='torch' and attention='math'"
                 )
             h, weight, o, y, lse = ctx.saved_tensors
             dy, sums = backward(y, do, o, lse)

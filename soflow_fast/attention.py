@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from soflow_fast.flash import PACKAGES, missing_for_flash
+from soflow_fast.flash_packages import PACKAGES, missing_for_flash
 from soflow_fast.kernels import MAX_HEAD_DIM, missing_for_triton
 
 _log = logging.getLogger(__name__)

@@ -6,7 +6,7 @@ from importlib import metadata
 import torch
 
 from soflow_fast.attention import missing_for, resolve_attention
-from soflow_fast.flash import PACKAGES
+from soflow_fast.flash_packages import PACKAGES
 from soflow_fast.kernels import missing_for_triton, resolve_impl
 
 # Package, and what is missing without it.

@@ -10,123 +10,14 @@ A forward and a backward are one operator each, of which Inductor is told, also 
 Shapes: B rows, N tokens, D = H·h width, H heads, h head dim.
 """
 
-import importlib
 from collections.abc import Callable
-from importlib import metadata
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from soflow_fast.flash_packages import PACKAGES
 from soflow_fast.kernels._op import autocast, raw_op
 from soflow_fast.kernels._projection import attention_of_projection, count_flops
-
-
-def _forward_2(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    from flash_attn.flash_attn_interface import _flash_attn_forward
-
-    o, lse, *_ = _flash_attn_forward(
-        q, k, v, dropout_p=0.0, softmax_scale=scale, causal=False, window_size_left=-1, window_size_right=-1,
-        softcap=0.0, alibi_slopes=None, return_softmax=False,
-    )  # fmt: skip
-    return o, lse
-
-
-def _backward_2(do, q, k, v, o, lse, dq, dk, dv, scale: float, deterministic: bool) -> None:
-    from flash_attn.flash_attn_interface import _flash_attn_backward
-
-    _flash_attn_backward(
-        do, q, k, v, o, lse, dq, dk, dv, dropout_p=0.0, softmax_scale=scale, causal=False, window_size_left=-1,
-        window_size_right=-1, softcap=0.0, alibi_slopes=None, deterministic=deterministic, rng_state=None,
-    )  # fmt: skip
-
-
-def _forward_3(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    # more than one part of the keys would be for a few long sequences, and is added up in no fixed order
-    o, lse, *_ = torch.ops.flash_attn_3.fwd(q, k, v, softmax_scale=scale, is_causal=False, num_splits=1)
-    return o, lse
-
-
-def _backward_3(do, q, k, v, o, lse, dq, dk, dv, scale: float, deterministic: bool) -> None:
-    torch.ops.flash_attn_3.bwd(
-        do, q, k, v, o, lse, dq, dk, dv, softmax_scale=scale, is_causal=False, deterministic=deterministic
-    )
-
-
-def _forward_4(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    from flash_attn.cute.interface import _flash_attn_fwd
-
-    o, lse, *_ = _flash_attn_fwd(q, k, v, softmax_scale=scale, causal=False, return_lse=True)
-    return o, lse
-
-
-def _backward_4(do, q, k, v, o, lse, dq, dk, dv, scale: float, deterministic: bool) -> None:
-    from flash_attn.cute.interface import _flash_attn_bwd
-
-    _flash_attn_bwd(
-        q, k, v, o, do, lse, softmax_scale=scale, causal=False, deterministic=deterministic, dq=dq, dk=dk, dv=dv
-    )
-
-
-class _Package(NamedTuple):
-    """A package and what is called of it.
-
-    Attributes:
-        name: of the distribution. module: whose import makes its kernels known. install: how it gets here.
-        capabilities: the first numbers of the compute capabilities it has kernels for. widest: head dim.
-    """
-
-    name: str
-    module: str
-    install: str
-    capabilities: range
-    widest: int
-    forward: Callable
-    backward: Callable
-
-
-PACKAGES = {
-    "flash_attn": _Package(
-        "flash-attn", "flash_attn.flash_attn_interface", "pip install 'soflow-fast[flash]'", range(8, 13), 256,
-        _forward_2, _backward_2,
-    ),
-    "flash_attn_3": _Package(
-        "flash-attn-3", "flash_attn_interface", "build it in the folder 'hopper' of flash-attention's repository",
-        range(9, 10), 256, _forward_3, _backward_3,
-    ),
-    "flash_attn_4": _Package(
-        "flash-attn-4", "flash_attn.cute.interface", "pip install 'soflow-fast[flash4]'", range(9, 13), 128,
-        _forward_4, _backward_4,
-    ),
-}  # fmt: skip
-
-
-def missing_for_flash(name: str, head_dim: int) -> str | None:
-    """Why one of PACKAGES cannot run here, as the rest of a sentence about it, or None."""
-    package = PACKAGES[name]
-    try:
-        metadata.version(package.name)
-    except metadata.PackageNotFoundError:
-        return f"needs the package {package.name}, which is not installed ({package.install})"
-    if not torch.cuda.is_available():
-        return "needs a CUDA GPU and none is visible"
-    capability = torch.cuda.get_device_capability()[0]
-    if capability not in package.capabilities:
-        return f"has no kernels for compute capability {capability}, which {torch.cuda.get_device_name()} is of"
-    if head_dim % 8 or head_dim > package.widest:
-        return f"takes head dims that are multiples of 8 up to {package.widest}, and this model has {head_dim}"
-    # Up to 4.0.0b36 its backward adds dq up in rows of a multiple of 16 and reads them as of a multiple of 32
-    # (flash-attention's pull request 2896): dq is wrong, silently.
-    if name == "flash_attn_4" and capability == 9 and 0 < head_dim % 32 <= 16:
-        return (
-            f"has a wrong gradient for head dim {head_dim} on GPUs of compute capability 9 (flash-attention's pull "
-            "request 2896)"
-        )
-    try:
-        importlib.import_module(package.module)
-    except ImportError as error:
-        return f"needs the package {package.name}, and its import fails ({error})"
-    return None
 
 
 def _forward(y: Tensor, backend: str) -> tuple[Tensor, Tensor]:

@@ -10,8 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from soflow_fast import flash
 from soflow_fast.attention import attention
+from soflow_fast.flash_packages import PACKAGES
 from soflow_fast.kernels import MAX_HEAD_DIM, reference
 from soflow_fast.kernels.coefficients import require_choice
 from soflow_fast.kernels.reference import split_heads
@@ -110,8 +110,10 @@ class Attention(nn.Module):
         weight, bias = self.qkv.weight.to(h.dtype), self.qkv.bias.to(h.dtype)
         if call.attention == "triton":
             o, q, k, v = call.ops.self_attention(h, weight, bias, heads=self.num_heads)
-        elif call.attention in flash.PACKAGES:
-            o, q, k, v = flash.self_attention(h, weight, bias, heads=self.num_heads, backend=call.attention)
+        elif call.attention in PACKAGES:
+            from soflow_fast.flash import self_attention  # with Inductor, which no command without it should wait for
+
+            o, q, k, v = self_attention(h, weight, bias, heads=self.num_heads, backend=call.attention)
         else:
             q, k, v = call.ops.project_heads(h, weight, bias, heads=self.num_heads)
             o = attention(q, k, v, call.attention)

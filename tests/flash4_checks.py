@@ -13,6 +13,7 @@ from flash_attn.cute import interface
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from soflow_fast import flash
+from soflow_fast.flash_packages import PACKAGES, missing_for_flash
 
 NAME = "flash_attn_4"
 
@@ -41,11 +42,11 @@ def wrong_gradients_are_refused():
         mock.patch.object(torch.cuda, "is_available", return_value=True),
         mock.patch.object(torch.cuda, "get_device_capability", return_value=(9, 0)),
     ):
-        for head_dim in range(8, flash.PACKAGES[NAME].widest + 1, 8):
+        for head_dim in range(8, PACKAGES[NAME].widest + 1, 8):
             tiles = interface._tile_size_bwd_sm90(head_dim, head_dim, causal=False, local=False)
             kernel = interface.FlashAttentionBackwardSm90(cutlass.BFloat16, head_dim, dKV_swapAB=tiles.dKV_swapAB)
             read = -(-head_dim // 32) * 32
-            assert (kernel.tile_hdim == read) == (flash.missing_for_flash(NAME, head_dim) is None), head_dim
+            assert (kernel.tile_hdim == read) == (missing_for_flash(NAME, head_dim) is None), head_dim
 
 
 if __name__ == "__main__":

@@ -220,14 +220,14 @@ def a_block_launches_and_moves_no_more_than_committed():
 
 
 def flash_attention_leaves_one_gradient():
-    """Instead of three that are packed and summed, at least 7 bytes more; and its operators are known to Inductor."""
+    """Instead of three that are packed and summed, 8 bytes more; and its operators are known to Inductor."""
     sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
     import counters
 
     with mock.patch.object(OperatorIssue, "operator_str", side_effect=AssertionError("an operator was described")):
         moved = counters.compiled_block("DiT-B/4", attention="flash_attn_4")["bytes_moved_per_element_block"]
     committed = json.loads(counters.COUNTERS.read_text())["DiT-B/4"]
-    assert moved <= committed["bytes_moved_per_element_block"] - 7
+    assert moved <= committed["bytes_moved_per_element_block"] - 9  # one of them saved elsewhere since
 
 
 def the_step_of_two_processes_is_written():

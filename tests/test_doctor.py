@@ -12,7 +12,7 @@ import pytest
 import torch
 from runs import soflow
 
-from soflow_fast import commands, doctor, flash
+from soflow_fast import commands, doctor, flash_packages
 from soflow_fast.cli import main
 
 
@@ -84,9 +84,10 @@ def test_a_gpu_is_described(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: Gpu)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
-    monkeypatch.setattr(flash.importlib, "import_module", lambda name: None)
+    monkeypatch.setattr(flash_packages, "_load", lambda name: None)
     lines = doctor.report().splitlines()
     assert "  cuda:0          Some GPU, 80 GiB, compute capability 9.0" in lines
     assert "  device=auto     cuda" in lines
     assert any(line.startswith("  impl=auto       triton: a CUDA GPU") for line in lines)
-    assert "  attention=flash_attn_4 available, unverified" in lines
+    installed = doctor._version("flash-attn-4") is not None
+    assert ("  attention=flash_attn_4 available, unverified" in lines) == installed

@@ -6,22 +6,23 @@ import sys
 from importlib import metadata
 from pathlib import Path
 
-import flash_packages
+import flash_stubs
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from soflow_fast import DiT, doctor, flash
 from soflow_fast.attention import missing_for, resolve_attention
+from soflow_fast.flash_packages import PACKAGES
 from soflow_fast.kernels import reference
 
-NAMES = list(flash.PACKAGES)
+NAMES = list(PACKAGES)
 GRADIENTS = ("h", "weight", "bias")
 
 
 @pytest.fixture
 def packages(monkeypatch):
-    flash_packages.install(monkeypatch)
+    flash_stubs.install(monkeypatch)
 
 
 def _inputs(dtype=torch.bfloat16, rows=2, tokens=24, heads=4, head_dim=72):
@@ -59,7 +60,7 @@ def test_values_and_gradients(packages, name, head_dim):
     ours = _results(_ours(name), arguments)
     _assert_close(ours, _results(reference.self_attention, {key: x.double() for key, x in arguments.items()}))
     assert [x.dtype for x in ours] == 7 * [torch.bfloat16]
-    assert [(name, x) for x in (None, False)] == flash_packages.CALLS
+    assert [(name, x) for x in (None, False)] == flash_stubs.CALLS
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="the packages' kernels need a GPU")
@@ -103,19 +104,19 @@ def test_deterministic_where_torch_is_told_to_be(packages, name):
         _results(_ours(name), _inputs())
     finally:
         torch.use_deterministic_algorithms(False)
-    assert [deterministic for _, deterministic in flash_packages.CALLS] == [None, True]
+    assert [deterministic for _, deterministic in flash_stubs.CALLS] == [None, True]
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_projection_and_its_gradient_are_never_copied(packages, name, monkeypatch):
     """What the package gets are views of one tensor, and it writes into another."""
-    seen, backward = [], flash.PACKAGES[name].backward
+    seen, backward = [], PACKAGES[name].backward
 
     def watched(do, q, k, v, o, lse, dq, dk, dv, *options):
         seen.append([{x.untyped_storage().data_ptr() for x in parts} for parts in ((q, k, v), (dq, dk, dv))])
         return backward(do, q, k, v, o, lse, dq, dk, dv, *options)
 
-    monkeypatch.setitem(flash.PACKAGES, name, flash.PACKAGES[name]._replace(backward=watched))
+    monkeypatch.setitem(PACKAGES, name, PACKAGES[name]._replace(backward=watched))
     *_, q, k, v = flash.self_attention(
         **{key: x.requires_grad_() for key, x in _inputs().items()}, heads=4, backend=name
     )
@@ -176,17 +177,17 @@ def test_a_network_and_its_difference(packages, name, monkeypatch):
         F, dF = net.forward_difference(x, t, t / 2, torch.arange(4), 1e-3 * dx, -1e-3 * t)
         F.square().sum().backward()
         results.append([F.detach(), dF, net.blocks[0].attn.qkv.weight.grad, net.blocks[1].attn.proj.weight.grad])
-    assert len(flash_packages.CALLS) == 4
+    assert len(flash_stubs.CALLS) == 4
     _assert_close(results[0], results[1], tolerance=4e-2)
 
 
-def _machine(monkeypatch, capability=(9, 0), gpu=True, installed=True):
-    def version(name):
-        if not installed:
+def _machine(monkeypatch, capability=(9, 0), gpu=True, version="4.0.0b36"):
+    def found(name):
+        if version is None:
             raise metadata.PackageNotFoundError(name)
-        return "1"
+        return version
 
-    monkeypatch.setattr(metadata, "version", version)
+    monkeypatch.setattr(metadata, "version", found)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "such a card")
@@ -195,9 +196,11 @@ def _machine(monkeypatch, capability=(9, 0), gpu=True, installed=True):
 @pytest.mark.parametrize(
     ("name", "machine", "head_dim", "words"),
     [
-        ("flash_attn", {"installed": False}, 64, r"not installed \(pip install 'soflow-fast\[flash\]'\)"),
-        ("flash_attn_3", {"installed": False}, 64, r"not installed \(build it in the folder 'hopper'"),
-        ("flash_attn_4", {"installed": False}, 64, r"not installed \(pip install 'soflow-fast\[flash4\]'\)"),
+        ("flash_attn", {"version": None}, 64, r"not installed \(pip install 'soflow-fast\[flash\]'\)"),
+        ("flash_attn_3", {"version": None}, 64, r"not installed \(PyTorch has wheels of it;"),
+        ("flash_attn_4", {"version": None}, 64, r"not installed \(pip install 'soflow-fast\[flash4\]'\)"),
+        ("flash_attn", {"version": "2.6.3"}, 64, "of version 2.7 or newer, and here is 2.6.3"),
+        ("flash_attn_4", {"version": "4.0.0b35"}, 64, "of version 4.0.0b36 or newer, and here is 4.0.0b35"),
         ("flash_attn", {"gpu": False}, 64, "needs a CUDA GPU and none is visible; choose attention='sdpa'"),
         ("flash_attn", {"capability": (7, 5)}, 64, "no kernels for compute capability 7, which such a card is of"),
         ("flash_attn_3", {"capability": (10, 0)}, 64, "no kernels for compute capability 10"),
@@ -228,11 +231,30 @@ def test_what_runs(packages, monkeypatch, name, capability, head_dim):
     assert resolve_attention(name, head_dim) == name
 
 
-def test_a_package_that_does_not_load(monkeypatch):
-    """As where it was built for another version of torch."""
+@pytest.mark.parametrize(("name", "capability", "head_dim"), [("flash_attn_3", 9, 256), ("flash_attn_4", 12, 64)])
+def test_where_a_backward_cannot_repeat_bitwise(packages, monkeypatch, name, capability, head_dim):
+    _machine(monkeypatch, (capability, 0))
+    assert missing_for(name, head_dim) is None
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    assert missing_for(name, head_dim).startswith(f"has no deterministic backward for head dim {head_dim} on GPUs of")
+    assert missing_for("flash_attn", head_dim) is None
+
+
+def test_a_package_that_does_not_load(packages, monkeypatch):
+    """As where it was built for another version of torch, or where an older one lies in the same folder."""
     _machine(monkeypatch)
-    missing = missing_for("flash_attn", 64)
-    assert missing.startswith("needs the package flash-attn, and its import fails (")
+    monkeypatch.setitem(sys.modules, "flash_attn.flash_attn_interface", None)
+    assert missing_for("flash_attn", 64).startswith("needs the package flash-attn, which does not load here (ModuleN")
+    monkeypatch.setattr(torch.ops, "flash_attn_3", torch.ops.aten)
+    assert "does not load here (AttributeError: " in missing_for("flash_attn_3", 64)
+    monkeypatch.setattr(sys.modules["flash_attn.cute.interface"], "_flash_attn_bwd", lambda q, k, v: None)
+    assert "does not load here (TypeError: got an unexpected keyword argument" in missing_for("flash_attn_4", 64)
+
+
+def test_commands_do_not_wait_for_inductor():
+    """A second of import, which only training and sampling compile with."""
+    code = "import sys, soflow_fast.cli, soflow_fast.doctor; sys.exit('torch._inductor.lowering' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
 @pytest.mark.skipif(doctor._version("flash-attn-4") is None, reason="flash-attn-4 is not installed")

@@ -74,8 +74,8 @@ def _flash_attn_bwd(
     return dq, dk, dv
 
 
-# Version 3's operators, with the schema of its flash_api.cpp.
-_LIBRARY = torch.library.Library("flash_attn_3", "DEF")
+# Version 3's operators, with the schema of its flash_api.cpp; its own namespace can be registered once in a process.
+_LIBRARY = torch.library.Library("stub_of_flash_attn_3", "DEF")
 _LIBRARY.define(
     "fwd(Tensor q, Tensor k, Tensor v, Tensor(k_new!)? k_new=None, Tensor(v_new!)? v_new=None, Tensor? q_v=None, "
     "Tensor(out!)? out=None, Tensor? cu_seqlens_q=None, Tensor? cu_seqlens_k=None, Tensor? cu_seqlens_k_new=None, "
@@ -135,4 +135,5 @@ def install(monkeypatch) -> None:
         for function in functions:
             setattr(module, function.__name__, function)
         monkeypatch.setitem(sys.modules, path, module)
+    monkeypatch.setattr(torch.ops, "flash_attn_3", torch.ops.stub_of_flash_attn_3, raising=False)
     CALLS.clear()
