@@ -96,9 +96,11 @@ def objectives_quality(report: dict) -> str:
         distances = [f"{one['frechet_all']:.2f}", error, f"{two['frechet_all']:.2f}", f"{one['recognised']:.1%}"]
         rows.append([told, *distances, f"{row['flops_per_sample'] / least:.2f}", str(row["seeds"])])
     setting = f"{report['steps']} steps of 256; {report['samples']} samples of one and of two steps. Cost: FLOPs of a "
-    setting += "training step, guidance included, by those of the cheapest.\n\n"
+    setting += "training step, guidance included, by those of the cheapest."
+    if "sCM" in report["summary"]:
+        setting += " sCM has no guidance; the others have a scale of 2 where none is named."
     heads = ["", "Fréchet distance, one step", "± standard error", "two steps", "recognised", "cost", "seeds"]
-    return setting + markdown(heads, rows)
+    return f"{setting}\n\n{markdown(heads, rows)}"
 
 
 def kernel_errors(report: dict) -> str:

@@ -6,7 +6,8 @@ Each case runs its op on meta tensors while launches are recorded, so what is co
 the same arguments, specialisation and constants. Prints kernel, case, architecture, registers, stack bytes (spills),
 shared memory, instructions, the bytes of the widest access to global memory, and bytes moved: every tensor argument of
 the launch once, which of the optimizer is the tables of addresses alone. Exits with 1 if a kernel spills, needs more
-registers than its launch table allows, or moves much and has no wide access. Must run without Triton's interpreter.
+registers than its launch table allows, moves much and has no wide access, or uses registers of an asynchronous product
+that may still run. Must run without Triton's interpreter.
 """
 
 import argparse
@@ -26,8 +27,9 @@ from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
 from . import fused, optimizer
+from ._async_products import used_too_early
 from ._cases import Case, Inputs, as_tuple
-from ._launch import Record, recording
+from ._launch import TENSOR_MEMORY, Record, recording
 
 ARCHITECTURES = (80, 90, 100)
 
@@ -41,12 +43,15 @@ _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 #: bytes that the widest access of a kernel has at least if it moves much, and what is much
 _WIDE, _MUCH = 8, 16 << 20
 
+#: bytes of stack that are let pass where products go into tensor memory: the assembler leaves registers unused there
+_FEW = 16
+
 
 class Binary(NamedTuple):
     """What the compiler reports of one kernel: registers per thread, bytes of stack and of shared memory.
 
-    And what it wrote: instructions, those of a loop or a branch once, and the bytes of a thread's widest access; None
-    where that was not looked at.
+    And what it wrote: instructions, those of a loop or a branch once, the bytes of a thread's widest access, and how
+    many instructions use registers of an asynchronous product too early; None where that was not looked at.
     """
 
     kernel: str
@@ -59,13 +64,16 @@ class Binary(NamedTuple):
     widest_access: int | None
     bytes_moved: int
     max_registers: int
+    too_early: int | None = None
 
     @property
     def problem(self) -> str | None:
         """Why this binary is refused, or None."""
+        if self.too_early:
+            return f"uses registers of products that still run, in {self.too_early} instructions"
         if 0 < (self.widest_access or 0) < _WIDE and self.bytes_moved > _MUCH:
             return f"moves {self.bytes_moved} bytes in accesses of {self.widest_access} bytes at most"
-        if self.stack:
+        if self.stack > (_FEW if self.arch // 10 in TENSOR_MEMORY else 0):
             return f"spills ({self.stack} bytes of stack)"
         if self.registers > self.max_registers:
             return f"needs {self.registers} registers, more than the {self.max_registers} its launch table allows"
@@ -88,7 +96,7 @@ def record_case(case: Case, dtype: torch.dtype = torch.bfloat16, max_rows: int |
 def specialize(record: Record, arch: int):
     """``(source, options)`` for the compiler: what Triton's launcher would make of the recorded arguments."""
     backend = make_backend(_target(arch))
-    options = record.config.options
+    options = record.config.options(arch)
     bind = create_function_from_signature(record.kernel.signature, record.kernel.params, backend)
     bound, specialization, extra = bind(*record.args, **record.constants, **options)
     parsed, signature, constexprs, attrs = record.kernel._pack_args(
@@ -128,6 +136,7 @@ def compile_record(record: Record, case: str, arch: int, disassemble: bool = Tru
         widest_access=widest_access,
         bytes_moved=record.bytes_moved,
         max_registers=record.config.max_registers,
+        too_early=None if code is None else len(used_too_early(code)) if "HGMMA" in code else 0,
     )
 
 

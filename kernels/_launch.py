@@ -11,6 +11,9 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 
+#: First numbers of the compute capabilities whose tensor cores have a memory of their own.
+TENSOR_MEMORY = (10, 11)
+
 
 @dataclass(frozen=True)
 class Launch:
@@ -19,17 +22,24 @@ class Launch:
     Attributes:
         num_warps, num_stages: as in Triton. max_registers: per thread; the offline compilation fails above it, so that
             the occupancy the row was chosen for is kept. idle: whether its programs end at once but for rare inputs.
+        tensor_cores: whether its products are theirs.
     """
 
     num_warps: int = 4
     num_stages: int = 1
     max_registers: int = 255
     idle: bool = False
+    tensor_cores: bool = False
 
-    @property
-    def options(self) -> dict[str, Any]:
-        """What Triton compiles the kernel with; the instructions count on fused multiply-adds, which 3.10 turns off."""
-        return {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
+    def options(self, arch: int) -> dict[str, Any]:
+        """What Triton compiles the kernel with for a compute capability, such as 90; the instructions count on fused
+        multiply-adds, which 3.10 turns off.
+
+        Products into tensor memory are not pipelined: Triton 3.6 to 3.8 do that wrongly where two of a loop go on from
+        one accumulator, and with races (triton's issues 10821, 9871 and 10590).
+        """
+        stages = 1 if self.tensor_cores and arch // 10 in TENSOR_MEMORY else self.num_stages
+        return {"num_warps": self.num_warps, "num_stages": stages, "enable_fp_fusion": True}
 
 
 class Record(NamedTuple):
@@ -43,7 +53,8 @@ class Record(NamedTuple):
 
     def run(self) -> None:
         """Launches the kernel on the current device."""
-        self.kernel[self.grid()](*self.args, **self.constants, **self.config.options)
+        major, minor = (0, 0) if triton.knobs.runtime.interpret else torch.cuda.get_device_capability()
+        self.kernel[self.grid()](*self.args, **self.constants, **self.config.options(10 * major + minor))
 
     @property
     def bytes_moved(self) -> int:

@@ -15,9 +15,9 @@ from ._launch import launch
 #
 # 64 × 64 scores by 4 warps: on sm_90 three programs fit on an SM, two of the backward's for keys (202 registers), and
 # the products of some hide behind the exponentials of others. Larger blocks with 8 warps leave fewer, or spill.
-_HALF = Blocks(num_warps=4, num_stages=2, queries=64, keys=64)
+_HALF = Blocks(num_warps=4, num_stages=2, queries=64, keys=64, tensor_cores=True)
 # Head dims above 80.
-_HALF_WIDE = Blocks(num_warps=8, queries=64, keys=64)
+_HALF_WIDE = Blocks(num_warps=8, queries=64, keys=64, tensor_cores=True)
 # On the FMA units, exact and slow. With one or two stages a head dim below 80 spills somewhere.
 _FLOAT32 = Blocks(num_warps=2, num_stages=3, queries=16, keys=16)
 

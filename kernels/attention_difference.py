@@ -43,19 +43,19 @@ from ._op import raw_op
 # On sm_90, 32 keys at a time keep a thread within 128 registers (150 at head dim 72 with 4 warps): 12 to 16 warps are
 # resident on an SM, and the exponentials of some hide behind the products of others. 64 keys need 175 and leave 8.
 # Two stages: the next keys arrive while these are used. With 128 queries a block, half as many read the keys from L2.
-_HALF = Blocks(num_warps=8, num_stages=2)
+_HALF = Blocks(num_warps=8, num_stages=2, tensor_cores=True)
 # More queries than tokens would idle.
-_HALF_SHORT = Blocks(num_warps=4, num_stages=2, queries=64)
+_HALF_SHORT = Blocks(num_warps=4, num_stages=2, queries=64, tensor_cores=True)
 # Head dims above 80: with more keys at a time sm_80, which holds the operands in registers, spills.
-_HALF_WIDE = Blocks(num_warps=8, num_stages=2, keys=16)
+_HALF_WIDE = Blocks(num_warps=8, num_stages=2, keys=16, tensor_cores=True)
 # float32 runs on the FMA units, exact and slow; larger blocks spill.
 _FLOAT32 = Blocks(num_warps=4, num_stages=1, max_registers=168, queries=32, keys=16)
 
 # Of the second kernel, what spills nowhere in the cases below. 64 queries are a warp group's products on sm_90, and few
 # programs where all end at once; at 105 registers four are on an SM. 32 keys take a quarter fewer instructions where
 # programs go on, and spill on sm_80.
-_RARE = Blocks(num_warps=4, num_stages=2, queries=64, keys=16, idle=True)
-_RARE_WIDE = Blocks(num_warps=4, queries=32, keys=16, idle=True)
+_RARE = Blocks(num_warps=4, num_stages=2, queries=64, keys=16, idle=True, tensor_cores=True)
+_RARE_WIDE = Blocks(num_warps=4, queries=32, keys=16, idle=True, tensor_cores=True)
 _RARE_FLOAT32 = Blocks(num_warps=4, num_stages=2, queries=32, keys=16, idle=True)
 _RARE_FLOAT32_NARROW = Blocks(num_warps=4, queries=16, keys=16, idle=True)
 

@@ -6,6 +6,7 @@ python tests/offline_checks.py CHECK
 import json
 import re
 import sys
+import tempfile
 from pathlib import Path
 from unittest import mock
 
@@ -17,11 +18,15 @@ from torch._inductor.exc import OperatorIssue
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from soflow_fast.kernels import _aot, fused
+from soflow_fast.kernels._async_products import used_too_early
 from soflow_fast.kernels._cases import Inputs, as_tuple
 from soflow_fast.kernels._launch import Launch, Record, recording
 from soflow_fast.reduction import INDUCTOR_OPTIONS
 
 ARCH = 90
+
+# A product whose first operand is in registers: its result, and that.
+_REGISTER_PRODUCT = re.compile(r"HGMMA\S+ R(\d+), R(\d+), gdesc")
 
 
 def _hashes(records: list[Record]) -> list[tuple]:
@@ -176,6 +181,26 @@ def too_many_registers_are_refused():
     assert "more than the 32 its launch table allows" in binary.problem
 
 
+def a_register_used_too_early_is_refused():
+    """Written while a product reads it or writes its result to it, or read before that is waited for."""
+    (case,) = (c for c in fused.cases() if (c.op, c.name) == ("self_attention", "XL/2"))
+    for record in _aot.record_case(case):
+        compiled = _aot.compile_launch(record, ARCH)
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(compiled.asm["cubin"])
+            file.flush()
+            lines = _aot._said_by("nvdisasm", "--print-code", file.name).splitlines()
+        assert used_too_early("\n".join(lines)) == []
+        at, product = next((i, found) for i, line in enumerate(lines) if (found := _REGISTER_PRODUCT.search(line)))
+        for register in product.groups():
+            planted = f"        /*0000*/                   MOV R{register}, RZ ;"
+            found = used_too_early("\n".join([*lines[: at + 1], planted, *lines[at + 1 :]]))
+            assert f"MOV R{register}, RZ" in found
+        unwaited = used_too_early("\n".join(line for line in lines if "WARPGROUP.DEPBAR" not in line))
+        assert len(unwaited) > 100
+    assert "still run" in _aot.Binary("k", "c", ARCH, 1, 0, 0, 1, 16, 0, 255, too_early=1).problem
+
+
 @triton.jit(do_not_specialize=["n"])
 def _masked_kernel(x_ptr, n: tl.int64):
     offsets = tl.program_id(0).to(tl.int64) * 1024 + tl.arange(0, 1024)
@@ -199,6 +224,20 @@ def bytes_are_those_of_the_tensors():
     (record,) = _aot.record_case(case)
     u = case.inputs(Inputs("meta"))["u"]
     assert _aot.compile_record(record, "bytes", ARCH).bytes_moved == 3 * 2 * u.numel()
+
+
+def products_into_tensor_memory_are_not_pipelined():
+    """Of all that Triton compiles wrongly there, loops of pipelined products are what our kernels would have."""
+    for case in fused.cases():
+        if case.op in ("attention_difference", "self_attention"):
+            for record in _aot.record_case(case):
+                assert record.config.tensor_cores
+                assert [record.config.options(arch)["num_stages"] for arch in (100, 103, 110)] == [1, 1, 1]
+                assert [record.config.options(arch)["num_stages"] for arch in (80, 90, 120)] == 3 * [
+                    record.config.num_stages
+                ]
+                in_float32 = [r.config for r in _aot.record_case(case, torch.float32)] if "128" not in case.name else []
+                assert all(config.options(100)["num_stages"] == config.num_stages for config in in_float32)
 
 
 def the_update_moves_no_more_bytes_than_committed():
@@ -227,7 +266,7 @@ def flash_attention_leaves_one_gradient():
     with mock.patch.object(OperatorIssue, "operator_str", side_effect=AssertionError("an operator was described")):
         moved = counters.compiled_block("DiT-B/4", attention="flash_attn_4")["bytes_moved_per_element_block"]
     committed = json.loads(counters.COUNTERS.read_text())["DiT-B/4"]
-    assert moved <= committed["bytes_moved_per_element_block"] - 9  # one of them saved elsewhere since
+    assert moved <= committed["bytes_moved_per_element_block"] - 7.9
 
 
 def the_step_of_two_processes_is_written():
