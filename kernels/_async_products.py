@@ -16,10 +16,9 @@ _JUMP = re.compile(r"BRA\S*\s.*`\((\.L_\w+)\)")
 _OPERAND = re.compile(r"(?<![A-Z])R(\d+)(\.64)?\b")
 # What has no register as its result; the others name it first.
 _WITHOUT_RESULT = re.compile(
-    r"ST|RED|BRA|EXIT|RET|BAR|B?SSY|BSYNC|WARP|DEPBAR|LDGDEPBAR|LDGSTS|I?SETP|[FHDI]+SETP|R2UR|SYNCS|NOP|PLOP3|R2P|FENCE"
-    r"|MEMBAR|ERRBAR|CCTL|YIELD|CALL|U[A-Z]|S2UR|VOTEU|ELECT"
+    r"ST|RED|BRA|EXIT|RET|BAR|BSSY|BSYNC|WARP|DEPBAR|LDGDEPBAR|LDGSTS|[DFHI]SETP|R2UR|R2P|S2UR|SYNCS|NOP|PLOP3|FENCE"
+    r"|MEMBAR|ERRBAR|CCTL|YIELD|CALL|VOTEU|ELECT|U[A-Z]"
 )
-
 
 # Groups that are followed: without a wait in a loop they would be ever more.
 _MOST = 6

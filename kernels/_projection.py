@@ -31,12 +31,12 @@ def count_flops(forward, backward) -> None:
             return products * 2 * B * heads * n * n * h
 
 
-def attention_of_projection(forward: Callable, backward: Callable) -> Callable:
+def attention_of_projection(forward_op: Callable, backward_op: Callable) -> Callable:
     """A function ``(h, weight, bias, heads) -> (o, q, k, v)``, differentiable once, of two raw operators.
 
     Args:
-        forward: of ``y = h Wᵀ + bias`` as (B, N, 3, H, h), gives o (B, N, H, h) and what the backward wants with it.
-        backward: of y, the gradient of o, o and that, gives dy of the shape of y, and partial sums of its columns in
+        forward_op: of ``y = h Wᵀ + bias`` as (B, N, 3, H, h), gives o (B, N, H, h) and what the backward wants with it.
+        backward_op: of y, the gradient of o, o and that, gives dy of the shape of y, and partial sums of its columns in
             float32, (B, chunks, 3·H·h).
     """
 
@@ -45,7 +45,7 @@ def attention_of_projection(forward: Callable, backward: Callable) -> Callable:
         @staticmethod
         def forward(h, weight, bias, heads):
             y = nn.functional.linear(h, weight, bias).unflatten(-1, (3, heads, -1))
-            o, lse = forward(y)
+            o, lse = forward_op(y)
             return o, y, lse
 
         @staticmethod
@@ -66,7 +66,7 @@ def attention_of_projection(forward: Callable, backward: Callable) -> Callable:
                     "torch.autograd.grad for a first one, or impl='torch' and attention='math'"
                 )
             h, weight, o, y, lse = ctx.saved_tensors
-            dy, sums = backward(y, do, o, lse)
+            dy, sums = backward_op(y, do, o, lse)
             return *projection_gradients(dy.flatten(2), sums.flatten(0, 1), h, weight, ctx.needs_input_grad), None
 
     def attention(h: Tensor, weight: Tensor, bias: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
