@@ -231,6 +231,9 @@ ABLATIONS = {
         )
         for name, package in PACKAGES.items()
     },
+    "soflow/fast-float8-guidance": replace(
+        _FAST, what="products of the guidance on operands in float8", network={"float8_guidance": True}
+    ),
     "soflow/fast-recompute-elementwise": replace(
         _FAST, what="the GELU computed again in the backward", network={"recompute": "elementwise"}
     ),

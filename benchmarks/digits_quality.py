@@ -74,6 +74,7 @@ VARIANTS = {
     "difference, fp32": (SoFlow, {}, {}, {}, None),
     "difference, bf16, fp32 streams": (SoFlow, {}, {"residual_dtype": torch.float32}, {"precision": "bf16"}, None),
     "difference, bf16, bf16 streams": (SoFlow, {}, {}, {"precision": "bf16"}, None),
+    "difference, fp32, fp8 guidance": (SoFlow, {}, {"float8_guidance": True}, {}, None),
     "difference, fp8 operands (emulated)": (_Fp8Forward, {}, {"attention": "math"}, {}, None),
     "difference, fp32, r_end 1e-4": (SoFlow, {"gap_end": 1e-4, "min_gap": 0.0}, {}, {}, None),
     "difference, fp32, r_end 1e-6": (SoFlow, {"gap_end": 1e-6, "min_gap": 0.0}, {}, {}, None),

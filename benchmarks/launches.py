@@ -26,6 +26,7 @@ from _pieces import begun, gpu_lost, run_pieces
 from _timing import Timer, Timing
 
 from soflow_fast.kernels import (
+    _adaln_backward,
     _aot,
     _partials,
     _reduction,
@@ -105,8 +106,8 @@ ENTRIES = (
     Entry(attention_difference, "_HALF_SHORT"),
     Entry(attention_difference, "_HALF_WIDE"),
     Entry(_rows, "_MAX_STRIPS"),
-    Entry(adaln, "_FORWARD_TOKENS"),
-    Entry(adaln, "_BACKWARD_TOKENS"),
+    Entry(adaln, "_TOKENS"),
+    Entry(_adaln_backward, "_TOKENS"),
     Entry(adaln_difference, "_TOKENS"),
     Entry(mlp, "_LAUNCH"),
     Entry(mlp, "_COLUMNS"),

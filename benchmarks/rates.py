@@ -27,6 +27,7 @@ from soflow_fast.attention import attention as network_attention
 from soflow_fast.dit import PRESETS
 from soflow_fast.flash_packages import PACKAGES, missing_for_flash
 from soflow_fast.kernels import mlp, reference, self_attention
+from soflow_fast.kernels.reference_float8 import float8_rows, scaled_product
 
 INPUT_SIZE = 32
 _TINY = (8, 64, 2, 2)
@@ -74,6 +75,13 @@ def parts(sizes: tuple[int, int, int, int], batch: int, device: str, dtype: torc
             u = torch.empty(m, 4 * D, dtype=dtype, device=device)
             gelu = mlp._gelu if device == "cuda" else partial(torch.nn.functional.gelu, approximate="tanh")
             return lambda: gelu(torch.addmm(b1, h, w1.mT, out=u))
+
+        return make
+
+    def rounded(m: int, n_in: int, n_out: int):
+        def make():
+            h, weight = (float8_rows(normal(*shape)) for shape in ((m, n_in), (n_out, n_in)))
+            return lambda: scaled_product(h.values, h.scales, weight.values, weight.scales, None, dtype)
 
         return make
 
@@ -128,6 +136,11 @@ def parts(sizes: tuple[int, int, int, int], batch: int, device: str, dtype: torc
     m, flops = rows["guidance"] * N, 2.0 * rows["guidance"] * N * D * 4 * D
     listed.append(Part("fc1 with GELU, guidance", flops, 0, hidden_units(m, one_call=True)))
     listed.append(Part("fc1, then GELU, guidance", flops, 0, hidden_units(m, one_call=False)))
+    # Nor what products of operands in float8 are worth.
+    for layer in ("qkv", "fc1", "fc2"):
+        n_in, n_out = layers[layer]
+        flops = 2.0 * m * n_in * n_out
+        listed.append(Part(f"{layer} in float8, guidance", flops, 0, rounded(m, n_in, n_out)))
     two_products = 4.0 * N * N * D
     guidance, gradient = rows["guidance"] * two_products, 3.5 * batch * two_products
     listed += [

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .reference_float8 import Float8Rows
+
 
 class Inputs:
     """Makes a case's input tensors: on ``meta`` they only have shapes, elsewhere they are random and repeatable.
@@ -57,6 +59,8 @@ class Case:
     gradients: tuple[str, ...] = ()
 
 
-def as_tuple(outputs: Tensor | Sequence[Tensor | None]) -> tuple[Tensor, ...]:
-    """An op's outputs as a tuple, also of one, without those that were not asked for."""
-    return (outputs,) if isinstance(outputs, Tensor) else tuple(o for o in outputs if o is not None)
+def as_tuple(outputs: Tensor | Float8Rows | Sequence[Tensor | Float8Rows | None]) -> tuple[Tensor, ...]:
+    """An op's outputs as a tuple, also of one, without those that were not asked for; rows in float8 as float32."""
+    if isinstance(outputs, (Tensor, Float8Rows)):
+        outputs = (outputs,)
+    return tuple(o.to(torch.float32) if isinstance(o, Float8Rows) else o for o in outputs if o is not None)

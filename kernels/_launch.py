@@ -111,16 +111,16 @@ def launch(kernel, grid: Callable[[], tuple[int, ...]], *args, config: Launch, *
         )
 
 
-def constants(*tensors: Tensor) -> list[Tensor]:
-    """The tensors detached, for an op without derivatives.
+def constants(*tensors: Tensor | None) -> list[Tensor | None]:
+    """The tensors, those that there are, detached, for an op without derivatives.
 
     Raises:
         NotImplementedError: under forward-mode AD, where a custom op's tangent would be zero without a word.
     """
-    for tensor in tensors:
-        if not torch.compiler.is_compiling() and forward_ad.unpack_dual(tensor).tangent is not None:
-            raise NotImplementedError("a fused op without derivatives got a tangent; use impl='torch' under jvp")
-    return [tensor.detach() for tensor in tensors]
+    present = [tensor for tensor in tensors if tensor is not None]
+    if not torch.compiler.is_compiling() and any(forward_ad.unpack_dual(x).tangent is not None for x in present):
+        raise NotImplementedError("a fused op without derivatives got a tangent; use impl='torch' under jvp")
+    return [None if tensor is None else tensor.detach() for tensor in tensors]
 
 
 def require_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:

@@ -6,7 +6,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import register_flop_formula
 
+from .float8 import float8_linear
 from .reference import split_heads
+from .reference_float8 import Float8Rows
 
 
 def projection_gradients(
@@ -32,7 +34,8 @@ def count_flops(forward, backward) -> None:
 
 
 def attention_of_projection(forward_op: Callable, backward_op: Callable) -> Callable:
-    """A function ``(h, weight, bias, heads) -> (o, q, k, v)``, differentiable once, of two raw operators.
+    """A function ``(h, weight, bias, heads) -> (o, q, k, v)``, differentiable once, of two raw operators; h in
+    float8 has no gradient.
 
     Args:
         forward_op: of ``y = h Wᵀ + bias`` as (B, N, 3, H, h), gives o (B, N, H, h) and what the backward wants with it.
@@ -69,8 +72,14 @@ def attention_of_projection(forward_op: Callable, backward_op: Callable) -> Call
             dy, sums = backward_op(y, do, o, lse)
             return *projection_gradients(dy.flatten(2), sums.flatten(0, 1), h, weight, ctx.needs_input_grad), None
 
-    def attention(h: Tensor, weight: Tensor, bias: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        o, y, _ = SelfAttention.apply(h, weight, bias, heads)
+    def attention(
+        h: Tensor | Float8Rows, weight: Tensor, bias: Tensor, heads: int
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        if isinstance(h, Float8Rows):
+            y = float8_linear(h, weight, bias).unflatten(-1, (3, heads, -1))
+            o, _ = forward_op(y)
+        else:
+            o, y, _ = SelfAttention.apply(h, weight, bias, heads)
         return o.transpose(1, 2), *split_heads(y.flatten(2), heads)
 
     return attention

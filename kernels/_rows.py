@@ -12,9 +12,11 @@ import triton.language as tl
 from torch import Tensor
 
 from ._launch import require_dtype, require_shape
+from .reference_float8 import LARGEST, LEAST
 
 _VECTOR = tl.constexpr(4)
 _MAX_STRIPS = 3
+_LARGEST, _LEAST = tl.constexpr(LARGEST), tl.constexpr(LEAST)
 
 
 def row_warps(width: int) -> int:
@@ -79,6 +81,15 @@ def load_row(ptr, columns, D: tl.constexpr):
 def store_row(ptr, columns, row, D: tl.constexpr):
     """Rounds the row to the pointer's dtype and stores it."""
     tl.store(ptr + columns, row.to(ptr.dtype.element_ty), mask=columns < D)
+
+
+@triton.jit
+def store_rounded_row(ptr, scale_ptr, columns, row, D: tl.constexpr):
+    """Stores a row, zero beyond D, in float8, over the scale that its largest value gives; and the scale."""
+    vectors = tl.reshape(tl.abs(row), (row.shape[0], row.shape[1] // _VECTOR, _VECTOR))
+    scale = tl.maximum(tl.max(tl.max(tl.max(vectors, 2), 0), 0), _LEAST) / _LARGEST
+    store_row(ptr, columns, row * (1 / scale), D)
+    tl.store(scale_ptr, scale)
 
 
 @triton.jit

@@ -35,10 +35,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._adaln_backward import backward
 from ._cases import Case, Inputs
-from ._launch import Launch, launch
+from ._launch import Launch, constants, launch
 from ._op import raw_op
-from ._partials import sum_chunks
 from ._rows import (
     load_row,
     require_bias,
@@ -46,24 +46,19 @@ from ._rows import (
     require_tokens,
     row_columns,
     row_warps,
+    store_rounded_row,
     store_row,
     sum_row,
-    sum_rows_2,
 )
+from .reference_float8 import Float8Rows
 
-# Tokens per program. Forward: enough to reuse the modulation, few enough for several programs per SM at 64 tokens.
-# Backward: 64 keep the partial sums at 3 to 4 % of the bytes; where that leaves fewer warps than about fit on an H100's
-# 132 SMs at 128 registers, 16 each, 32, and then 16.
-_FORWARD_TOKENS = 8
-_BACKWARD_TOKENS = (64, 32, 16)
-_ENOUGH_WARPS = 2048
+# Tokens per program: enough to reuse the modulation, few enough for several programs per SM at 64 tokens.
+_TOKENS = 8
 
 # Registers for at least 4 rows of up to 1536 channels in flight per SM, where a microsecond of latency at 4.3 TB/s
-# needs 32 KiB on the way: at 1152 channels the backward has 54 KiB with a float32 stream and 36 with a bfloat16 one,
-# the forward, with 6 rows or 7, 40 and 31.
-# The row that is used last, the forward's shift and the backward's gate, is not kept: each token reads it from L1.
-_FORWARD_REGISTERS = 80
-_BACKWARD_REGISTERS = 128
+# needs 32 KiB on the way: at 1152 channels, with 6 rows or 7, 40 KiB with a float32 stream and 31 with a bfloat16 one.
+# The row that is used last, the shift, is not kept: each token reads it from L1.
+_REGISTERS = 80
 
 
 @triton.jit(do_not_specialize=["N", "chunk"])
@@ -76,8 +71,9 @@ def _adaln_forward_kernel(
     scale_ptr,  # (B, D), row stride stride_scale
     x_new_ptr,  # (B, N, D); None without branch
     h_ptr,  # (B, N, D)
-    mean_ptr,  # (B, N)
-    rstd_ptr,  # (B, N)
+    mean_ptr,  # (B, N), or None
+    rstd_ptr,  # (B, N), or None
+    h_scale_ptr,  # (B, N), of rows of h in float8, or None
     stride_gate,
     stride_shift,
     stride_scale,
@@ -108,140 +104,38 @@ def _adaln_forward_kernel(
         centred = tl.where(columns < D, x - mean, 0.0)
         rstd = tl.rsqrt(sum_row(centred * centred) / D + EPS)
         shift = load_row(shift_ptr + sample * stride_shift, columns, D)
-        store_row(h_ptr + token * D, columns, centred * rstd * gain + shift, D)
-        tl.store(mean_ptr + token, mean)
-        tl.store(rstd_ptr + token, rstd)
+        h = centred * rstd * gain + shift
+        if h_scale_ptr is not None:
+            store_rounded_row(h_ptr + token * D, h_scale_ptr + token, columns, h, D)
+        else:
+            store_row(h_ptr + token * D, columns, h, D)
+        if mean_ptr is not None:
+            tl.store(mean_ptr + token, mean)
+            tl.store(rstd_ptr + token, rstd)
 
 
-@triton.jit(do_not_specialize=["N", "chunk"])
-def _adaln_backward_kernel(
-    dh_ptr,  # (B, N, D)
-    dx_new_ptr,  # (B, N, D), or None: nothing arrives at the residual stream
-    x_ptr,  # (B, N, D), what was normalised
-    branch_ptr,  # (B, N, D) or None
-    bias_ptr,  # (D,) or None
-    gate_ptr,  # (B, D), row stride stride_gate; None without branch
-    scale_ptr,  # (B, D), row stride stride_scale
-    mean_ptr,  # (B, N)
-    rstd_ptr,  # (B, N)
-    dx_ptr,  # (B, N, D)
-    dbranch_ptr,  # (B, N, D); None without branch
-    partial_ptr,  # (B, chunks, 2 to 4, D): of dshift, dscale, with branch dgate, with bias its gradient
-    stride_gate,
-    stride_scale,
-    N: tl.int64,
-    chunk: tl.int64,
-    SUMS: tl.constexpr,
-    D: tl.constexpr,
-    THREADS: tl.constexpr,
-):
-    sample = tl.program_id(0).to(tl.int64)
-    first = tl.program_id(1).to(tl.int64) * chunk
-    columns = row_columns(D, THREADS)
-    gain = 1 + load_row(scale_ptr + sample * stride_scale, columns, D)
-    dshift = tl.zeros(columns.shape, tl.float32)
-    dscale = tl.zeros(columns.shape, tl.float32)
-    if branch_ptr is not None:
-        dgate = tl.zeros(columns.shape, tl.float32)
-    if bias_ptr is not None:
-        sum_dx = tl.zeros(columns.shape, tl.float32)
-    for token in range(sample * N + first, sample * N + tl.minimum(first + chunk, N)):
-        dh = load_row(dh_ptr + token * D, columns, D)
-        x = load_row(x_ptr + token * D, columns, D)
-        if branch_ptr is not None:
-            branch = load_row(branch_ptr + token * D, columns, D)
-        if dx_new_ptr is not None:
-            dx_new = load_row(dx_new_ptr + token * D, columns, D)
-        rstd = tl.load(rstd_ptr + token)
-        # zero beyond D, so that a strip that lies there costs nothing
-        n = tl.where(columns < D, (x - tl.load(mean_ptr + token)) * rstd, 0.0)
-        dscale += dh * n  # here, and dshift below: in other orders ptxas spills or needs more registers
-        g = dh * gain
-        sum_g, sum_gn = sum_rows_2(g, g * n)
-        dshift += dh
-        dx = rstd * (g - sum_g / D - n * (sum_gn / D))
-        if dx_new_ptr is not None:
-            dx += dx_new
-        store_row(dx_ptr + token * D, columns, dx, D)
-        if branch_ptr is not None:
-            gate = load_row(gate_ptr + sample * stride_gate, columns, D)
-            store_row(dbranch_ptr + token * D, columns, dx * gate, D)
-            dgate += dx * branch
-        if bias_ptr is not None:
-            sum_dx += dx
-    partial_ptr += (sample * tl.num_programs(1) + tl.program_id(1)) * (SUMS * D)
-    store_row(partial_ptr, columns, dshift, D)
-    store_row(partial_ptr + D, columns, dscale, D)
-    if bias_ptr is not None:
-        gate = load_row(gate_ptr + sample * stride_gate, columns, D)
-        dgate += sum_dx * load_row(bias_ptr, columns, D)
-        store_row(partial_ptr + 3 * D, columns, sum_dx * gate, D)
-    if branch_ptr is not None:
-        store_row(partial_ptr + 2 * D, columns, dgate, D)
-
-
-def _tokens_per_program(B: int, N: int, warps: int) -> int:
-    """Of the backward, with that many warps a program; see the launch table."""
-    *many, fewest = _BACKWARD_TOKENS
-    return next((tokens for tokens in many if B * triton.cdiv(N, tokens) * warps >= _ENOUGH_WARPS), fewest)
-
-
-def _forward(x, branch, bias, gate, shift, scale, eps, dtype) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
-    """``(x_new, h, mean, rstd)``; x_new is None without branch."""
+def _forward(x, branch, bias, gate, shift, scale, eps, dtype) -> tuple[Tensor | None, Tensor, Tensor, Tensor | None]:
+    """``(x_new, h, mean, rstd)``, in float8 ``(x_new, h, scales of h, None)``; x_new is None without branch."""
     B, N, D = x.shape
     x_new = None if branch is None else torch.empty_like(x)
-    h = x.new_empty((B, N, D), dtype=dtype)
-    mean, rstd = (x.new_empty((B, N), dtype=torch.float32) for _ in range(2))
+    h, rounded = x.new_empty((B, N, D), dtype=dtype), dtype == torch.float8_e4m3fn
+    mean, rstd, h_scale = (
+        x.new_empty((B, N), dtype=torch.float32) if wanted else None for wanted in (not rounded, not rounded, rounded)
+    )
     warps = row_warps(D)
     launch(
         _adaln_forward_kernel,
-        lambda: (B, triton.cdiv(N, _FORWARD_TOKENS)),
+        lambda: (B, triton.cdiv(N, _TOKENS)),
         *(x, branch, bias, gate, shift, scale),
-        *(x_new, h, mean, rstd),
+        *(x_new, h, mean, rstd, h_scale),
         *(0 if m is None else m.stride(0) for m in (gate, shift, scale)),
-        *(N, _FORWARD_TOKENS),
+        *(N, _TOKENS),
         EPS=eps,
         D=D,
         THREADS=32 * warps,
-        config=Launch(warps, max_registers=_FORWARD_REGISTERS),
+        config=Launch(warps, max_registers=_REGISTERS),
     )
-    return x_new, h, mean, rstd
-
-
-def _backward(
-    dh, dx_new, x, branch, bias, gate, scale, mean, rstd
-) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
-    """``(dx, dbranch, dmodulation, dbias)``.
-
-    dmodulation: dshift, dscale and, with branch, dgate, (B, 2 or 3, D). dbias: with bias, each sample's part of it,
-    (B, D), float32.
-    """
-    B, N, D = x.shape
-    dh = dh.contiguous()
-    dx_new = None if dx_new is None else dx_new.contiguous()
-    dx = torch.empty_like(x)
-    dbranch = None if branch is None else torch.empty_like(branch)
-    warps = row_warps(D)
-    tokens = _tokens_per_program(B, N, warps)
-    chunks = triton.cdiv(N, tokens)
-    dmodulation = scale.new_empty((B, 2 if branch is None else 3, D))
-    dbias = None if bias is None else x.new_empty((B, D), dtype=torch.float32)
-    n_sums = dmodulation.shape[1] + (bias is not None)
-    partials = x.new_empty((B, chunks, n_sums, D), dtype=torch.float32)
-    launch(
-        _adaln_backward_kernel,
-        lambda: (B, chunks),
-        *(dh, dx_new, x, branch, bias, gate, scale, mean, rstd),
-        *(dx, dbranch, partials),
-        *(0 if m is None else m.stride(0) for m in (gate, scale)),
-        *(N, tokens),
-        SUMS=n_sums,
-        D=D,
-        THREADS=32 * warps,
-        config=Launch(warps, max_registers=_BACKWARD_REGISTERS),
-    )
-    sum_chunks(partials, dmodulation, dbias)
-    return dx, dbranch, dmodulation, dbias
+    return x_new, h, h_scale if rounded else mean, rstd
 
 
 def _layernorm_fwd(
@@ -251,7 +145,7 @@ def _layernorm_fwd(
 
 
 def _layernorm_bwd(dh: Tensor, x: Tensor, scale: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
-    dx, _, dmodulation, _ = _backward(dh, None, x, None, None, None, scale, mean, rstd)
+    dx, _, dmodulation, _ = backward(dh, None, x, None, None, None, scale, mean, rstd)
     return dx, dmodulation
 
 
@@ -268,6 +162,16 @@ def _gated_fwd(
     return _forward(x, branch, bias, gate, shift, scale, eps, dtype)
 
 
+def _layernorm_float8(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    return _forward(x, None, None, None, shift, scale, eps, torch.float8_e4m3fn)[1:3]
+
+
+def _gated_float8(
+    x: Tensor, branch: Tensor, bias: Tensor | None, gate: Tensor, shift: Tensor, scale: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _forward(x, branch, bias, gate, shift, scale, eps, torch.float8_e4m3fn)[:3]
+
+
 def _gated_bwd(
     dh: Tensor,
     dx_new: Tensor | None,
@@ -279,7 +183,7 @@ def _gated_bwd(
     mean: Tensor,
     rstd: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dx, dbranch, dmodulation, dbias = _backward(dh, dx_new, x_new, branch, bias, gate, scale, mean, rstd)
+    dx, dbranch, dmodulation, dbias = backward(dh, dx_new, x_new, branch, bias, gate, scale, mean, rstd)
     # an op returns a tensor in any case: without bias one of no rows
     return dx, dbranch, dmodulation, x_new.new_empty((0, x_new.shape[2])) if dbias is None else dbias
 
@@ -288,6 +192,8 @@ _layernorm_fwd_op = raw_op("modulated_layernorm_fwd", _layernorm_fwd)
 _layernorm_bwd_op = raw_op("modulated_layernorm_bwd", _layernorm_bwd)
 _gated_fwd_op = raw_op("gated_residual_layernorm_fwd", _gated_fwd)
 _gated_bwd_op = raw_op("gated_residual_layernorm_bwd", _gated_bwd)
+_layernorm_float8_op = raw_op("modulated_layernorm_float8", _layernorm_float8)
+_gated_float8_op = raw_op("gated_residual_layernorm_float8", _gated_float8)
 
 
 class _ModulatedLayerNorm(torch.autograd.Function):
@@ -337,11 +243,12 @@ class _GatedResidualLayerNorm(torch.autograd.Function):
 
 def modulated_layernorm(
     x: Tensor, shift: Tensor, scale: Tensor, *, eps: float = 1e-6, dtype: torch.dtype | None = None
-) -> Tensor:
+) -> Tensor | Float8Rows:
     """Fused :func:`soflow_fast.kernels.reference.modulated_layernorm`.
 
     Args:
-        x: (B, N, D). shift, scale: (B, D), one dtype, any row stride. dtype: of the result, by default that of x.
+        x: (B, N, D). shift, scale: (B, D), one dtype, any row stride. dtype: of the result, by default that of x; of
+            float8 e4m3 its rows, without gradient, in place of a tensor in the dtype of the shift.
 
     Returns:
         (B, N, D).
@@ -352,6 +259,8 @@ def modulated_layernorm(
     """
     (x,) = require_tokens(x=x)
     shift, scale = require_modulation(x, shift=shift, scale=scale)
+    if dtype == torch.float8_e4m3fn:
+        return Float8Rows(*_layernorm_float8_op(*constants(x, shift, scale), eps), shift.dtype)
     return _ModulatedLayerNorm.apply(x, shift, scale, eps, dtype or x.dtype)[0]
 
 
@@ -365,12 +274,12 @@ def gated_residual_layernorm(
     bias: Tensor | None = None,
     eps: float = 1e-6,
     dtype: torch.dtype | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | Float8Rows]:
     """Fused :func:`soflow_fast.kernels.reference.gated_residual_layernorm`.
 
     Args:
         x, branch: (B, N, D). gate, shift, scale: (B, D), one dtype, any row stride. bias: (D,), of any dtype, or None.
-            dtype: of h, by default branch's.
+            dtype: of h, by default branch's; float8 e4m3 as in :func:`modulated_layernorm`.
 
     Returns:
         ``(x_new, h)``, (B, N, D); x_new has the dtype of x and h normalises the rounded x_new.
@@ -382,6 +291,9 @@ def gated_residual_layernorm(
     x, branch = require_tokens(x=x, branch=branch)
     gate, shift, scale = require_modulation(x, gate=gate, shift=shift, scale=scale)
     bias = require_bias(x, bias)
+    if dtype == torch.float8_e4m3fn:
+        x_new, *h = _gated_float8_op(*constants(x, branch, bias, gate, shift, scale), eps)
+        return x_new, Float8Rows(*h, shift.dtype)
     return _GatedResidualLayerNorm.apply(x, branch, bias, gate, shift, scale, eps, dtype or branch.dtype)[:2]
 
 
@@ -403,6 +315,10 @@ def cases() -> list[Case]:
     def case(op: str, name: str, size: tuple[int, int], residual: torch.dtype | None, *gradients: str) -> Case:
         return Case(op, name, inputs(*size, residual, gradients), gradients=gradients)
 
+    def rounded(op: str, name: str, *needed: str) -> Case:
+        make = inputs(*sizes[name], None, needed)
+        return Case(op, f"{name} float8", lambda new: {**make(new), "dtype": torch.float8_e4m3fn})
+
     sizes = {"S/2": (256, 384), "B/4": (64, 768), "L/2": (256, 1024), "XL/2": (256, 1152)}
     plain, gated = ("x", "shift", "scale"), ("x", "branch", "gate", "shift", "scale")
     op, cases = "gated_residual_layernorm", []
@@ -411,4 +327,6 @@ def cases() -> list[Case]:
         cases.append(case(op, f"{name} narrow residual", size, None, *gated, "bias"))
         cases.append(case("modulated_layernorm", name, size, torch.float32, *plain))
     cases.append(case(op, "XL/2 without bias", sizes["XL/2"], torch.float32, *gated))
+    cases += [rounded(op, "B/4", *gated, "bias"), rounded(op, "XL/2", *gated, "bias")]
+    cases.append(rounded("modulated_layernorm", "XL/2", *plain))
     return cases

@@ -1,6 +1,6 @@
 """The fused ops, with the names and signatures of ``reference``."""
 
-from . import activation_difference, adaln, adaln_difference, conditioning, consistency, heads, noise, velocity
+from . import activation_difference, adaln, adaln_difference, conditioning, consistency, float8, heads, noise, velocity
 from . import attention_difference as attention_family
 from . import mlp as mlp_family
 from . import self_attention as self_attention_family
@@ -11,6 +11,7 @@ from .adaln_difference import gated_residual_layernorm_difference, modulated_lay
 from .attention_difference import attention_difference
 from .conditioning import condition, time_sinusoids, time_sinusoids_difference
 from .consistency import consistency_loss
+from .float8 import gelu_rows
 from .heads import project_heads
 from .mlp import mlp
 from .noise import interpolate, noisy_sample, normal, uniform
@@ -24,6 +25,7 @@ __all__ = [
     "gated_residual_layernorm",
     "gated_residual_layernorm_difference",
     "gelu_difference",
+    "gelu_rows",
     "guided_velocity",
     "interpolate",
     "mlp",
@@ -47,6 +49,7 @@ _FAMILIES = (
     attention_family,
     conditioning,
     consistency,
+    float8,
     heads,
     mlp_family,
     noise,

@@ -28,7 +28,9 @@ from ._launch import Launch, launch, require_dtype, require_shape
 from ._op import autocast, raw_op
 from ._projection import projection_gradients
 from ._rows import require_tokens
+from .float8 import float8_linear
 from .reference import split_heads
+from .reference_float8 import Float8Rows
 
 # A program has the same 16 groups of columns of q, k and v: a group is one access of 16 bytes, so a half warp reads 256
 # bytes in a row, and 128 columns of bfloat16 divide the width of every preset. Its 8 warps take 16 tokens at a time,
@@ -201,11 +203,12 @@ def check_projection(h: Tensor, weight: Tensor, bias: Tensor, heads: int) -> Ten
     return h
 
 
-def project_heads(h: Tensor, weight: Tensor, bias: Tensor, *, heads: int) -> tuple[Tensor, Tensor, Tensor]:
+def project_heads(h: Tensor | Float8Rows, weight: Tensor, bias: Tensor, *, heads: int) -> tuple[Tensor, Tensor, Tensor]:
     """Fused :func:`soflow_fast.kernels.reference.project_heads`.
 
     Args:
-        h: (B, N, D). weight: (3D, D). bias: (3D,), all of one dtype. heads: divides D.
+        h: (B, N, D), also in float8, then without gradient. weight: (3D, D). bias: (3D,), all of one dtype. heads:
+            divides D.
 
     Returns:
         ``(q, k, v)``, each (B, H, N, h), views of one (B, N, 3, H, h) tensor.
@@ -213,6 +216,8 @@ def project_heads(h: Tensor, weight: Tensor, bias: Tensor, *, heads: int) -> tup
     Raises:
         ValueError: for a shape or dtype that does not fit, and for heads that do not divide D.
     """
+    if isinstance(h, Float8Rows):
+        return split_heads(float8_linear(h, weight, bias), heads)
     h, weight, bias = autocast(h, weight, bias)
     return _ProjectHeads.apply(check_projection(h, weight, bias, heads), weight, bias, heads)
 

@@ -23,6 +23,8 @@ from ._activations import gelu, value_and_slope
 from ._cases import Case, Inputs
 from ._launch import Launch, constants, launch, require_dtype, require_shape
 from ._op import autocast, raw_op
+from .float8 import float8_linear, gelu_rows
+from .reference_float8 import Float8Rows
 
 # A tile of 4 rows is 8 values a thread, 16-byte accesses in bfloat16. With 64 registers at least half of an SM's
 # threads are resident. At most 256 chunks, so that adding up their sums is small, and of at least 64 rows, so that the
@@ -182,7 +184,7 @@ class _Mlp(torch.autograd.Function):
 
 
 def mlp(
-    h: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, *, recompute: bool = False, hidden: bool = False
+    h: Tensor | Float8Rows, w1: Tensor, b1: Tensor, w2: Tensor, *, recompute: bool = False, hidden: bool = False
 ) -> tuple[Tensor, Tensor | None]:
     """Fused :func:`soflow_fast.kernels.reference.mlp`.
 
@@ -190,8 +192,8 @@ def mlp(
     then that of the unrounded u. In float32, where two outputs may be subtracted, both forms compute the same.
 
     Args:
-        h: (..., D). w1: (M, D). b1: (M,). w2: (D_out, M), all of one dtype. recompute: the backward computes the GELU
-            again instead of keeping its output. hidden: whether u is wanted.
+        h: (..., D), also in float8, then without gradient. w1: (M, D). b1: (M,). w2: (D_out, M), all of one dtype.
+            recompute: the backward computes the GELU again instead of keeping its output. hidden: whether u is wanted.
 
     Returns:
         ``(out, u)``: (..., D_out), and (..., M) without gradient, or None.
@@ -199,6 +201,9 @@ def mlp(
     Raises:
         ValueError: for a shape or dtype that does not fit.
     """
+    if isinstance(h, Float8Rows):
+        u = float8_linear(h, w1, b1)
+        return float8_linear(gelu_rows(u), w2), u if hidden else None
     h, w1, b1, w2 = autocast(h, w1, b1, w2)
     require_dtype("h", h)
     require_shape("b1", b1, w1.shape[:1])

@@ -3,7 +3,8 @@ against these in float64.
 
 Shapes: B rows (samples), N tokens, D width. Low-precision inputs are upcast: statistics and reductions run in float32
 (float64 for float64 inputs) and the result is rounded once, to the dtype stated.
-The losses are in ``reference_losses`` and the ops on differences in ``reference_difference``, re-exported here.
+The losses are in ``reference_losses``, the ops on differences in ``reference_difference`` and those on float8 in
+``reference_float8``, re-exported here.
 """
 
 import math
@@ -24,6 +25,7 @@ from .reference_difference import (
     time_sinusoids_difference,
     wide,
 )
+from .reference_float8 import Float8Rows, gelu_rows, in_rows, linear
 from .reference_losses import consistency_loss, guided_velocity, per_row, velocity_loss
 
 __all__ = [
@@ -34,6 +36,7 @@ __all__ = [
     "gated_residual_layernorm",
     "gated_residual_layernorm_difference",
     "gelu_difference",
+    "gelu_rows",
     "guided_velocity",
     "interpolate",
     "mlp",
@@ -219,18 +222,19 @@ def condition(t_embedding: Tensor, s_embedding: Tensor, table: Tensor, labels: T
 
 def modulated_layernorm(
     x: Tensor, shift: Tensor, scale: Tensor, *, eps: float = 1e-6, dtype: torch.dtype | None = None
-) -> Tensor:
+) -> Tensor | Float8Rows:
     """``LayerNorm(x)·(1+scale) + shift``, LayerNorm over the last axis without affine.
 
     Args:
-        x: (B, N, D). shift, scale: (B, D). dtype: of the result, by default that of x.
+        x: (B, N, D). shift, scale: (B, D). dtype: of the result, by default that of x; of float8 e4m3 its rows, without
+            gradient, in place of a tensor in the dtype of the shift.
 
     Returns:
         (B, N, D).
     """
-    x_wide, shift, scale = wide(x, shift, scale)
+    x_wide, shift_wide, scale = wide(x, shift, scale)
     n = nn.functional.layer_norm(x_wide, x.shape[-1:], eps=eps)
-    return (n * (1 + scale[:, None]) + shift[:, None]).to(dtype or x.dtype)
+    return in_rows(n * (1 + scale[:, None]) + shift_wide[:, None], dtype or x.dtype, shift.dtype)
 
 
 def gated_residual_layernorm(
@@ -243,12 +247,12 @@ def gated_residual_layernorm(
     bias: Tensor | None = None,
     eps: float = 1e-6,
     dtype: torch.dtype | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | Float8Rows]:
     """``x_new = x + gate·(branch + bias)`` and ``h = LayerNorm(x_new)(1+scale) + shift``.
 
     Args:
         x: (B, N, D) residual stream. branch: (B, N, D). gate, shift, scale: (B, D). bias: of branch, (D,), or None.
-            dtype: of h, by default branch's.
+            dtype: of h, by default branch's; float8 e4m3 as in :func:`modulated_layernorm`.
 
     Returns:
         ``(x_new, h)``; x_new has the dtype of x and h normalises the *rounded* x_new.
@@ -268,19 +272,21 @@ def split_heads(y: Tensor, heads: int) -> tuple[Tensor, ...]:
     return y.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
 
 
-def project_heads(h: Tensor, weight: Tensor, bias: Tensor, *, heads: int) -> tuple[Tensor, Tensor, Tensor]:
+def project_heads(h: Tensor | Float8Rows, weight: Tensor, bias: Tensor, *, heads: int) -> tuple[Tensor, Tensor, Tensor]:
     """Queries, keys and values of every head: ``h Wᵀ + bias``, whose columns are (3, H, h); in the dtype of h.
 
     Args:
-        h: (B, N, D). weight: (3D, D). bias: (3D,). heads: H, divides D.
+        h: (B, N, D), also in float8, then without gradient. weight: (3D, D). bias: (3D,). heads: H, divides D.
 
     Returns:
         ``(q, k, v)``, each (B, H, N, h).
     """
-    return split_heads(nn.functional.linear(h, weight, bias), heads)
+    return split_heads(linear(h, weight, bias), heads)
 
 
-def self_attention(h: Tensor, weight: Tensor, bias: Tensor, *, heads: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def self_attention(
+    h: Tensor | Float8Rows, weight: Tensor, bias: Tensor, *, heads: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """:func:`project_heads` and ``o = softmax(qkᵀ/√h) v``.
 
     Returns:
@@ -303,22 +309,23 @@ def _save_products():
 
 
 def mlp(
-    h: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, *, recompute: bool = False, hidden: bool = False
+    h: Tensor | Float8Rows, w1: Tensor, b1: Tensor, w2: Tensor, *, recompute: bool = False, hidden: bool = False
 ) -> tuple[Tensor, Tensor | None]:
-    """``u = h W1ᵀ + b1``, ``out = gelu(u) W2ᵀ`` with the tanh GELU.
+    """``u = h W1ᵀ + b1``, ``out = gelu(u) W2ᵀ`` with the tanh GELU; of rows in float8 both products are in float8.
 
     Args:
-        h: (..., D). w1: (M, D). b1: (M,). w2: (D_out, M). recompute: the backward computes the GELU again instead of
-            keeping its output. hidden: whether u is wanted.
+        h: (..., D), also in float8, then without gradient. w1: (M, D). b1: (M,). w2: (D_out, M). recompute: the
+            backward computes the GELU again instead of keeping its output. hidden: whether u is wanted.
 
     Returns:
         ``(out, u)``: (..., D_out), and (..., M) without gradient, or None.
     """
 
     def down(u: Tensor, w2: Tensor) -> Tensor:
-        return nn.functional.linear(nn.functional.gelu(u, approximate="tanh"), w2)
+        g = gelu_rows(u) if isinstance(h, Float8Rows) else nn.functional.gelu(u, approximate="tanh")
+        return linear(g, w2)
 
-    u = nn.functional.linear(h, w1, b1)
+    u = linear(h, w1, b1)
     if recompute and torch.is_grad_enabled():
         out = checkpoint(down, u, w2, use_reentrant=False, preserve_rng_state=False, context_fn=_save_products)
     else:

@@ -31,6 +31,7 @@ from ._op import autocast, raw_op
 from ._projection import attention_of_projection, count_flops
 from ._self_attention_backward import backward, blocks, run
 from .heads import check_projection
+from .reference_float8 import Float8Rows
 
 
 @triton.jit(do_not_specialize=["n", "heads"])
@@ -101,11 +102,14 @@ count_flops(torch.ops.soflow.self_attention_fwd, torch.ops.soflow.self_attention
 _attention = attention_of_projection(_forward_op, _backward_op)
 
 
-def self_attention(h: Tensor, weight: Tensor, bias: Tensor, *, heads: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def self_attention(
+    h: Tensor | Float8Rows, weight: Tensor, bias: Tensor, *, heads: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Fused :func:`soflow_fast.kernels.reference.self_attention`.
 
     Args:
-        h: (B, N, D). weight: (3D, D). bias: (3D,), all of one dtype. heads: H, divides D; D/H fits ``MAX_HEAD_DIM``.
+        h: (B, N, D), also in float8, then without gradient. weight: (3D, D). bias: (3D,), all of one dtype. heads: H,
+            divides D; D/H fits ``MAX_HEAD_DIM``.
 
     Returns:
         ``(o, q, k, v)``, each (B, H, N, h); o is stored as (B, N, H, h), the others are views of one tensor, without
@@ -115,8 +119,9 @@ def self_attention(h: Tensor, weight: Tensor, bias: Tensor, *, heads: int) -> tu
         ValueError: for a shape or dtype that does not fit, for heads that do not divide D, for too large heads, and for
             samples of 2^31 numbers.
     """
-    h, weight, bias = autocast(h, weight, bias)
-    h = check_projection(h, weight, bias, heads)
+    if not isinstance(h, Float8Rows):
+        h, weight, bias = autocast(h, weight, bias)
+        h = check_projection(h, weight, bias, heads)
     if (head_dim := h.shape[2] // heads) > (most := MAX_HEAD_DIM[h.dtype]):
         raise ValueError(
             f"head dim {head_dim} in {h.dtype} does not fit into a GPU's registers (at most {most}): use more heads or "

@@ -15,7 +15,8 @@ GIVEN = "given"
 UNET_PRESET = "UNet"
 
 # What only one of the two has.
-_OF_DIT = ("patch_size", "hidden_size", "depth", "num_heads", "mlp_ratio", "embedding_dim", "attention", "recompute")
+_OF_DIT = ("patch_size", "hidden_size", "depth", "num_heads", "mlp_ratio", "embedding_dim")
+_OF_DIT += ("attention", "recompute", "float8_guidance")
 _OF_UNET = ("model_channels", "channel_mult", "num_blocks", "attention_resolutions", "dropout")
 
 
@@ -34,7 +35,7 @@ class ModelConfig(Section, section="model."):
         input_size: of the data, one number or [height, width].
         patch_size, hidden_size, depth, num_heads, mlp_ratio, embedding_dim, attention: of a DiT; embedding_dim needs
             num_classes=0. recompute: see there, or ``auto``: ``elementwise``, or ``block`` where that is estimated not
-            to fit the GPU's memory; ``none`` on a CPU.
+            to fit the GPU's memory; ``none`` on a CPU. float8_guidance: see there.
         model_channels, channel_mult, num_blocks, attention_resolutions, dropout: of a UNet.
         prediction: of the last layer, ``velocity`` or ``data``, see :class:`~soflow_fast.layers.DataPrediction`.
         impl: of the fused ops, see :func:`soflow_fast.kernels.resolve_impl`; for attention see
@@ -60,6 +61,7 @@ class ModelConfig(Section, section="model."):
     impl: str = "auto"
     attention: str = "auto"
     recompute: str = "auto"
+    float8_guidance: bool = False
     init_args: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self):

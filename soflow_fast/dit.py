@@ -25,6 +25,7 @@ from soflow_fast.layers import (
     linear,
     prediction_of,
     product,
+    require_float8,
 )
 from soflow_fast.positions import position_table
 from soflow_fast.size import Size, as_size, format_size, height_and_width
@@ -74,6 +75,7 @@ class DiT(nn.Module):
         residual_dtype: of the residual stream and its difference; at least as wide as compute_dtype, the default.
         recompute: what the backward computes again instead of keeping it: ``none``, ``elementwise`` (the GELU, which
             saves a third of the activations) or ``block`` (everything but the blocks' inputs).
+        float8_guidance: the products of :meth:`forward_guidance` take operands in float8.
 
     Raises:
         ValueError: for sizes that do not divide, and for an implementation that cannot run here.
@@ -99,6 +101,7 @@ class DiT(nn.Module):
         compute_dtype: torch.dtype | None = None,
         residual_dtype: torch.dtype | None = None,
         recompute: str = "none",
+        float8_guidance: bool = False,
     ):
         super().__init__()
         height, width = height_and_width(input_size)
@@ -121,6 +124,9 @@ class DiT(nn.Module):
         if recompute not in RECOMPUTE:
             raise ValueError(f"recompute={recompute!r} is not known; choose one of {', '.join(RECOMPUTE)}")
         self.recompute = recompute
+        if float8_guidance:
+            require_float8(hidden_size, int(hidden_size * mlp_ratio))
+        self.float8_guidance = float8_guidance
 
         self.grid = (height // patch_size, width // patch_size)
         self.pos_embed = nn.Parameter(position_table(hidden_size, *self.grid), requires_grad=False)
@@ -196,6 +202,17 @@ class DiT(nn.Module):
         """
         return self._run(x, t, s, labels, self._call())[0]
 
+    @torch.no_grad()
+    def forward_guidance(self, x: Tensor, t: Tensor, s: Tensor, labels: Tensor | None = None) -> Tensor:
+        """:meth:`forward` without gradient, of what guides a target.
+
+        With ``float8_guidance``, each block's products of its normalised input and of the hidden units take operands in
+        float8, each row with a scale of its own; attention and its projection do not, nor what lies outside of blocks.
+        """
+        if not self.float8_guidance:
+            return self(x, t, s, labels)
+        return self._run(x, t, s, labels, self._call()._replace(float8=True))[0]
+
     def forward_difference(
         self,
         x: Tensor,
@@ -254,7 +271,8 @@ class DiT(nn.Module):
         tokens = self.x_embedder(x.to(dtype)).to(residual_dtype) + self.pos_embed.to(residual_dtype)
         (first, *modulation), (d_first, *dmodulation) = self._modulation(t, s, labels, dtype, call, dt)
         shift, scale = first.unbind(1)
-        h = ops.modulated_layernorm(tokens, shift, scale, eps=LN_EPS, dtype=dtype)
+        narrow = torch.float8_e4m3fn if call.float8 else dtype
+        h = ops.modulated_layernorm(tokens, shift, scale, eps=LN_EPS, dtype=narrow)
         d = dh = None
         if rows is not None:
             with torch.no_grad():
@@ -267,7 +285,7 @@ class DiT(nn.Module):
             if call.recompute == "block" and torch.is_grad_enabled():
                 run = partial(checkpoint, block, use_reentrant=False, preserve_rng_state=False)
             tokens, h, d, dh = run(tokens, h, modulation[i], (d, dh, dmodulation[i]), call)
-        out = self._unpatchify(linear(self.final_layer.linear, h)).to(x.dtype)
+        out = self._unpatchify(linear(self.final_layer.linear, h.to(dtype))).to(x.dtype)
         if self.prediction is not None:
             out = self.prediction(out, x, t)
         if rows is None:

@@ -18,6 +18,7 @@ from torch import Tensor
 from soflow_fast.flash_packages import PACKAGES
 from soflow_fast.kernels._op import autocast, raw_op
 from soflow_fast.kernels._projection import attention_of_projection, count_flops
+from soflow_fast.kernels.reference_float8 import Float8Rows
 
 
 def _forward(y: Tensor, backend: str) -> tuple[Tensor, Tensor]:
@@ -65,12 +66,13 @@ _ATTENTION = {name: _of(name) for name in PACKAGES}
 
 
 def self_attention(
-    h: Tensor, weight: Tensor, bias: Tensor, *, heads: int, backend: str
+    h: Tensor | Float8Rows, weight: Tensor, bias: Tensor, *, heads: int, backend: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """:func:`soflow_fast.kernels.reference.self_attention` by one of PACKAGES.
 
     Args:
-        h: (B, N, D). weight: (3D, D). bias: (3D,), all bfloat16 or all float16. heads: H, divides D.
+        h: (B, N, D), also in float8, then without gradient. weight: (3D, D). bias: (3D,), all bfloat16 or all float16.
+            heads: H, divides D.
 
     Returns:
         ``(o, q, k, v)``, each (B, H, N, h); o is stored as (B, N, H, h), the others are views of one tensor, without
@@ -79,7 +81,8 @@ def self_attention(
     Raises:
         ValueError: for another dtype.
     """
-    h, weight, bias = autocast(h, weight, bias)
+    if not isinstance(h, Float8Rows):
+        h, weight, bias = autocast(h, weight, bias)
     if h.dtype not in (torch.bfloat16, torch.float16):
         raise ValueError(
             f"attention={backend!r} takes bfloat16 and float16 and got {h.dtype}; compute in bf16 or choose "

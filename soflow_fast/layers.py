@@ -15,6 +15,7 @@ from soflow_fast.flash_packages import PACKAGES
 from soflow_fast.kernels import MAX_HEAD_DIM, reference
 from soflow_fast.kernels.coefficients import require_choice
 from soflow_fast.kernels.reference import split_heads
+from soflow_fast.kernels.reference_float8 import Float8Rows
 
 SINUSOID_WIDTH = 256
 LN_EPS = 1e-6
@@ -27,13 +28,15 @@ _LEAST_TIME = 0.05
 
 
 class Call(NamedTuple):
-    """How one forward is computed: by which ops and attention, and which rows carry a difference or a tangent."""
+    """How one forward is computed: by which ops and attention, which rows carry a difference or a tangent, and whether
+    products of the blocks are in float8, without gradient and differences."""
 
     ops: ModuleType
     attention: str
     rows: slice | None = None
     tangent: bool = False
     recompute: str = "none"
+    float8: bool = False
 
 
 def linear(layer: nn.Linear, x: Tensor) -> Tensor:
@@ -106,7 +109,7 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
         self.proj = nn.Linear(hidden_size, hidden_size)
 
-    def forward(self, h: Tensor, dh: Tensor | None, call: Call) -> tuple[Tensor, Tensor | None]:
+    def forward(self, h: Tensor | Float8Rows, dh: Tensor | None, call: Call) -> tuple[Tensor, Tensor | None]:
         weight, bias = self.qkv.weight.to(h.dtype), self.qkv.bias.to(h.dtype)
         if call.attention == "triton":
             o, q, k, v = call.ops.self_attention(h, weight, bias, heads=self.num_heads)
@@ -136,7 +139,7 @@ class Mlp(nn.Module):
         self.fc1 = nn.Linear(hidden_size, mlp_hidden_size)
         self.fc2 = nn.Linear(mlp_hidden_size, hidden_size)
 
-    def forward(self, h: Tensor, dh: Tensor | None, call: Call) -> tuple[Tensor, Tensor | None]:
+    def forward(self, h: Tensor | Float8Rows, dh: Tensor | None, call: Call) -> tuple[Tensor, Tensor | None]:
         w1, b1, w2 = (p.to(h.dtype) for p in (self.fc1.weight, self.fc1.bias, self.fc2.weight))
         recompute, differs = call.recompute == "elementwise", call.rows is not None
         out, u = call.ops.mlp(h, w1, b1, w2, recompute=recompute, hidden=differs)
@@ -164,7 +167,7 @@ class DiTBlock(nn.Module):
         """One block.
 
         Args:
-            x: (B, N, D) residual stream. h: (B, N, D) normalised, modulated x.
+            x: (B, N, D) residual stream. h: (B, N, D) normalised, modulated x, also in float8.
             modulation: (B, 6, D): gate, shift, scale of the attention's output and the MLP's input, then gate, shift,
                 scale of the MLP's output and the next block's input.
             pair: ``(d, dh, dmodulation)``, the differences of the three above on the rows that carry one, or Nones.
@@ -174,12 +177,13 @@ class DiTBlock(nn.Module):
         """
         d, dh, dmodulation = pair
         modulation = modulation.unbind(1)
+        dtype = torch.float8_e4m3fn if isinstance(h, Float8Rows) else None
         dmodulation = None if call.rows is None else dmodulation.unbind(1)
         for i, (layer, last) in enumerate(((self.attn, self.attn.proj), (self.mlp, self.mlp.fc2))):
             branch, d_branch = layer(h, dh, call)
             bias = last.bias.to(branch.dtype)
             gate, shift, scale = modulation[3 * i : 3 * i + 3]
-            x, h = call.ops.gated_residual_layernorm(x, branch, gate, shift, scale, bias=bias, eps=LN_EPS)
+            x, h = call.ops.gated_residual_layernorm(x, branch, gate, shift, scale, bias=bias, eps=LN_EPS, dtype=dtype)
             if call.rows is not None:
                 with torch.no_grad():
                     primal = [y[call.rows] for y in (x, branch, gate, scale)]
@@ -235,6 +239,21 @@ def require_linear(net: nn.Module, path: str, parameterization: str = "euler") -
         raise ValueError(
             "the network's prediction='data' is for path='linear' and parameterization='euler', and these are "
             f"{path!r} and {parameterization!r}; choose prediction='velocity', or the former"
+        )
+
+
+def require_float8(*widths: int) -> None:
+    """ValueError for layers of widths that cannot be multiplied in float8, and for a GPU that cannot."""
+    for width in widths:
+        if width % 16:
+            raise ValueError(
+                f"float8_guidance=True takes products of multiples of 16, and a layer of this DiT is {width} wide; "
+                "choose another hidden_size or mlp_ratio, or float8_guidance=False"
+            )
+    if torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 9):
+        raise ValueError(
+            "float8_guidance=True needs a GPU of compute capability 8.9 or newer, and "
+            f"{torch.cuda.get_device_name()} is older; choose float8_guidance=False"
         )
 
 

@@ -269,6 +269,19 @@ def flash_attention_leaves_one_gradient():
     assert moved <= committed["bytes_moved_per_element_block"] - 7.9
 
 
+def float8_guidance_rounds_where_rows_are_made():
+    """A block has three products in float8. Nothing but its weights is rounded by a pass of its own, and Inductor knows
+    the operators."""
+    sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
+    import counters
+
+    with mock.patch.object(OperatorIssue, "operator_str", side_effect=AssertionError("an operator was described")):
+        compiled, _ = counters.compiled_step("DiT-B/4", depth=1, float8_guidance=True)
+    code = compiled.code[0]
+    assert len(re.findall(r"soflow\.float8_product\.default\(", code)) == 3
+    assert code.count(".to(tl.float8e4nv)") == 3
+
+
 def the_step_of_two_processes_is_written():
     """By Inductor, which describes no operator: it does so with all that the arguments were computed from, manyfold
     with each block. And the gradients of a part of a block are reduced before those of the next are computed.

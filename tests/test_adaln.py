@@ -10,7 +10,7 @@ from op_checks import (
     run,
 )
 
-from soflow_fast.kernels import _aot, adaln, fused, reference
+from soflow_fast.kernels import _adaln_backward, _aot, adaln, fused, reference
 from soflow_fast.kernels._cases import Inputs
 from soflow_fast.kernels._launch import recording
 
@@ -104,7 +104,7 @@ def test_a_constant_row_gives_the_shift():
 def test_chunks_of_tokens(name, monkeypatch):
     """The gradients of the modulation do not depend on how tokens are dealt out to programs."""
     for tokens in (32, 2):
-        monkeypatch.setattr(adaln, "_BACKWARD_TOKENS", (tokens,))
+        monkeypatch.setattr(_adaln_backward, "_TOKENS", (tokens,))
         check_accuracy(name, _inputs(name, (1, 41, 24), torch.float32), {}, GRADIENTS[name])
 
 
@@ -121,7 +121,7 @@ def test_training_sizes_fill_the_gpu(rows, tokens, width, expected):
     m = torch.empty(rows, width, device="meta", requires_grad=True)
     with recording() as records:
         fused.modulated_layernorm(x, m, m).sum().backward()
-    (backward,) = (record for record in records if record.kernel is adaln._adaln_backward_kernel)
+    (backward,) = (record for record in records if record.kernel is _adaln_backward._adaln_backward_kernel)
     assert backward.grid() == (rows, -(-tokens // expected))
     assert rows * -(-tokens // expected) * backward.config.num_warps >= 2048
 

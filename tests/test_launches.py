@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 
-from soflow_fast.kernels import activation_difference, adaln, fused
+from soflow_fast.kernels import _adaln_backward, activation_difference, adaln, fused
 from soflow_fast.kernels._launch import Launch
 
 OP = "silu_difference"
@@ -24,7 +24,7 @@ def entry(launches):
 
 def test_neighbours(launches, entry):
     assert entry.neighbours(1024) == [2048, 512]
-    assert launches.Entry(adaln, "_BACKWARD_TOKENS").neighbours((64, 32, 16)) == [(128, 64, 32), (32, 16, 8)]
+    assert launches.Entry(_adaln_backward, "_TOKENS").neighbours((64, 32, 16)) == [(128, 64, 32), (32, 16, 8)]
     assert entry.neighbours(Launch(num_warps=32, max_registers=64)) == [
         Launch(num_warps=32, num_stages=2),
         Launch(num_warps=16),
@@ -42,7 +42,7 @@ def test_every_entry_decides_about_a_launch(launches, monkeypatch):
         kernels = launches.changed_kernels(one, one.neighbours(one.committed)[0], found, None)
         assert 1 <= len(kernels) <= 3, one.name
     (forward,) = (case for case in fused.cases() if (case.op, case.name) == ("gated_residual_layernorm", "B/4"))
-    tokens = launches.Entry(adaln, "_FORWARD_TOKENS")
+    tokens = launches.Entry(adaln, "_TOKENS")
     assert launches.changed_kernels(tokens, 4, forward, None) == {"_adaln_forward_kernel"}
     assert launches.changed_kernels(tokens, tokens.committed, forward, None) == set()
 

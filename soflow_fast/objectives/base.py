@@ -307,6 +307,11 @@ class Objective(nn.Module):
         """The network's output, of rows without labels that for "no label"."""
         return self.network(x, t, s, told(self.network, labels, x))
 
+    @torch.no_grad()
+    def guidance_forward(self, x: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
+        """``F(x,t,t,labels)`` without gradient, for a target; by the network's ``forward_guidance`` if it has one."""
+        return getattr(self.network, "forward_guidance", self.network)(x, t, t, labels)
+
     def two_forwards(self, x, t, s, labels, v, rows: slice, step: Tensor) -> tuple[Tensor, Tensor]:
         """``F(x,t,s)`` of all rows, and without gradient ``F(x − step·v, t − step, s) − F(x,t,s)`` of the b given ones,
         subtracted; both in the precision of the parameters. x: (B, C, H, W). t, s: (B,). v: (b, C, H, W). step: (b,).

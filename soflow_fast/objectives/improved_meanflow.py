@@ -225,8 +225,7 @@ class ImprovedMeanFlow(AverageVelocity):
         mix = torch.where(_inside(t[n:], own), own[:, 1], 0.0)
         null = torch.stack([null[:, 0], *_always(torch.zeros_like(null[:, 1]))], 1)
         own = torch.stack([own[:, 0], *_always(mix)], 1)
-        t_all = torch.cat([t, t[n:]])
-        u = self.network(torch.cat([z, z[n:]]), t_all, t_all, torch.cat([null, own]))
+        u = self.guidance_forward(torch.cat([z, z[n:]]), torch.cat([t, t[n:]]), torch.cat([null, own]))
         return u[: len(t)], u[len(t) :]
 
     def _guided_velocity(self, v, u_null, u_own, t, drop, labels) -> Tensor:

@@ -88,8 +88,7 @@ class MeanFlow(AverageVelocity):
     @torch.no_grad()
     def _guidance(self, z, t, labels, n: int) -> tuple[Tensor, Tensor]:
         null = self.no_label(labels)
-        t_all = torch.cat([t, t[n:]])
-        u = self.network(torch.cat([z, z[n:]]), t_all, t_all, torch.cat([null, labels[n:]]))
+        u = self.guidance_forward(torch.cat([z, z[n:]]), torch.cat([t, t[n:]]), torch.cat([null, labels[n:]]))
         return u[: len(t)], u[len(t) :]
 
     def _guided_velocity(self, v, u_null, u_own, t, drop, labels) -> Tensor:

@@ -244,9 +244,7 @@ class SoFlow(Objective):
         F_null = None
         if self._guided(labels):
             null = self.no_label(labels)
-            with torch.no_grad():
-                t_all = torch.cat([t, t_c])
-                F = self.network(torch.cat([x_t, x_c]), t_all, t_all, torch.cat([null, labels[n:]]))
+            F = self.guidance_forward(torch.cat([x_t, x_c]), torch.cat([t, t_c]), torch.cat([null, labels[n:]]))
             F_null, F_own = F.split([len(t), len(s)])
             v = self._target_velocity(v, F_null[n:], F_own, t_c, drop[n:])
             F_null = F_null[:n]
@@ -330,8 +328,7 @@ class SoFlow(Objective):
         return labels is not None and self.guidance_scale != 1 and takes_labels(self.network)
 
     def _null_output(self, x_t: Tensor, t: Tensor, labels: Tensor) -> Tensor:
-        with torch.no_grad():
-            return self.network(x_t, t, t, self.no_label(labels))
+        return self.guidance_forward(x_t, t, self.no_label(labels))
 
     def _guidance(self) -> dict:
         return {
@@ -359,8 +356,7 @@ class SoFlow(Objective):
         v = v_t
         if self._guided(labels):
             F_null = self._null_output(x_t, t, labels)
-            with torch.no_grad():
-                F_own = self.network(x_t, t, t, labels)
+            F_own = self.guidance_forward(x_t, t, labels)
             v = self._target_velocity(v_t, F_null, F_own, t, drop)
         labels = self.input_labels(labels, drop, x_t)
         F, dF = self._with_difference(x_t, t, s, labels, v, gap)

@@ -1,0 +1,232 @@
+"""Rows in float8 and the forwards that multiply them."""
+
+import pytest
+import torch
+from op_checks import DEVICE, check_accuracy, check_compiles, check_repeatable
+from torch.utils.flop_counter import FlopCounterMode
+
+from soflow_fast import DiT, SoFlow, TrainConfig
+from soflow_fast.kernels import fused, reference
+from soflow_fast.kernels.reference_float8 import Float8Rows, float8_linear, float8_rows
+from soflow_fast.objectives.alphaflow import AlphaFlow
+from soflow_fast.objectives.improved_meanflow import ImprovedMeanFlow
+from soflow_fast.objectives.meanflow import MeanFlow
+
+FLOAT8 = {"dtype": torch.float8_e4m3fn}
+
+
+def _normal(*shape, scale=1.0, dtype=torch.float32, seed=0):
+    return (torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * scale).to(DEVICE, dtype)
+
+
+def _adaln(B=2, N=9, D=80, dtype=torch.float32):
+    names = ("gate", "shift", "scale")
+    modulation = {name: _normal(B, D, scale=0.5, dtype=dtype, seed=i) for i, name in enumerate(names)}
+    x, branch = (_normal(B, N, D, dtype=dtype, seed=seed) for seed in (3, 4))
+    return {"x": x, "branch": branch, "bias": _normal(D, seed=5, dtype=dtype), **modulation}
+
+
+def _plain(adaln):
+    return {name: adaln[name] for name in ("x", "shift", "scale")}
+
+
+CASES = {
+    "gated": lambda dtype: ("gated_residual_layernorm", _adaln(dtype=dtype)),
+    "without bias": lambda dtype: ("gated_residual_layernorm", _adaln(dtype=dtype) | {"bias": None}),
+    "several strips": lambda dtype: ("gated_residual_layernorm", _adaln(1, 3, 1152, dtype=dtype)),
+    "plain": lambda dtype: ("modulated_layernorm", _plain(_adaln(dtype=dtype))),
+    "GELU": lambda dtype: ("gelu_rows", {"u": _normal(3, 5, 520, scale=3.0, dtype=dtype)}),
+    "GELU of one": lambda dtype: ("gelu_rows", {"u": _normal(1, 16, dtype=dtype)}),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("case", CASES)
+def test_ops_match_the_reference(case, dtype):
+    name, arguments = CASES[case](dtype)
+    check_accuracy(name, arguments, FLOAT8)
+    *_, ours = _tuple(getattr(fused, name)(**arguments, **FLOAT8))
+    *_, expected = _tuple(getattr(reference, name)(**arguments, **FLOAT8))
+    assert ours.dtype == expected.dtype == dtype
+    torch.testing.assert_close(ours.scales, expected.scales, rtol=1e-6 if dtype == torch.float32 else 1e-2, atol=0)
+    if dtype == torch.float32:  # the same roundings, but for a value next to where two meet
+        assert (ours.values.float() == expected.values.float()).float().mean() > 0.99
+
+
+def _tuple(outputs):
+    return (outputs,) if isinstance(outputs, Float8Rows) else outputs
+
+
+@pytest.mark.parametrize("case", ["gated", "plain", "GELU"])
+def test_ops_repeat_and_compile(case):
+    name, arguments = CASES[case](torch.float32)
+    check_repeatable(name, arguments, FLOAT8)
+    check_compiles(name, arguments, FLOAT8)
+
+
+def test_rows_are_off_by_a_sixteenth_and_keep_their_largest():
+    x = _normal(7, 64) * torch.logspace(-30, 30, 7, device=DEVICE)[:, None]
+    rows = float8_rows(x)
+    wide = rows.to(torch.float32)
+    small = x.abs() < x.abs().amax(1, keepdim=True) / 2**14
+    assert ((wide - x).abs() <= x.abs() / 16)[~small].all()
+    largest = x.abs().amax(1)
+    torch.testing.assert_close(wide.abs().amax(1), largest, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("op", ["rows", "GELU"])
+def test_zeros_and_a_broken_row(op):
+    """A row of zeros stays one, and what is not a number stays in its row."""
+    x = _normal(4, 32)
+    x[1], x[2, 5] = 0.0, float("nan")
+    wide = (float8_rows(x) if op == "rows" else fused.gelu_rows(x)).to(torch.float32)
+    assert torch.equal(wide[1], torch.zeros_like(wide[1]))
+    assert not wide[2].isfinite().all()
+    assert wide[[0, 3]].isfinite().all()
+
+
+# A GPU's products are in bfloat16, and the interpreter has none of it.
+DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
+
+
+def _linear(rows=(3, 16), width=64, outputs=48):
+    h = _normal(*rows, width, dtype=DTYPE)
+    return h, _normal(outputs, width, scale=width**-0.5, dtype=DTYPE), _normal(outputs, dtype=DTYPE)
+
+
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_a_product_is_that_of_the_rounded_operands(with_bias):
+    h, weight, bias = _linear()
+    bias = bias if with_bias else None
+    rows, columns = float8_rows(h), float8_rows(weight)
+    exact = rows.to(torch.float64) @ columns.to(torch.float64).mT + (0 if bias is None else bias.double())
+    out = float8_linear(rows, weight, bias)
+    assert out.dtype == DTYPE
+    torch.testing.assert_close(out.double(), exact, rtol=2**-8, atol=2e-3)
+    plain = torch.nn.functional.linear(h, weight, bias).double()
+    error = (exact - plain).norm() / plain.norm()
+    assert 0.005 < error < 0.06
+
+
+def test_a_product_counts():
+    h, weight, bias = _linear()
+    rows = float8_rows(h)
+    with FlopCounterMode(display=False) as counter:
+        float8_linear(rows, weight, bias)
+    assert counter.get_total_flops() == 2 * 48 * 64 * 48
+
+
+@pytest.mark.parametrize("ops", [fused, reference])
+def test_layers_take_rows(ops):
+    """The MLP and the projection of rows, without gradient, are near those of what was rounded."""
+    h, w1, b1 = _linear(outputs=128)
+    w2 = _normal(64, 128, scale=128**-0.5, dtype=DTYPE)
+    projection = _normal(192, 64, scale=0.1, dtype=DTYPE), _normal(192, dtype=DTYPE)
+    rows = float8_rows(h)
+    out, u = ops.mlp(rows, w1, b1, w2)
+    assert u is None
+    pairs = [(out, ops.mlp(h, w1, b1, w2)[0])]
+    pairs += zip(ops.project_heads(rows, *projection, heads=4), ops.project_heads(h, *projection, heads=4), strict=True)
+    pairs += zip(
+        ops.self_attention(rows, *projection, heads=4), ops.self_attention(h, *projection, heads=4), strict=True
+    )
+    for ours, plain in pairs:
+        assert (ours.shape, ours.dtype) == (plain.shape, plain.dtype)
+        assert 0.003 < (ours - plain).double().norm() / plain.double().norm() < 0.08
+
+
+def test_other_dtypes_are_refused():
+    with pytest.raises(ValueError, match=r"rows are rounded to torch\.float8_e4m3fn, and dtype=torch\.float16"):
+        fused.gelu_rows(_normal(2, 16), dtype=torch.float16)
+    with pytest.raises(ValueError, match=r"u has dtype torch\.float64"):
+        fused.gelu_rows(_normal(2, 16).double())
+
+
+# ---------------------------------------------------------------------------------------------------- the network
+
+SIZES = {"input_size": 8, "patch_size": 2, "in_channels": 3, "hidden_size": 32, "depth": 2, "num_heads": 2}
+
+
+def _net(**options):
+    torch.manual_seed(0)
+    net = DiT(**{**SIZES, **options}, num_classes=10)
+    for p in net.parameters():
+        if p.requires_grad and not p.any():
+            torch.nn.init.normal_(p, std=0.1)
+    return net.to(DEVICE, DTYPE)
+
+
+def _batch(n=4):
+    generator = torch.Generator().manual_seed(0)
+    x, t = torch.randn(n, 3, 8, 8, generator=generator), torch.rand(n, generator=generator)
+    return x.to(DEVICE), t.to(DEVICE), torch.arange(n, device=DEVICE)
+
+
+def _difference(ours, plain):
+    return ((ours - plain).norm() / plain.norm()).item()
+
+
+def test_guidance_alone_is_rounded():
+    net, plain, (x, t, labels) = _net(float8_guidance=True), _net(), _batch()
+    assert torch.equal(net(x, t, t, labels), plain(x, t, t, labels))
+    assert torch.equal(plain.forward_guidance(x, t, t, labels), plain(x, t, t, labels))
+    guidance = net.forward_guidance(x, t, t, labels)
+    assert not guidance.requires_grad
+    assert 0.003 < _difference(guidance, net(x, t, t, labels)) < 0.08
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "triton"])
+def test_kernels_and_attentions_agree(attention):
+    plain = _net(float8_guidance=True, depth=1, impl="torch")
+    fast = _net(float8_guidance=True, depth=1, impl="triton", attention=attention)
+    x, t, labels = _batch(2)
+    ours, expected = (net.forward_guidance(x, t, t, labels) for net in (fast, plain))
+    assert _difference(ours, expected) < 0.01
+
+
+@pytest.mark.parametrize(
+    ("objective", "condition_dim"), [(SoFlow, 0), (MeanFlow, 0), (AlphaFlow, 0), (ImprovedMeanFlow, 3)]
+)
+def test_what_guides_an_objective_is_rounded(objective, condition_dim):
+    """And nothing else: samples are those of the plain network, and without guidance so is the loss."""
+    nets = [_net(condition_dim=condition_dim, float8_guidance=float8) for float8 in (True, False)]
+    models = [objective(net) for net in nets]
+    x, _, labels = _batch(8)
+    ours, plain = (model.loss(x, labels, 0.5, step=3) for model in models)
+    assert 0 < _difference(ours.loss, plain.loss) < 0.05
+    ours, plain = (model.sample(x, labels, 1) for model in models)
+    assert torch.equal(ours, plain)
+    if objective is SoFlow:
+        ours, plain = (SoFlow(net, guidance_scale=1.0).loss(x, labels, 0.5, step=3).loss for net in nets)
+        assert torch.equal(ours, plain)
+
+
+def test_calls_in_a_row_are_one_call():
+    """The losses of single calls guide as the merged ones do."""
+    net, calls = _net(float8_guidance=True), []
+    net.forward_guidance = lambda *arguments: calls.append(len(arguments[0])) or DiT.forward_guidance(net, *arguments)
+    model, (x, t, labels) = SoFlow(net), _batch()
+    model.velocity_loss(x, x, t, labels)
+    model.consistency_loss(x, x, t, None, t / 2, labels, gap=t / 4)
+    assert calls == [4, 4, 4]
+
+
+def test_it_is_one_graph():
+    net, (x, t, labels) = _net(float8_guidance=True, depth=1), _batch()
+    torch.compiler.reset()
+    compiled = torch.compile(net.forward_guidance, fullgraph=True, backend="aot_eager")
+    assert _difference(compiled(x, t, t, labels), net.forward_guidance(x, t, t, labels)) < 0.01
+
+
+def test_settings_that_cannot_run(monkeypatch):
+    with pytest.raises(ValueError, match=r"float8_guidance=True takes products of multiples of 16, .* is 40 wide"):
+        DiT(**{**SIZES, "hidden_size": 40}, float8_guidance=True)
+    with pytest.raises(ValueError, match="is 72 wide"):
+        DiT(**SIZES, mlp_ratio=2.25, float8_guidance=True)
+    with pytest.raises(ValueError, match=r"float8_guidance=True does nothing with model\.preset='UNet'"):
+        TrainConfig.from_dict({"model": {"preset": "UNet", "float8_guidance": True}})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 6))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA A10")
+    with pytest.raises(ValueError, match=r"compute capability 8\.9 or newer, and NVIDIA A10 is older"):
+        DiT(**SIZES, impl="torch", attention="math", float8_guidance=True)
