@@ -1,11 +1,14 @@
 """Rows in float8 and the forwards that multiply them."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from op_checks import DEVICE, check_accuracy, check_compiles, check_repeatable
+from runs import tiny_config
 from torch.utils.flop_counter import FlopCounterMode
 
-from soflow_fast import DiT, SoFlow, TrainConfig
+from soflow_fast import DiT, SoFlow, TrainConfig, Trainer, load_run
 from soflow_fast.kernels import fused, reference
 from soflow_fast.kernels.reference_float8 import Float8Rows, float8_linear, float8_rows
 from soflow_fast.objectives.alphaflow import AlphaFlow
@@ -230,3 +233,16 @@ def test_settings_that_cannot_run(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA A10")
     with pytest.raises(ValueError, match=r"compute capability 8\.9 or newer, and NVIDIA A10 is older"):
         DiT(**SIZES, impl="torch", attention="math", float8_guidance=True)
+
+
+def test_a_run(tmp_path):
+    """Its weights are others than those of a plain one, and need no GPU that has float8."""
+    trained = []
+    for name in ("rounded", "plain"):
+        config = tiny_config(tmp_path / name, total_steps=4)
+        trainer = Trainer(replace(config, model=replace(config.model, float8_guidance=name == "rounded")))
+        trainer.fit()
+        trained.append(trainer.model.network.final_layer.linear.weight)
+    assert 0 < _difference(*trained) < 0.1
+    _, model, _ = load_run(tmp_path / "rounded")
+    assert not model.network.float8_guidance
