@@ -1,6 +1,7 @@
 """From a network's graph of torch's operators to the graph of its value and its difference."""
 
 import operator
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -19,11 +20,23 @@ _OF_FORM = {aten.zeros_like, aten.ones_like, aten.full_like, aten.empty_like, at
 _OF_FORM |= {aten.new_zeros, aten.new_ones, aten.new_full, aten.new_empty, aten.sym_size, aten.sym_numel}
 
 
+#: Among what is noted at a node that a network computes with autocast turned off: for which type of device.
+OWN_AUTOCAST = "soflow_fast.own_autocast"
+
+
 class Derived(NamedTuple):
     """A network's graph with differences, and the names of the parameters and buffers that it takes first."""
 
     run: fx.GraphModule
     names: tuple[str, ...]
+
+
+def _without_autocast(function: Callable, kind: str) -> Callable:
+    def run(*arguments, **keywords):
+        with torch.autocast(kind, enabled=False):
+            return function(*arguments, **keywords)
+
+    return run
 
 
 class _Trial(fx.Interpreter):
@@ -106,7 +119,9 @@ class Derivation:
         target = _RESHAPES.get(node.target, node.target)
         arguments, keywords = fx.node.map_arg((node.args, node.kwargs), self.values.get)
         packet = getattr(target, "overloadpacket", None)
-        value = self.graph.call_function(value_of(target) if packet else target, arguments, keywords)
+        kind = node.meta.get("custom", {}).get(OWN_AUTOCAST)
+        run = value_of(target) if packet else target
+        value = self.graph.call_function(run if kind is None else _without_autocast(run, kind), arguments, keywords)
         value.meta["operator"], self.values[node] = target, value
         moving = tuple(self._moving(argument) for argument in node.args)
         if packet in _OF_FORM or not any(d is not None for d in moving):
@@ -116,17 +131,22 @@ class Derivation:
             if out.is_floating_point() or out.is_complex():
                 self.differences[node] = self.graph.call_function(target, (moving[0], arguments[1]))
             elif node.users:
-                raise ValueError(f"{self.name} makes {out.dtype} of what changes, by {node.args[0].target}")
+                self._refuse_choice(out, node.args[0].target)
             return
+        if isinstance(out, Tensor) and not (out.is_floating_point() or out.is_complex()):
+            self._refuse_choice(out, target)
         if packet not in RULES or self._moving(tuple(node.kwargs.values())) is not None:
             where = "add one to soflow_fast.difference_rules.RULES"
             raise NoRuleError(f"{self.name} calls {target}, which has no rule; {where}", target)
-        if isinstance(out, Tensor) and (
-            out.dtype == torch.float16 or not (out.is_floating_point() or out.is_complex())
-        ):
+        if isinstance(out, Tensor) and out.dtype == torch.float16:
             raise ValueError(f"{self.name} makes {out.dtype} of what changes, by {target}")
-        self.differences[node] = self.graph.call_function(
-            self._rule(target), (self.values[node], arguments, moving), keywords
+        rule = self._rule(target)
+        rule = rule if kind is None else _without_autocast(rule, kind)
+        self.differences[node] = self.graph.call_function(rule, (self.values[node], arguments, moving), keywords)
+
+    def _refuse_choice(self, out: Tensor, by) -> None:
+        raise ValueError(
+            f"{self.name} makes {out.dtype} of what changes, by {by}; choices that depend on x or t have no difference"
         )
 
     def _moving(self, argument):

@@ -131,8 +131,8 @@ def _copied(x: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
     *(aten.reshape, aten.permute, aten.transpose, aten.t, aten.unsqueeze, aten.squeeze, aten.expand, aten.repeat),
     *(aten.repeat_interleave, aten.split, aten.split_with_sizes, aten.unbind, aten.slice, aten.select, aten.diagonal),
     *(aten.index_select, aten.index, aten.gather, aten.flip, aten.roll, aten.rot90, aten.unfold, aten.im2col),
-    *(aten.clone, aten.detach, aten._to_copy, aten.neg, aten.sum, aten.mean, aten.cumsum, aten.tril, aten.triu),
-    *(aten.view_as_real, aten.avg_pool1d, aten.avg_pool3d, aten.upsample_linear1d),
+    *(aten.clone, aten.detach, aten.alias, aten._to_copy, aten.neg, aten.sum, aten.mean, aten.cumsum, aten.tril),
+    *(aten.triu, aten.view_as_real, aten.avg_pool1d, aten.avg_pool3d, aten.upsample_linear1d),
     *(aten.avg_pool2d, aten.adaptive_avg_pool2d, aten.pixel_shuffle, aten.pixel_unshuffle),
     *(aten.upsample_nearest2d, aten._upsample_nearest_exact2d, aten.upsample_bilinear2d, aten.upsample_bicubic2d),
     *(aten._upsample_bilinear2d_aa, aten._upsample_bicubic2d_aa, aten.grid_sampler),
@@ -161,10 +161,10 @@ def _complex(operator, out, arguments, differences, tangent):
     return operator(*(torch.zeros_like(x) if d is None else d for x, d in zip(arguments, differences, strict=True)))
 
 
-@rule_for(aten.pad)
+@rule_for(aten.pad, aten.constant_pad_nd)
 def _pad(operator, out, arguments, differences, tangent):
     """Of a constant, which stays, zeros."""
-    return operator(differences[0], *arguments[1:3])
+    return operator(differences[0], *arguments[1 : 3 if operator.overloadpacket is aten.pad else 2])
 
 
 @rule_for(aten.masked_fill)
@@ -305,14 +305,23 @@ def _lerp(operator, out, arguments, differences, tangent):
 
 @rule_for(aten.div)
 def _div(operator, out, arguments, differences, tangent, rounding_mode=None):
-    """``(dx − (x/y) dy)/(y+dy)``."""
+    """``(dx − (x/y) dy)/(y+dy)``; where rounding leaves nothing of ``y+dy``, the moved quotient counts as 0.
+
+    There y has moved to the eps that keeps 0/0 at 0, as of linear attention a query may that has no positive part.
+    """
     if rounding_mode is not None:
         refuse(operator, f"has no rule for rounding_mode={rounding_mode!r}")
     (x, y), (dx, dy) = without_half(*arguments), without_half(*_two(differences))
     if dy is None:
         return like(dx / y, out)
-    change = -(x / y) * dy
-    return like((change if dx is None else dx + change) / (y if tangent else y + dy), out)
+    quotient, moved = x / y, y if tangent else y + dy
+    change = -quotient * dy
+    if dx is None:
+        return like(change / moved, out)
+    change = (dx + change) / moved
+    if not tangent:
+        change = torch.where(moved.abs() <= 2 * torch.finfo(differences[1].dtype).eps * y.abs(), -quotient, change)
+    return like(change, out)
 
 
 @rule_for(aten.reciprocal)

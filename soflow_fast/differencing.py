@@ -9,28 +9,27 @@ import io
 import logging
 import operator
 import sys
+import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
-from torch.fx import GraphModule, Node
+from torch.fx import Node
 from torch.fx.traceback import get_current_meta
-from torch.utils._pytree import tree_flatten, tree_structure, tree_unflatten
 
 from soflow_fast.derivation import Derivation, Derived
+from soflow_fast.difference_casts import inline_regions, regions, with_casts
 from soflow_fast.difference_nonlinear import attention_with_dropout
-from soflow_fast.difference_rules import CAST, NoRuleError, aten
+from soflow_fast.difference_rules import NoRuleError, aten
 
 _log = logging.getLogger(__name__)
 
-# What autocast rounds the operands of: a region that keeps them in float32 cannot be told in the graph.
-_PRODUCTS = {aten.linear, aten.matmul, aten.mm, aten.bmm, aten.addmm, aten.baddbmm, aten.einsum}
-_PRODUCTS |= {getattr(aten, f"conv{kind}{n}d") for kind in ("", "_transpose") for n in (1, 2, 3)}
-_PRODUCTS |= {aten.scaled_dot_product_attention}
+_HERE = str(Path(__file__).parent)
 
 # Among what is noted at a node: its call is replaced by what torch defines the operator by.
 _REPLACED = "soflow_fast.replaced"
@@ -173,11 +172,12 @@ def _derive(net: nn.Module, inputs: tuple, tangent: bool, impl: str) -> Derived:
         warnings.simplefilter("ignore", FutureWarning)  # of torch's copy of its own graphs
         _run_once(net, inputs)
         try:
-            program = _with_casts(_captured(net, inputs), net, inputs, kind)
+            program, casts = with_casts(_captured(net, inputs), partial(_captured, net, inputs), kind)
         except Exception as error:  # torch.export raises whatever the network does
-            raise ValueError(f"{name} cannot be captured by torch.export ({_in_a_line(error)})") from error
-        _require_no_autocast(program, name)
+            why = f"{_in_a_line(error)}{_where(error)}"
+            raise ValueError(f"{name} cannot be captured by torch.export ({why})") from error
         _detach_what_has_no_gradient(program)
+        inline_regions(program, name, kind, casts)
         program = program.run_decompositions({aten.scaled_dot_product_attention.default: attention_with_dropout})
         signature = program.graph_signature
         for changed in (signature.buffers_to_mutate, signature.parameters_to_mutate, signature.user_inputs_to_mutate):
@@ -213,57 +213,6 @@ def _quiet_in_failure() -> Iterator[None]:
             logger.disabled = disabled
 
 
-def _with_casts(program: ExportedProgram, net: nn.Module, inputs: tuple, kind: str) -> ExportedProgram:
-    """The program, with its casts to float32 as they are under autocast too, where most are none without.
-
-    What a network casts by ``h.float()`` stays float32, and what it casts by ``to(h.dtype)`` follows autocast: a second
-    capture, in bfloat16, tells them apart. Where that is of other operators, or none, the casts are dropped.
-    """
-    if not any(_casts_to_float32(node) for node in _nodes(program)):
-        return program
-    try:
-        with torch.autocast(kind, torch.bfloat16):
-            low = _captured(net, inputs)
-    except Exception:  # whatever a network does that is not made for autocast
-        return program
-    nodes, there = _nodes(program), _nodes(low)
-    if len(nodes) != len(there) or not all(map(_alike, nodes, there)):
-        return program
-    for node, own in zip(there, nodes, strict=True):
-        if "_assert_tensor_metadata" in str(node.target):  # of dtypes
-            node.graph.erase_node(node)
-        elif _casts_to_float32(own):
-            follows = node.meta["val"].dtype != torch.float32
-            node.target, node.args, node.kwargs = CAST.default, (node.args[0], torch.float32, follows), {}
-        else:  # numbers, such as an eps, and dtypes are those of float32
-            (given, form), (wanted, _) = map(tree_flatten, ((node.args, node.kwargs), (own.args, own.kwargs)))
-            kept = [a if isinstance(a, Node) else b for a, b in zip(given, wanted, strict=True)]
-            node.args, node.kwargs = tree_unflatten(kept, form)
-    for module in (m for m in low.graph_module.modules() if isinstance(m, GraphModule)):
-        module.recompile()
-    return low
-
-
-def _nodes(program: ExportedProgram) -> list[Node]:
-    modules = (m for m in program.graph_module.modules() if isinstance(m, GraphModule))
-    return [node for module in modules for node in module.graph.nodes]
-
-
-def _alike(a: Node, b: Node) -> bool:
-    """Whether nodes of two captures are of the same call; inputs and constants, of the same dtype too."""
-    if a.op == "placeholder" and isinstance(a.meta.get("val"), Tensor) and a.meta["val"].dtype != b.meta["val"].dtype:
-        return False
-    forms = (tree_structure((node.args, node.kwargs)) for node in (a, b))
-    return (a.op, str(a.target)) == (b.op, str(b.target)) and next(forms) == next(forms)
-
-
-def _casts_to_float32(node: Node) -> bool:
-    if getattr(node.target, "overloadpacket", None) is not aten.to:
-        return False
-    source, out = (n.meta["val"] for n in (node.args[0], node))
-    return out.dtype == torch.float32 and source.device == out.device
-
-
 def _derived(program: ExportedProgram, name: str, tangent: bool, impl: str) -> Derived:
     """Operators that have no rule, and those calls that a rule refuses, are replaced by what torch defines them by."""
     definitions, refusal = None, None
@@ -297,6 +246,13 @@ def _of_calls(definition: Callable, calls: Sequence[Node]) -> Callable:
 
 def _in_a_line(error: Exception) -> str:
     return f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')}"
+
+
+def _where(error: BaseException) -> str:
+    """The place outside of torch that an error comes from."""
+    frames, torch_folder = traceback.extract_tb(error.__traceback__), str(Path(torch.__file__).parent)
+    own = [f for f in frames if not f.filename.startswith((torch_folder, _HERE, "<"))]
+    return f", at {own[-1].filename}:{own[-1].lineno}" if own else ""
 
 
 def _run_once(net: nn.Module, inputs: tuple) -> None:
@@ -349,25 +305,9 @@ def _graph_of(out: Tensor) -> Iterator:
             yield node
 
 
-def _regions(program: ExportedProgram, kind: str) -> Iterator[tuple]:
-    """The graphs that have regions of a kind, their nodes, and the region's own graphs."""
-    for module in program.graph_module.modules():
-        for node in module.graph.nodes if isinstance(module, GraphModule) else ():
-            if node.op == "call_function" and kind in str(node.target):
-                inside = next(a for a in node.args if getattr(a, "op", None) == "get_attr")
-                yield module, node, getattr(module, inside.target)
-
-
-def _require_no_autocast(program: ExportedProgram, name: str) -> None:
-    for _, _, region in _regions(program, "wrap_with_autocast"):
-        for inner in (n for m in region.modules() if isinstance(m, GraphModule) for n in m.graph.nodes):
-            if getattr(inner.target, "overloadpacket", None) in _PRODUCTS:
-                raise ValueError(f"{name} has a region with an autocast of its own around {inner.target}")
-
-
 def _detach_what_has_no_gradient(program: ExportedProgram) -> None:
     """Detaches the results of regions under torch.no_grad, of which nothing else would be left."""
-    for module, node, _ in list(_regions(program, "wrap_with_set_grad_enabled")):
+    for module, node, _ in list(regions(program, "wrap_with_set_grad_enabled")):
         if node.args[0] is not False:
             continue
         for result in list(node.users):

@@ -62,6 +62,8 @@ OTHERS = {
     "pieces": lambda x, t: x.nan_to_num() + nnf.threshold(x, 0.7, 0.1) + x.erfc(),
     "bent_at_zero": lambda x, t: nnf.relu(x - 0.8) + nnf.leaky_relu(0.9 - x, 0.2) + nnf.leaky_relu(x) * (x - 1.1).abs(),
     "casts": lambda x, t: (x.double().type_as(t) + t.double().to(x.dtype).view(B, 1, 1, 1)) * x.to(x.dtype),
+    "whole_slices": lambda x, t: (x * x)[:, :] + t[...].view(B, 1, 1, 1),
+    "constant_pad": lambda x, t: torch.constant_pad_nd(x * x, (1, 0), 3.0),
     "boolean_mask": lambda x, t: (x * x)[:, MASK],
     "bilinear": lambda x, t: nnf.bilinear(x, x * x, GAIN.view(4, 4, 4).to(x), x[0, 0, 0]),
     "norms": lambda x, t: torch.linalg.vector_norm(x, 1, 1) + torch.linalg.vector_norm(x, float("inf"), 2),

@@ -49,6 +49,19 @@ def _rms_norm(h, t):
     return wide.type_as(h) * (1 + t.to(h.dtype)).view(-1, 1, 1, 1)
 
 
+def _product_without_autocast(h, t):
+    with torch.no_grad(), torch.autocast("cpu", enabled=False):  # as of rotary positions
+        angle = torch.arange(8.0)[:, None] @ torch.linspace(0, 1, 8)[None]
+    with torch.autocast("cpu", enabled=False):
+        return torch.cos(9 * t).view(-1, 1, 1, 1) * (h.float() @ angle.cos())
+
+
+def _product_with_autocast(h, t):
+    with torch.autocast("cuda", enabled=False), torch.autocast("cpu", torch.bfloat16):
+        wide = h @ h.mT + t.view(-1, 1, 1, 1)
+    return 0.05 * wide + (h.float() @ h.float().mT)
+
+
 CASTS = {
     "exp": lambda h, t: (20 * h.float()).exp(),
     "rms_norm": _rms_norm,
@@ -56,6 +69,8 @@ CASTS = {
     "times": lambda h, t: torch.cos(300 * t.float()).view(-1, 1, 1, 1).to(h.dtype) * h,
     "eps": lambda h, t: h.float() / (h.detach().abs().float() + torch.finfo(h.dtype).eps),
     "of_a_mask": lambda h, t: (torch.arange(8) > 3).to(h.dtype) * h,
+    "without_autocast": _product_without_autocast,
+    "with_autocast": _product_with_autocast,
     "softmax": lambda h, t: torch.softmax(30 * h, 1, dtype=torch.float32) * torch.softmax(h, 1, dtype=h.dtype),
 }
 

@@ -331,6 +331,21 @@ def test_where_nothing_changes_zero_by_zero_is_zero(mode):
     assert torch.equal(forward(x, t, t / 2, None, dx, dt, mode=mode)[1], dx)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_quotient_that_moves_to_where_its_eps_keeps_it_at_zero(dtype):
+    """As linear attention's of a query that has no positive part any more; the eps is less than is rounded."""
+
+    def shares(x, t):
+        h = nnf.relu(x)
+        return x + (h * GAIN[:4].to(x)) / (h @ GAIN[4:, None].to(x) + 1e-15)
+
+    x, t, _, dt = inputs(1.0)
+    x, dx = x.to(dtype), (-x - (torch.arange(B) > 0).view(B, 1, 1, 1) / 7).to(dtype)  # to zero, and below it
+    _, difference = ForwardDifference(Function(shares))(x, t.to(dtype), t.to(dtype), None, dx, dt.to(dtype))
+    truth = shares((x + dx).double(), t) - shares(x.double(), t)
+    assert (difference - truth).norm() <= 4 * torch.finfo(dtype).eps * truth.norm()
+
+
 def test_rms_norm_of_small_numbers_in_bfloat16():
     """Its default eps is that of float32 there."""
     x, t, dx, dt = inputs(1e-3)
