@@ -15,6 +15,10 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 os.environ["TORCHINDUCTOR_VEC_ISA_OK"] = "0"
 
+import fast_interpreter
+
+fast_interpreter.install()
+
 # torch.export asks C++ for the names of all operators in every capture, and tells each of them how it is decomposed on
 # every kind of device: half of the time of the tests of captures.
 torch._export.utils._materialize_cpp_cia_ops = functools.cache(torch._export.utils._materialize_cpp_cia_ops)
