@@ -18,8 +18,9 @@ os.environ["TORCHINDUCTOR_VEC_ISA_OK"] = "0"
 import fast_interpreter
 import opaque_draws
 
-fast_interpreter.install()
-opaque_draws.install()
+if not torch.cuda.is_available():  # a GPU's kernels are compiled, and draw by operators of their own
+    fast_interpreter.install()
+    opaque_draws.install()
 
 # torch.export asks C++ for the names of all operators in every capture, and tells each of them how it is decomposed on
 # every kind of device: half of the time of the tests of captures.
