@@ -13,19 +13,14 @@ from torch.export import exported_program
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
-    from triton.runtime import interpreter
-
-    _convert = interpreter._convert_float
-
-    def _convert_float(values, source, target, rounding):
-        """With torch's rounding to float8: the interpreter's loses a carry, so that 127 becomes 64."""
-        if (source.name, target.name) != ("fp32", "fp8e4nv"):
-            return _convert(values, source, target, rounding)
-        return torch.from_numpy(values).to(torch.float8_e4m3fn).view(torch.uint8).numpy()
-
-    interpreter._convert_float = _convert_float
-
 os.environ["TORCHINDUCTOR_VEC_ISA_OK"] = "0"
+
+import fast_interpreter
+import opaque_draws
+
+if not torch.cuda.is_available():  # a GPU's kernels are compiled, and draw by operators of their own
+    fast_interpreter.install()
+    opaque_draws.install()
 
 # torch.export asks C++ for the names of all operators in every capture, and tells each of them how it is decomposed on
 # every kind of device: half of the time of the tests of captures.

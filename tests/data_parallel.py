@@ -7,6 +7,7 @@ python -m torch.distributed.run --nproc-per-node=2 data_parallel.py FOLDER
 import sys
 from pathlib import Path
 
+import opaque_draws
 import torch
 import torch.distributed as dist
 from fast_step_runs import BATCH, STEPS, make_model, make_step, training_batch
@@ -26,7 +27,7 @@ FORMS = {
 
 def train(processes: distributed.Processes, options: dict) -> dict:
     rank, world = processes.rank, processes.world_size
-    model = make_model(torch.float32)
+    model = make_model(torch.float32, depth=1)
     if rank:  # the first process's count
         torch.nn.utils.vector_to_parameters(torch.zeros(10**6), model.parameters())
     step, ema = make_step(model, rank=rank, world_size=world, **options)
@@ -71,6 +72,7 @@ def main(folder: Path) -> None:
     dist._DEFAULT_FIRST_BUCKET_BYTES = 1024  # several buckets, as a network of real size has
     processes = distributed.join(torch.device("cpu"))
     torch.set_num_threads(1)
+    opaque_draws.install()
     for form, options in FORMS.items():
         result = train(processes, options)
         if processes.is_first:

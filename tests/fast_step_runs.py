@@ -10,9 +10,9 @@ from soflow_fast.step import TrainStep
 BATCH, STEPS = 16, 12
 
 
-def make_model(dtype, objective=SoFlow, **network):
+def make_model(dtype, objective=SoFlow, depth=2, **network):
     torch.manual_seed(0)
-    net = DiT(8, 2, 1, 32, 2, 2, num_classes=10, impl="torch", attention="math", **network)
+    net = DiT(8, 2, 1, 32, depth, 2, num_classes=10, impl="torch", attention="math", **network)
     for p in net.parameters():
         if p.requires_grad and (p == 0).all():
             torch.nn.init.normal_(p, std=0.05)

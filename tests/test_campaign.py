@@ -36,11 +36,15 @@ def run(campaign, tmp_path, capsys):
     return run
 
 
-def test_a_stage_runs_once_and_again_for_another_commit(run, tmp_path):
+def test_a_stage_runs_once_and_again_where_it_is_partial_or_of_another_commit(run, tmp_path):
     path = tmp_path / "results" / "rates.json"
     code, out = run("run", "--only", "rates")
     assert (code, out.count("rates.py")) == (0, 1)
+    path.write_text(json.dumps({**json.loads(path.read_text()), "partial": True}))
+    assert "begun" in run("plan", "--only", "rates")[1]
+    assert run("run", "--only", "rates")[1].count("rates.py") == 1
     report = json.loads(path.read_text())
+    assert "partial" not in report
     assert report["smoke"] is True
     assert report["models"][0]["floor_ms"] > 0
     attention = {row["part"]: row for row in report["models"][0]["rows"] if "attention by" in row["part"]}
@@ -86,15 +90,6 @@ def test_reports_of_two_cards_are_set_aside_apart(campaign, tmp_path):
         here._set_aside(stage)
     names = {path.name for path in tmp_path.iterdir()}
     assert names == {f"correctness.01234567.{card}.json" for card in ("NVIDIA-H200", "NVIDIA-H100-80GB")}
-
-
-def test_a_partial_report_is_not_done(run, tmp_path):
-    path = tmp_path / "results" / "rates.json"
-    assert run("run", "--only", "rates")[0] == 0
-    path.write_text(json.dumps({**json.loads(path.read_text()), "partial": True}))
-    assert "begun" in run("plan", "--only", "rates")[1]
-    assert run("run", "--only", "rates")[1].count("rates.py") == 1
-    assert "partial" not in json.loads(path.read_text())
 
 
 def test_tests_that_are_interrupted_leave_what_they_found(run, campaign, monkeypatch, tmp_path):
