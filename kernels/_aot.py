@@ -122,7 +122,7 @@ def compile_record(record: Record, case: str, arch: int, disassemble: bool = Tru
         file.write(compiled.asm["cubin"])
         file.flush()
         report = _said_by("cuobjdump", "-res-usage", file.name)
-        code = _said_by("nvdisasm", "--print-code", file.name) if disassemble else None
+        code = _said_by("nvdisasm", "--print-code", "--no-dataflow", file.name) if disassemble else None
     instructions, widest_access = (None, None) if code is None else _code(code)
     usage = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", report)}
     return Binary(
@@ -140,8 +140,8 @@ def compile_record(record: Record, case: str, arch: int, disassemble: bool = Tru
     )
 
 
-def _said_by(tool: str, option: str, file: str) -> str:
-    return subprocess.run([_TOOLS / tool, option, file], check=True, capture_output=True, text=True).stdout
+def _said_by(tool: str, *arguments: str) -> str:
+    return subprocess.run([_TOOLS / tool, *arguments], check=True, capture_output=True, text=True).stdout
 
 
 def _code(disassembly: str) -> tuple[int, int]:
