@@ -87,9 +87,9 @@ def store_row(ptr, columns, row, D: tl.constexpr):
 def store_rounded_row(ptr, scale_ptr, columns, row, D: tl.constexpr):
     """Stores a row, zero beyond D, in float8, over the scale that its largest value gives; and the scale."""
     vectors = tl.reshape(tl.abs(row), (row.shape[0], row.shape[1] // _VECTOR, _VECTOR))
-    scale = tl.maximum(tl.max(tl.max(tl.max(vectors, 2), 0), 0), _LEAST) / _LARGEST
-    store_row(ptr, columns, row * (1 / scale), D)
-    tl.store(scale_ptr, scale)
+    largest = tl.maximum(tl.max(tl.max(tl.max(vectors, 2), 0), 0), _LEAST)
+    store_row(ptr, columns, row * (_LARGEST / largest), D)
+    tl.store(scale_ptr, largest / _LARGEST)
 
 
 @triton.jit

@@ -49,8 +49,8 @@ def scaled_product(
 ) -> Tensor:
     """The product of two matrices of rows in float8, (..., D) and (M, D), and a bias (M,): (..., M) in that dtype.
 
-    On a GPU by torch's scaled product, which adds up in the tensor cores' own precision; dtype is bfloat16 there, and D
-    and M are multiples of 16. Elsewhere the same operands are multiplied in float32.
+    On a GPU by torch's scaled product, which adds up in the tensor cores' own precision; dtype is bfloat16 there, that
+    of the bias too, and D and M are multiples of 16. Elsewhere the same operands are multiplied in float32.
     """
     if not values.is_cuda:
         out = (values.float() @ columns.float().mT) * scales[..., None] * column_scales
@@ -64,7 +64,7 @@ def scaled_product(
         out_dtype=dtype,
         use_fast_accum=True,
     )
-    return out.view(*values.shape[:-1], -1)
+    return out.view(*values.shape[:-1], columns.shape[0])
 
 
 def float8_linear(h: Float8Rows, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -85,17 +85,11 @@ def linear(h: Tensor | Float8Rows, weight: Tensor, bias: Tensor | None = None) -
     return (float8_linear if isinstance(h, Float8Rows) else torch.nn.functional.linear)(h, weight, bias)
 
 
-def gelu_rows(u: Tensor, *, dtype: torch.dtype = torch.float8_e4m3fn) -> Float8Rows | Tensor:
-    """The tanh GELU.
-
-    Args:
-        u: (..., M). dtype: float8 e4m3 for rows in it, or that of a tensor.
-
-    Returns:
-        (..., M), of the dtype of u where it is computed with.
-    """
-    wide = u if u.dtype == torch.float64 else u.float()
-    return in_rows(torch.nn.functional.gelu(wide, approximate="tanh"), dtype, u.dtype)
+def gelu_rows(u: Tensor) -> Float8Rows | Tensor:
+    """The tanh GELU of u (..., M), in place of one in its dtype; of float64 a tensor, which is not rounded."""
+    if u.dtype == torch.float64:
+        return torch.nn.functional.gelu(u, approximate="tanh")
+    return float8_rows(torch.nn.functional.gelu(u.float(), approximate="tanh"), u.dtype)
 
 
 def in_rows(x: Tensor, dtype: torch.dtype, computed: torch.dtype) -> Float8Rows | Tensor:

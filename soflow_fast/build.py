@@ -206,12 +206,11 @@ def build_optimizer(
 
 
 def runnable(config: TrainConfig) -> TrainConfig:
-    """The configuration of a run, for its weights to be used: nothing in it that training alone needs a GPU for, and
-    without a GPU nothing that needs one."""
-    model = replace(config.model, float8_guidance=False)
-    if resolve_device(config.device).type == "cpu":
-        model = replace(model, impl="auto", attention="auto" if model.attention in OF_A_GPU else model.attention)
-    return replace(config, model=model)
+    """The configuration of a run, for its weights to be used: without a GPU nothing in it that needs one."""
+    if resolve_device(config.device).type != "cpu":
+        return config
+    attention = "auto" if config.model.attention in OF_A_GPU else config.model.attention
+    return replace(config, model=replace(config.model, impl="auto", attention=attention))
 
 
 def _require_classes(config: TrainConfig, objective: nn.Module | type[nn.Module]) -> None:

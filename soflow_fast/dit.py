@@ -25,7 +25,7 @@ from soflow_fast.layers import (
     linear,
     prediction_of,
     product,
-    require_float8,
+    require_multiples_of_16,
 )
 from soflow_fast.positions import position_table
 from soflow_fast.size import Size, as_size, format_size, height_and_width
@@ -75,7 +75,7 @@ class DiT(nn.Module):
         residual_dtype: of the residual stream and its difference; at least as wide as compute_dtype, the default.
         recompute: what the backward computes again instead of keeping it: ``none``, ``elementwise`` (the GELU, which
             saves a third of the activations) or ``block`` (everything but the blocks' inputs).
-        float8_guidance: the products of :meth:`forward_guidance` take operands in float8.
+        float8_guidance: objectives guide by :meth:`forward_float8`.
 
     Raises:
         ValueError: for sizes that do not divide, and for an implementation that cannot run here.
@@ -125,7 +125,7 @@ class DiT(nn.Module):
             raise ValueError(f"recompute={recompute!r} is not known; choose one of {', '.join(RECOMPUTE)}")
         self.recompute = recompute
         if float8_guidance:
-            require_float8(hidden_size, int(hidden_size * mlp_ratio))
+            require_multiples_of_16(hidden_size, int(hidden_size * mlp_ratio))
         self.float8_guidance = float8_guidance
 
         self.grid = (height // patch_size, width // patch_size)
@@ -203,14 +203,13 @@ class DiT(nn.Module):
         return self._run(x, t, s, labels, self._call())[0]
 
     @torch.no_grad()
-    def forward_guidance(self, x: Tensor, t: Tensor, s: Tensor, labels: Tensor | None = None) -> Tensor:
-        """:meth:`forward` without gradient, of what guides a target.
+    def forward_float8(self, x: Tensor, t: Tensor, s: Tensor, labels: Tensor | None = None) -> Tensor:
+        """:meth:`forward` without gradient, with products on operands in float8, each row with a scale of its own.
 
-        With ``float8_guidance``, each block's products of its normalised input and of the hidden units take operands in
-        float8, each row with a scale of its own; attention and its projection do not, nor what lies outside of blocks.
+        These are the products of each block's normalised inputs and of its hidden units; not attention and its
+        output's, nor what lies outside of the blocks. On a GPU the DiT computes in bfloat16, and its widths are
+        multiples of 16.
         """
-        if not self.float8_guidance:
-            return self(x, t, s, labels)
         return self._run(x, t, s, labels, self._call()._replace(float8=True))[0]
 
     def forward_difference(
@@ -284,8 +283,9 @@ class DiT(nn.Module):
             run = block
             if call.recompute == "block" and torch.is_grad_enabled():
                 run = partial(checkpoint, block, use_reentrant=False, preserve_rng_state=False)
-            tokens, h, d, dh = run(tokens, h, modulation[i], (d, dh, dmodulation[i]), call)
-        out = self._unpatchify(linear(self.final_layer.linear, h.to(dtype))).to(x.dtype)
+            of_block = call if i + 1 < self.depth else call._replace(float8=False)
+            tokens, h, d, dh = run(tokens, h, modulation[i], (d, dh, dmodulation[i]), of_block)
+        out = self._unpatchify(linear(self.final_layer.linear, h)).to(x.dtype)
         if self.prediction is not None:
             out = self.prediction(out, x, t)
         if rows is None:

@@ -29,7 +29,7 @@ _LEAST_TIME = 0.05
 
 class Call(NamedTuple):
     """How one forward is computed: by which ops and attention, which rows carry a difference or a tangent, and whether
-    products of the blocks are in float8, without gradient and differences."""
+    the layer after this one multiplies in float8, without gradient and differences."""
 
     ops: ModuleType
     attention: str
@@ -177,11 +177,11 @@ class DiTBlock(nn.Module):
         """
         d, dh, dmodulation = pair
         modulation = modulation.unbind(1)
-        dtype = torch.float8_e4m3fn if isinstance(h, Float8Rows) else None
+        rounded = isinstance(h, Float8Rows), call.float8
         dmodulation = None if call.rows is None else dmodulation.unbind(1)
         for i, (layer, last) in enumerate(((self.attn, self.attn.proj), (self.mlp, self.mlp.fc2))):
             branch, d_branch = layer(h, dh, call)
-            bias = last.bias.to(branch.dtype)
+            bias, dtype = last.bias.to(branch.dtype), torch.float8_e4m3fn if rounded[i] else None
             gate, shift, scale = modulation[3 * i : 3 * i + 3]
             x, h = call.ops.gated_residual_layernorm(x, branch, gate, shift, scale, bias=bias, eps=LN_EPS, dtype=dtype)
             if call.rows is not None:
@@ -242,19 +242,14 @@ def require_linear(net: nn.Module, path: str, parameterization: str = "euler") -
         )
 
 
-def require_float8(*widths: int) -> None:
-    """ValueError for layers of widths that cannot be multiplied in float8, and for a GPU that cannot."""
+def require_multiples_of_16(*widths: int) -> None:
+    """ValueError for layers of widths that cannot be multiplied in float8."""
     for width in widths:
         if width % 16:
             raise ValueError(
                 f"float8_guidance=True takes products of multiples of 16, and a layer of this DiT is {width} wide; "
                 "choose another hidden_size or mlp_ratio, or float8_guidance=False"
             )
-    if torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 9):
-        raise ValueError(
-            "float8_guidance=True needs a GPU of compute capability 8.9 or newer, and "
-            f"{torch.cuda.get_device_name()} is older; choose float8_guidance=False"
-        )
 
 
 class FinalLayer(nn.Module):

@@ -87,6 +87,22 @@ def follows_parameters(network: nn.Module) -> bool:
     return hasattr(network, "compute_dtype") and hasattr(network, "forward_difference")
 
 
+def require_float8(network: nn.Module, device: torch.device, precision: str) -> None:
+    """ValueError for a network with ``float8_guidance`` that cannot be trained so on this device in this precision."""
+    if not getattr(network, "float8_guidance", False) or device.type != "cuda":
+        return
+    if precision != "bf16" and network.compute_dtype != torch.bfloat16:
+        raise ValueError(
+            f"float8_guidance=True computes in bfloat16 on a GPU, and precision={precision!r}; choose precision="
+            "'bf16', or float8_guidance=False"
+        )
+    if torch.cuda.get_device_capability(device) < (8, 9):
+        raise ValueError(
+            "float8_guidance=True needs a GPU of compute capability 8.9 or newer, and "
+            f"{torch.cuda.get_device_name(device)} is older; choose float8_guidance=False"
+        )
+
+
 @contextlib.contextmanager
 def tensor_cores(precision: str) -> Iterator[None]:
     """TensorFloat-32 products inside the block, except for ``fp32``; they are exact for operands that were bfloat16.

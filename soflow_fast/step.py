@@ -24,7 +24,7 @@ from soflow_fast.ema import EMA
 from soflow_fast.kernels.coefficients import require_choice
 from soflow_fast.objectives.base import LossOutput, Objective, TotalLoss, is_objective, joined, require_batch
 from soflow_fast.paths import row_order, row_period
-from soflow_fast.precision import PRECISIONS, ComputeCopy, follows_parameters, tensor_cores
+from soflow_fast.precision import PRECISIONS, ComputeCopy, follows_parameters, require_float8, tensor_cores
 from soflow_fast.reduction import INDUCTOR_OPTIONS, CompiledReduction
 from soflow_fast.require import require_count
 from soflow_fast.sample import evaluating
@@ -183,6 +183,7 @@ class TrainStep:
                 f"precision='bf16' loses the difference of two outputs that this {type(model).__name__} takes: "
                 "use precision='fp32', or a derivative that is no finite difference"
             )
+        require_float8(model.network, device, self.precision)
         on_copies = self.precision == "bf16" and follows
         if on_copies and hasattr(model.network, "_orig_mod"):
             raise ValueError(

@@ -7,12 +7,11 @@ import functools
 import gc
 import os
 
+import _interpreter  # noqa: F401, first
 import torch
 import torch._export.utils
 from torch.export import exported_program
 
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
 os.environ["TORCHINDUCTOR_VEC_ISA_OK"] = "0"
 
 import fast_interpreter

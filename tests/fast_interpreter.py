@@ -1,20 +1,17 @@
 """Triton's interpreter without the work that it repeats for every operation: the same bits in a third of the time.
 
-But for sums that a function of our own adds up, whose order is that of a GPU here, and for the rounding to float8, in
-which it loses a carry: 127 would become 64.
+But for sums that a function of our own adds up, whose order is that of a GPU here.
 """
 
 import functools
 
 import numpy as np
-import torch
 import triton.language as tl
 from triton.language.semantic import TritonSemantic
 from triton.runtime import interpreter
 from triton.runtime.interpreter import ReduceOps
 
 _patch_lang, _get_np_dtype = interpreter._patch_lang, interpreter._get_np_dtype
-_convert_float = interpreter._convert_float
 _generic_reduce, _broadcast = ReduceOps.generic_reduce, TritonSemantic.broadcast_impl_value
 _init_block_type, _init_tensor = tl.block_type.__init__, tl.tensor.__init__
 
@@ -122,18 +119,8 @@ def _reduce_by_halves(self, input):
     return [self.to_tensor(part, dtype) for part, dtype in zip(parts, dtypes, strict=True)]
 
 
-# ------------------------------------------------------------------------------------------------------------- float8
-
-
-def _rounded_to_float8(values, source, target, rounding):
-    if (source.name, target.name) != ("fp32", "fp8e4nv"):
-        return _convert_float(values, source, target, rounding)
-    return torch.from_numpy(values).to(torch.float8_e4m3fn).view(torch.uint8).numpy()
-
-
 def install() -> None:
     """For this process."""
     interpreter._patch_lang, interpreter._get_np_dtype = _patch_lang_once, _known_np_dtype
     ReduceOps.generic_reduce, TritonSemantic.broadcast_impl_value = _reduce_by_halves, _broadcast_if_needed
-    interpreter._convert_float = _rounded_to_float8
     tl.block_type.__init__, tl.tensor.__init__ = _known_block_type, _known_tensor

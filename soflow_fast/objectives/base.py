@@ -309,8 +309,9 @@ class Objective(nn.Module):
 
     @torch.no_grad()
     def guidance_forward(self, x: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
-        """``F(x,t,t,labels)`` without gradient, for a target; by the network's ``forward_guidance`` if it has one."""
-        return getattr(self.network, "forward_guidance", self.network)(x, t, t, labels)
+        """``F(x,t,t,labels)`` without gradient, for a target; in float8 if the network's ``float8_guidance`` is set."""
+        rounded = getattr(self.network, "float8_guidance", False)
+        return (self.network.forward_float8 if rounded else self.network)(x, t, t, labels)
 
     def two_forwards(self, x, t, s, labels, v, rows: slice, step: Tensor) -> tuple[Tensor, Tensor]:
         """``F(x,t,s)`` of all rows, and without gradient ``F(x − step·v, t − step, s) − F(x,t,s)`` of the b given ones,
