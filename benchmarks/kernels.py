@@ -6,8 +6,8 @@
 Runs every case of ``soflow_fast.kernels.fused`` with bfloat16 operands. An op whose results are not as exact as its
 tests demand is not timed, and the run fails. GB/s are the bytes that the fused op's kernels move, for every provider,
 so they compare as times do; plain matrix products around them count in the time alone. ``--smoke`` takes the smallest
-case of each op with one row; so does a machine without a GPU, in Triton's interpreter and in float32 (its products of
-bfloat16 matrices are wrong): those times mean nothing.
+case of each op with one row; so does a machine without a GPU, in Triton's interpreter and in float32: those times mean
+nothing.
 """
 
 import math

@@ -2,9 +2,7 @@
 
 The reference in float64 is the truth. A fused op may be at most twice as far from it as the reference run in the same
 low precision is, plus ``atol``: 1e-6 (float32) or 2^-9 (bfloat16, float16) of the largest value; twice that for the
-gradients of the losses, which are rounded as they are kept in the forward, and again. Triton's interpreter
-cuts float32 off where bfloat16 ends instead of rounding it: an error of up to 2^-8 where a stream is stored and again
-where a result is, so there atol is 2^-7.
+gradients of the losses, which are rounded as they are kept in the forward, and again.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,14 +10,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from triton import knobs
 
 from . import fused, reference
 from ._cases import as_tuple
 
 _ATOL = {torch.float32: 1e-6, torch.float16: 2.0**-9, torch.bfloat16: 2.0**-9}
 _KEPT_ROUNDED = ("consistency_loss", "velocity_loss")
-_INTERPRETED_ATOL = {**_ATOL, torch.bfloat16: 2.0**-7}
 
 
 class Error(NamedTuple):
@@ -40,8 +36,7 @@ class Error(NamedTuple):
     @property
     def allowed(self) -> float:
         """The largest error of the fused op that the rule allows."""
-        atol = _INTERPRETED_ATOL if knobs.runtime.interpret else _ATOL
-        return 2 * self.plain + self.roundings * atol[self.dtype] * self.scale
+        return 2 * self.plain + self.roundings * _ATOL[self.dtype] * self.scale
 
     @property
     def within(self) -> bool:

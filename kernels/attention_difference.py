@@ -202,7 +202,7 @@ def _large_change_kernel(
     row, head, first = own_block(n, heads, QUERIES)
     queries, left = tl.arange(0, QUERIES), (n - first).to(tl.int32)
     do_ptr += ((row * n + first) * heads + head) * HEAD
-    marks = tl.load(do_ptr + queries * heads * HEAD, mask=queries < left, other=0.0)
+    marks = tl.load(do_ptr + queries * heads * HEAD, mask=queries < left, other=0.0).to(tl.float32)
     wanted = (marks != marks).to(tl.int32)
     if tl.max(wanted, 0) == 0:
         return

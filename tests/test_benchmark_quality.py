@@ -320,7 +320,6 @@ def test_methods_of_a_gpu_are_not_emulated_where_they_need_not_be():
 
 
 def test_fused_methods_are_as_exact_as_the_plain_ones(monkeypatch):
-    """In Triton's interpreter, whose products of bfloat16 are wrong: in float32 and float16."""
     monkeypatch.setattr(precision, "RATIOS", (0.0003,))
     net = DiT(8, 4, 1, 32, 1, 1, num_classes=10)
     generator = torch.Generator().manual_seed(0)
