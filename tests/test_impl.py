@@ -179,6 +179,21 @@ def test_soflow_loss_and_every_parameter_gradient(path, parameterization, depth)
         _assert_close(gradient, expected_gradients[name], name)
 
 
+@_ATTENTION
+def test_in_bfloat16_gradients_are_as_exact_as_by_plain_torch(attention):
+    x0, *_ = _batch(4)
+    labels = torch.arange(4, device=DEVICE)
+
+    def gradients(*how, dtype):
+        objective = SoFlow(_dit(*how, depth=1).to(dtype))
+        objective.loss(x0, labels, progress=0.5, seed=3, step=7).loss.backward()
+        return torch.cat([g.float().flatten() for g in _gradients(objective).values()])
+
+    truth = gradients("torch", dtype=torch.float32)
+    plain, ours = (gradients(*how, dtype=torch.bfloat16) for how in (("torch",), ("triton", attention)))
+    assert 1e-3 * truth.norm() < (ours - truth).norm() < 1.2 * (plain - truth).norm()
+
+
 def test_tensors_on_several_devices_are_refused():
     """A kernel would read the address of one device's memory on another."""
     x, m = torch.ones(2, 4, 32, device=DEVICE), torch.ones(2, 32, device="meta")
