@@ -200,7 +200,8 @@ def evaluate(
     real = reference or Reference(config, folder.parent / "reference")
     processes.of_first(lambda: real.read(_sides(model, config, decode)))
     processes.of_first(lambda: _empty(folder))
-    processes.of_all(lambda: save_folder(draw(share), folder, share.start))
+    # 50,000 files that are read once: fast to write rather than small
+    processes.of_all(lambda: save_folder(draw(share), folder, share.start, compress_level=1))
     if processes.world_size > 1:
         processes.of_first(lambda: _await_samples(folder, wanted.samples))
     return {"samples": str(folder), **processes.of_first(lambda: real.scores(folder))}
