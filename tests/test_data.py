@@ -13,7 +13,7 @@ from torch.utils.data import Subset, TensorDataset
 
 from soflow_fast import build
 from soflow_fast.conditions import ItemConditions
-from soflow_fast.data import LatentMoments, batches, digits, load_resident, resident, resident_bytes
+from soflow_fast.data import LatentMoments, batches, digits, load_resident, order, resident, resident_bytes
 from soflow_fast.data.order import batch_indices, permutation
 
 CPU = torch.device("cpu")
@@ -43,6 +43,18 @@ def test_order_is_the_argsort_of_philox_words():
     seed, epoch, order_stream = 5 + (7 << 32), 2, 5
     words = [_first_word(row, seed, epoch, order_stream) for row in range(50)]
     assert permutation(50, seed, epoch).tolist() == sorted(range(50), key=words.__getitem__)
+
+
+def test_the_order_does_not_depend_on_how_many_words_are_drawn_at_a_time(monkeypatch):
+    drawn, philox = [], order.philox
+    monkeypatch.setattr(order, "_CHUNK", 16)
+    monkeypatch.setattr(
+        order, "philox", lambda rows, *args, **how: drawn.append(len(rows)) or philox(rows, *args, **how)
+    )
+    found = permutation(37, 3, 1)
+    words = philox(torch.arange(37), 1, seed=3, step=1, stream=order.Stream.ORDER)[:, 0]
+    assert torch.equal(found, words.argsort(stable=True))
+    assert drawn == [16, 16, 5]
 
 
 def test_an_epoch_is_a_permutation_without_its_last_partial_batch():
@@ -129,6 +141,18 @@ class _Odd(Blobs):
 def test_samples_and_labels_of_another_kind_are_refused(sample, label, words):
     with pytest.raises(ValueError, match=re.escape(words)):
         _batches(_Odd(sample, label), range(1))
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16, torch.uint32, torch.int16])
+def test_labels_may_be_of_any_integers(dtype):
+    """Torch finds neither the least nor the greatest of some of them."""
+    labels = torch.arange(16).remainder(10).to(dtype)
+    data = TensorDataset(torch.zeros(16, 1, 8, 8), labels)
+    (_, found), *_ = _batches(data, range(1))
+    assert found.dtype == torch.int64
+    assert load_resident(data, CPU, 10).labels.tolist() == labels.tolist()
+    with pytest.raises(ValueError, match=r"labels from 0 to 9, outside the classes 0\.\.5"):
+        load_resident(data, CPU, 6)
 
 
 class _Targets(Blobs):
