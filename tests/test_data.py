@@ -1,5 +1,6 @@
 """Data sets, their refusals, and the order of the data."""
 
+import os
 import random
 import re
 from dataclasses import replace
@@ -305,6 +306,45 @@ def test_latents_are_what_the_file_holds_in_the_order_asked_for(tmp_path, as_fol
         assert np.array_equal(moments.numpy(), latents[index])
         assert label == labels[index]
     assert np.array_equal(data[5][0].numpy(), latents[5])
+
+
+@pytest.mark.parametrize(
+    ("dtype", "form", "direct"),
+    [
+        ("<f4", {}, True),
+        (">f4", {}, True),
+        ("<f2", {}, True),
+        ("<f4", {"chunks": (5, 8, 8, 8)}, False),
+        ("<f4", {"chunks": (5, 8, 8, 8), "compression": "gzip"}, False),
+        ("other", {}, False),
+    ],
+)
+def test_rows_that_lie_in_the_file_as_they_are_are_read_without_hdf5(tmp_path, monkeypatch, dtype, form, direct):
+    path, moments = tmp_path / "latents.hdf5", _moments()
+    with h5py.File(path, "w", userblock_size=512) as file:
+        file["labels"] = np.arange(40) % 10
+        if dtype == "other":  # of a bias that numpy has not
+            kind = h5py.h5t.IEEE_F32LE.copy()
+            kind.set_ebias(126)
+            space = h5py.h5s.create_simple(moments.shape)
+            h5py.Dataset(h5py.h5d.create(file.id, b"latents", kind, space))[:] = moments
+        else:
+            file.create_dataset("latents", data=moments, dtype=dtype, **form)
+    data, asked = LatentMoments(path, **FORM), []
+    with h5py.File(path) as file:
+        expected = file["latents"][:].astype(np.float32)
+    read = h5py.Dataset.__getitem__
+    monkeypatch.setattr(h5py.Dataset, "__getitem__", lambda self, rows: asked.append(rows) or read(self, rows))
+    wanted = [7, 3, 39, 3, 0]
+    assert all(np.array_equal(x, expected[i]) for (x, _), i in zip(data.__getitems__(wanted), wanted, strict=True))
+    assert (asked == []) == direct
+    assert torch.equal(data[-1][0], data[39][0])
+    with pytest.raises(OSError, match="not within extent"):
+        data[40]
+    os.truncate(path, os.path.getsize(path) - 4)
+    if direct:
+        with pytest.raises(ValueError, match=r"latents\.hdf5 ends before sample 39; write or copy it again"):
+            data[39]
 
 
 def test_latents_can_be_read_by_workers(tmp_path):
