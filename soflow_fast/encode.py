@@ -150,7 +150,7 @@ def encode(
 class _Batches(Dataset):
     """The images of each batch, (b, 3, height, width) uint8, or as a value the error that keeps one from being read."""
 
-    def __init__(self, files: list[Path], sides: tuple[int, int], batch: int):
+    def __init__(self, files: list[str], sides: tuple[int, int], batch: int):
         self.files, self.sides, self.batch = files, sides, batch
 
     def __len__(self) -> int:
@@ -165,12 +165,13 @@ class _Batches(Dataset):
         return torch.from_numpy(pixels).permute(0, 3, 1, 2)
 
 
-def _samples(images: Path) -> tuple[int, list[tuple[Path, int]]]:
+def _samples(images: Path) -> tuple[int, list[tuple[str, int]]]:
     """How many classes there are, 0 for a folder without class folders; and the images with their classes."""
     if not images.is_dir():
         raise ValueError(f"the image folder {images} does not exist; give a folder of class folders, or of images")
     classes = class_folders(images)
-    return len(classes), labelled_images(images, classes or [""])
+    samples = labelled_images(images, classes or [""])
+    return len(classes), [(os.path.join(images, name), label) for name, label in samples]
 
 
 @torch.inference_mode()
@@ -212,9 +213,10 @@ def _digest(vae: nn.Module) -> str:
     return digest.hexdigest()[:16]
 
 
-def _fingerprints(images: Path, samples: list[tuple[Path, int]]) -> np.ndarray:
+def _fingerprints(images: Path, samples: list[tuple[str, int]]) -> np.ndarray:
     """(n,) uint64 of the name, the bytes and the class of each image."""
-    texts = (f"{file.relative_to(images).as_posix()}\0{file.stat().st_size}\0{label}" for file, label in samples)
+    start = len(os.path.join(images, ""))
+    texts = (f"{file[start:]}\0{os.path.getsize(file)}\0{label}" for file, label in samples)
     digests = (hashlib.blake2b(os.fsencode(text), digest_size=8).digest() for text in texts)
     return np.frombuffer(b"".join(digests), dtype="<u8")
 

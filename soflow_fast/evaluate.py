@@ -6,6 +6,7 @@ Shapes: n samples, C channels, H height, W width. Images are in [-1, 1].
 import hashlib
 import itertools
 import logging
+import os
 import time
 from collections.abc import Iterator
 from functools import partial
@@ -20,6 +21,7 @@ from soflow_fast.build import sample_shape
 from soflow_fast.config import TrainConfig
 from soflow_fast.data import CIFAR10, digits
 from soflow_fast.data.crop import centre_crop, centred
+from soflow_fast.data.folder import files_below, is_image
 from soflow_fast.distributed import Processes
 from soflow_fast.images import are_images, in_file_name, labels_of_samples, save_folder
 from soflow_fast.require import require_package
@@ -140,6 +142,7 @@ def evaluate(
     precision: str | None = None,
     compile: bool | None = None,
     processes: Processes | None = None,
+    reference: "Reference | None" = None,
 ) -> dict[str, float | str]:
     """Draws samples and scores them as the configuration's ``evaluation`` section says.
 
@@ -163,6 +166,7 @@ def evaluate(
         decode: from latents to images, see :func:`soflow_fast.autoencoder.vae_decoder`. seed: of the noise.
         precision, compile: of the sampling, see :class:`~soflow_fast.sample.Sampler`.
         processes: of the run; by default this one is alone.
+        reference: what an earlier evaluation of the same configuration has read; by default it is read again.
 
     Returns:
         The scores by name, and under ``samples`` where the samples were written; in all processes.
@@ -193,10 +197,11 @@ def evaluate(
     if config.data.kind == "digits":
         classes = labels if torch.is_tensor(labels) else None
         return processes.of_first(lambda: digit_scores(torch.cat(list(draw())), classes))
-    real = _Real(config, folder.parent / "reference")
+    real = reference or Reference(config, folder.parent / "reference")
     processes.of_first(lambda: real.read(_sides(model, config, decode)))
     processes.of_first(lambda: _empty(folder))
-    processes.of_all(lambda: save_folder(draw(share), folder, share.start))
+    # 50,000 files that are read once: fast to write rather than small
+    processes.of_all(lambda: save_folder(draw(share), folder, share.start, compress_level=1))
     if processes.world_size > 1:
         processes.of_first(lambda: _await_samples(folder, wanted.samples))
     return {"samples": str(folder), **processes.of_first(lambda: real.scores(folder))}
@@ -280,12 +285,15 @@ def _are_pixels(config: TrainConfig) -> bool:
     return config.data.kind != "latents" and are_images(config.model.in_channels)
 
 
-def _image_files(folder: Path) -> Iterator[Path]:
-    return (file for file in folder.rglob("*") if file.suffix.lower().removeprefix(".") in _IMAGE_SUFFIXES.split(","))
+def _image_files(folder: Path) -> Iterator[os.DirEntry]:
+    return filter(is_image, files_below(folder))
 
 
-class _Real:
+class Reference:
     """What samples are compared with; used in one process alone, and cheap to make.
+
+    It is read once, which for a folder of a million images takes seconds even where their statistics are kept. What
+    changes in it later is not seen, so that all scores of one object are of the same images.
 
     Args:
         config: of the samples. folder: where statistics of images are kept.
@@ -293,6 +301,7 @@ class _Real:
 
     def __init__(self, config: TrainConfig, folder: Path):
         self._config, self._path, self._folder = config, _reference(config), folder
+        self._sides: tuple[int, int] | None = None
         self._statistics: dict[str, np.ndarray] = {}
         self._features: dict[str, Tensor] | None = None
         self._options = {
@@ -305,6 +314,8 @@ class _Real:
 
     def read(self, sides: tuple[int, int]) -> None:
         """Computes, or finds, what samples of these sides are compared with; ValueError if it is not to be had."""
+        if self._sides == sides:
+            return
         path, wanted, size, fidelity = self._path, self._config.evaluation, as_size(*sides), _fidelity()
         metrics = [one for one in wanted.metrics if one in fidelity.OF_IMAGES]
         images = None
@@ -313,10 +324,11 @@ class _Real:
             images = CIFAR10(path).images
             depends_on = ("cifar10", hashlib.sha256(images.numpy()).hexdigest(), wanted.weights)
         elif path.is_dir():
-            found = sorted(_image_files(path))
+            found = [(entry.path, entry.stat()) for entry in _image_files(path)]
             own = partial(centre_crop if self._config.data.kind == "latents" else centred, size=size)
-            images = fidelity.RealImages(found, fidelity.squared(size) if isinstance(size, int) else own)
-            files = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in found]
+            crop = fidelity.squared(size) if isinstance(size, int) else own
+            images = fidelity.RealImages([file for file, _ in found], crop)
+            files = [(file, about.st_size, about.st_mtime_ns) for file, about in found]
             depends_on = (str(path.resolve()), sorted(files), size, wanted.weights)
         else:
             length = fidelity.count_features(fidelity.load_extractor(self._options["features"], wanted.weights), size)
@@ -333,6 +345,7 @@ class _Real:
             self._features = fidelity.features_of(images, metrics, self._folder, name, **self._options)
             for found in self._features.values():  # pixels, of other images than the statistics
                 fidelity.require_length(path, self._statistics, self._options["features"], found.shape[1])
+        self._sides = sides
 
     def scores(self, samples: Path) -> dict[str, float]:
         """Of the images in a folder."""

@@ -104,7 +104,7 @@ class _Images(Dataset):
 class RealImages(Dataset):
     """The images of some files as RGB, (3, H, W) uint8, each cropped; one that cannot be read is named."""
 
-    def __init__(self, files: Sequence[Path], crop: Callable[[Image.Image], Image.Image]):
+    def __init__(self, files: Sequence[str | Path], crop: Callable[[Image.Image], Image.Image]):
         self.files, self.crop = files, crop
 
     def __len__(self) -> int:

@@ -93,10 +93,10 @@ def are_images(channels: int) -> bool:
     return channels in _CHANNELS
 
 
-def save_png(image: Tensor, path: Path) -> None:
-    """Writes one image (C, H, W) in [-1, 1], C = 1 or 3."""
+def save_png(image: Tensor, path: Path, compress_level: int = -1) -> None:
+    """Writes one image (C, H, W) in [-1, 1], C = 1 or 3; of zlib's levels, -1 is its default."""
     pixels = to_uint8(image).permute(1, 2, 0).numpy()
-    Image.fromarray(pixels.squeeze(2) if pixels.shape[2] == 1 else pixels).save(path)
+    Image.fromarray(pixels.squeeze(2) if pixels.shape[2] == 1 else pixels).save(path, compress_level=compress_level)
 
 
 def grid(images: Tensor, columns: int, least_size: int = 32) -> Tensor:
@@ -128,15 +128,15 @@ def suffix_of_samples(of_images: bool) -> str:
     return ".png" if of_images else ".npy"
 
 
-def save_folder(parts: Iterable[Tensor], folder: Path, first: int = 0) -> None:
+def save_folder(parts: Iterable[Tensor], folder: Path, first: int = 0, compress_level: int = -1) -> None:
     """Writes every image, of parts (at most B, C, H, W), to ``000000.png`` and so on.
 
     Args:
-        first: number of the first image.
+        first: number of the first image. compress_level: see :func:`save_png`.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for number, image in enumerate((image for part in parts for image in part), first):
-        save_png(image, folder / f"{number:06d}.png")
+        save_png(image, folder / f"{number:06d}.png", compress_level=compress_level)
 
 
 def save_npz(parts: Iterable[Tensor], n: int, labels: Tensor | ItemConditions | None, path: Path) -> None:

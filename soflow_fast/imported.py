@@ -70,8 +70,17 @@ def import_maker(setting: str, path: str, arguments: dict[str, Any], *first: Any
     return partial(made_by, *first, **arguments)
 
 
+class RemoteError(Exception):
+    """What an error is raised from that came up in user code in another process: the text of its traceback there."""
+
+    def __str__(self) -> str:
+        return f"\n{self.args[0]}"
+
+
 def of_imported_code(error: BaseException) -> bool:
-    """Whether the traceback passes through user code, so that it is shown in full."""
+    """Whether the traceback passes through user code, here or elsewhere, so that it is shown in full."""
+    if isinstance(error.__cause__, RemoteError):
+        return True
     frames = (frame for frame, _ in traceback.walk_tb(error.__traceback__))
     return any(frame.f_globals.get("__name__", "").partition(".")[0] in _PACKAGES for frame in frames)
 

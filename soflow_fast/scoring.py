@@ -11,7 +11,7 @@ from soflow_fast import checkpoint
 from soflow_fast.config import TrainConfig
 from soflow_fast.distributed import Processes
 from soflow_fast.ema import EMA
-from soflow_fast.evaluate import compared_with, evaluate, why_unscored
+from soflow_fast.evaluate import Reference, compared_with, evaluate, why_unscored
 from soflow_fast.logs import Quiet, RunLog, due, going_on, is_logged
 from soflow_fast.sample import Decoder
 
@@ -43,8 +43,10 @@ class Scoring:
         decode: Decoder | None,
     ):
         self._config, self._model, self._ema, self._processes = config, model, ema, processes
-        self._drawing = {"dataset": dataset, "decode": decode, "processes": processes}
         self._run_dir = Path(config.run_dir)
+        self._folder = self._run_dir / "evaluation" / "during-training"  # each overwrites the samples of the one before
+        reference = Reference(config, self._folder.parent / "reference")
+        self._options = {"dataset": dataset, "decode": decode, "processes": processes, "reference": reference}
         self.lacking = why_unscored(config) if config.evaluation.every else None
 
     def is_due(self, step: int) -> bool:
@@ -57,10 +59,9 @@ class Scoring:
 
     def __call__(self, step: int, log: RunLog | Quiet) -> None:
         """Draws, scores, writes the scores among the metrics, and keeps the best checkpoint where that is asked for."""
-        folder = self._run_dir / "evaluation" / "during-training"  # the next one overwrites its samples
         scores = None
         with going_on(f"the evaluation at step {step}", self._processes), self._ema.applied():
-            scores = evaluate(self._model, self._config, folder, **self._drawing)
+            scores = evaluate(self._model, self._config, self._folder, **self._options)
         if scores is None:
             return
         # First: what the metrics have is not scored again.

@@ -40,8 +40,8 @@ def _failing_once(function):
 def main(run_dir: Path, folder: Path) -> None:
     run = Trainer(image_config(run_dir, folder, every=2))
     rank, written, save_png = run.processes.rank, [], images.save_png
-    images.save_png = lambda image, path: written.append(path.name) or save_png(image, path)
-    owner, name = ((evaluate._Real, "scores"), (evaluate, "save_folder"))[rank]
+    images.save_png = lambda image, path, **how: written.append(path.name) or save_png(image, path, **how)
+    owner, name = ((evaluate.Reference, "scores"), (evaluate, "save_folder"))[rank]
     setattr(owner, name, _failing_once(getattr(owner, name)))
     run.fit()
     weights = sum(float(value.double().abs().sum()) for value in run.model.state_dict().values())

@@ -1,5 +1,6 @@
 """Data sets, their refusals, and the order of the data."""
 
+import os
 import random
 import re
 from dataclasses import replace
@@ -13,7 +14,7 @@ from torch.utils.data import Subset, TensorDataset
 
 from soflow_fast import build
 from soflow_fast.conditions import ItemConditions
-from soflow_fast.data import LatentMoments, batches, digits, load_resident, resident, resident_bytes
+from soflow_fast.data import LatentMoments, batches, digits, load_resident, order, resident, resident_bytes
 from soflow_fast.data.order import batch_indices, permutation
 
 CPU = torch.device("cpu")
@@ -43,6 +44,18 @@ def test_order_is_the_argsort_of_philox_words():
     seed, epoch, order_stream = 5 + (7 << 32), 2, 5
     words = [_first_word(row, seed, epoch, order_stream) for row in range(50)]
     assert permutation(50, seed, epoch).tolist() == sorted(range(50), key=words.__getitem__)
+
+
+def test_the_order_does_not_depend_on_how_many_words_are_drawn_at_a_time(monkeypatch):
+    drawn, philox = [], order.philox
+    monkeypatch.setattr(order, "_CHUNK", 16)
+    monkeypatch.setattr(
+        order, "philox", lambda rows, *args, **how: drawn.append(len(rows)) or philox(rows, *args, **how)
+    )
+    found = permutation(37, 3, 1)
+    words = philox(torch.arange(37), 1, seed=3, step=1, stream=order.Stream.ORDER)[:, 0]
+    assert torch.equal(found, words.argsort(stable=True))
+    assert drawn == [16, 16, 5]
 
 
 def test_an_epoch_is_a_permutation_without_its_last_partial_batch():
@@ -129,6 +142,18 @@ class _Odd(Blobs):
 def test_samples_and_labels_of_another_kind_are_refused(sample, label, words):
     with pytest.raises(ValueError, match=re.escape(words)):
         _batches(_Odd(sample, label), range(1))
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16, torch.uint32, torch.int16])
+def test_labels_may_be_of_any_integers(dtype):
+    """Torch finds neither the least nor the greatest of some of them."""
+    labels = torch.arange(16).remainder(10).to(dtype)
+    data = TensorDataset(torch.zeros(16, 1, 8, 8), labels)
+    (_, found), *_ = _batches(data, range(1))
+    assert found.dtype == torch.int64
+    assert load_resident(data, CPU, 10).labels.tolist() == labels.tolist()
+    with pytest.raises(ValueError, match=r"labels from 0 to 9, outside the classes 0\.\.5"):
+        load_resident(data, CPU, 6)
 
 
 class _Targets(Blobs):
@@ -281,6 +306,45 @@ def test_latents_are_what_the_file_holds_in_the_order_asked_for(tmp_path, as_fol
         assert np.array_equal(moments.numpy(), latents[index])
         assert label == labels[index]
     assert np.array_equal(data[5][0].numpy(), latents[5])
+
+
+@pytest.mark.parametrize(
+    ("dtype", "form", "direct"),
+    [
+        ("<f4", {}, True),
+        (">f4", {}, True),
+        ("<f2", {}, True),
+        ("<f4", {"chunks": (5, 8, 8, 8)}, False),
+        ("<f4", {"chunks": (5, 8, 8, 8), "compression": "gzip"}, False),
+        ("other", {}, False),
+    ],
+)
+def test_rows_that_lie_in_the_file_as_they_are_are_read_without_hdf5(tmp_path, monkeypatch, dtype, form, direct):
+    path, moments = tmp_path / "latents.hdf5", _moments()
+    with h5py.File(path, "w", userblock_size=512) as file:
+        file["labels"] = np.arange(40) % 10
+        if dtype == "other":  # of a bias that numpy has not
+            kind = h5py.h5t.IEEE_F32LE.copy()
+            kind.set_ebias(126)
+            space = h5py.h5s.create_simple(moments.shape)
+            h5py.Dataset(h5py.h5d.create(file.id, b"latents", kind, space))[:] = moments
+        else:
+            file.create_dataset("latents", data=moments, dtype=dtype, **form)
+    data, asked = LatentMoments(path, **FORM), []
+    with h5py.File(path) as file:
+        expected = file["latents"][:].astype(np.float32)
+    read = h5py.Dataset.__getitem__
+    monkeypatch.setattr(h5py.Dataset, "__getitem__", lambda self, rows: asked.append(rows) or read(self, rows))
+    wanted = [7, 3, 39, 3, 0]
+    assert all(np.array_equal(x, expected[i]) for (x, _), i in zip(data.__getitems__(wanted), wanted, strict=True))
+    assert (asked == []) == direct
+    assert torch.equal(data[-1][0], data[39][0])
+    with pytest.raises(OSError, match="not within extent"):
+        data[40]
+    os.truncate(path, os.path.getsize(path) - 4)
+    if direct:
+        with pytest.raises(ValueError, match=r"latents\.hdf5 ends before sample 39; write or copy it again"):
+            data[39]
 
 
 def test_latents_can_be_read_by_workers(tmp_path):

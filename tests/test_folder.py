@@ -1,6 +1,7 @@
 """Folders of images: what is read, what is left out and what is refused."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from runs import tiny_config, write_images
 from soflow_fast import build
 from soflow_fast.config import DataConfig
 from soflow_fast.data import ImageFolder, batches
+from soflow_fast.data.folder import labelled_images
 
 SETTINGS = {"seed": 3, "num_classes": 0, "device": torch.device("cpu")}
 
@@ -155,3 +157,34 @@ def test_images_are_mirrored_at_random_by_the_step(tmp_path):
 def test_mirroring_of_what_is_no_folder_is_refused(kind):
     with pytest.raises(ValueError, match=rf"data\.flip=True does nothing with data\.kind='{kind}'; leave it out"):
         DataConfig(kind=kind, flip=True)
+
+
+def test_links_are_followed_up_to_where_they_lead_back(tmp_path, caplog):
+    """A folder that is linked twice counts twice; what is no file is no image, and broken links are said."""
+    _write_image(tmp_path / "elsewhere" / "deep" / "z.png", np.zeros((8, 8)))
+    _write_image(tmp_path / "data" / "a" / "x.png" / "y.png", np.zeros((8, 8)))
+    a = tmp_path / "data" / "a"
+    for name, target in (("l1", "../../elsewhere"), ("l2", "../../elsewhere"), ("m.png", "l1/deep/z.png")):
+        (a / name).symlink_to(target)
+    for name, target in (("back", "."), ("up", ".."), ("lost.png", "nowhere.png"), ("self.png", "self.png")):
+        (a / name).symlink_to(target)
+    (tmp_path / "data" / "b").symlink_to("../elsewhere")
+    with_up = ["a/l1/deep/z.png", "a/l2/deep/z.png", "a/m.png", "a/up/b/deep/z.png", "a/x.png/y.png", "b/deep/z.png"]
+    assert labelled_images(tmp_path / "data", ["a", "b"]) == [(name, int(name[0] == "b")) for name in with_up]
+    assert [message.partition(str(tmp_path))[2] for message in caplog.messages] == ["/data: 2 broken links"]
+    data = ImageFolder(tmp_path / "data", channels=1, size=8, num_classes=2)
+    assert [len(image) for image, _ in data] == [1] * 6
+
+
+def test_the_order_is_that_of_the_parts_of_paths(tmp_path, monkeypatch):
+    """Of trees without links it must stay what it was: the records of a run's data are of it."""
+    names = ("b/c.png", "b.png", "b-/x.png", "b/a/x.JPG", "a.b/x.png", "a/x.png", "B.png", "é.webp", "b/ä/x.png")
+    for name in names:
+        (tmp_path / "data" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "data" / name).touch()
+    folder = tmp_path / "data"
+    expected = [str(file.relative_to(folder)) for file in sorted(folder.rglob("*")) if file.is_file()]
+    assert [name for name, _ in labelled_images(folder, [""])] == expected
+    monkeypatch.chdir(folder)
+    assert [name for name, _ in labelled_images(Path(), [""])] == expected
+    assert [name for name, _ in labelled_images(Path(), ["b"])] == [name for name in expected if name[:2] == "b/"]

@@ -3,6 +3,7 @@
 import random
 import shutil
 import sys
+import traceback
 from dataclasses import replace
 from itertools import count
 
@@ -61,6 +62,16 @@ def mistaken():
 class Broken(Waves):
     def __getitem__(self, i):
         raise ValueError("the author's own")
+
+class OwnError(ValueError):
+    def __init__(self, what, whose):
+        super().__init__(f"the {whose}'s {what}")
+
+class BrokenInWorkers(Waves):
+    def __getitem__(self, i):
+        if torch.utils.data.get_worker_info():
+            raise OwnError("own", "author")
+        return super().__getitem__(i)
 
 shape = (1, 8, 8)
 net = Net()
@@ -213,6 +224,16 @@ def test_errors_of_the_users_own_code_keep_their_traceback(tmp_path, module, pre
     )
     with pytest.raises(ValueError, match=r"^the author's own$"):
         main(["train", str(write_config(tmp_path / "c.yaml", config))])
+
+
+def test_an_error_of_users_code_in_a_worker_is_shown_with_its_traceback(tmp_path, module):
+    config = _config(tmp_path, module)
+    config = replace(config, data=DataConfig(kind=f"{module}.BrokenInWorkers", workers=1))
+    with pytest.raises(ValueError, match=r"^the author's own$") as error:
+        main(["train", str(write_config(tmp_path / "c.yaml", config))])
+    shown = "".join(traceback.format_exception(error.value))
+    assert f'{module}.py", line' in shown
+    assert 'raise OwnError("own", "author")' in shown
 
 
 _TEXTS = ("1", "007", "1.10", "yes", "null", "12:30", "[1,2]", "x: y", "1e-3", "1_0", "~", "", "--x")

@@ -172,3 +172,12 @@ def test_a_file_damaged_since_is_one_sentence_from_a_reader(tmp_path):
     next(tmp_path.rglob("*3.npy")).unlink()
     with pytest.raises(ValueError, match=r"00000003\.npy cannot be read \(.*\); write or copy it again"):
         list(batches(data, batch=8, steps=range(1), seed=0, num_classes=10, device=CPU, workers=1))
+
+
+def test_without_an_index_of_names_links_are_followed(tmp_path):
+    moments = _moments()
+    _write(tmp_path / "data", moments, labels=False)
+    (tmp_path / "data" / "00001").rename(tmp_path / "elsewhere")
+    (tmp_path / "data" / "00001").symlink_to(tmp_path / "elsewhere")
+    data = MomentsFolder(tmp_path / "data", **{**FORM, "num_classes": 0})
+    assert torch.equal(data.read_range(0, 70)[0], torch.from_numpy(moments))

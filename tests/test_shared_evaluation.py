@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -165,3 +166,26 @@ def test_commands_for_one_process_refuse_more(monkeypatch, capsys, command):
         f"soflow: process 1 of 2: soflow {command[0]} works in one process, and WORLD_SIZE=2 says that there are more; "
         "start it without torchrun\n"
     )
+
+
+def test_a_run_reads_its_reference_once_though_it_changes(tmp_path, monkeypatch):
+    """All scores of a process are of the same images; links are followed and hidden files left out, as in training."""
+    write_images(tmp_path / "images")
+    write_images(tmp_path / "elsewhere", n=40)
+    (tmp_path / "real" / "more").mkdir(parents=True)
+    (tmp_path / "real" / "more" / "of").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "real" / "._0.png").touch()
+    config = image_config(tmp_path / "run", tmp_path / "images", every=2)
+    run = Trainer(replace(config, evaluation=replace(config.evaluation, reference=str(tmp_path / "real"))))
+    read, walk = [], evaluate._image_files
+
+    def changing(folder):
+        read.append(len(list(walk(folder))))
+        yield from walk(folder)
+        (tmp_path / "real" / "new.png").write_bytes((tmp_path / "elsewhere" / "class0" / "0.png").read_bytes())
+
+    monkeypatch.setattr(evaluate, "_image_files", changing)
+    run.fit()
+    assert read == [40]
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert sum("evaluation/frechet" in line for line in lines) == 3

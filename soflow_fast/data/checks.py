@@ -80,15 +80,16 @@ def checked_labels(labels: Tensor, num_classes: int) -> Tensor:
     Raises:
         ValueError: if they are not integers in [0, num_classes), one per sample.
     """
-    if labels.dim() != 1 or labels.is_floating_point():
+    if labels.dim() != 1 or labels.is_floating_point() or labels.is_complex():
         raise ValueError(f"the data set yields labels of {labels.dtype}; they must be integers, one per sample")
+    labels = labels.long()  # first: torch finds no least uint16
     low, high = int(labels.min()), int(labels.max())
     if low < 0 or high >= num_classes:
         raise ValueError(
             f"the data set yields labels from {low} to {high}, outside the classes 0..{num_classes - 1}; "
             "labels start at 0, and model.num_classes, or that of the network given, is how many there are"
         )
-    return labels.long()
+    return labels
 
 
 def as_condition(value: Any, null_condition: Tensor) -> Tensor:

@@ -3,6 +3,8 @@
 import logging
 import os
 from collections import Counter
+from collections.abc import Callable, Iterator
+from operator import attrgetter
 from pathlib import Path
 
 import numpy as np
@@ -26,11 +28,50 @@ def class_folders(path: Path) -> list[str]:
     return sorted(entry.name for entry in path.iterdir() if entry.is_dir() and not _is_hidden(entry.name))
 
 
-def labelled_images(path: Path, classes: list[str], otherwise: str = "") -> list[tuple[Path, int]]:
-    """Every image below the class folders with its class, in a fixed order; ``[""]`` takes all of the folder as one.
+def files_below(folder: str | Path, within: tuple[tuple[int, int], ...] = ()) -> Iterator[os.DirEntry]:
+    """Every file below a folder in a fixed order, that of the parts of its path; links are followed.
 
-    Hidden files, and all that lies in hidden folders, are left out. So are files of other suffixes, of which the first
-    process logs how many there are.
+    Hidden files, and all that lies in hidden folders, are left out; and so is a link to a folder that it lies in, which
+    would have no end. A link that leads nowhere is among the files.
+
+    Args:
+        within: device and inode of the folders that this one was found in.
+    """
+    about = os.stat(folder)
+    here = about.st_dev, about.st_ino
+    if here in within:
+        return
+    with os.scandir(folder) as entries:
+        found = sorted((entry for entry in entries if not _is_hidden(entry.name)), key=attrgetter("name"))
+    for entry in found:
+        if _holds(entry.is_dir):
+            yield from files_below(entry.path, (*within, here))
+        else:
+            yield entry
+
+
+def is_image(entry: os.DirEntry) -> bool:
+    """Whether it is a file, or a link to one, with the suffix of an image."""
+    return _suffix(entry.name) in _SUFFIXES and _holds(entry.is_file)
+
+
+def _holds(test: Callable[[], bool]) -> bool:
+    """What a ``DirEntry`` tells of where it leads, which fails for a link to itself."""
+    try:
+        return test()
+    except OSError:
+        return False
+
+
+def _suffix(name: str) -> str:
+    return os.path.splitext(name)[1].lower()
+
+
+def labelled_images(path: Path, classes: list[str], otherwise: str = "") -> list[tuple[str, int]]:
+    """The name, relative to the folder, and the class of every image below the class folders, as :func:`files_below`
+    orders them; ``[""]`` takes all of the folder as one.
+
+    Files of other suffixes are left out, and links that lead nowhere; the first process logs how many there are.
 
     Args:
         path: of the folder. classes: names of folders in it. otherwise: another remedy where there are no images.
@@ -38,18 +79,16 @@ def labelled_images(path: Path, classes: list[str], otherwise: str = "") -> list
     Raises:
         ValueError: if there are no images, or none in one of the class folders.
     """
-    samples, left_out = [], Counter()
+    samples, left_out, start = [], Counter(), len(os.path.join(path, ""))
     for label, name in enumerate(classes):
-        depth = len((path / name).parts)
-        for file in sorted((path / name).rglob("*")):
-            if any(map(_is_hidden, file.parts[depth:])):
-                continue
-            if file.suffix.lower() in _SUFFIXES:
-                samples.append((file, label))
-            elif file.is_file():
-                left_out[file.suffix.lower() or "without suffix"] += 1
+        for entry in files_below(os.path.join(path, name)):
+            if is_image(entry):
+                samples.append((entry.path[start:], label))
+            else:
+                kind = _suffix(entry.name) or "without suffix"
+                left_out[kind if _holds(entry.is_file) else "broken links"] += 1
     if not samples:
-        flat = any(file.suffix.lower() in _SUFFIXES for file in path.iterdir())
+        flat = any(_suffix(file.name) in _SUFFIXES for file in path.iterdir())
         found = "its images in no class folders" if flat else f"no images ({', '.join(sorted(_SUFFIXES))})"
         raise ValueError(f"the image folder {path} holds {found}; put them in one folder per class{otherwise}")
     filled = {label for _, label in samples}
@@ -71,7 +110,7 @@ def _is_hidden(name: str) -> bool:
     return name.startswith(".") or name == "__MACOSX"
 
 
-def read_image(file: Path, mode: str) -> Image.Image:
+def read_image(file: str | Path, mode: str) -> Image.Image:
     """An image in a mode of PIL, such as ``RGB``; of 16 bits a pixel, the nearest of 8.
 
     Raises:
@@ -127,7 +166,7 @@ class ImageFolder(Dataset):
                 f"0..{num_classes - 1}; set model.num_classes={len(self.classes)}"
             )
         # without a Python object per file, which every worker process would come to copy
-        self._files = np.array([os.fsencode(file.relative_to(self.path)) for file, _ in samples])
+        self._files = np.array([os.fsencode(name) for name, _ in samples])
         self.labels = np.array([label for _, label in samples])
 
     def __len__(self) -> int:

@@ -70,12 +70,12 @@ class LatentMoments(Moments):
         super().__init__(self.path, labels, probes, **form)
 
     def _read(self, rows: np.ndarray | slice) -> np.ndarray:
-        return self._array("latents")[rows].astype(np.float32, copy=False)
+        return self._rows("latents", rows).astype(np.float32, copy=False)
 
     def _told(self, rows: np.ndarray | slice) -> np.ndarray:
         if not self._with_conditions:
             return super()._told(rows)
-        conditions = self._array("conditions")[rows]
+        conditions = self._rows("conditions", rows)
         return conditions.astype(conditions.dtype.newbyteorder("="), copy=False)
 
     def conditions(self, items: list[int]) -> Tensor:
@@ -83,10 +83,26 @@ class LatentMoments(Moments):
         ascending, back = np.unique(np.asarray(items), return_inverse=True)
         return torch.from_numpy(self._told(ascending)[back])
 
-    def _array(self, name: str) -> h5py.Dataset:
-        if self._opened_by != os.getpid():  # a worker must not share the file position of the process it came from
+    def _rows(self, name: str, rows: np.ndarray | slice) -> np.ndarray:
+        """Rows of an array. Scattered ones that lie in the file as they are, uncompressed and in no chunks, are read
+        without HDF5, which would take several times as long.
+        """
+        # A worker opens the file anew. HDF5 gives it the descriptor of the process that it came from if the file was
+        # open there; that they share its position does not matter, since HDF5 reads by pread, as is done here.
+        if self._opened_by != os.getpid():
             self._file, self._opened_by = h5py.File(self.path, "r"), os.getpid()
-        return self._file[name]
+        array = self._file[name]
+        scattered = not isinstance(rows, slice) and len(rows) and rows[0] >= 0 and rows[-1] < len(array)
+        start = array.id.get_offset()  # None where there are chunks
+        plain = start is not None and array.id.get_type() == h5py.h5t.py_create(array.dtype)
+        if not (scattered and plain and self._file.driver == "sec2"):
+            return array[rows]
+        found = np.empty((len(rows), *array.shape[1:]), array.dtype)
+        file, places = self._file.id.get_vfd_handle(), found.reshape(len(rows), -1).view(np.uint8)
+        for row, place in zip(rows.tolist(), places, strict=True):
+            if os.preadv(file, [place], start + row * place.nbytes) != place.nbytes:
+                raise ValueError(f"the latents file {self.path} ends before sample {row}; write or copy it again")
+        return found
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_file": None, "_opened_by": None}

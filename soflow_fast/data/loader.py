@@ -2,15 +2,29 @@
 
 from collections import deque
 from collections.abc import Iterator
+from traceback import format_exception
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset, default_collate
+from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset, default_collate, get_worker_info
 
 from soflow_fast.data.checks import as_condition, checked_labels, require_floating_point, require_one_shape
 from soflow_fast.data.order import batch_indices
 from soflow_fast.data.resident import Resident, can_read_ranges
+from soflow_fast.imported import RemoteError, of_imported_code
 from soflow_fast.seeding import preserve_rng, seed_generators
+
+
+class _Refused(NamedTuple):
+    """A ValueError in a worker, as a value: torch would wrap the error in a traceback, and make it anew of a text.
+
+    Attributes:
+        sentence: that it says. traceback: its text, where it passes through user code.
+    """
+
+    sentence: str
+    traceback: str | None
 
 
 class _Steps(Dataset):
@@ -33,15 +47,17 @@ class _Steps(Dataset):
         self.null = None if null_condition is None else null_condition.detach().to("meta")
         self.rows = range(batch)[rows]
 
-    def __getitem__(self, step: int) -> tuple[Tensor, Tensor] | ValueError:
+    def __getitem__(self, step: int) -> tuple[Tensor, Tensor] | _Refused:
         wanted = self._wanted(step)
         try:
             samples = self._all_at_once(wanted) if draws_nothing(self.dataset) else self._one_by_one(wanted)
             if self.null is not None:
                 samples = [(x, as_condition(condition, self.null)) for x, condition in samples]
             require_one_shape([sample[0] for sample in samples])
-        except ValueError as error:  # a worker would wrap it in a traceback; as a value it stays one sentence
-            return error
+        except ValueError as error:
+            if get_worker_info() is None:
+                raise
+            return _Refused(str(error), "".join(format_exception(error)) if of_imported_code(error) else None)
         return default_collate(samples)
 
     def _wanted(self, step: int) -> dict[str, int]:
@@ -121,8 +137,8 @@ def batches(
     items, copied = iter(loader), _Copies(device)
     try:
         for item in items:
-            if isinstance(item, ValueError):
-                raise item
+            if isinstance(item, _Refused):
+                raise ValueError(item.sentence) from (RemoteError(item.traceback) if item.traceback else None)
             x, labels = item
             require_floating_point(x)
             if null_condition is None:

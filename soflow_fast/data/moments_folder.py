@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from soflow_fast.data.folder import files_below
 from soflow_fast.data.moments import Moments, probe_rows
 from soflow_fast.size import Size, height_and_width
 
@@ -85,7 +86,8 @@ class MomentsFolder(Moments):
         if entries is None and num_classes:
             raise ValueError(f"{index} has no labels; set model.num_classes=0 for latents without classes")
         if entries is None:
-            names = sorted(file.relative_to(self.path).as_posix() for file in self.path.rglob("*.npy"))
+            found, start = files_below(self.path), len(os.path.join(self.path, ""))
+            names = sorted(entry.path[start:] for entry in found if entry.name.endswith(".npy"))
             labels = [0] * len(names)
         if not names:
             raise ValueError(f"the latents folder {self.path} holds no samples")
