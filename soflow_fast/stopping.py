@@ -61,14 +61,15 @@ class StopSignal:
             with suppress(OSError):  # nobody may read any longer, as of a pipe that the same Ctrl-C has ended
                 os.write(2, b"\nthe run ends with a checkpoint after this step; Ctrl-C once more ends it at once\n")
 
-    def agreed(self, processes: Processes, step: int) -> int:
-        """The number of the signal after which this step is the last, or 0.
+    def agreed(self, processes: Processes, step: int, saves: bool = False) -> tuple[int, bool]:
+        """The number of the signal after which this step is the last, or 0; and whether any process says ``saves``.
 
         Several processes stop after every tenth step only: they ask each other, for a few tenths of a millisecond.
         """
         if processes.world_size > 1 and step % _STEPS_BETWEEN_QUESTIONS:
-            return 0
-        return processes.largest(self._number)
+            return 0, False
+        number, saves = divmod(processes.largest(2 * self._number + saves), 2)
+        return number, bool(saves)
 
     def shield_workers(self, batches: Iterator[Any]) -> Iterator[Any]:
         """The same batches; what reads them, processes and threads that begin with the first, never gets the signals.

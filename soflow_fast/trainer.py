@@ -2,6 +2,7 @@
 
 import math
 import os
+import time
 from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, replace
@@ -248,6 +249,7 @@ class Trainer:
         steps = stop.shield_workers(steps)
         draws = type(self.model.network) is not DiT or self._of_run.of_user
         place = {"rank": self.processes.rank, "world_size": self.processes.world_size}
+        saved, longest = time.monotonic(), 60 * output.checkpoint_minutes or math.inf
         try:
             read = stopping.saving(steps, start, partial(self._save_early, meter, log))
             for done, (x, labels) in enumerate(read, start + 1):
@@ -260,12 +262,13 @@ class Trainer:
                 meter.update(done, stats)
                 log.advance()
                 last = done == config.total_steps
-                stopped = 0 if last else stop.agreed(self.processes, done)
+                overdue = time.monotonic() - saved >= longest
+                stopped, overdue = (0, False) if last else stop.agreed(self.processes, done, overdue)
                 if last or stopped or due(done, output.log_every):
                     self._require_finite(meter)
                     log.write(done, {**meter.read(), "learning_rate": learning_rate})
                 snapshots = self.averages and (last or due(done, config.ema.snapshot_every))
-                saves = last or stopped or due(done, output.checkpoint_every)
+                saves = last or stopped or overdue or due(done, output.checkpoint_every)
                 reported = [report for report in reports if report.is_due(done)]
                 if not (snapshots or saves or reported):
                     continue
@@ -276,6 +279,7 @@ class Trainer:
                         self.processes.of_first(partial(self._write_snapshots, done))
                     if saves:
                         self.processes.of_first(partial(self._save, done, skipped))
+                        saved = time.monotonic()
                     if stopped:  # what may take long is left to the run that goes on
                         log.say(stopping.sentence(stopped, done, checkpoint.path_of(self.checkpoints, done)))
                         raise stopping.ended_by(stopped)
