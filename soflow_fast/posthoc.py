@@ -60,10 +60,13 @@ class Reconstruction(NamedTuple):
 
 
 def save(run_dir: Path, step: int, average: PowerEMA) -> None:
-    """Writes the snapshot of an average after a step; one that is there already is replaced as a whole."""
+    """Writes the snapshot of an average after a step; one that is there already is replaced as a whole. OSError if it
+    cannot be written.
+    """
     path = checkpoint.path_of(run_dir / FOLDER, step) / f"{average.std}.safetensors"
     profile = {"step": step, "std": average.std, "updates": int(average.updates)}
-    with checkpoint.replaced(path) as temporary:
+    remedy = "make room, and the same command goes on from the newest checkpoint"
+    with checkpoint.writing(f"the snapshot of step {step}", run_dir, remedy), checkpoint.replaced(path) as temporary:
         save_file(checkpoint.on_host(average.named_averages()), temporary, metadata={"profile": json.dumps(profile)})
     checkpoint.flush(path.parent.parent)
 
