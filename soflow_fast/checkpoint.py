@@ -3,14 +3,16 @@
 A checkpoint is a folder ``step-00001000`` with the weights and their averages (safetensors, the keys of the published
 checkpoints), the optimizer and the rest of the state. It is written under a temporary name, flushed to the disk and
 renamed, and it counts only while its marker ``COMMITTED`` exists, which is removed before anything else of it is. The
-marker has the size and the SHA-256 of each file.
+marker has the size and the SHA-256 of each file. What cannot be removed is a warning: the new checkpoint is whole.
 """
 
 import hashlib
 import json
+import logging
 import os
 import re
 import shutil
+import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +25,8 @@ from torch import Tensor, nn
 from torch.serialization import default_restore_location
 
 from soflow_fast.positions import are_of_one_grid
+
+_log = logging.getLogger(__name__)
 
 #: The folder of a run that holds its checkpoints.
 CHECKPOINTS = "checkpoints"
@@ -72,10 +76,9 @@ def save(folder: Path, state: State, keep: int, keep_every: int = 0) -> Path:
         OSError: where it cannot be written; the ones before stay, and nothing of it does.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    for unfinished in folder.glob(f"{_WRITING}*"):
-        shutil.rmtree(unfinished)
+    _clear(folder)
     final = path_of(folder, state.step)
-    temporary = folder / f"{_WRITING}{final.name}"
+    temporary = _aside(final)
     temporary.mkdir()
     what = f"the checkpoint of step {state.step}"
     try:
@@ -84,7 +87,7 @@ def save(folder: Path, state: State, keep: int, keep_every: int = 0) -> Path:
     except Exception:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    _remove(final)
+    _set_aside(final)
     os.rename(temporary, final)
     flush(folder)
     _prune(folder, keep)
@@ -118,11 +121,8 @@ def add_score(path: Path, score: float, of: dict, keep: int) -> None:
     Args:
         of: how it was scored; only scores of the same kind as the newest one's compete.
     """
-    temporary = path / f".{_SCORE}.writing"
-    temporary.write_text(json.dumps({"score": score, "of": of}) + "\n")
-    flush(temporary)
-    os.replace(temporary, path / _SCORE)
-    flush(path)
+    with replaced(path / _SCORE) as temporary:
+        temporary.write_text(json.dumps({"score": score, "of": of}) + "\n")
     _prune(path.parent, keep)
 
 
@@ -200,20 +200,25 @@ def require_fit(
 
 
 def replace_text(file: Path, text: str) -> None:
-    """Replaces a file's text atomically."""
-    temporary = file.with_name(f".{file.name}.writing")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, file)
+    """Replaces a file's text as :func:`replaced` does; OSError, as of :func:`writing`, if it cannot be written."""
+    with writing(file.name, file.parent, "make room and give the same command again"), replaced(file) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 @contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
-    """Yields a temporary path with the same suffix and renames it on success."""
+def replaced(path: Path) -> Iterator[Path]:
+    """Yields a temporary path in the same folder, of the same suffix, whose file takes the place of the other at the
+    end.
+
+    It is on the disk before it is renamed: a power loss, too, leaves the file before or the new one, not an empty one.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{_WRITING}{path.name}")
     try:
         yield temporary
+        flush(temporary)
         os.replace(temporary, path)
+        flush(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -304,10 +309,29 @@ def _prune(folder: Path, keep: int) -> None:
     kept = [*whole[-keep:], *(path for path in whole if (path / _STAYS).exists()), best(folder)]
     for old in step_folders(folder):
         if old not in kept:
-            _remove(old)
+            _set_aside(old)
+    _clear(folder)
 
 
-def _remove(path: Path) -> None:
+def _set_aside(path: Path) -> None:
+    """Takes from a checkpoint first its marker, then its name: what cannot be removed of it never counts."""
     if path.exists():
-        (path / _MARKER).unlink(missing_ok=True)
-        shutil.rmtree(path)
+        try:
+            (path / _MARKER).unlink(missing_ok=True)
+            os.rename(path, _aside(path))
+        except OSError as error:
+            _log.warning("the old checkpoint %s cannot be removed, and training goes on: %s", path, error)
+
+
+def _clear(folder: Path) -> None:
+    """Removes what was set aside or not finished; NFS, for one, refuses while another process has a file of it open."""
+    for left in folder.glob(f"{_WRITING}*"):
+        try:
+            shutil.rmtree(left)
+        except OSError as error:
+            _log.warning("%s cannot be removed yet, the next checkpoint tries again: %s", left, error)
+
+
+def _aside(path: Path) -> Path:
+    """A new name beside a checkpoint, for what is being written or removed."""
+    return path.with_name(f"{_WRITING}{path.name}-{uuid.uuid4().hex[:8]}")

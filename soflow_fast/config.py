@@ -91,9 +91,10 @@ class OutputConfig(Section, section="output."):
     Attributes:
         log_every: between lines of metrics. sample_every: between grids of samples. sample_shape: (rows, columns) of a
             grid. sample_steps: of the sampler. sample_labels: the classes, repeated in turn; by default evenly spread.
-        checkpoint_every: between checkpoints. keep_checkpoints: how many of the newest stay. keep_every: those whose
-            step is a multiple of it stay too. keep_best: so does the one with the lowest Fréchet distance of the
-            evaluations, ``frechet``, or of the digits ``frechet_all``, among those scored in the same way.
+        checkpoint_every: between checkpoints. checkpoint_minutes: one is written, too, once so many minutes have passed
+            since the last. keep_checkpoints: how many of the newest stay. keep_every: those whose step is a multiple of
+            it stay too. keep_best: so does the one with the lowest Fréchet distance of the evaluations, ``frechet``, or
+            of the digits ``frechet_all``, among those scored in the same way.
         validate_every: between losses on the data of ``data.validation``, see :mod:`soflow_fast.validation`.
     """
 
@@ -103,6 +104,7 @@ class OutputConfig(Section, section="output."):
     sample_labels: tuple[int, ...] = ()
     sample_steps: int = 1
     checkpoint_every: int = 10_000
+    checkpoint_minutes: int = 0
     keep_checkpoints: int = 3
     keep_every: int = 0
     keep_best: bool = False
@@ -110,7 +112,7 @@ class OutputConfig(Section, section="output."):
 
     def __post_init__(self):
         super().__post_init__()
-        for name in ("sample_every", "checkpoint_every", "keep_every", "validate_every"):
+        for name in ("sample_every", "checkpoint_every", "checkpoint_minutes", "keep_every", "validate_every"):
             require_count(f"output.{name}", getattr(self, name), least=0)
         for name in ("log_every", "sample_steps", "keep_checkpoints"):
             require_count(f"output.{name}", getattr(self, name))

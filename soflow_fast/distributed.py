@@ -76,10 +76,10 @@ class Processes:
             dist.all_reduce(values)
         return values
 
-    def maximum(self, values: Tensor) -> Tensor:
-        """The largest over the processes, element by element; ``values`` may be overwritten."""
+    def minimum(self, values: Tensor) -> Tensor:
+        """The smallest over the processes, element by element; ``values`` may be overwritten."""
         if self.world_size > 1:
-            dist.all_reduce(values, op=dist.ReduceOp.MAX)
+            dist.all_reduce(values, op=dist.ReduceOp.MIN)
         return values
 
     def largest(self, number: int) -> int:

@@ -84,11 +84,8 @@ def plan(config: TrainConfig, accept_changes: bool = False) -> Plan:
     if config.initial_weights is not None and not found:
         read_weights(model, config.initial_weights, config.initial_weights_except, config.initial_weights_form)
     rows = (trainer.rows.stop - trainer.rows.start) // config.optimizer.accumulation
-    recompute, averages = config.model.recompute, len(config.ema.posthoc)
-    if is_dit and recompute == "auto":
-        recompute = memory.choose_recompute(model, rows, precision, device, averages)
-    needed = memory.step_bytes(model, rows, precision, recompute, averages)
-    trainer.on_device = memory.keep_on_device(config.data.on_device, trainer.dataset, device, needed)
+    sizes = device, rows, precision
+    recompute, needed, trainer.on_device = memory.choose(config, model, trainer.dataset, *sizes)
     return Plan(
         choices={**trainer.choices(), "impl": impl, **({"recompute": recompute} if is_dit else {})},
         parameters=sum(p.numel() for p in model.parameters()),

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.export import Dim
 
-from soflow_fast.checkpoint import on_host, whole_file, writing
+from soflow_fast.checkpoint import on_host, replaced, writing
 from soflow_fast.conditions import null_condition
 from soflow_fast.dit import DiT
 from soflow_fast.precision import follows_parameters
@@ -97,7 +97,7 @@ def write_program(
     arguments, seed = _arguments(model, shape, steps, _CAPTURED_ROWS)
     rows = {0: Dim.DYNAMIC}
     moving = dict(zip(("noise", "labels"), [rows] * len(arguments), strict=False)) | dict.fromkeys(seed)
-    with evaluating(generator), whole_file(path) as temporary:
+    with evaluating(generator), replaced(path) as temporary:
         try:
             program = torch.export.export(generator, arguments, seed, dynamic_shapes=moving)
             program = program.run_decompositions({})  # writes out autocast, which torch 2.11 cannot read from a file
@@ -135,7 +135,7 @@ def write_weights(model: nn.Module, path: Path, about: dict) -> None:
     """Writes a model's weights under the keys of its checkpoints, with what they are as JSON in the metadata; the file
     is there once it is whole.
     """
-    with whole_file(path) as temporary, writing("the file of weights", path.parent, _MAKE_ROOM):
+    with replaced(path) as temporary, writing("the file of weights", path.parent, _MAKE_ROOM):
         save_file(on_host(model.state_dict()), temporary, metadata={ABOUT: json.dumps(about)})
 
 

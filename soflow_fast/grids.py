@@ -1,7 +1,6 @@
 """Grids of samples during training, to be looked at."""
 
 import math
-import os
 from functools import partial
 from pathlib import Path
 
@@ -9,11 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from soflow_fast.build import sample_shape
+from soflow_fast.checkpoint import replaced
 from soflow_fast.conditions import ItemConditions
 from soflow_fast.config import TrainConfig
 from soflow_fast.distributed import Processes
 from soflow_fast.ema import EMA
-from soflow_fast.images import are_images, save_samples
+from soflow_fast.images import are_images, save_samples, suffix_of_samples
 from soflow_fast.logs import Quiet, RunLog, due, going_on
 from soflow_fast.sample import Decoder, Sampler
 
@@ -74,10 +74,11 @@ class Grids:
                 compile=False,
             )
             samples = torch.cat(list(sampler.draw(self._labels, n, self._decode)))
-        temporary = save_samples(samples, self._folder / ".writing", output.sample_shape[1])
-        path = self._stem(step).with_suffix(temporary.suffix)
-        os.replace(temporary, path)
-        if are_images(samples.shape[1]):
+        of_images = are_images(samples.shape[1])
+        path = self._stem(step).with_suffix(suffix_of_samples(of_images))
+        with replaced(path) as temporary:
+            save_samples(samples, temporary.with_suffix(""), output.sample_shape[1])
+        if of_images:
             log.show("samples", step, path)
 
     def _stem(self, step: int) -> Path:

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from soflow_fast.checkpoint import whole_file
+from soflow_fast.checkpoint import replaced
 from soflow_fast.conditions import ItemConditions, null_condition
 
 _CHANNELS = {1: "grey", 3: "RGB"}
@@ -147,7 +147,7 @@ def save_npz(parts: Iterable[Tensor], n: int, labels: Tensor | ItemConditions | 
     Args:
         parts: (at most B, C, H, W). path: the file, with its suffix ``.npz``.
     """
-    with whole_file(path) as temporary, zipfile.ZipFile(temporary, "w") as archive:
+    with replaced(path) as temporary, zipfile.ZipFile(temporary, "w") as archive:
         with archive.open("arr_0.npy", "w", force_zip64=True) as file:
             for number, part in enumerate(parts):
                 pixels = to_uint8(part).permute(0, 2, 3, 1).contiguous().numpy()

@@ -2,12 +2,13 @@
 
 import json
 import logging
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import cache
-from itertools import takewhile
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +31,9 @@ TIME_BINS = 10
 # Steps whose reports are kept until they are added up: 1 MB of 1,024 rows.
 _KEPT_STEPS = 64
 
+# Between updates of the progress bar: in a terminal, and in a file, where each of them is a line.
+_BAR_SECONDS, _BAR_SECONDS_OF_FILE = 0.5, 60.0
+
 
 def due(step: int, every: int) -> bool:
     """Whether what comes every so many steps, 0 for never, comes after this one."""
@@ -45,13 +49,15 @@ def is_logged(folder: Path, step: int, prefix: str) -> bool:
 
 
 def _records(path: Path) -> Iterator[tuple[str, dict]]:
-    """The lines of a file of metrics with their values, if there is one, up to a line that a kill cut short."""
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
+    """The lines of a file of metrics with their values, if there is one, without those that a kill or a full disk cut
+    short.
+    """
+    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    for line in text.split("\n"):
+        with suppress(json.JSONDecodeError):
             values = json.loads(line)
-        except json.JSONDecodeError:
-            return
-        yield line, values
+            if isinstance(values, dict) and isinstance(values.get("step"), int):
+                yield line, values
 
 
 @contextmanager
@@ -115,7 +121,8 @@ class Meter:
 
     def __init__(self, processes: Processes, skipped: int = 0):
         self._processes = processes
-        self._skipped = torch.tensor([skipped, 0], device=processes.device)  # how many, and the first, from 1, or 0
+        self._skipped, self._first = skipped, 0  # how many, and the first since this was made, from 1, or 0
+        self._unasked: list[tuple[list[int], Tensor]] = []  # steps, and whether they were finite in this process
         self._sums: dict[str, Tensor] = {}
         self._steps: list[int] = []
         self._kept: list[Tensor] = []
@@ -136,15 +143,12 @@ class Meter:
     def _fold(self) -> None:
         if not self._kept:
             return
-        kept = torch.stack(self._kept)
-        steps = torch.tensor(self._steps).to(kept.device, non_blocking=True)
+        kept, steps = torch.stack(self._kept), self._steps
         self._kept, self._steps = [], []
         sizes = [1, 1, 1] + [n for size in self._sizes.values() for n in (3 * [size] if size else [1])]
         loss, grad_norm, finite, *columns = kept.split(sizes, 1)
         finite = (finite > 0) & loss.isfinite()
-        first = torch.where(finite[:, 0], torch.iinfo(steps.dtype).max, steps).min()
-        self._skipped[1] = torch.where((self._skipped[1] == 0) & ~finite.all(), first, self._skipped[1])
-        self._skipped[0] += (~finite).sum()
+        self._unasked.append((steps, finite[:, 0].to(torch.int32)))
         self._add("", torch.where(finite, torch.cat([torch.ones_like(loss), loss, grad_norm], 1), 0).sum(0))
         columns = iter(columns)
         for name, size in self._sizes.items():
@@ -157,9 +161,18 @@ class Meter:
             self._add(name, sums_of(part, counted))
 
     def skipped(self) -> tuple[int, int]:
-        """How many such steps the whole run had, and the first of them since it was started, from 1, or 0."""
+        """How many such steps the whole run had, in whichever process, and the first of them since it was started, from
+        1, or 0.
+        """
         self._fold()
-        return tuple(self._processes.maximum(self._skipped).tolist())
+        if self._unasked:
+            steps, finite = zip(*self._unasked, strict=True)
+            finite = self._processes.minimum(torch.cat(finite)).tolist()
+            found = [step for step, is_finite in zip(chain(*steps), finite, strict=True) if not is_finite]
+            self._skipped += len(found)
+            self._first = self._first or min(found, default=0)
+            self._unasked = []
+        return self._skipped, self._first
 
     def read(self) -> dict[str, float | list[float | None]]:
         """The means by name, and a fresh start.
@@ -191,6 +204,8 @@ class RunLog:
     """Writes the metrics of a run that has done ``start`` of ``total`` steps; what an earlier part of the run wrote
     beyond that is taken back.
 
+    What cannot be written, as on a full disk, is a warning, and is tried again with the next line.
+
     Args:
         folder: of the run. batch: images per step. hook: called with every line that is written, and with the path of
             every picture.
@@ -199,8 +214,11 @@ class RunLog:
     def __init__(self, folder: Path, start: int, total: int, batch: int, hook: Callable[[dict], object] | None = None):
         self.path, self.batch, self._hook = folder / METRICS_NAME, batch, hook
         self._take_back(start)
+        self._unwritten, self._unshown = b"", []  # lines of the file, values for TensorBoard
         self._writer = SummaryWriter(str(folder), purge_step=start + 1)
-        self._bar = tqdm(initial=start, total=total, unit="step", dynamic_ncols=True, smoothing=0.05, mininterval=0.5)
+        seconds = _BAR_SECONDS if _is_watched() else _BAR_SECONDS_OF_FILE
+        often = {"mininterval": seconds, "maxinterval": max(10.0, seconds)}
+        self._bar = tqdm(initial=start, total=total, unit="step", dynamic_ncols=True, smoothing=0.05, **often)
         self._last, self._clock = start, time.perf_counter()
 
     def advance(self) -> None:
@@ -217,22 +235,68 @@ class RunLog:
         self.append(values)
         losses = {name.split("/")[0]: f"{value:.4g}" for name, value in values.items() if name.endswith("/mse")}
         with suppress(OSError):
-            self._bar.set_postfix({**losses, "images/s": f"{rate:.4g}"})
+            self._bar.set_postfix({**losses, "images/s": f"{rate:.4g}"}, refresh=False)
 
     def append(self, values: dict) -> None:
         """Any values with their ``step``, to the file, to TensorBoard and to the hook."""
-        with self.path.open("a") as file:
-            file.write(json.dumps(values) + "\n")
-        for name, value in values.items():
-            for suffix, number in _scalars(value):
-                self._writer.add_scalar(name + suffix, number, values["step"])
+        self._unwritten += f"{json.dumps(values)}\n".encode()
+        self._unshown.append(values)
+        self._write_all()
         self._call_hook(values)
+
+    def _write_all(self) -> None:
+        with self._retrying(f"the metrics cannot be written to {self.path}"):
+            self._write_lines()
+        with self._retrying(f"TensorBoard's events cannot be written to {self.path.parent}"):
+            self._write_events()
+
+    @contextmanager
+    def _retrying(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # TensorBoard raises what stopped its thread
+            _log.warning(
+                "%s (%s), and training goes on; if the disk is full, make room: it is tried again with the next ones",
+                what,
+                error,
+            )
+
+    def _write_lines(self) -> None:
+        before = self.path.stat().st_size if self.path.exists() else 0
+        try:
+            with self.path.open("ab") as file:
+                file.write(self._unwritten)
+        except OSError:
+            with suppress(OSError):  # part of a line must not stand before the next
+                os.truncate(self.path, before)
+            raise
+        self._unwritten = b""
+
+    def _write_events(self) -> None:
+        try:
+            for values in self._unshown:
+                for name, value in values.items():
+                    for suffix, number in _scalars(value):
+                        self._events().add_scalar(name + suffix, number, values["step"])
+            self._events().flush()  # its thread alone knows of a failure
+        except Exception:
+            failed, self._writer = self._writer, None
+            with suppress(Exception):
+                failed.close()
+            raise
+        self._unshown = []
+
+    def _events(self) -> SummaryWriter:
+        """The writer of a new file, where that of the one before has failed: it writes no more."""
+        self._writer = self._writer or SummaryWriter(str(self.path.parent))
+        return self._writer
 
     def show(self, name: str, step: int, path: Path) -> None:
         """The picture in a file, grey or RGB, to TensorBoard, and its path to the hook, by that name."""
         with Image.open(path) as picture:
             pixels = np.asarray(picture)
-        self._writer.add_image(name, pixels, step, dataformats="HWC" if pixels.ndim == 3 else "HW")
+        with self._retrying(f"a picture cannot be written to TensorBoard's events in {self.path.parent}"):
+            self._events().add_image(name, pixels, step, dataformats="HWC" if pixels.ndim == 3 else "HW")
         self._call_hook({"step": step, name: str(path)})
 
     def _call_hook(self, values: dict) -> None:
@@ -257,12 +321,14 @@ class RunLog:
     def close(self) -> None:
         """Flushes everything."""
         self._bar.close()
-        self._writer.close()
+        self._write_all()
+        with suppress(Exception):  # all but the pictures has been flushed
+            self._events().close()
 
     def _take_back(self, start: int) -> None:
         if self.path.exists():
-            kept = takewhile(lambda record: record[1]["step"] <= start, _records(self.path))
-            replace_text(self.path, "".join(f"{line}\n" for line, _ in kept))
+            kept = [line for line, values in _records(self.path) if values["step"] <= start]
+            replace_text(self.path, "".join(f"{line}\n" for line in kept))
 
 
 class Quiet:
@@ -282,6 +348,11 @@ class Quiet:
         return nullcontext()
 
     def close(self) -> None: ...
+
+
+def _is_watched() -> bool:
+    """Whether somebody sees the progress bar move: in a terminal or a notebook."""
+    return sys.stderr.isatty() or "ipykernel" in sys.modules
 
 
 def _scalars(value) -> list[tuple[str, float]]:

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 
+from soflow_fast.config import TrainConfig
 from soflow_fast.data import resident_bytes
 from soflow_fast.dit import DiT
 
@@ -23,6 +24,20 @@ _SMALL = 256 << 20
 
 # The rest is for the forward without gradient, the workspaces of libraries and what the allocator cannot use.
 _USABLE = 0.85
+
+
+def choose(
+    config: TrainConfig, model: nn.Module, dataset: Dataset, device: torch.device, rows: int, precision: str
+) -> tuple[str, int, bool]:
+    """What is recomputed, the :func:`step_bytes` with it, and whether the data lie on the device: as configured or as
+    they fit.
+    """
+    sizes = {"rows": rows, "precision": precision, "averages": len(config.ema.posthoc)}
+    recompute = getattr(model.network, "recompute", "none")
+    if config.model.is_dit and config.model.recompute == "auto":
+        recompute = choose_recompute(model, device=device, **sizes)
+    needed = step_bytes(model, recompute=recompute, **sizes)
+    return recompute, needed, keep_on_device(config.data.on_device, dataset, device, needed)
 
 
 def step_bytes(model: nn.Module, rows: int, precision: str, recompute: str = "none", averages: int = 0) -> int:

@@ -60,16 +60,15 @@ class Reconstruction(NamedTuple):
 
 
 def save(run_dir: Path, step: int, average: PowerEMA) -> None:
-    """Writes the snapshot of an average after a step; one that is there already is replaced as a whole."""
-    folder = checkpoint.path_of(run_dir / FOLDER, step)
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder.parent / ".writing.safetensors"
+    """Writes the snapshot of an average after a step; one that is there already is replaced as a whole. OSError if it
+    cannot be written.
+    """
+    path = checkpoint.path_of(run_dir / FOLDER, step) / f"{average.std}.safetensors"
     profile = {"step": step, "std": average.std, "updates": int(average.updates)}
-    save_file(checkpoint.on_host(average.named_averages()), temporary, metadata={"profile": json.dumps(profile)})
-    checkpoint.flush(temporary)
-    os.replace(temporary, folder / f"{average.std}.safetensors")
-    checkpoint.flush(folder)
-    checkpoint.flush(folder.parent)
+    remedy = "make room, and the same command goes on from the newest checkpoint"
+    with checkpoint.writing(f"the snapshot of step {step}", run_dir, remedy), checkpoint.replaced(path) as temporary:
+        save_file(checkpoint.on_host(average.named_averages()), temporary, metadata={"profile": json.dumps(profile)})
+    checkpoint.flush(path.parent.parent)
 
 
 def remove_after(run_dir: Path, step: int) -> list[int]:
@@ -94,7 +93,7 @@ def snapshots(run_dir: Path) -> list[Snapshot]:
     """
     found = []
     for folder in checkpoint.step_folders(run_dir / FOLDER):
-        for path in folder.glob("*.safetensors"):
+        for path in folder.glob("[!.]*.safetensors"):
             try:
                 with safe_open(path, "pt") as file:
                     profile = (file.metadata() or {}).get("profile")

@@ -67,8 +67,15 @@ def changes(
     written = (run_dir / METRICS_NAME, run_dir / posthoc.FOLDER)
     if not (checkpoint.committed(run_dir / CHECKPOINTS) or any(path.exists() for path in written)):
         return []
-    for name in (CONFIG_NAME, DATA_NAME, OPTIMIZER_NAME):
-        if not (run_dir / name).exists():
+    for name in (CONFIG_NAME, DATA_NAME, OPTIMIZER_NAME, GIVEN_NAME):
+        there = (run_dir / name).exists()
+        if there and _text(run_dir / name) is None:
+            raise ValueError(
+                f"run_dir={str(run_dir)!r} holds a run whose {name} is empty: it was lost, as in a power loss; put a "
+                f"copy of it back, or choose another run_dir with initial_weights={str(run_dir)!r} to train its "
+                "weights on"
+            )
+        if not there and name != GIVEN_NAME:
             raise ValueError(
                 f"run_dir={str(run_dir)!r} holds a run without its {name}; put that back, or choose another folder"
             )
@@ -252,4 +259,6 @@ def _read_json(file: Path) -> dict[str, object] | None:
 
 
 def _text(file: Path) -> str | None:
-    return file.read_text(encoding="utf-8") if file.is_file() else None
+    """Of a record; None where it is not there, or was lost: empty, or of zeros, as a power loss may leave it."""
+    text = file.read_text(encoding="utf-8") if file.is_file() else ""
+    return text if text.strip("\0 \n") else None

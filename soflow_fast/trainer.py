@@ -2,8 +2,9 @@
 
 import math
 import os
+import time
 from collections.abc import Callable
-from contextlib import ExitStack, nullcontext, suppress
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -19,8 +20,7 @@ from soflow_fast.checkpoint import CHECKPOINTS
 from soflow_fast.conditions import null_condition
 from soflow_fast.config import TrainConfig
 from soflow_fast.data import batches, load_resident
-from soflow_fast.data.checks import described, first_not_finite
-from soflow_fast.data.order import batch_indices
+from soflow_fast.data.checks import described
 from soflow_fast.dit import DiT
 from soflow_fast.ema import EMA, PowerEMA
 from soflow_fast.evaluate import check_evaluation, why_unscored
@@ -33,6 +33,7 @@ from soflow_fast.records import of_given
 from soflow_fast.run_folder import load_run
 from soflow_fast.run_optimizer import RunOptimizer
 from soflow_fast.scoring import Scoring
+from soflow_fast.skipping import require_few
 from soflow_fast.step import TrainStep
 from soflow_fast.stopping import StopSignal
 from soflow_fast.validation import Validation, build_validation, describe_validation
@@ -145,7 +146,10 @@ class Trainer:
         )
         self.config = replace(config, compute=replace(config.compute, precision=self.step.precision))
         self.step.check_batch(self.rows.stop - self.rows.start)
-        self.on_device = self._fit_into_memory()
+        sizes = self.processes.device, (self.rows.stop - self.rows.start) // wanted.accumulation, self.step.precision
+        recompute, _, self.on_device = memory.choose(config, self.model, self.dataset, *sizes)
+        if config.model.is_dit:
+            self.model.network.recompute = recompute
         self.workers = min(config.data.workers, len(os.sched_getaffinity(0)))
         self._decode = decoder_of(config.data, self.processes.device)
         self.run_dir = Path(config.run_dir)
@@ -154,17 +158,6 @@ class Trainer:
     def _augmentation(self) -> Augment | None:
         probability = self.config.data.augment
         return Augment(probability, self.model.network.num_classes, self.model.impl) if probability else None
-
-    def _fit_into_memory(self) -> bool:
-        """Sets what is recomputed and says whether the data lie on the device, as configured or as they fit."""
-        config, device = self.config, self.processes.device
-        micro_batch = (self.rows.stop - self.rows.start) // config.optimizer.accumulation
-        sizes = {"rows": micro_batch, "precision": self.step.precision, "averages": len(self.averages)}
-        if config.model.is_dit and config.model.recompute == "auto":
-            self.model.network.recompute = memory.choose_recompute(self.model, device=device, **sizes)
-        recompute = getattr(self.model.network, "recompute", "none")
-        needed = memory.step_bytes(self.model, recompute=recompute, **sizes)
-        return memory.keep_on_device(config.data.on_device, self.dataset, device, needed)
 
     def fit(self) -> Path:
         """Trains to the last step, from the newest checkpoint of the run's folder if there is one.
@@ -183,6 +176,7 @@ class Trainer:
                 nothing in it is changed. If this was interrupted before there was a checkpoint.
             FloatingPointError: after more steps that are not finite than the configuration allows.
             StoppedBySignal: a SystemExit, after such a signal; after Ctrl-C KeyboardInterrupt.
+            Exception: what the data raised; in a process alone, after a checkpoint of the steps before.
         """
         with StopSignal() as stop, ExitStack() as self._until_the_end:
             return self._fit(stop)
@@ -255,8 +249,10 @@ class Trainer:
         steps = stop.shield_workers(steps)
         draws = type(self.model.network) is not DiT or self._of_run.of_user
         place = {"rank": self.processes.rank, "world_size": self.processes.world_size}
+        saved, longest = time.monotonic(), 60 * output.checkpoint_minutes or math.inf
         try:
-            for done, (x, labels) in enumerate(steps, start + 1):
+            read = stopping.saving(steps, start, partial(self._save_early, meter, log))
+            for done, (x, labels) in enumerate(read, start + 1):
                 learning_rate, self._began = config.optimizer.learning_rate_at(done - 1, config.total_steps), True
                 self._of_run.set_rate(learning_rate)
                 with self._of_run.draws(config.seed, done, **place) if draws else nullcontext():
@@ -266,12 +262,13 @@ class Trainer:
                 meter.update(done, stats)
                 log.advance()
                 last = done == config.total_steps
-                stopped = 0 if last else stop.agreed(self.processes, done)
+                overdue = time.monotonic() - saved >= longest
+                stopped, overdue = (0, False) if last else stop.agreed(self.processes, done, overdue)
                 if last or stopped or due(done, output.log_every):
                     self._require_finite(meter)
                     log.write(done, {**meter.read(), "learning_rate": learning_rate})
                 snapshots = self.averages and (last or due(done, config.ema.snapshot_every))
-                saves = last or stopped or due(done, output.checkpoint_every)
+                saves = last or stopped or overdue or due(done, output.checkpoint_every)
                 reported = [report for report in reports if report.is_due(done)]
                 if not (snapshots or saves or reported):
                     continue
@@ -282,6 +279,7 @@ class Trainer:
                         self.processes.of_first(partial(self._write_snapshots, done))
                     if saves:
                         self.processes.of_first(partial(self._save, done, skipped))
+                        saved = time.monotonic()
                     if stopped:  # what may take long is left to the run that goes on
                         log.say(stopping.sentence(stopped, done, checkpoint.path_of(self.checkpoints, done)))
                         raise stopping.ended_by(stopped)
@@ -378,20 +376,19 @@ class Trainer:
 
     def _require_finite(self, meter: Meter) -> int:
         """How many steps were left out, if they are not too many."""
-        skipped, first = meter.skipped()
-        if skipped <= self._allowed:
-            return skipped
-        found = checkpoint.committed(self.checkpoints)
-        read = batch_indices(len(self.dataset), self.config.batch_size, first - 1, self.config.seed) if first else []
-        index = None
-        with suppress(Exception):  # which would hide the error
-            index = first_not_finite(self.dataset, read)
-        remedy = "lower optimizer.learning_rate or set optimizer.grad_clip"
-        if index is not None:
-            remedy = f"item {index} of the data, which it read, is not finite either; mend it, or leave it out,"
-        raise FloatingPointError(
-            f"the loss or the gradient norm was not finite at step {first} ({skipped} such steps "
-            f"so far, max_skipped_steps={self.config.max_skipped_steps}); the last good checkpoint is "
-            f"{found[-1] if found else 'the start'}: {remedy} and go on with {run_folder.ACCEPT}"
-            f"{', or raise max_skipped_steps' if can_leave_out(self.optimizer) else ''}"
-        )
+        return require_few(meter, self._allowed, self.config, self.dataset, can_leave_out(self.optimizer))
+
+    def _save_early(self, meter: Meter, log: RunLog | Quiet, done: int) -> None:
+        """Saves what the last whole step left, where the data of the next cannot be read.
+
+        Not with several processes: the others are in the next step, and do not answer how many steps were left out.
+        """
+        path = checkpoint.path_of(self.checkpoints, done)
+        if done == 0 or self.processes.world_size > 1 or path in checkpoint.committed(self.checkpoints):
+            return
+        skipped, values = self._require_finite(meter), meter.read()
+        if values:
+            rate = self.config.optimizer.learning_rate_at(done - 1, self.config.total_steps)
+            log.write(done, {**values, "learning_rate": rate})
+        self._save(done, skipped)
+        log.say(f"the data of step {done + 1} cannot be read; step {done} is saved: {path}; the same command goes on")

@@ -1,5 +1,6 @@
 """Checkpoints: exact, committed or not there at all, whatever instant the process dies at."""
 
+import errno
 import json
 import os
 import re
@@ -112,6 +113,62 @@ def test_a_kill_before_any_change_of_the_disk_leaves_the_last_or_the_new_checkpo
             break
     assert calls > 10
     assert survivors == {1, 2}
+
+
+def test_what_another_process_has_open_costs_no_new_checkpoint(tmp_path, monkeypatch, caplog):
+    """As NFS refuses to remove a folder then."""
+    rmtree, held = shutil.rmtree, True
+
+    def refuses(path, **options):
+        if held:
+            raise OSError(errno.ENOTEMPTY, "Directory not empty", str(path))
+        rmtree(path, **options)
+
+    monkeypatch.setattr(shutil, "rmtree", refuses)
+    for step in (1, 2, 3, 3):  # the last in the place of one that cannot be removed either
+        checkpoint.save(tmp_path, _state(step), keep=1)
+        assert [checkpoint.step_of(path) for path in checkpoint.committed(tmp_path)] == [step]
+    assert not any((path / "COMMITTED").exists() for path in tmp_path.glob(".writing-*"))
+    assert "cannot be removed yet, the next checkpoint tries again: [Errno" in caplog.text
+    checkpoint.add_score(tmp_path / "step-00000003", 1.0, {}, keep=1)
+    held = False
+    checkpoint.save(tmp_path, _state(4), keep=1)
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["step-00000003", "step-00000004"]  # the best stays
+
+
+def test_an_old_one_that_may_not_be_removed_stays_whole(tmp_path, monkeypatch, caplog):
+    first = checkpoint.save(tmp_path, _state(1), keep=1)
+
+    def refuses(*_):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "unlink", refuses)
+        newest = checkpoint.save(tmp_path, _state(2), keep=1)
+    assert checkpoint.committed(tmp_path) == [first, newest]
+    assert f"the old checkpoint {first} cannot be removed, and training goes on: [Errno" in caplog.text
+
+
+def test_what_replaces_a_file_is_on_the_disk_before_it_does(tmp_path, monkeypatch):
+    """After a power loss a rename may be on the disk without the content."""
+    done = []
+    flush, replace = checkpoint.flush, os.replace
+    monkeypatch.setattr(checkpoint, "flush", lambda path: (done.append(path.name), flush(path)))
+    monkeypatch.setattr(os, "replace", lambda old, new: (done.append("rename"), replace(old, new)))
+    checkpoint.replace_text(tmp_path / "run" / "config.yaml", "seed: 1\n")
+    assert done == [".writing-config.yaml", "rename", "run"]
+    assert [file.name for file in (tmp_path / "run").iterdir()] == ["config.yaml"]
+
+
+def test_a_record_on_a_full_disk_is_one_sentence(tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    (tmp_path / "data.json").write_text("before")
+    monkeypatch.setattr(checkpoint.Path, "write_text", full)
+    with pytest.raises(OSError, match=rf"data\.json cannot be written to {tmp_path} .*make room and give the same"):
+        checkpoint.replace_text(tmp_path / "data.json", "after")
+    assert (tmp_path / "data.json").read_text() == "before"
 
 
 _FILES = ["model.safetensors", "ema.safetensors", "posthoc.safetensors", "optimizer.pt", "state.json"]

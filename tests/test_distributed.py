@@ -150,7 +150,7 @@ def test_a_process_alone_has_all_rows_and_sums_nothing():
     assert (alone.rank, alone.world_size, alone.rows(12)) == (0, 1, slice(0, 12))
     values = torch.tensor([1.0, 2.0])
     assert alone.sum(values) is values
-    assert alone.maximum(values) is values
+    assert alone.minimum(values) is values
     assert alone.of_first(lambda: 3) == 3
     assert distributed.whose() == ""
 

@@ -101,3 +101,21 @@ def test_a_step_costs_two_launches(meter):
     with Launches():
         meter.update(2, stats)
     assert [name for name in launched if name not in ("view", "detach")] == ["_to_copy", "cat"]
+
+
+def test_a_step_that_was_not_finite_in_any_process_counts():
+    """Here the loss of step 5 was not, in the other that of step 7; asked for once, however many steps there were."""
+    asked = []
+
+    class OneOfTwo(Processes):
+        def minimum(self, values):
+            asked.append(len(values))
+            there = torch.ones_like(values)
+            there[6] = 0
+            return torch.minimum(values, there)
+
+    meter = Meter(OneOfTwo(0, 1, torch.device("cpu")), skipped=1)
+    for step in range(1, 101):
+        meter.update(step, _stats(step, **({"loss": float("inf")} if step == 5 else {})))
+    assert meter.skipped() == meter.skipped() == (3, 5)
+    assert asked == [100]

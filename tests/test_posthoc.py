@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from runs import StopError, files, final, killed, stop_at, tiny_config
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
@@ -260,6 +261,17 @@ def test_a_kill_before_any_change_of_the_disk_leaves_a_whole_snapshot(tmp_path, 
             break
     assert calls > 4
     assert survivors == {1, 2}
+
+
+def test_a_snapshot_on_a_full_disk_is_one_sentence(tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise SafetensorError("I/O error: No space left on device")
+
+    monkeypatch.setattr(posthoc, "save_file", full)
+    sentence = rf"the snapshot of step 1 cannot be written to {tmp_path} .*make room, and the same command goes on"
+    with pytest.raises(OSError, match=sentence):
+        posthoc.save(tmp_path, 1, PowerEMA(nn.Linear(2, 2), 0.1))
+    assert posthoc.snapshots(tmp_path) == []
 
 
 # ------------------------------------------------------------------------------------------------------ in a run

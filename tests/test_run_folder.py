@@ -138,6 +138,20 @@ def test_a_run_without_one_of_its_records_is_refused(tmp_path):
             Trainer(config).fit()
 
 
+@pytest.mark.parametrize("left", ["", "\0\0\0"])
+@pytest.mark.parametrize("name", ["config.yaml", "data.json", "optimizer.json", "given.json"])
+def test_a_record_that_a_power_loss_emptied_is_told_as_lost(tmp_path, name, left):
+    config = tiny_config(tmp_path / "run", total_steps=1)
+    Trainer(config).fit()
+    (tmp_path / "run" / name).write_text(left)
+    with pytest.raises(ValueError, match=f"holds a run whose {name} is empty: it was lost, .* put a copy of it back"):
+        Trainer(config).fit()
+    Trainer(replace(config, run_dir=str(tmp_path / "other"), initial_weights=str(tmp_path / "run"))).fit()
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    (tmp_path / "run" / "metrics.jsonl").unlink()
+    assert Trainer(config).fit().name == "step-00000001"  # a run that had not begun
+
+
 # ------------------------------------------------------------------------------------------------- declared changes
 
 

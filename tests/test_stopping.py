@@ -171,6 +171,50 @@ def test_a_signal_to_all_processes_of_the_job_leaves_the_readers_alive(tmp_path)
     assert len(checkpoint.committed(tmp_path / "run" / "checkpoints")) == 1
 
 
+class _Clock:
+    """Each look at it takes half a minute."""
+
+    def __init__(self):
+        self.seconds = 0
+
+    def monotonic(self):
+        self.seconds += 30
+        return self.seconds
+
+
+def test_a_checkpoint_is_written_once_so_many_minutes_have_passed(tmp_path, monkeypatch):
+    Trainer(_config(tmp_path / "straight", total_steps=8)).fit()
+    config = _config(tmp_path / "timed", total_steps=8)
+    config = replace(config, output=replace(config.output, checkpoint_minutes=1, keep_checkpoints=9))
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "time", _Clock())
+        _signalled(patch, 6, signal.SIGTERM)
+        with pytest.raises(StoppedBySignal):
+            Trainer(config).fit()
+    folder = tmp_path / "timed" / "checkpoints"
+    assert [checkpoint.step_of(path) for path in checkpoint.committed(folder)] == [2, 4, 6]
+    Trainer(replace(config, output=replace(config.output, checkpoint_minutes=0))).fit()  # may change, as others do
+    assert [checkpoint.step_of(path) for path in checkpoint.committed(folder)] == [2, 4, 6, 8]
+    assert_bitwise_equal(final(tmp_path / "straight", 8), final(tmp_path / "timed", 8))
+
+
+@pytest.mark.parametrize("number", [0, signal.SIGTERM])
+@pytest.mark.parametrize("saves", [False, True])
+def test_what_any_process_says_is_agreed(number, saves):
+    class Two:
+        world_size, largest_so_far = 2, 0
+
+        def largest(self, here):
+            self.largest_so_far = max(here, self.largest_so_far)
+            return self.largest_so_far
+
+    processes, other = Two(), StopSignal()
+    other._number = number
+    other.agreed(processes, 10, saves)
+    assert StopSignal().agreed(processes, 10) == (number, saves)
+    assert StopSignal().agreed(processes, 11) == (0, False)  # not asked
+
+
 # Process 1 alone gets the signal, in its third step.
 _ONE_OF_TWO = """
 import os, signal, sys
