@@ -5,11 +5,24 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from soflow_fast.kernels import fused, reference
 from soflow_fast.kernels._accuracy import errors, run
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+class OperatorNames(TorchDispatchMode):
+    """The names of the operators that are called inside the block, in order."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, operator, types, arguments=(), keywords=None):
+        self.names.append(operator.overloadpacket.__name__)
+        return operator(*arguments, **(keywords or {}))
 
 
 @contextlib.contextmanager

@@ -4,10 +4,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from op_checks import DEVICE, check_accuracy, check_compiles, check_repeatable
+from op_checks import DEVICE, OperatorNames, check_accuracy, check_compiles, check_repeatable
 from runs import tiny_config
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from soflow_fast import DiT, SoFlow, TrainConfig, Trainer, load_run
@@ -145,22 +144,12 @@ def test_other_dtypes_are_refused():
 
 def test_on_a_gpu_it_is_torchs_product():
     """Whose shape function has the requirements on layouts, scales and sizes."""
-    with FakeTensorMode(), _Calls() as calls:
+    with FakeTensorMode(), OperatorNames() as calls:
         h = torch.empty(2, 3, 64, device="cuda", dtype=torch.bfloat16)
         weight, bias = (torch.empty(*shape, device="cuda", dtype=torch.bfloat16) for shape in ((48, 64), (48,)))
         out = float8_linear(float8_rows(h), weight, bias)
     assert (out.shape, out.dtype) == ((2, 3, 48), torch.bfloat16)
     assert calls.names.count("_scaled_mm") == 1
-
-
-class _Calls(TorchDispatchMode):
-    def __init__(self):
-        super().__init__()
-        self.names = []
-
-    def __torch_dispatch__(self, operator, types, arguments=(), keywords=None):
-        self.names.append(operator.overloadpacket.__name__)
-        return operator(*arguments, **(keywords or {}))
 
 
 # ---------------------------------------------------------------------------------------------------- the network
@@ -190,7 +179,7 @@ def _difference(ours, plain):
 def test_three_products_of_a_block_are_rounded():
     net, plain, (x, t, labels) = _net(float8_guidance=True, impl="triton"), _net(), _batch()
     assert torch.equal(_net(float8_guidance=True)(x, t, t, labels), plain(x, t, t, labels))
-    with _Calls() as calls:
+    with OperatorNames() as calls:
         rounded = net.forward_float8(x, t, t, labels)
     count = {name: sum(name in call for call in calls.names) for name in ("float8_product", "norm_float8", "gelu_rows")}
     assert count == {"float8_product": 6, "norm_float8": 4, "gelu_rows": 2}

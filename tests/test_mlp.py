@@ -2,9 +2,8 @@
 
 import pytest
 import torch
-from op_checks import DEVICE, check_accuracy, check_autocast, check_compiles, check_repeatable, run
+from op_checks import DEVICE, OperatorNames, check_accuracy, check_autocast, check_compiles, check_repeatable, run
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from soflow_fast.kernels import fused, mlp, reference
@@ -112,23 +111,13 @@ def test_hidden_units_have_no_gradient():
         assert op(**arguments)[1] is None
 
 
-class _Names(TorchDispatchMode):
-    def __init__(self):
-        super().__init__()
-        self.names = []
-
-    def __torch_dispatch__(self, operator, types, arguments=(), keywords=None):
-        self.names.append(operator.overloadpacket.__name__)
-        return operator(*arguments, **(keywords or {}))
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("hidden", "gradient"), [(False, False), (True, False), (False, True)])
 def test_the_gelu_is_part_of_the_product_where_nothing_else_needs_its_input(hidden, gradient, dtype):
     """Not in float32, where objectives subtract outputs with and without gradient: these are bitwise equal."""
     arguments = _inputs((3, 7), 13, 51, dtype)
     arguments["h"].requires_grad_(gradient)
-    with _Names() as seen:
+    with OperatorNames() as seen:
         out, _ = fused.mlp(**arguments, hidden=hidden)
     in_the_product = not hidden and not gradient and dtype != torch.float32
     assert ("linear_gelu" in seen.names) == in_the_product
@@ -139,7 +128,7 @@ def test_the_gelu_is_part_of_the_product_where_nothing_else_needs_its_input(hidd
 
 
 def test_on_a_gpu_it_is_the_epilogue_of_the_product():
-    with FakeTensorMode(), _Names() as seen:
+    with FakeTensorMode(), OperatorNames() as seen:
         mlp._linear_gelu(*(torch.empty(shape, device="cuda") for shape in ((5, 16), (64, 16), (64,))))
     assert seen.names[-1] == "_addmm_activation"
     assert "gelu" not in seen.names
