@@ -165,9 +165,9 @@ def test_labels_that_start_at_1(tmp_path):
     config = tiny_config(tmp_path)
     with pytest.raises(ValueError, match=r"outside the classes 0\.\.9; labels start at 0, and model\.num_classes"):
         Trainer(config, dataset=_From1(n=160)).fit()
-    more = replace(config, model=replace(config.model, num_classes=11))
+    more = replace(config, run_dir=str(tmp_path / "more"), model=replace(config.model, num_classes=11))
     Trainer(more, dataset=_From1()).fit()
-    assert final(tmp_path).step == 6
+    assert final(tmp_path / "more").step == 6
 
 
 def test_another_number_of_classes_than_the_network_has(tmp_path):
