@@ -51,6 +51,7 @@ _NATIVE_TESTS = {
         "attention_difference",
         "conditioning",
         "consistency",
+        "float8",
         "heads",
         "mlp",
         "noise",

@@ -8,7 +8,7 @@ import pytest
 import torch
 from runs import Blobs, tiny_config
 
-from soflow_fast import DiT, TrainConfig, build
+from soflow_fast import DiT, TrainConfig, Trainer, build, load_run
 from soflow_fast.config import OBJECTIVE_SECTIONS, ModelConfig
 
 
@@ -141,3 +141,22 @@ def test_a_data_set_without_a_length_is_refused():
 def test_a_network_given_as_an_object_is_used():
     net = DiT(8, 4, 1, 16, 1, 2, num_classes=10)
     assert build.build_model(TrainConfig(), net).network is net
+
+
+def test_float8_guidance_is_a_part_of_a_run(tmp_path):
+    """Its weights are others than those of a plain one, which it does not become midway."""
+    trained = []
+    for name in ("rounded", "plain"):
+        config = tiny_config(tmp_path / name, total_steps=4)
+        trainer = Trainer(
+            dataclasses.replace(config, model=dataclasses.replace(config.model, float8_guidance=name == "rounded"))
+        )
+        trainer.fit()
+        trained.append(trainer.model.network.final_layer.linear.weight)
+    torch.testing.assert_close(*trained, rtol=0.1, atol=1e-3)
+    assert not torch.equal(*trained)
+    config, model, _ = load_run(tmp_path / "rounded")
+    assert model.network.float8_guidance
+    plain = dataclasses.replace(config, model=dataclasses.replace(config.model, float8_guidance=False))
+    with pytest.raises(ValueError, match=r"model\.float8_guidance"):
+        Trainer(plain).fit()

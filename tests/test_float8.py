@@ -1,15 +1,12 @@
 """Rows in float8 and the forwards that multiply them."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 from op_checks import DEVICE, OperatorNames, check_accuracy, check_compiles, check_repeatable
-from runs import tiny_config
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from soflow_fast import DiT, SoFlow, TrainConfig, Trainer, load_run
+from soflow_fast import DiT, SoFlow
 from soflow_fast.kernels import fused, reference
 from soflow_fast.kernels.reference_float8 import Float8Rows, float8_linear, float8_rows
 from soflow_fast.objectives.alphaflow import AlphaFlow
@@ -247,8 +244,6 @@ def test_settings_that_cannot_run(monkeypatch):
         DiT(**{**SIZES, "hidden_size": 40}, float8_guidance=True)
     with pytest.raises(ValueError, match="is 72 wide"):
         DiT(**SIZES, mlp_ratio=2.25, float8_guidance=True)
-    with pytest.raises(ValueError, match=r"float8_guidance=True does nothing with model\.preset='UNet'"):
-        TrainConfig.from_dict({"model": {"preset": "UNet", "float8_guidance": True}})
     net, gpu = _net(float8_guidance=True).float(), torch.device("cuda", 0)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A10")
@@ -259,19 +254,3 @@ def test_settings_that_cannot_run(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     require_float8(net, gpu, "bf16")
     require_float8(net, torch.device("cpu"), "fp32")
-
-
-def test_a_run(tmp_path):
-    """Its weights are others than those of a plain one, which it does not become midway."""
-    trained = []
-    for name in ("rounded", "plain"):
-        config = tiny_config(tmp_path / name, total_steps=4)
-        trainer = Trainer(replace(config, model=replace(config.model, float8_guidance=name == "rounded")))
-        trainer.fit()
-        trained.append(trainer.model.network.final_layer.linear.weight)
-    assert 0 < _difference(*trained) < 0.1
-    config, model, _ = load_run(tmp_path / "rounded")
-    assert model.network.float8_guidance
-    plain = replace(config, model=replace(config.model, float8_guidance=False))
-    with pytest.raises(ValueError, match=r"model\.float8_guidance"):
-        Trainer(plain).fit()

@@ -246,6 +246,10 @@ def test_sizes_that_cannot_be(options, words):
     ("options", "words"),
     [
         ({"preset": "UNet", "depth": 2}, "model.depth=2 does nothing with model.preset='UNet'; leave it out"),
+        (
+            {"preset": "UNet", "float8_guidance": True},
+            "model.float8_guidance=True does nothing with model.preset='UNet'",
+        ),
         ({"preset": "UNet", "recompute": "block"}, "model.recompute='block' does nothing with model.preset='UNet'"),
         ({"preset": "DiT-B/4", "dropout": 0.1}, "model.dropout=0.1 does nothing with model.preset='DiT-B/4'"),
         ({"preset": "UNet", "channel_mult": [1, 0]}, "model.channel_mult"),
