@@ -1,4 +1,4 @@
-"""The command ``soflow``: encode, train, sample, eval, export, demo, doctor.
+"""The command ``soflow``: encode, tune, train, sample, eval, export, demo, doctor.
 
 Bad input ends in one sentence and exit code 2, a training run that does not stay finite in one sentence and 1, one that
 a signal stops in 128 + its number; as of SIGPIPE, without a word, where nobody reads any longer.
@@ -24,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command line; returns the exit code."""
     parser = _parser()
     args, overrides = parser.parse_known_args(argv)
-    if overrides and args.command is not commands.train:
+    if overrides and args.command not in (commands.train, commands.tune_step):
         parser.error(f"unrecognized arguments: {' '.join(overrides)}")
     args.overrides = overrides
     if "" not in sys.path:
@@ -106,6 +106,18 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="go on with a run of other values or data where the weights fit; RUN/changes.jsonl records them",
     )
+
+    tuner = add("tune", commands.tune_step, "time a configuration's step in the forms it can take here", epilog=epilog)
+    tuner.add_argument("config", help="YAML file, as of train; with several GPUs give the batch_size of one")
+    tuner.add_argument(
+        "--try",
+        dest="tried",
+        default="attention,recompute",
+        help="what to try, in this order: attention, recompute; impl, the fused kernels against plain torch; compile, "
+        "which also has torch try implementations of the products, for many minutes; float8, which rounds the guidance "
+        "(default attention,recompute)",
+    )
+    tuner.add_argument("--seconds", type=float, default=5.0, help="of timing for each form (default 5)")
 
     sample = add("sample", commands.sample, "draw samples from a run")
     sample.add_argument("run", help="folder of the run")

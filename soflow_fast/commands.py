@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import yaml
 
-from soflow_fast import build, distributed, export
+from soflow_fast import build, distributed, export, tune
 from soflow_fast.build import resolve_device
 from soflow_fast.conditions import ConditionsFile, ItemConditions
 from soflow_fast.config import TrainConfig
@@ -63,6 +63,26 @@ def train(args: argparse.Namespace) -> None:
     if trainer.processes.is_first:
         print(f"done: {last}")
     distributed.leave()
+
+
+def tune_step(args: argparse.Namespace) -> None:
+    """``soflow tune``: times the forms of a configuration's step; prints the values that make the fastest."""
+    distributed.require_alone("soflow tune")
+    tried = tuple(args.tried.split(","))
+    for name in tried:
+        if name not in tune.CHOICES:
+            raise ValueError(f"--try {args.tried} has {name!r}; choose of {', '.join(tune.CHOICES)}")
+    if not 0 < args.seconds < float("inf"):
+        raise ValueError(f"--seconds {args.seconds} is no time to measure for; give more than 0, such as 5")
+    raw = read_yaml(Path(args.config))
+    with public_words(raw):
+        config = TrainConfig.from_dict(raw, args.overrides)
+        chosen = tune.tune(config, tried, args.seconds, lambda line: print(f"# {line}", flush=True))
+    sections = {}
+    for key, value in chosen.items():
+        section, name = key.split(".")
+        sections.setdefault(section, {})[name] = value
+    print(yaml.safe_dump(sections, sort_keys=False) if sections else "# nothing is faster than what is configured")
 
 
 def encode_images(args: argparse.Namespace) -> None:

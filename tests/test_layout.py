@@ -24,7 +24,7 @@ FLOORS = [
     ],
     [
         "cli", "commands", "demo", "doctor", "dry_run", "grids", "logs", "run_folder", "sampling_options", "scoring",
-        "skipping", "step", "stopping", "trainer", "validation",
+        "skipping", "step", "stopping", "trainer", "tune", "validation",
     ],
 ]  # fmt: skip
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
