@@ -161,7 +161,7 @@ class PublishedMeanFlow(_FusedDraws, MeanFlow):
     """As public PyTorch code: the conditional and the unconditional prediction of every row in calls of their own, and
     one Jacobian-vector product on all rows with gradient, whose primal is the prediction that is trained."""
 
-    def _guidance(self, z, t, labels, n: int) -> tuple[Tensor, Tensor]:
+    def _guidance(self, z, t, labels, n: int, drop) -> tuple[Tensor, Tensor]:
         with torch.no_grad():
             u_own = self.network(z, t, t, labels)
             return self.network(z, t, t, torch.full_like(labels, self.network.num_classes)), u_own[n:]

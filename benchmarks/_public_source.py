@@ -81,7 +81,7 @@ class PublicSourceSoFlow(EagerSoFlow):
     def loss_of_rows(self, x0, labels, rows, n_velocity, progress, seed, step, latent_scale=None) -> TotalLoss:
         n, (published,) = n_velocity, self._published
         times = self.draw_times(rows, n, progress, seed, step)
-        drop = self.ops.uniform(rows, 1, seed=seed, step=step, stream=Stream.DROP)[:, 0] <= self.label_drop
+        drop = self.draw_drop(rows, None, seed, step)
         t, s, gap = (time.view(-1, 1, 1, 1) for time in times)
         shared = {
             "cfg_scale": self.guidance_scale,

@@ -16,7 +16,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 
 import torch
-from _baselines import JvpFlashDiT, PlainDiT
+from _baselines import JvpFlashDiT, PlainDiT, PublishedMeanFlow, SixCalls
 from _check import CHECKED_STEP, Truth
 from _pieces import gpu_lost
 from _public_source import PublicSourceSoFlow
@@ -26,12 +26,20 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
+from soflow_fast import SoFlow
+from soflow_fast.dropping import fewest
+from soflow_fast.objectives.base import Objective
+from soflow_fast.objectives.meanflow import MeanFlow
+from soflow_fast.paths import row_order
 from soflow_fast.step import TrainStep
 
 ROUNDS = 10
 
-# Rows for counting, which is the same for every sample.
+# Rows for counting.
 _COUNTED_BATCH = 4
+
+# Public code, which asks its network for the guidance of every row.
+_SPARE_NONE = (SixCalls, PublicSourceSoFlow, PublishedMeanFlow)
 
 
 class NotRun(Exception):  # noqa: N818 - an outcome, with the reason as its message
@@ -291,16 +299,40 @@ class Track:
 
 
 def flops_per_sample(row: Row, workload: Workload) -> int:
-    """Floating-point operations of one step's products and attention per sample, counted on its eager form."""
+    """Floating-point operations of one step's products and attention per sample, counted on its eager form.
+
+    Counted on a few samples, of which none is spared its guidance, less what those are that are in the whole batch.
+    """
+    of_step, of_forward, model = count_flops(row, workload, _COUNTED_BATCH)
+    spared = spared_forwards(model, workload.batch) / workload.batch
+    return round((of_step - spared * of_forward) / _COUNTED_BATCH)
+
+
+def count_flops(row: Row, workload: Workload, batch: int) -> tuple[int, int, Objective]:
+    """Of a step with so many samples, and of their forward; and the objective."""
     dit = PlainDiT if row.dit is JvpFlashDiT else row.dit  # the same operations; custom kernels count none
     plain = replace(row, dit=dit, impl="torch", compile=False, cuda_graph=False)
-    counted = replace(workload, batch=_COUNTED_BATCH, fused=False, half=False, attention="math")
+    counted = replace(workload, batch=batch, fused=False, half=False, attention="math")
     step, data = build(plain, counted), counted.data()
+    (x0, labels), t = data, torch.ones(batch, device=counted.device)
     with sdpa_kernel(SDPBackend.MATH):
         step(*data)  # a network whose difference is derived runs once for that
-        with FlopCounterMode(display=False) as counter:
+        with FlopCounterMode(display=False) as of_step:
             step(*data)
-    return counter.get_total_flops() // _COUNTED_BATCH
+        with FlopCounterMode(display=False) as of_forward, torch.no_grad():
+            step.model.network(x0, t, t, labels)
+    return of_step.get_total_flops(), of_forward.get_total_flops(), step.model
+
+
+def spared_forwards(model: Objective, batch: int) -> int:
+    """How many rows' forwards the guidance of a batch is spared, see :mod:`soflow_fast.dropping`."""
+    if not isinstance(model, (SoFlow, MeanFlow)) or isinstance(model, _SPARE_NONE):
+        return 0
+    if not (model.guided if isinstance(model, MeanFlow) else model.guidance_scale != 1):
+        return 0
+    n_velocity = row_order(batch, model.velocity_share)[1]
+    velocity, others = (fewest(n, model.label_drop) for n in (n_velocity, batch - n_velocity))
+    return velocity + 2 * others
 
 
 def state_bytes(step: TrainStep) -> int:

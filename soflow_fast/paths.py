@@ -24,6 +24,7 @@ __all__ = [
     "GAP_SCHEDULES",
     "PARAMETERIZATIONS",
     "PATHS",
+    "as_fraction",
     "clean_sample",
     "gap_ratio",
     "guidance_decay",
@@ -92,7 +93,7 @@ def row_order(n: int, velocity_share: float, first_row: int = 0) -> tuple[list[i
     Returns:
         ``(order, n_velocity)``: the offsets 0..n-1 with the velocity rows first, and how many they are.
     """
-    rest = 1 - _fraction(velocity_share)
+    rest = 1 - as_fraction(velocity_share)
     consistency = [math.floor((g + 1) * rest) > math.floor(g * rest) for g in range(first_row, first_row + n)]
     order = sorted(range(n), key=consistency.__getitem__)
     return order, n - sum(consistency)
@@ -100,8 +101,9 @@ def row_order(n: int, velocity_share: float, first_row: int = 0) -> tuple[list[i
 
 def row_period(velocity_share: float) -> int:
     """After how many rows the pattern of :func:`row_order` repeats."""
-    return _fraction(velocity_share).denominator
+    return as_fraction(velocity_share).denominator
 
 
-def _fraction(share: float) -> Fraction:
+def as_fraction(share: float) -> Fraction:
+    """A share that a configuration gives as a decimal, in lowest terms."""
     return Fraction(share).limit_denominator(10**6)

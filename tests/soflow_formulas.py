@@ -5,7 +5,8 @@ import math
 import torch
 from torch import nn
 
-from soflow_fast import SoFlow
+from soflow_fast import SoFlow, dropping
+from soflow_fast.kernels.reference import Stream, uniform
 
 NULL = 3  # the number of classes
 
@@ -51,6 +52,12 @@ def make_model(net=None, objective=SoFlow, **settings):
     """A SoFlow whose settings all matter."""
     settings = {"guidance_scale": 2.5, "guidance_mix": 0.3, "p": 0.7, "eps": 0.05, **settings}
     return objective(net or DifferenceNet(), **settings)
+
+
+def drops(rows, velocity_share, share, *, seed, step):
+    """(B,) bool, the rows that drop their label."""
+    group, place = dropping.groups(rows, velocity_share, share)
+    return dropping.dropped(place, uniform(group, 1, seed=seed, step=step, stream=Stream.DROP)[:, 0], share)
 
 
 def samples(n, seed=0):

@@ -10,6 +10,7 @@ import pytest
 import torch
 from fast_step_runs import make_model, make_step, train
 from runs import tiny_config
+from soflow_formulas import drops
 from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -42,7 +43,7 @@ def _published(net, x, labels, guidance_max, power, eps):
     """The loss row by row, every row in network calls of its own, the derivative by torch.func.jvp."""
     key, rows = {"seed": SEED, "step": STEP}, torch.arange(B)
     noise = normal(rows, 64, stream=Stream.NOISE, **key).double().view(B, 1, 8, 8)
-    drop = uniform(rows, 1, stream=Stream.DROP, **key)[:, 0] <= 0.1
+    drop = drops(rows, 0.5, 0.1, **key)
     times = torch.sigmoid(-0.4 + normal(rows, 2, stream=Stream.TIMES, **key))
     draws = uniform(rows, 3, stream=Stream.GUIDANCE, **key).double()
     total, seen_plain, seen_guided = 0.0, 0, 0

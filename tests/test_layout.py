@@ -13,8 +13,8 @@ FLOORS = [
     ["kernels"],
     [
         "config", "config_data", "config_io", "config_model", "config_objective", "config_optimizer", "derivation",
-        "difference_casts", "difference_nonlinear", "difference_rules", "differencing", "flash", "flash_packages",
-        "imported", "interop", "paths", "require", "seeding", "size",
+        "difference_casts", "difference_nonlinear", "difference_rules", "differencing", "dropping", "flash",
+        "flash_packages", "imported", "interop", "paths", "require", "seeding", "size",
     ],
     [
         "attention", "augment", "autoencoder", "build", "capture", "checkpoint", "conditions", "data", "distributed",

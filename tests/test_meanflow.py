@@ -5,9 +5,10 @@ import math
 import pytest
 import torch
 from fast_step_runs import make_model
+from soflow_formulas import drops
 
 from soflow_fast import DiT
-from soflow_fast.kernels.reference import Stream, normal, uniform
+from soflow_fast.kernels.reference import Stream, normal
 from soflow_fast.objectives.flow_matching import FlowMatching
 from soflow_fast.objectives.meanflow import MeanFlow
 
@@ -20,12 +21,12 @@ def _batch():
     return x, torch.randint(10, (B,), generator=generator)
 
 
-def _draws():
+def _draws(velocity_share=0.75):
     """Noise, dropped rows and the two normals of the times of every row, by the library's random numbers."""
     rows = torch.arange(B)
     key = {"seed": SEED, "step": STEP}
     noise = normal(rows, 64, stream=Stream.NOISE, **key).double().view(B, 1, 8, 8)
-    return noise, uniform(rows, 1, stream=Stream.DROP, **key)[:, 0] <= 0.1, normal(rows, 2, stream=Stream.TIMES, **key)
+    return noise, drops(rows, velocity_share, 0.1, **key), normal(rows, 2, stream=Stream.TIMES, **key)
 
 
 def _meanflow_loss(net, x, labels, omega, kappa, interval, direction="target", p=1.0, eps=0.01):
@@ -132,7 +133,7 @@ def test_bad_settings():
 def test_flow_matching_loss_is_the_mean_square():
     model = make_model(torch.float64, FlowMatching)
     x, labels = _batch()
-    noise, drop, z = _draws()
+    noise, drop, z = _draws(velocity_share=1.0)
     t = torch.sigmoid(z[:, 0]).double()
     per_row = t.view(-1, 1, 1, 1)
     seen = torch.where(drop, 10, labels)

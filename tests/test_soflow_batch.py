@@ -9,6 +9,7 @@ from soflow_formulas import (
     NULL,
     check_gradients,
     consistency_row,
+    drops,
     item,
     make_model,
     samples,
@@ -16,7 +17,7 @@ from soflow_formulas import (
 )
 
 from soflow_fast import SoFlow
-from soflow_fast.kernels.reference import Stream, normal, uniform
+from soflow_fast.kernels.reference import Stream, normal
 
 LABELS = torch.tensor([0, 1, 2, 1, 0])
 
@@ -26,7 +27,7 @@ def expected_loss(model, x0, labels, progress, seed, step, first_row=0):
     rows = first_row + torch.arange(len(x0))
     z = normal(rows, 2, seed=seed, step=step, stream=Stream.TIMES)
     noise = normal(rows, x0[0].numel(), seed=seed, step=step, stream=Stream.NOISE).view(x0.shape).double()
-    drop = uniform(rows, 1, seed=seed, step=step, stream=Stream.DROP)[:, 0] <= model.label_drop
+    drop = drops(rows, 0.75, model.label_drop, seed=seed, step=step)
     losses = []
     for i in range(len(x0)):
         label, dropped = item(labels, i), drop[i].item()

@@ -13,7 +13,7 @@ import pytest
 import throughput
 import torch
 from _check import Truth
-from _race import ROUNDS, Contestant, NotRun, Track, flops_per_sample, release
+from _race import ROUNDS, Contestant, NotRun, Track, count_flops, flops_per_sample, release, spared_forwards
 from _rows import ROWS, Workload
 from _table import Results
 
@@ -93,6 +93,16 @@ def test_flops_are_those_of_the_forwards():
     counted = flops_per_sample(row, workload)
     inputs = 2 * (N * patch * D + 2 * 256 * D)  # no gradient reaches the patches and the sinusoids
     assert counted == 4.5 * (tokens + conditioning) - inputs
+
+
+@pytest.mark.parametrize("name", [*EAGER, "soflow/merged-compile", "meanflow/strong", "flow-matching"])
+def test_flops_are_those_of_the_whole_batch(name):
+    """Of which rows that drop their label are spared the guidance, but not in public code."""
+    workload = Workload("small", 96, "cpu")
+    of_step, _, model = count_flops(ROWS[name], workload, 96)
+    assert flops_per_sample(ROWS[name], workload) == pytest.approx(of_step / 96, rel=1e-6)
+    spared = spared_forwards(model, 96)
+    assert spared == (6 + 2 * 1 if "/" in name and name not in EAGER else 0)
 
 
 def test_a_resumed_run_leaves_out_what_it_has(out, monkeypatch):

@@ -73,7 +73,7 @@ class AverageVelocity(DerivativeObjective):
         guided = self.guided and labels is not None and takes_labels(self.network)
         v_average, u_null, u_own = v[n:], None, None
         if guided:
-            u_null, u_own = self._guidance(z, t, labels, n)
+            u_null, u_own = self._guidance(z, t, labels, n, drop)
             v_average = self._guided_velocity(v_average, u_null[n:], u_own, t[n:], drop[n:], labels[n:])
         labels = self.input_labels(labels, drop, z)
         along = v_average
@@ -111,7 +111,7 @@ class AverageVelocity(DerivativeObjective):
         """The labels with what else the network is told of each row; the first n rows train the velocity."""
         return labels
 
-    def _guidance(self, z, t, labels, n: int) -> tuple[Tensor, Tensor]:
+    def _guidance(self, z, t, labels, n: int, drop) -> tuple[Tensor, Tensor]:
         """``u(z,t,t,∅)`` of all rows and ``u(z,t,t,y)`` of those from n on, without gradient."""
         raise NotImplementedError
 

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from soflow_fast import kernels, paths
+from soflow_fast import dropping, kernels, paths
 from soflow_fast.conditions import null_condition, require_arguments, require_classes, told
 from soflow_fast.differencing import ForwardDifference, draws
 from soflow_fast.kernels.reference import Stream
@@ -295,8 +295,11 @@ class Objective(nn.Module):
             return sample(self, noise, labels, steps, generator=generator, seed=seed, first_row=first_row)
 
     def draw_drop(self, rows: Tensor, labels: Tensor | None, seed: int | Tensor, step: int | Tensor) -> Tensor:
-        """(B,) bool, the rows trained without label: those drawn, and those that have none."""
-        drop = self.ops.uniform(rows, 1, seed=seed, step=step, stream=Stream.DROP)[:, 0] <= self.label_drop
+        """(B,) bool, the rows trained without label: those drawn, see :mod:`soflow_fast.dropping`, and those that have
+        none."""
+        group, place = dropping.groups(rows, self.velocity_share, self.label_drop)
+        draw = self.ops.uniform(group, 1, seed=seed, step=step, stream=Stream.DROP)[:, 0]
+        drop = dropping.dropped(place, draw, self.label_drop)
         if labels is None:
             return drop
         if null_condition(self.network) is not None:
@@ -312,6 +315,29 @@ class Objective(nn.Module):
         """``F(x,t,t,labels)`` without gradient, for a target; in float8 if the network's ``float8_guidance`` is set."""
         rounded = getattr(self.network, "float8_guidance", False)
         return (self.network.forward_float8 if rounded else self.network)(x, t, t, labels)
+
+    @torch.no_grad()
+    def guidance_outputs(
+        self, x: Tensor, t: Tensor, labels: Tensor, n: int, drop: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """``F(x,t,t,∅)`` of all rows and ``F(x,t,t,labels)`` of those from n on, by one call without gradient.
+
+        Args:
+            n: how many rows train the velocity, the first. drop: (B,) bool, rows that need no guidance; as many as are
+                known to drop their label, see :mod:`soflow_fast.dropping`, are left out, and theirs is nan. Or None.
+        """
+        size, null, share = len(t), self.no_label(labels), 0 if drop is None else self.label_drop
+        drop = torch.zeros_like(t, dtype=torch.bool) if drop is None else drop
+        first, own = dropping.to_guide(drop[:n], share), n + dropping.to_guide(drop[n:], share)
+        if len(first) + len(own) == size:
+            F = self.guidance_forward(torch.cat([x, x[n:]]), torch.cat([t, t[n:]]), torch.cat([null, labels[n:]]))
+            return F[:size], F[size:]
+        guided = torch.cat([first, own])
+        rows = torch.cat([guided, own])
+        F = self.guidance_forward(x[rows], t[rows], torch.cat([null[guided], labels[own]]))
+        whole = F.new_full((2 * size - n, *F.shape[1:]), torch.nan)
+        whole = whole.index_copy(0, torch.cat([guided, size - n + own]), F)
+        return whole[:size], whole[size:]
 
     def two_forwards(self, x, t, s, labels, v, rows: slice, step: Tensor) -> tuple[Tensor, Tensor]:
         """``F(x,t,s)`` of all rows, and without gradient ``F(x − step·v, t − step, s) − F(x,t,s)`` of the b given ones,

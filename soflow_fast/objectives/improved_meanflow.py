@@ -220,7 +220,7 @@ class ImprovedMeanFlow(AverageVelocity):
         return torch.cat([labels.float()[:, None], self.draw_guidance(rows, n, seed, step)], 1)
 
     @torch.no_grad()
-    def _guidance(self, z, t, labels, n: int) -> tuple[Tensor, Tensor]:
+    def _guidance(self, z, t, labels, n: int, drop) -> tuple[Tensor, Tensor]:
         null, own = self.no_label(labels), labels[n:]
         mix = torch.where(_inside(t[n:], own), own[:, 1], 0.0)
         null = torch.stack([null[:, 0], *_always(torch.zeros_like(null[:, 1]))], 1)

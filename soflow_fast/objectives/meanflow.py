@@ -25,7 +25,7 @@ class MeanFlow(AverageVelocity):
         net: as for :class:`~soflow_fast.SoFlow`; ``derivative="jvp"`` needs a method ``jvp``.
         path: ``linear`` or ``trig``.
         guidance_scale: ω. guidance_mix: κ in [0, 1); (ω, κ) = (1, 0) is no guidance. guidance_interval: of t.
-        label_drop: share of rows trained without label. p, eps: the adaptive weight.
+        label_drop: share of rows trained without label, see :mod:`soflow_fast.dropping`. p, eps: the adaptive weight.
         velocity_share: share of rows with r = t, whose target needs no derivative.
         time_mean, time_std: of the two logit-normal draws of which the larger is t and the smaller r.
         derivative: ``tangent``, by the difference forward; ``jvp``, by torch.func.jvp through math attention;
@@ -85,11 +85,9 @@ class MeanFlow(AverageVelocity):
         self.guidance_scale, self.guidance_mix = guidance_scale, guidance_mix
         self.guidance_interval = tuple(guidance_interval)
 
-    @torch.no_grad()
-    def _guidance(self, z, t, labels, n: int) -> tuple[Tensor, Tensor]:
-        null = self.no_label(labels)
-        u = self.guidance_forward(torch.cat([z, z[n:]]), torch.cat([t, t[n:]]), torch.cat([null, labels[n:]]))
-        return u[: len(t)], u[len(t) :]
+    def _guidance(self, z, t, labels, n: int, drop) -> tuple[Tensor, Tensor]:
+        needs_all = self.direction == "prediction"  # which a row that drops its label has too
+        return self.guidance_outputs(z, t, labels, n, None if needs_all else drop)
 
     def _guided_velocity(self, v, u_null, u_own, t, drop, labels) -> Tensor:
         omega, kappa = self.guidance_scale, self.guidance_mix

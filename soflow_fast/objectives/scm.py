@@ -42,7 +42,7 @@ class SCM(DerivativeObjective):
 
     Args:
         net: as for :class:`~soflow_fast.SoFlow`.
-        label_drop: share of rows trained without label. p, eps: of w.
+        label_drop: share of rows trained without label, see :mod:`soflow_fast.dropping`. p, eps: of w.
         time_mean, time_std: of the normal log σ; ``tan τ = σ / sigma_data``.
         sigma_data: the standard deviation of the data where the noise has σ. Samples are used as they are, beside noise
             of deviation 1: those of deviation 1 have the published times with the published 0.5.

@@ -55,7 +55,8 @@ class SoFlow(Objective):
             ``net.null_condition``, see :mod:`soflow_fast.conditions`.
         path: ``linear`` or ``trig``. parameterization: ``euler`` or ``trig``.
         guidance_scale: ω; 1 is no guidance. guidance_mix: m in [0, 1]. guidance_decay_time: τ, no decay from 1 on.
-        label_drop: share of rows trained without label. p, eps: the adaptive weight ``(error + eps)^(−p)``.
+        label_drop: share of rows trained without label, see :mod:`soflow_fast.dropping`.
+        p, eps: the adaptive weight ``(error + eps)^(−p)``.
         velocity_share: share of rows that train the velocity; the rest train the consistency.
         time_mean, time_std: of the logit-normal draws, in the order velocity t, consistency s, consistency t.
         gap_schedule, gap_init, gap_end: r(k), see :func:`soflow_fast.paths.gap_ratio`.
@@ -243,9 +244,7 @@ class SoFlow(Objective):
         x_c, t_c, v = x_t[n:], t[n:], v_t[n:]
         F_null = None
         if self._guided(labels):
-            null = self.no_label(labels)
-            F = self.guidance_forward(torch.cat([x_t, x_c]), torch.cat([t, t_c]), torch.cat([null, labels[n:]]))
-            F_null, F_own = F.split([len(t), len(s)])
+            F_null, F_own = self.guidance_outputs(x_t, t, labels, n, drop)
             v = self._target_velocity(v, F_null[n:], F_own, t_c, drop[n:])
             F_null = F_null[:n]
         labels = self.input_labels(labels, drop, x_t)
