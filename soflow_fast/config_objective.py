@@ -65,8 +65,10 @@ class ImprovedMeanFlowConfig(_ObjectiveConfig, section="improved_meanflow."):
     """The objective ``improved_meanflow``; every attribute is an argument of
     :class:`~soflow_fast.objectives.improved_meanflow.ImprovedMeanFlow`, which checks it.
 
-    sample_scale and sample_interval may change during a run, and be chosen anew for its samples. Published runs also
-    have ``optimizer.betas`` of (0.9, 0.95) and a warm-up of 10 epochs.
+    sample_scale and sample_interval may change during a run, and be chosen anew for its samples. The network of a
+    preset MiT has the second head unless velocity_head is false. Published runs also have ``batch_size`` 1024,
+    ``optimizer.betas`` of (0.9, 0.95), ``optimizer.warmup_steps`` of 12510 (10 epochs) and ``total_steps`` of 800640
+    (640 epochs), of XL/2 1000800; the learning rate and the average are SoFlow's.
     """
 
     path: str = "linear"
@@ -74,6 +76,7 @@ class ImprovedMeanFlowConfig(_ObjectiveConfig, section="improved_meanflow."):
     guidance_power: float = 1.0
     sample_scale: float = 7.5
     sample_interval: tuple[float, float] = (0.4, 0.65)
+    velocity_head: bool | None = None
     label_drop: float = 0.1
     p: float = 1.0
     eps: float = 0.01
