@@ -9,13 +9,12 @@ from fast_step_runs import make_step, training_batch
 from runs import StopError, assert_bitwise_equal, final, refused, stop_at, tiny_config, write_config
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from soflow_fast import MiT, SoFlow, cli, load_run
+from soflow_fast import DiT, MiT, SoFlow, cli, load_run, load_weights
 from soflow_fast.build import build_model
 from soflow_fast.config import ImprovedMeanFlowConfig, ModelConfig, TrainConfig
 from soflow_fast.differencing import ForwardDifference
 from soflow_fast.dry_run import plan
 from soflow_fast.kernels.reference import Stream, normal, uniform
-from soflow_fast.mit import PRESETS
 from soflow_fast.objectives.improved_meanflow import ImprovedMeanFlow
 from soflow_fast.trainer import Trainer
 
@@ -227,7 +226,13 @@ def test_initialisation():
         elif name != "x_embedder.proj.weight":
             gain = 0.32 if last[0].startswith(("w", "q_", "k_", "v_", "out_")) else 1.0
             assert p.std().item() == pytest.approx(gain * p.shape[1] ** -0.5, rel=0.25), name
-    assert PRESETS["MiT-XL/2"] == (2, 1024, 48, 16)
+
+
+def test_the_presets_have_as_many_parameters_as_published():
+    for name, millions in {"B/2": 89, "M/2": 174, "L/2": 409, "XL/2": 610}.items():
+        with torch.device("meta"):
+            net = MiT.from_preset(f"MiT-{name}", condition_dim=3)
+        assert round(sum(p.numel() for p in net.parameters()) / 1e6) == millions
 
 
 @pytest.mark.parametrize("objective", [SoFlow, ImprovedMeanFlow])
@@ -304,6 +309,41 @@ def test_dry_run_counts_both_heads(tmp_path):
     assert two.parameters > one.parameters + block
     assert two.flops > one.flops
     assert two.data == one.data
+
+
+def _published_names(net):
+    """The weights as the public PyTorch branch names them."""
+    inside = {torch.nn.Linear: "._flax_linear", torch.nn.Embedding: "._flax_embedding"}
+    layers = {name: inside.get(type(module), "") for name, module in net.named_modules()}
+    split = {name: name.rpartition(".") for name in net.state_dict()}
+    return {
+        f"net.{module}{layers[module]}{dot}{last}": net.state_dict()[name]
+        for name, (module, dot, last) in split.items()
+    }
+
+
+def test_published_weights_are_read(tmp_path):
+    published, inputs = _net(torch.float32), _inputs(dtype=torch.float32)
+    weights = _published_names(published)
+    assert "net.u_heads.1.attn.q_proj._flax_linear.weight" in weights
+    torch.save(weights, tmp_path / "full.pth")
+    net = MiT(**GUIDED)
+    load_weights(ImprovedMeanFlow(net), tmp_path / "full.pth", form="imf")
+    both = published.forward_with_velocity(*inputs)
+    assert all(map(torch.equal, net.forward_with_velocity(*inputs), both))
+    torch.save({name: x for name, x in weights.items() if "v_heads" not in name}, tmp_path / "inference.pth")
+    net = MiT(**{**GUIDED, "velocity_head": False})
+    load_weights(net, tmp_path / "inference.pth", form="imf")
+    assert torch.equal(net(*inputs), both[0])
+    net = MiT(**GUIDED)
+    with pytest.raises(ValueError, match="v_heads"):
+        load_weights(net, tmp_path / "inference.pth", form="imf")
+    load_weights(net, tmp_path / "inference.pth", ["v_heads"], form="imf")
+    assert torch.equal(net(*inputs), both[0])
+    with pytest.raises(
+        ValueError, match="initial_weights_form='imf' is of transformers, and this network is a DiT; choose a MiT"
+    ):
+        load_weights(DiT(8, 2, 1, 32, 1, 2), tmp_path / "full.pth", form="imf")
 
 
 def test_refusals(tmp_path, capsys):
