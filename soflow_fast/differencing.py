@@ -294,8 +294,9 @@ def _run_once(net: nn.Module, inputs: tuple) -> None:
         except TypeError:  # it differentiates in its forward, and needs what was not saved
             out = net(*inputs)
     outputs = out if several and isinstance(out, tuple) else (out,)
-    if not all(isinstance(one, Tensor) for one in outputs):
-        raise ValueError(f"{name} must return one tensor that depends on x; it returns a {type(out).__name__}")
+    if several != isinstance(out, tuple) or not all(isinstance(one, Tensor) for one in outputs):
+        wanted = "a tuple of tensors" if several else "one tensor that depends on x"
+        raise ValueError(f"{name} must return {wanted}; it returns a {type(out).__name__}")
     for node in (node for one in outputs for node in _graph_of(one)):
         if isinstance(node, torch.autograd.function.BackwardCFunction):
             raise ValueError(f"{name} calls an autograd.Function, {node.name()}, whose gradient would be lost")

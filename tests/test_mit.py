@@ -206,6 +206,44 @@ def test_loss_and_gradient_are_those_of_the_published_step(derivative):
         assert wanted.norm() > 0, name
 
 
+class _Given(torch.nn.Module):
+    """A network of one's own with a head for the velocity, and a difference forward that knows nothing of it."""
+
+    num_classes, condition_dim, has_velocity_head = 10, 3, True
+
+    def __init__(self):
+        super().__init__()
+        self.embed = torch.nn.Linear(2 + 11 + 3, 16)
+        self.enter = torch.nn.Conv2d(1, 16, 3, padding=1)
+        self.heads = torch.nn.ModuleList(torch.nn.Conv2d(16, 1, 3, padding=1) for _ in range(2))
+
+    def _trunk(self, x, t, s, labels):
+        classes = torch.nn.functional.one_hot(labels[:, 0].long(), 11)
+        c = self.embed(torch.cat([torch.stack([t, s], 1), classes.to(x), labels[:, 1:].to(x)], 1))
+        return torch.nn.functional.silu(self.enter(x) + c[:, :, None, None])
+
+    def forward(self, x, t, s, labels):
+        return self.heads[0](self._trunk(x, t, s, labels))
+
+    def forward_with_velocity(self, x, t, s, labels):
+        h = self._trunk(x, t, s, labels)
+        return self.heads[0](h), self.heads[1](h)
+
+    def forward_velocity(self, x, t, labels):
+        return self.heads[1](self._trunk(x, t, t, labels))
+
+    def forward_difference(self, *_, **__):
+        raise AssertionError("it has no second head")
+
+
+def test_a_given_network_with_a_second_head():
+    torch.manual_seed(0)
+    model = ImprovedMeanFlow(_Given().double(), label_drop=0.4, eps=10.0)
+    x, labels = _inputs()[0], torch.arange(B) % 10
+    ours, (theirs, _) = model.loss(x, labels, 0.0, seed=SEED, step=STEP).loss, _published(model, x, labels)
+    assert ours.item() == pytest.approx(theirs.item(), rel=1e-6)
+
+
 def test_the_head_may_be_left_alone():
     x, labels = training_batch(0, torch.float64)
     model = ImprovedMeanFlow(_net(), velocity_head=False)

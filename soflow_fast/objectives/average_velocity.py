@@ -55,7 +55,8 @@ class AverageVelocity(DerivativeObjective):
         return t, torch.cat([t[:n_velocity], r[n_velocity:]])
 
     def loss_of_rows(self, x0, labels, rows, n_velocity, progress, seed, step, latent_scale=None) -> TotalLoss:
-        """The loss of the rows with r = t ("velocity") and of the others ("average"); see the base class.
+        """The loss of the rows with r = t ("velocity") and of the others ("average"); see the base class. Where the
+        network's second head is trained, its loss of all rows ("velocity_head") is added to their mean.
 
         There are two network calls: one without gradient for the guidance, in which the rows with r = t need no
         prediction with their own label, as the call with gradient makes it; and that call, for both kinds of rows.
