@@ -76,7 +76,6 @@ class ImprovedMeanFlowConfig(_ObjectiveConfig, section="improved_meanflow."):
     guidance_power: float = 1.0
     sample_scale: float = 7.5
     sample_interval: tuple[float, float] = (0.4, 0.65)
-    velocity_head: bool | None = None
     label_drop: float = 0.1
     p: float = 1.0
     eps: float = 0.01
@@ -85,6 +84,7 @@ class ImprovedMeanFlowConfig(_ObjectiveConfig, section="improved_meanflow."):
     time_std: float = 1.0
     derivative: str = "tangent"
     difference_step: float = 1e-3
+    velocity_head: bool | None = None
 
 
 @dataclass

@@ -277,7 +277,8 @@ def test_the_presets_have_as_many_parameters_as_published():
 def test_compiled_equals_eager(objective):
     def train(**options):
         guided = objective is ImprovedMeanFlow
-        model = objective(_net(depth=2, head_depth=1, condition_dim=3 * guided, velocity_head=guided))
+        net = _net(depth=2, head_depth=1, condition_dim=3 * guided, velocity_head=guided)
+        model = objective(net, eps=10.0)  # a small one would leave little of the errors in the loss
         step, _ = make_step(model, **options)
         return [step(*training_batch(k, torch.float64)).loss.item() for k in range(2)]
 

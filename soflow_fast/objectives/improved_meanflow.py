@@ -38,10 +38,10 @@ class ImprovedMeanFlow(AverageVelocity):
         guidance_max, guidance_power: of the draw of w, in (1, 10⁴] and [0, 10].
         sample_scale, sample_interval: the guidance of samples where :meth:`conditioned` does not say another; see
             :meth:`set_sample_guidance`.
-        velocity_head: whether the network's second head is trained, see
-            :class:`~soflow_fast.objectives.base.Objective`; by default where it has one.
         path, label_drop, p, eps, velocity_share, time_mean, time_std, derivative, difference_step, impl: as in
             :class:`~soflow_fast.objectives.meanflow.MeanFlow`.
+        velocity_head: whether the network's second head is trained, see
+            :class:`~soflow_fast.objectives.base.Objective`; by default where it has one.
 
     Raises:
         ValueError: for a value outside its range, and a network that cannot be told the guidance.
@@ -59,7 +59,6 @@ class ImprovedMeanFlow(AverageVelocity):
         guidance_power: float = 1.0,
         sample_scale: float = 7.5,
         sample_interval: tuple[float, float] = (0.4, 0.65),
-        velocity_head: bool | None = None,
         label_drop: float = 0.1,
         p: float = 1.0,
         eps: float = 0.01,
@@ -68,6 +67,7 @@ class ImprovedMeanFlow(AverageVelocity):
         time_std: float = 1.0,
         derivative: str = "tangent",
         difference_step: float = 1e-3,
+        velocity_head: bool | None = None,
         impl: str | None = None,
     ):
         told, classes = (getattr(net, name, None) for name in ("condition_dim", "num_classes"))
