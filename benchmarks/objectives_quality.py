@@ -58,7 +58,7 @@ def run(name: str, changes: dict, seed: int, steps: int, samples: int) -> list[d
         _, model, _ = load_run(folder, config.device)
         cost = plan(config).flops / config.batch_size
         scored = []
-        for scale in _SCALES if name == "improved MeanFlow" else (None,):
+        for scale in _SCALES if config.objective == "improved_meanflow" else (None,):
             if scale is not None:
                 model.set_sample_guidance(scale)
             told = name if scale is None else f"{name}, scale {scale:g}"

@@ -247,6 +247,12 @@ SECTIONS = (
         objectives_quality,
         True,
     ),
+    Section(
+        "heads_quality*.json",
+        "Improved MeanFlow's second head, on the digits",
+        "heads_quality.py",
+        objectives_quality,
+    ),
     Section("cifar_recipe*.json", "The CIFAR-10 recipe, on the digits", "cifar_recipe.py", cifar_recipe),
     Section("precision*.json", "Error of the consistency quotient", "precision.py", precision, True),
     Section("digits_quality*.json", "Quality by precision, on the digits", "digits_quality.py", digits_quality),

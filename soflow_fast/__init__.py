@@ -13,6 +13,7 @@ except ModuleNotFoundError as error:
 from soflow_fast.config import TrainConfig
 from soflow_fast.dit import DiT
 from soflow_fast.ema import EMA
+from soflow_fast.mit import MiT
 from soflow_fast.objectives.alphaflow import AlphaFlow
 from soflow_fast.objectives.flow_matching import FlowMatching
 from soflow_fast.objectives.improved_meanflow import ImprovedMeanFlow
@@ -32,6 +33,7 @@ __all__ = [
     "FlowMatching",
     "ImprovedMeanFlow",
     "MeanFlow",
+    "MiT",
     "SoFlow",
     "TrainConfig",
     "TrainStep",

@@ -22,6 +22,8 @@ from soflow_fast.data.checks import require_labels_at_hand, require_pair, warn_o
 from soflow_fast.data.moments import normalised_by
 from soflow_fast.dit import PRESET_NAMES, DiT
 from soflow_fast.imported import import_maker, is_import_path
+from soflow_fast.mit import PRESET_NAMES as MIT_PRESET_NAMES
+from soflow_fast.mit import MiT
 from soflow_fast.objectives.alphaflow import AlphaFlow
 from soflow_fast.objectives.base import Objective, is_objective
 from soflow_fast.objectives.flow_matching import FlowMatching
@@ -81,12 +83,16 @@ def resolve_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def build_network(config: ModelConfig, label_drop: float, condition_dim: int = 0) -> DiT | UNet:
+def build_network(
+    config: ModelConfig, label_drop: float, condition_dim: int = 0, velocity_head: bool = False
+) -> DiT | MiT | UNet:
     """The network of a configuration.
 
     Args:
-        label_drop: of the objective: where it is positive, or there are no classes, a DiT has a row for "no label".
-        condition_dim: of the objective, which a DiT then has.
+        label_drop: of the objective: where it is positive, or there are no classes, a transformer has a row for "no
+            label".
+        condition_dim: of the objective, which a transformer then has. velocity_head: whether the objective trains one,
+            which a MiT then has.
 
     Raises:
         ValueError: for a preset that is not known.
@@ -102,15 +108,19 @@ def build_network(config: ModelConfig, label_drop: float, condition_dim: int = 0
     if config.preset == UNET_PRESET:
         taken = {name: value for name, value in sizes.items() if name in signature(UNet).parameters}
         return UNet(**taken, augment_dim=AUGMENT_DIM)  # its weights are of use with and without augmentation
-    if not config.is_dit:
+    if not (config.is_dit or config.is_mit):
         raise ValueError(
-            f"model.preset={config.preset!r} is not known; choose one of {PRESET_NAMES}, {UNET_PRESET}, or the "
-            "import path package.module.Class of a network of yours"
+            f"model.preset={config.preset!r} is not known; choose one of {PRESET_NAMES}, {MIT_PRESET_NAMES}, "
+            f"{UNET_PRESET}, or the import path package.module.Class of a network of yours"
         )
+    has_null = label_drop > 0 or config.num_classes == 0
+    of_objective = {"class_dropout_prob": float(has_null), "condition_dim": condition_dim}
+    if config.is_mit:
+        taken = {name: value for name, value in sizes.items() if name in signature(MiT).parameters}
+        return MiT.from_preset(config.preset, velocity_head=velocity_head, **of_objective, **taken)
     if config.recompute == "auto":
         sizes["recompute"] = "none"  # the trainer knows what fits
-    has_null = label_drop > 0 or config.num_classes == 0
-    return DiT.from_preset(config.preset, class_dropout_prob=float(has_null), condition_dim=condition_dim, **sizes)
+    return DiT.from_preset(config.preset, **of_objective, **sizes)
 
 
 def build_model(config: TrainConfig, given: nn.Module | None = None) -> nn.Module:
@@ -143,7 +153,8 @@ def build_model(config: TrainConfig, given: nn.Module | None = None) -> nn.Modul
         torch.default_generator.manual_seed(config.seed)
         if given is None:
             model = replace(config.model, impl=impl)
-            given = build_network(model, section["label_drop"], objective.condition_dim)
+            has_head = objective.velocity_head and section["velocity_head"] is not False
+            given = build_network(model, section["label_drop"], objective.condition_dim, has_head)
         return objective(given, **section)
 
 
@@ -158,7 +169,8 @@ def _imported_objective(config: TrainConfig, network: nn.Module | None, impl: st
             torch.default_generator.manual_seed(config.seed)
             drops = float(arguments.get("label_drop") != 0)  # what is not said may be its default
             model = replace(config.model, impl=impl)
-            network = build_network(model, drops, getattr(objective, "condition_dim", 0))
+            has_head = getattr(objective, "velocity_head", False) and arguments.get("velocity_head") is not False
+            network = build_network(model, drops, getattr(objective, "condition_dim", 0), has_head)
     made = imported("objective", path, arguments, config.seed, network)
     if not isinstance(made, Objective):
         raise ValueError(

@@ -200,7 +200,7 @@ class TrainConfig(Section):
         initial_weights: what the first step starts from, network and averages: a file of weights or the folder of a
             run, see :func:`~soflow_fast.weights.load_weights`; drawn from the seed where there is none.
         initial_weights_except: parts of the network that are drawn all the same, such as ``y_embedder`` for other
-            classes. initial_weights_form: ``own``; or ``sit``, ``repa`` or ``meanflow`` for weights of those
+            classes. initial_weights_form: ``own``; or ``sit``, ``repa``, ``meanflow`` or ``imf`` for weights of those
             trainings, see :mod:`soflow_fast.flow_weights`.
     """
 
@@ -214,7 +214,7 @@ class TrainConfig(Section):
     max_skipped_steps: int = 0
     initial_weights: str | None = None
     initial_weights_except: tuple[str, ...] = ()
-    initial_weights_form: Literal["own", "sit", "repa", "meanflow"] = "own"
+    initial_weights_form: Literal["own", "sit", "repa", "meanflow", "imf"] = "own"
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)

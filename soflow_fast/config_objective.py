@@ -65,8 +65,10 @@ class ImprovedMeanFlowConfig(_ObjectiveConfig, section="improved_meanflow."):
     """The objective ``improved_meanflow``; every attribute is an argument of
     :class:`~soflow_fast.objectives.improved_meanflow.ImprovedMeanFlow`, which checks it.
 
-    sample_scale and sample_interval may change during a run, and be chosen anew for its samples. Published runs also
-    have ``optimizer.betas`` of (0.9, 0.95) and a warm-up of 10 epochs.
+    sample_scale and sample_interval may change during a run, and be chosen anew for its samples. The network of a
+    preset MiT has the second head unless velocity_head is false. Published runs also have ``batch_size`` 1024,
+    ``optimizer.betas`` of (0.9, 0.95), ``optimizer.warmup_steps`` of 12510 (10 epochs) and ``total_steps`` of 800640
+    (640 epochs), of XL/2 1000800; the learning rate and the average are SoFlow's.
     """
 
     path: str = "linear"
@@ -82,6 +84,7 @@ class ImprovedMeanFlowConfig(_ObjectiveConfig, section="improved_meanflow."):
     time_std: float = 1.0
     derivative: str = "tangent"
     difference_step: float = 1e-3
+    velocity_head: bool | None = None
 
 
 @dataclass

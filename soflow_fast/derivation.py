@@ -72,6 +72,8 @@ class Derivation:
     def derive(self) -> Derived:
         """The graph that takes (parameters and buffers, inputs, dx, dt) and returns ``(F, dF)``.
 
+        Of several outputs F is all of them, and dF the difference of the first.
+
         Raises:
             NoRuleError: for an operator without a rule, or for one whose rule refuses some of its calls, with these.
             ValueError: for what else cannot be derived.
@@ -98,10 +100,11 @@ class Derivation:
                 raise ValueError(f"{self.name} has a region, {node.target!r}, that cannot be looked into")
             elif node.op == "call_function" and "_assert" not in str(node.target):  # of dtypes, which autocast changes
                 self._add(node)
-        output = self.program.graph.output_node().args[0]
-        if len(output) != 1 or output[0] not in self.differences:
+        outputs = self.program.graph.output_node().args[0]
+        if outputs[0] not in self.differences:
             raise ValueError(f"{self.name} must return one tensor that depends on x")
-        self.graph.output((self.values[output[0]], self.differences[output[0]]))
+        values = tuple(self.values[output] for output in outputs)
+        self.graph.output((values[0] if len(values) == 1 else values, self.differences[outputs[0]]))
         self.graph.eliminate_dead_code()
         module = fx.GraphModule(constants, self.graph)
         examples = [node.meta["val"] for node in (*given, x, t)]

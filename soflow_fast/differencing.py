@@ -51,11 +51,14 @@ class ForwardDifference:
 
     Args:
         net: captured anew for every form of its inputs, and when modules, their hooks, modes or dtypes change.
+        method: that is captured and called; of one that returns several tensors, as ``forward_with_velocity`` does,
+            the first alone has a difference, and F is all of them.
         impl: of what has a fused op, where the inputs are on a GPU; see :func:`soflow_fast.kernels.resolve_impl`.
     """
 
-    def __init__(self, net: nn.Module, impl: str = "auto"):
+    def __init__(self, net: nn.Module, impl: str = "auto", method: str = "forward"):
         self.net, self.impl = net, impl
+        self._called = net if method == "forward" else _Method(net, method)
         self._structure: tuple = ()
         self._derived: dict[tuple, Derived] = {}
         self._warned = False
@@ -74,7 +77,7 @@ class ForwardDifference:
             self._structure, self._derived = structure, {}
         key = _form(x, labels, mode)
         if len(x) and key not in self._derived:
-            self._derived[key] = _derive(self.net, _inputs(x, labels), mode == "tangent", self.impl)
+            self._derived[key] = _derive(self._called, _inputs(x, labels), mode == "tangent", self.impl)
             self._warn_of_hooks()
 
     def __call__(
@@ -98,7 +101,7 @@ class ForwardDifference:
         rows = rows or slice(None)
         start, stop = rows.start or 0, len(x) if rows.stop is None else rows.stop
         if start == stop:
-            return self.net(x, t, s, labels), dx.detach()
+            return self._called(x, t, s, labels), dx.detach()
         before, here, after = (
             (x[part], t[part], s[part], None if labels is None else labels[part])
             for part in (slice(0, start), slice(start, stop), slice(stop, None))
@@ -109,11 +112,11 @@ class ForwardDifference:
         elif key not in self._derived:
             raise RuntimeError("the difference forward must be prepared before it is compiled; call prepare")
         derived = self._derived[key]
-        held = [operator.attrgetter(name)(self.net) for name in derived.names]
+        held = [operator.attrgetter(name)(self._called) for name in derived.names]
         F, dF = derived.run(*held, *(z for z in (*here, dx, dt) if z is not None))
-        parts = [self.net(*before)] if start else []
-        parts += [F, self.net(*after)] if stop < len(x) else [F]
-        return torch.cat(parts) if len(parts) > 1 else F, dF
+        parts = [self._called(*before)] if start else []
+        parts += [F, self._called(*after)] if stop < len(x) else [F]
+        return _joined(parts), dF
 
     def _warn_of_hooks(self) -> None:
         hooked = next((name for name, module in self.net.named_modules() if _hooks(module)), None)
@@ -128,6 +131,24 @@ class ForwardDifference:
 
     def __getstate__(self) -> dict:
         return {**vars(self), "_structure": (), "_derived": {}}  # graphs are made again
+
+
+class _Method(nn.Module):
+    """A method of a network, as a module that torch.export takes."""
+
+    def __init__(self, net: nn.Module, method: str):
+        super().__init__()
+        self.net, self.method = net, method
+
+    def forward(self, *inputs):
+        return getattr(self.net, self.method)(*inputs)
+
+
+def _joined(parts: list) -> Tensor | tuple[Tensor, ...]:
+    """The outputs for some rows after another, each a tensor or a tuple of them."""
+    if len(parts) == 1:
+        return parts[0]
+    return tuple(map(torch.cat, zip(*parts, strict=True))) if isinstance(parts[0], tuple) else torch.cat(parts)
 
 
 def draws(net: nn.Module, x: Tensor, labels: Tensor | None) -> bool:
@@ -166,7 +187,7 @@ def _structure(net: nn.Module) -> tuple:
 
 
 def _derive(net: nn.Module, inputs: tuple, tangent: bool, impl: str) -> Derived:
-    name, x = type(net).__name__, inputs[0]
+    name, x = type(net.net if isinstance(net, _Method) else net).__name__, inputs[0]
     kind = "cpu" if x.device.type == "meta" else x.device.type  # meta has no autocast to turn off
     with torch.autocast(kind, enabled=False), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # of torch's copy of its own graphs
@@ -261,9 +282,10 @@ def _run_once(net: nn.Module, inputs: tuple) -> None:
     Of all rows, on whose number that may depend; but nothing is saved for a backward that never comes.
 
     Raises:
-        ValueError: if the result is not one tensor, or has gradients of its own making.
+        ValueError: if the result is not one tensor (of a method, tensors), or has gradients of its own making.
     """
-    name = type(net).__name__
+    several = isinstance(net, _Method)
+    name = f"{type(net.net).__name__}.{net.method}" if several else type(net).__name__
     nothing = torch.autograd.graph.saved_tensors_hooks(lambda x: None, lambda saved: saved)
     with torch.enable_grad(), left_as_it_was(net, inputs[0].device):
         try:
@@ -271,9 +293,11 @@ def _run_once(net: nn.Module, inputs: tuple) -> None:
                 out = net(*inputs)
         except TypeError:  # it differentiates in its forward, and needs what was not saved
             out = net(*inputs)
-    if not isinstance(out, Tensor):
-        raise ValueError(f"{name} must return one tensor that depends on x; it returns a {type(out).__name__}")
-    for node in _graph_of(out):
+    outputs = out if several and isinstance(out, tuple) else (out,)
+    if several != isinstance(out, tuple) or not all(isinstance(one, Tensor) for one in outputs):
+        wanted = "a tuple of tensors" if several else "one tensor that depends on x"
+        raise ValueError(f"{name} must return {wanted}; it returns a {type(out).__name__}")
+    for node in (node for one in outputs for node in _graph_of(one)):
         if isinstance(node, torch.autograd.function.BackwardCFunction):
             raise ValueError(f"{name} calls an autograd.Function, {node.name()}, whose gradient would be lost")
 

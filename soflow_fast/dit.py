@@ -12,7 +12,6 @@ from torch.utils.checkpoint import checkpoint
 
 from soflow_fast import kernels
 from soflow_fast.attention import resolve_attention, warn_of_large_heads
-from soflow_fast.kernels import reference
 from soflow_fast.layers import (
     LN_EPS,
     SINUSOID_WIDTH,
@@ -25,7 +24,10 @@ from soflow_fast.layers import (
     linear,
     prediction_of,
     product,
+    require_divides,
     require_multiples_of_16,
+    sinusoids,
+    unpatchified,
 )
 from soflow_fast.positions import position_table
 from soflow_fast.size import Size, as_size, format_size, height_and_width
@@ -105,8 +107,8 @@ class DiT(nn.Module):
     ):
         super().__init__()
         height, width = height_and_width(input_size)
-        _require_divides("patch_size", patch_size, f"input_size={format_size(input_size)}", height, width)
-        _require_divides("num_heads", num_heads, f"hidden_size={hidden_size}", hidden_size)
+        require_divides("patch_size", patch_size, f"input_size={format_size(input_size)}", height, width)
+        require_divides("num_heads", num_heads, f"hidden_size={hidden_size}", hidden_size)
         if hidden_size % 4:
             raise ValueError(f"hidden_size={hidden_size} is not a multiple of 4, which the position embedding needs")
         self.input_size, self.patch_size, self.in_channels = as_size(height, width), patch_size, in_channels
@@ -285,13 +287,13 @@ class DiT(nn.Module):
                 run = partial(checkpoint, block, use_reentrant=False, preserve_rng_state=False)
             of_block = call if i + 1 < self.depth else call._replace(float8=False)
             tokens, h, d, dh = run(tokens, h, modulation[i], (d, dh, dmodulation[i]), of_block)
-        out = self._unpatchify(linear(self.final_layer.linear, h)).to(x.dtype)
+        out = unpatchified(linear(self.final_layer.linear, h), self.grid, self.patch_size).to(x.dtype)
         if self.prediction is not None:
             out = self.prediction(out, x, t)
         if rows is None:
             return out, None
         with torch.no_grad():
-            d_out = self._unpatchify(product(self.final_layer.linear, dh)).to(x.dtype)
+            d_out = unpatchified(product(self.final_layer.linear, dh), self.grid, self.patch_size).to(x.dtype)
             if self.prediction is not None:
                 d_out = self.prediction.difference(out[rows], d_out, dx, t[rows], dt, call.tangent)
             return out, d_out
@@ -311,7 +313,7 @@ class DiT(nn.Module):
         t_embedding, u_t = self.t_embedder(features[0])
         s_embedding, u_s = self.s_embedder(features[1])
         if self.condition_embedder is not None:
-            s_embedding = s_embedding + self.condition_embedder(_sinusoids(numbers).flatten(1).to(dtype))[0]
+            s_embedding = s_embedding + self.condition_embedder(sinusoids(numbers).flatten(1).to(dtype))[0]
         c, active = ops.condition(t_embedding, s_embedding, table, labels)
         layers = self._modulation_layers()
         weight = torch.cat([layer.weight.to(dtype) for layer in layers])
@@ -352,19 +354,3 @@ class DiT(nn.Module):
                 f"give (B,) or (B, {1 + self.condition_dim})"
             )
         return table, labels[:, 0].long(), labels[:, 1:].to(t)
-
-    def _unpatchify(self, tokens: Tensor) -> Tensor:
-        p = self.patch_size
-        pixels = tokens.unflatten(2, (p, p, -1)).unflatten(1, self.grid)
-        return pixels.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)
-
-
-def _sinusoids(numbers: Tensor) -> Tensor:
-    """The features of times, ``[cos, sin]``, for numbers of any shape, and as wide in a last dimension."""
-    phase = numbers[..., None] * reference.frequencies(SINUSOID_WIDTH, numbers)
-    return torch.cat([phase.cos(), phase.sin()], -1)
-
-
-def _require_divides(name: str, divisor: int, of: str, *values: int) -> None:
-    if divisor < 1 or any(value % divisor for value in values):
-        raise ValueError(f"{name}={divisor} does not divide {of}; choose a {name} that does")

@@ -52,7 +52,7 @@ def plan(config: TrainConfig, accept_changes: bool = False) -> Plan:
     """
     # The run's own trainer is asked, of a network of one block: only memory depends on how many there are.
     is_dit, is_imported = config.model.is_dit, config.model.is_imported or config.has_imported_objective
-    one_block = {"depth": 1} if is_dit else {"num_blocks": 1}
+    one_block = {"depth": 1} if is_dit else {"depth": 1, "head_depth": 1} if config.model.is_mit else {"num_blocks": 1}
     if is_imported or config.optimizer.is_imported:  # which may look for blocks by their numbers
         one_block = {}
     trainer = Trainer(replace(config, model=replace(config.model, **one_block)))

@@ -16,6 +16,7 @@ from soflow_fast import build, distributed
 from soflow_fast.conditions import ItemConditions, null_condition, require_classes
 from soflow_fast.config import GIVEN, OBJECTIVE_SECTIONS, ModelConfig, TrainConfig
 from soflow_fast.dit import DiT
+from soflow_fast.mit import MiT
 from soflow_fast.objectives.base import Objective, is_objective
 from soflow_fast.sample import evaluating
 from soflow_fast.unet import UNet
@@ -79,7 +80,7 @@ def check(model: Objective, config: TrainConfig, dataset: Dataset) -> None:
     _require_methods(model, config)
     _require_trainable(model)
     net = model.network
-    if type(model) not in build.OBJECTIVES.values() or isinstance(net, (DiT, UNet)):
+    if type(model) not in build.OBJECTIVES.values() or isinstance(net, (DiT, MiT, UNet)):
         return
     if model.condition_dim or config.data.augment:  # it is told of more than the label
         return

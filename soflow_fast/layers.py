@@ -49,6 +49,18 @@ def product(layer: nn.Linear, x: Tensor) -> Tensor:
     return nn.functional.linear(x, layer.weight.to(x.dtype))
 
 
+def sinusoids(numbers: Tensor) -> Tensor:
+    """The features of times, ``[cos, sin]``, for numbers of any shape, and as wide in a last dimension."""
+    phase = numbers[..., None] * reference.frequencies(SINUSOID_WIDTH, numbers)
+    return torch.cat([phase.cos(), phase.sin()], -1)
+
+
+def unpatchified(tokens: Tensor, grid: tuple[int, int], patch_size: int) -> Tensor:
+    """(B, C, H, W) of the tokens (B, N, p·p·C) of a grid of patches, row-major; the channel is the fastest."""
+    pixels = tokens.unflatten(2, (patch_size, patch_size, -1)).unflatten(1, grid)
+    return pixels.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)
+
+
 class PatchEmbed(nn.Module):
     """Non-overlapping p×p patches to tokens, row-major; the weight has a convolution's layout (D, C, p, p)."""
 
@@ -240,6 +252,12 @@ def require_linear(net: nn.Module, path: str, parameterization: str = "euler") -
             "the network's prediction='data' is for path='linear' and parameterization='euler', and these are "
             f"{path!r} and {parameterization!r}; choose prediction='velocity', or the former"
         )
+
+
+def require_divides(name: str, divisor: int, of: str, *values: int) -> None:
+    """ValueError for a setting that does not divide the values of another."""
+    if divisor < 1 or any(value % divisor for value in values):
+        raise ValueError(f"{name}={divisor} does not divide {of}; choose a {name} that does")
 
 
 def require_multiples_of_16(*widths: int) -> None:

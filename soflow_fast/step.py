@@ -22,7 +22,8 @@ from soflow_fast.distributed import broadcast
 from soflow_fast.dit import DiT
 from soflow_fast.ema import EMA
 from soflow_fast.kernels.coefficients import require_choice
-from soflow_fast.objectives.base import LossOutput, Objective, TotalLoss, is_objective, joined, require_batch
+from soflow_fast.objectives.base import Objective, is_objective, require_batch
+from soflow_fast.objectives.losses import LossOutput, TotalLoss, joined
 from soflow_fast.paths import row_order, row_period
 from soflow_fast.precision import PRECISIONS, ComputeCopy, follows_parameters, require_float8, tensor_cores
 from soflow_fast.reduction import INDUCTOR_OPTIONS, CompiledReduction

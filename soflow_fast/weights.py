@@ -27,7 +27,7 @@ _TOLD = 3
 # Before the names of a network's weights in an objective.
 _PREFIX = "network."
 
-_OF_OTHER_TRAININGS = ", or set initial_weights_form (sit, repa, meanflow) if it is of one of those"
+_OF_OTHER_TRAININGS = ", or set initial_weights_form (sit, repa, meanflow, imf) if it is of one of those"
 
 
 def load_weights(model: nn.Module, path: str | Path, keep: Sequence[str] = (), form: str = "own") -> str:
@@ -56,8 +56,8 @@ def read_weights(
             have it.
         keep: parts of the network that stay as they are, such as ``y_embedder`` or ``blocks.3``, whatever the weights
             have there.
-        form: ``own``: of this network; ``sit``, ``repa`` or ``meanflow``: of those trainings' transformers, see
-            :mod:`soflow_fast.flow_weights`.
+        form: ``own``: of this network; ``sit``, ``repa``, ``meanflow`` or ``imf``: of those trainings' transformers,
+            see :mod:`soflow_fast.flow_weights`.
 
     Returns:
         ``(weights, origin)``: by the model's names, and what was taken, in words.

@@ -46,6 +46,18 @@ def test_sizes_replace_the_presets():
     assert (net.patch_size, net.hidden_size, net.depth, net.num_heads, net.num_classes) == (4, 768, 1, 6, 3)
 
 
+def test_the_mlp_ratio_is_the_presets_own():
+    sizes = {"input_size": 8, "hidden_size": 12, "depth": 1, "num_heads": 2}
+    assert ModelConfig(mlp_ratio=4.0) == ModelConfig()  # as earlier configurations have it
+    for preset, given, built in (
+        ("DiT-B/4", {}, 4),
+        ("DiT-B/4", {"mlp_ratio": 2.0}, 2),
+        ("MiT-B/2", {"head_depth": 1}, 8 / 3),
+        ("MiT-B/2", {"head_depth": 1, "mlp_ratio": 4.0}, 4),
+    ):
+        assert build.build_network(ModelConfig(preset=preset, **sizes, **given), 0.1).mlp_ratio == built
+
+
 @pytest.mark.parametrize(
     ("raw", "words"),
     [

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from soflow_fast import DiT, SoFlow, dit
+from soflow_fast import DiT, SoFlow, layers
 from soflow_fast.dit import PRESETS
 from soflow_fast.kernels import reference
 from soflow_fast.size import height_and_width
@@ -319,7 +319,7 @@ class _Cosines(TorchDispatchMode):
 
 def test_numbers_beside_the_label_have_the_features_of_times():
     numbers = torch.rand(5, 3)
-    assert torch.equal(dit._sinusoids(numbers), reference.time_sinusoids(numbers, numbers, width=256)[0])
+    assert torch.equal(layers.sinusoids(numbers), reference.time_sinusoids(numbers, numbers, width=256)[0])
     net = DiT(8, 2, 1, 32, 1, 2, num_classes=10, condition_dim=3, impl="torch")
     with _Cosines() as cosines:
         net(torch.zeros(5, 1, 8, 8), torch.ones(5), torch.zeros(5), torch.cat([torch.zeros(5, 1), numbers], 1))

@@ -16,6 +16,7 @@ from soflow_fast.unet import UNet
 from soflow_fast.weights import load_weights, read_weights
 
 WIDTH, HEADS, DEPTH, PATCH, CHANNELS, CLASSES = 16, 2, 2, 4, 1, 10
+OF_A_DIT = [form for form in FORMS if form != "imf"]
 
 
 def _weights(form, sigma):
@@ -90,7 +91,7 @@ def test_the_velocity_is_theirs_at_every_second_time(tmp_path, form, make, optio
 
 
 def test_what_they_have_beside_the_transformer_is_told(tmp_path, caplog):
-    for form in FORMS:
+    for form in OF_A_DIT:
         theirs = _weights(form, True)
         torch.save(theirs, tmp_path / "x.pt")
         load_weights(
@@ -128,11 +129,13 @@ def test_what_is_no_such_transformer_is_refused(tmp_path):
     with pytest.raises(ValueError, match="this network is a UNet; choose a DiT preset"):
         load_weights(UNet(input_size=8, in_channels=1, model_channels=8, num_classes=0), tmp_path / "x.pt", form="sit")
     net = DiT(8, PATCH, CHANNELS, WIDTH, DEPTH, HEADS, num_classes=CLASSES)
-    with pytest.raises(ValueError, match="'dit' is not known; choose one of sit, repa, meanflow, or own"):
+    with pytest.raises(ValueError, match="'dit' is not known; choose one of sit, repa, meanflow, imf, or own"):
         load_weights(net, tmp_path / "x.pt", form="dit")
     with pytest.raises(ValueError, match=r"final_layer.linear.bias is \(32,\) there and \(16,\) in this model"):
         load_weights(net, tmp_path / "x.pt")
-    with pytest.raises(ValueError, match=r"set initial_weights_form \(sit, repa, meanflow\) if it is of one of those"):
+    with pytest.raises(
+        ValueError, match=r"set initial_weights_form \(sit, repa, meanflow, imf\) if it is of one of those"
+    ):
         load_weights(net, tmp_path / "x.pt")
     other = DiT(8, PATCH, CHANNELS, WIDTH, DEPTH, HEADS, num_classes=CLASSES + 5)
     with pytest.raises(ValueError, match=r"or leave it out by initial_weights_except: \[y_embedder\]"):
@@ -142,7 +145,7 @@ def test_what_is_no_such_transformer_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"blocks\.0\.attn\.q_norm\.weight is \(8,\) there and missing in this model"):
         load_weights(net, tmp_path / "normed.pt", form="repa")
     torch.save(net.state_dict(), tmp_path / "own.pt")
-    for form in FORMS:
+    for form in OF_A_DIT:
         with pytest.raises(ValueError, match=r"these have an s_embedder, as this library's have; leave the form out"):
             load_weights(net, tmp_path / "own.pt", form=form)
     with pytest.raises(ValueError, match="initial_weights_form='sit' does nothing without initial_weights"):

@@ -342,7 +342,9 @@ def test_bad_settings(tmp_path, capsys):
     with pytest.raises(ValueError, match=r"this DiT has num_classes=0; set model.num_classes"):
         ImprovedMeanFlow(DiT(8, 2, 1, 32, 1, 2, num_classes=0, condition_dim=3, impl="torch"))
     for other in (DiT(8, 2, 1, 32, 1, 2, impl="torch"), torch.nn.Conv2d(1, 1, 1)):
-        with pytest.raises(ValueError, match=r"choose a DiT preset, or give .* condition_dim = 3 .* labels \(B, 4\)"):
+        with pytest.raises(
+            ValueError, match=r"choose a MiT or DiT preset, or give .* condition_dim = 3 .* labels \(B, 4\)"
+        ):
             ImprovedMeanFlow(other)
     with pytest.raises(ValueError, match=r"trains with labels \(B,\), and there are no labels"):
         ImprovedMeanFlow(net).loss(torch.zeros(4, 1, 8, 8), None, 0.0, step=0)

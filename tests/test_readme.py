@@ -105,13 +105,15 @@ def test_the_python_of_the_readme_runs(tmp_path, monkeypatch):
 
 
 def test_the_configurations_of_the_readme_are_read():
-    own, flowers, pixels, cifar10 = (TrainConfig.from_dict(yaml.safe_load(block)) for block in _blocks("yaml"))
+    own, flowers, pixels, cifar10, imf = (TrainConfig.from_dict(yaml.safe_load(block)) for block in _blocks("yaml"))
     assert (own.optimizer.name, own.objective_args) == ("torch.optim.SGD", {"weight": 0.5})
     assert (own.model.init_args, own.data.kind) == ({"width": 128}, "my_package.Photos")
     assert (flowers.data.kind, flowers.ema.posthoc) == ("folder", (0.05, 0.1))
     with torch.device("meta"):
         net = build_model(pixels).network
+        two_heads = build_model(imf).network
     assert (net.patch_size, net.input_size, type(net.prediction)) == (16, 256, DataPrediction)
+    assert (two_heads.depth, two_heads.head_depth, two_heads.has_velocity_head) == (12, 8, True)
     published = TrainConfig.from_dict(yaml.safe_load(CIFAR10))
     without_effect = {name: getattr(cifar10.soflow, name) for name in ("guidance_mix", "guidance_decay_time")}
     published.soflow = replace(published.soflow, **without_effect)  # at a guidance scale of 1

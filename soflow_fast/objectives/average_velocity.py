@@ -55,7 +55,8 @@ class AverageVelocity(DerivativeObjective):
         return t, torch.cat([t[:n_velocity], r[n_velocity:]])
 
     def loss_of_rows(self, x0, labels, rows, n_velocity, progress, seed, step, latent_scale=None) -> TotalLoss:
-        """The loss of the rows with r = t ("velocity") and of the others ("average"); see the base class.
+        """The loss of the rows with r = t ("velocity") and of the others ("average"); see the base class. Where the
+        network's second head is trained, its loss of all rows ("velocity_head") is added to their mean.
 
         There are two network calls: one without gradient for the guidance, in which the rows with r = t need no
         prediction with their own label, as the call with gradient makes it; and that call, for both kinds of rows.
@@ -78,23 +79,32 @@ class AverageVelocity(DerivativeObjective):
         labels = self.input_labels(labels, drop, z)
         along = v_average
         if self.direction == "prediction" and guided:
-            along = torch.where(drop[n:].view(-1, 1, 1, 1), u_null[n:], u_own)
+            along = self._direction(u_null[n:], u_own, drop[n:])
         elif self.direction == "prediction" and n < len(rows):
             with torch.no_grad():
                 along = self.network(z[n:], t[n:], t[n:], None if labels is None else labels[n:])
         u, change = self._with_change(z, t, r, labels, along, slice(n, None), progress)
+        u, predicted = u if self.velocity_head else (u, u)  # the latter is of the velocity where r = t
         u_velocity, u_average = u.split([n, len(rows) - n])
-        parts = {}
+        parts, targets = {}, []
         if n:
             target = v[:n]
             if guided:
-                target = self._guided_velocity(target, u_null[:n], u_velocity.detach(), t[:n], drop[:n], labels[:n])
+                own = predicted[:n].detach()
+                target = self._guided_velocity(target, u_null[:n], own, t[:n], drop[:n], labels[:n])
             parts["velocity"] = self._reduce(u_velocity.to(target.dtype) - target, t[:n])
+            targets.append(target)
         if n < len(rows):
             parts["average"] = self._average_loss(u_average, v_average, change, t[n:], progress)
+            targets.append(v_average)
+        added = {}
+        if self.velocity_head:
+            targets = torch.cat(targets)
+            added["velocity_head"] = self._reduce(predicted.to(targets.dtype) - targets, t)
         return self.combined(
             parts,
             v,
+            added,
             x_t=z,
             t=t,
             s=r,
@@ -110,6 +120,10 @@ class AverageVelocity(DerivativeObjective):
     def _conditioned(self, labels, rows, n: int, seed, step) -> Tensor | None:
         """The labels with what else the network is told of each row; the first n rows train the velocity."""
         return labels
+
+    def _direction(self, u_null, u_own, drop) -> Tensor:
+        """Along which the derivative is taken of guided rows, where that is a prediction."""
+        return torch.where(drop.view(-1, 1, 1, 1), u_null, u_own)
 
     def _guidance(self, z, t, labels, n: int, drop) -> tuple[Tensor, Tensor]:
         """``u(z,t,t,∅)`` of all rows and ``u(z,t,t,y)`` of those from n on, without gradient."""

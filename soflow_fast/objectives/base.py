@@ -1,6 +1,6 @@
 """What the objectives share: the interface the trainer uses, and what they return."""
 
-from typing import NamedTuple
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -11,40 +11,13 @@ from soflow_fast import dropping, kernels, paths
 from soflow_fast.conditions import null_condition, require_arguments, require_classes, told
 from soflow_fast.differencing import ForwardDifference, draws
 from soflow_fast.kernels.reference import Stream
+from soflow_fast.objectives.losses import LossOutput, TotalLoss, combine
 from soflow_fast.objectives.prediction import Prediction
 from soflow_fast.require import require_range
 from soflow_fast.sample import evaluating, sample
 
 #: What to do about a network that :func:`by_batch` finds.
 NORMS_REMEDY = "use GroupNorm, or norms with running statistics in evaluation mode (norm.eval())"
-
-
-class LossOutput(NamedTuple):
-    """One loss over n rows.
-
-    Attributes:
-        loss: 0-d, the mean over the rows; carries the gradient.
-        mse: (n,) each row's unweighted error, the mean over the sample. weight: (n,) each row's weight of that mean.
-            t: (n,) each row's time. No gradients.
-    """
-
-    loss: Tensor
-    mse: Tensor
-    weight: Tensor
-    t: Tensor
-
-
-class TotalLoss(NamedTuple):
-    """The loss of a batch and the parts it is the row-weighted mean of, by name; torch.compile takes a new one in place
-    of one changed by ``_replace``.
-
-    Attributes:
-        loss: 0-d, carries the gradient. parts: ``{"velocity": LossOutput, ...}``, without those that have no rows; what
-            an objective adds to the mean may be reported as a 0-d tensor.
-    """
-
-    loss: Tensor
-    parts: dict[str, LossOutput | Tensor]
 
 
 class Objective(nn.Module):
@@ -67,15 +40,19 @@ class Objective(nn.Module):
         ValueError: for a network that has neither of these two, or does not take these four arguments.
 
     Attributes:
-        path: from data to noise, ``linear`` or ``trig``. condition_dim: how many numbers the network is told of a row
-            beside its label. renoises: whether sampling in several steps jumps to data and adds noise again, or goes
-            from time to time. needs_float32: whether it subtracts two nearly equal outputs of the network, for which
-            float32 alone is precise enough.
+        path: from data to noise, ``linear`` or ``trig``. velocity_head: whether a second head of the network, for the
+            velocity, is trained too; of a class, whether it is where the network has one: with ``has_velocity_head =
+            True``, ``forward_with_velocity(x, t, s, labels)``, both heads' outputs as a tuple ``(F, v)``, and
+            ``forward_velocity(x, t, labels)``, v alone at s = t.
+        condition_dim: how many numbers the network is told of a row beside its label. renoises: whether sampling in
+            several steps jumps to data and adds noise again, or goes from time to time. needs_float32: whether it
+            subtracts two nearly equal outputs of the network, for which float32 alone is precise enough.
     """
 
     path: str
     renoises = True
     condition_dim = 0
+    velocity_head = False
 
     def __init__(self, net: nn.Module, velocity_share: float, impl: str | None):
         super().__init__()
@@ -125,7 +102,10 @@ class Objective(nn.Module):
 
     @property
     def forward_difference(self):
-        """The network's own, or after :meth:`prepare` the one derived from its operators in the mode that it has."""
+        """The network's own, or after :meth:`prepare` the one derived from its operators in the mode that it has.
+
+        Where the velocity's head is trained it is always derived, and its F is the outputs of both heads.
+        """
         return self._derived[self.network.training] or self.network.forward_difference
 
     def derive(self, x: Tensor, labels: Tensor | None, mode: str) -> None:
@@ -136,11 +116,12 @@ class Objective(nn.Module):
         """
         training = self.network.training
         derived = self._derived[training]
-        if hasattr(self.network, "forward_difference"):
+        if hasattr(self.network, "forward_difference") and not self.velocity_head:
             self._derived[training] = None
             return
         if derived is None or derived.net is not self.network:
-            derived = self._derived[training] = ForwardDifference(self.network, self.impl)
+            method = "forward_with_velocity" if self.velocity_head else "forward"
+            derived = self._derived[training] = ForwardDifference(self.network, self.impl, method)
         derived.prepare(x, told(self.network, labels, x), mode)
 
     def prepare(self, x: Tensor, labels: Tensor | None) -> None:
@@ -242,17 +223,21 @@ class Objective(nn.Module):
         """
         return {}
 
-    def combined(self, parts: dict[str, LossOutput], v_t: Tensor, **given) -> TotalLoss:
+    def combined(
+        self, parts: dict[str, LossOutput], v_t: Tensor, added: dict[str, LossOutput] | None = None, **given
+    ) -> TotalLoss:
         """The mean over all rows of all parts, and :meth:`further_terms`.
 
         Args:
-            parts: of the loss. v_t: (B, C, H, W) the velocity of the path. given: what a
-                :class:`~soflow_fast.objectives.prediction.Prediction` has beside x0.
+            parts: of the loss. v_t: (B, C, H, W) the velocity of the path. added: further losses of all these rows,
+                added to that mean. given: what a :class:`~soflow_fast.objectives.prediction.Prediction` has beside x0.
 
         Raises:
             ValueError: for a further term that is not 0-d, or has the name of a part.
         """
         total = combine(parts)
+        if added:
+            total = TotalLoss(total.loss + sum(part.loss for part in added.values()), parts | added)
         if getattr(self.further_terms, "__func__", None) is Objective.further_terms:
             return total  # nobody asks for x0
         x0 = paths.clean_sample(given["x_t"], v_t, given["t"], self.path)
@@ -306,6 +291,10 @@ class Objective(nn.Module):
             return drop | (labels == self.no_label(labels)).reshape(len(labels), -1).all(1)
         return drop | ((labels if labels.dim() == 1 else labels[:, 0]) == self.network.num_classes)
 
+    def trained_forward(self) -> Callable:
+        """The network as it is called with gradient: for F, or for the outputs of both heads."""
+        return self.network.forward_with_velocity if self.velocity_head else self.network
+
     def call_network(self, x: Tensor, t: Tensor, s: Tensor, labels: Tensor | None) -> Tensor:
         """The network's output, of rows without labels that for "no label"."""
         return self.network(x, t, s, told(self.network, labels, x))
@@ -339,16 +328,18 @@ class Objective(nn.Module):
         whole = whole.index_copy(0, torch.cat([guided, size - n + own]), F)
         return whole[:size], whole[size:]
 
-    def two_forwards(self, x, t, s, labels, v, rows: slice, step: Tensor) -> tuple[Tensor, Tensor]:
-        """``F(x,t,s)`` of all rows, and without gradient ``F(x − step·v, t − step, s) − F(x,t,s)`` of the b given ones,
-        subtracted; both in the precision of the parameters. x: (B, C, H, W). t, s: (B,). v: (b, C, H, W). step: (b,).
+    def two_forwards(self, x, t, s, labels, v, rows: slice, step: Tensor) -> tuple:
+        """``F(x,t,s)`` of all rows (of two heads both outputs), and without gradient ``F(x − step·v, t − step, s) −
+        F(x,t,s)`` of the b given ones, subtracted; both in the precision of the parameters. x: (B, C, H, W). t, s:
+        (B,). v: (b, C, H, W). step: (b,).
         """
         with torch.autocast(x.device.type, enabled=False):
-            F = self.network(x, t, s, labels)
+            out = self.trained_forward()(x, t, s, labels)
+            F = out[0] if self.velocity_head else out
             with torch.no_grad():
                 labels = None if labels is None else labels[rows]
                 moved = self.network(x[rows] - step.view(-1, 1, 1, 1) * v, t[rows] - step, s[rows], labels)
-                return F, moved.to(x.dtype) - F[rows].to(x.dtype)
+                return out, moved.to(x.dtype) - F[rows].to(x.dtype)
 
     def input_labels(self, labels: Tensor | None, drop: Tensor | None, x: Tensor) -> Tensor | None:
         """The labels the network sees of samples x: "no label" on the dropped rows, and where there are none."""
@@ -376,35 +367,6 @@ class Objective(nn.Module):
 def is_objective(module: nn.Module | None) -> bool:
     """Whether a module is an objective, as it is or as torch.compile wraps it, and not a network to put one over."""
     return isinstance(getattr(module, "_orig_mod", module), Objective)
-
-
-def combine(parts: dict[str, LossOutput]) -> TotalLoss:
-    """The mean over all rows of all parts."""
-    total = sum(len(part.t) for part in parts.values())
-    return TotalLoss(sum(part.loss * (len(part.t) / total) for part in parts.values()), parts)
-
-
-def joined(parts: list[dict[str, LossOutput | Tensor]]) -> dict[str, LossOutput | Tensor]:
-    """The parts of the losses of all micro-batches as one, without gradient.
-
-    Raises:
-        ValueError: for a part that is neither a LossOutput nor 0-d.
-    """
-    found = {}
-    for name, first in parts[0].items():
-        if torch.is_tensor(first) and first.dim() == 0:
-            found[name] = torch.stack([part[name].detach() for part in parts]).mean()
-            continue
-        if not isinstance(first, LossOutput):
-            what = f"a tensor of shape {tuple(first.shape)}" if torch.is_tensor(first) else f"a {type(first).__name__}"
-            raise ValueError(
-                f"the part {name!r} of the loss is {what}; report a LossOutput of soflow_fast.objectives.base, or a "
-                "0-d tensor, such as the mean of a term"
-            )
-        losses, *rows = zip(*(part[name] for part in parts), strict=True)
-        mean = torch.stack([loss.detach() for loss in losses]).mean()
-        found[name] = LossOutput(mean, *(torch.cat(values) for values in rows))
-    return found
 
 
 def by_batch(net: nn.Module) -> str | None:

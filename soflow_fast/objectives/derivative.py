@@ -77,14 +77,16 @@ class DerivativeObjective(Objective):
             ) from error
 
     def with_derivative(self, x, t, s, labels, v, rows: slice) -> tuple[Tensor, Tensor]:
-        """``F(x,t,s,y)`` of all rows, and ``dF/dt`` along ``(v, 1)`` in (x, t) of the given ones, without gradient."""
+        """``F(x,t,s,y)`` of all rows (of two heads both outputs), and ``dF/dt`` along ``(v, 1)`` in (x, t) of the given
+        ones, without gradient.
+        """
         one = torch.ones_like(t[rows])
         if self.derivative == "tangent":
             return self.forward_difference(x, t, s, labels, v, one, rows=rows, mode="tangent")
         if self.derivative == "finite_difference":
             F, difference = self.two_forwards(x, t, s, labels, v, rows, self.difference_step * one)
             return F, difference / -self.difference_step
-        F = self.network(x, t, s, labels)
+        F = self.trained_forward()(x, t, s, labels)
         with torch.no_grad():
             labels = None if labels is None else labels[rows]
             return F, self.network.jvp(x[rows], t[rows], s[rows], labels, v, one)[1]

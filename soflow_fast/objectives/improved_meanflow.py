@@ -21,26 +21,34 @@ _LARGEST_GUIDANCE = 1e4
 class ImprovedMeanFlow(AverageVelocity):
     """MeanFlow with the guidance as a condition, and derivatives along the network's own prediction.
 
-    The guided velocity is ``v + (1 − 1/w) (u(z,t,t | y,w) − u(z,t,t | ∅,1))`` for t in the interval and rows with a
-    label, else v. Derivatives are taken along u(z,t,t | y,w), on rows that drop their label along u(z,t,t | ∅,1), where
-    published code keeps the label. w is drawn with a density proportional to ``w^−guidance_power`` between 1 and
-    guidance_max; the interval from 0 to ½ and from ½ to 1, and [0, 1] on the rows with r = t, which train the
-    prediction of the velocity. Times, weight and loss are MeanFlow's. Left out of the paper are its second head for the
-    velocity, in whose place the network's own boundary u(z,t,t) predicts it, and its conditioning by tokens.
+    The guided velocity is ``v_g = v + (1 − 1/w) (v̂(z,t | y,w) − v̂(z,t | ∅,1))`` for t in the interval and rows with a
+    label, else v. w is drawn with a density proportional to ``w^−guidance_power`` between 1 and guidance_max; the
+    interval from 0 to ½ and from ½ to 1, and [0, 1] on the rows with r = t. Times, weight and loss are MeanFlow's.
+
+    As published, with the second head of a network such as :class:`~soflow_fast.MiT`, v̂ is that head at s = t, told a
+    guidance at all times. It is trained on v_g too, at the r, label and interval of each row, with a weight of its own,
+    and this loss is added. Derivatives are taken along v̂(z,t | y,w), w = 1 outside of the interval. Rows drop their
+    label one by one, while published code drops it on rows with r = t alone: as many as it draws, from the first on.
+
+    Without that head, the boundary u(z,t,t) is v̂, and rows that drop their label take the derivative along
+    u(z,t,t | ∅,1).
 
     Args:
-        net: with ``condition_dim`` 3, such as ``DiT(condition_dim=3)``, and classes.
+        net: with ``condition_dim`` 3, such as ``MiT(condition_dim=3)`` and ``DiT(condition_dim=3)``, and classes.
         guidance_max, guidance_power: of the draw of w, in (1, 10⁴] and [0, 10].
         sample_scale, sample_interval: the guidance of samples where :meth:`conditioned` does not say another; see
             :meth:`set_sample_guidance`.
         path, label_drop, p, eps, velocity_share, time_mean, time_std, derivative, difference_step, impl: as in
             :class:`~soflow_fast.objectives.meanflow.MeanFlow`.
+        velocity_head: whether the network's second head is trained, see
+            :class:`~soflow_fast.objectives.base.Objective`; by default where it has one.
 
     Raises:
         ValueError: for a value outside its range, and a network that cannot be told the guidance.
     """
 
     condition_dim = 3
+    velocity_head = True
     guided = True
 
     def __init__(
@@ -59,14 +67,15 @@ class ImprovedMeanFlow(AverageVelocity):
         time_std: float = 1.0,
         derivative: str = "tangent",
         difference_step: float = 1e-3,
+        velocity_head: bool | None = None,
         impl: str | None = None,
     ):
         told, classes = (getattr(net, name, None) for name in ("condition_dim", "num_classes"))
         if told != self.condition_dim:
             raise ValueError(
                 f"improved MeanFlow tells its network the guidance, and this {type(net).__name__} has condition_dim="
-                f"{told}; choose a DiT preset, or give a network with condition_dim = 3 that takes labels (B, 4), such "
-                "as DiT(condition_dim=3)"
+                f"{told}; choose a MiT or DiT preset, or give a network with condition_dim = 3 that takes labels "
+                "(B, 4), such as DiT(condition_dim=3)"
             )
         if not classes:
             raise ValueError(
@@ -96,6 +105,13 @@ class ImprovedMeanFlow(AverageVelocity):
             direction="prediction",
             impl=impl,
         )
+        has_head = getattr(net, "has_velocity_head", False)
+        if velocity_head and not has_head:
+            raise ValueError(
+                f"velocity_head=True trains a second head of the network, and this {type(net).__name__} has none; "
+                "choose a MiT preset, such as MiT-B/2, or velocity_head=False"
+            )
+        self.velocity_head = has_head if velocity_head is None else velocity_head
         self.guidance_max, self.guidance_power = guidance_max, guidance_power
         # What samples are told. A number would be a constant of compiled code, and of a CUDA graph.
         told = torch.zeros(self.condition_dim, device=next(net.parameters()).device)
@@ -225,8 +241,13 @@ class ImprovedMeanFlow(AverageVelocity):
         mix = torch.where(_inside(t[n:], own), own[:, 1], 0.0)
         null = torch.stack([null[:, 0], *_always(torch.zeros_like(null[:, 1]))], 1)
         own = torch.stack([own[:, 0], *_always(mix)], 1)
-        u = self.guidance_forward(torch.cat([z, z[n:]]), torch.cat([t, t[n:]]), torch.cat([null, own]))
-        return u[: len(t)], u[len(t) :]
+        x, times, labels = torch.cat([z, z[n:]]), torch.cat([t, t[n:]]), torch.cat([null, own])
+        predict = self.network.forward_velocity if self.velocity_head else self.guidance_forward
+        v = predict(x, times, labels)
+        return v[: len(t)], v[len(t) :]
+
+    def _direction(self, u_null, u_own, drop) -> Tensor:
+        return u_own if self.velocity_head else super()._direction(u_null, u_own, drop)
 
     def _guided_velocity(self, v, u_null, u_own, t, drop, labels) -> Tensor:
         guided = v + labels[:, 1].to(v).view(-1, 1, 1, 1) * (u_own - u_null)
@@ -236,7 +257,7 @@ class ImprovedMeanFlow(AverageVelocity):
 def _column(x: float | Tensor, labels: Tensor) -> Tensor:
     """A number or a tensor as (B,) float32."""
     if torch.is_tensor(x):
-        return x.to(labels.device, torch.float32).expand(len(labels))
+        return x.to(labels.device, torch.float32).expand(labels.shape)
     return torch.full_like(labels, x, dtype=torch.float32)
 
 
