@@ -16,6 +16,7 @@ from soflow_fast import build, distributed
 from soflow_fast.conditions import ItemConditions, null_condition, require_classes
 from soflow_fast.config import GIVEN, OBJECTIVE_SECTIONS, ModelConfig, TrainConfig
 from soflow_fast.dit import DiT
+from soflow_fast.frozen import first_of
 from soflow_fast.objectives.base import Objective, is_objective
 from soflow_fast.sample import evaluating
 from soflow_fast.unet import UNet
@@ -86,7 +87,9 @@ def check(model: Objective, config: TrainConfig, dataset: Dataset) -> None:
     x, times = torch.zeros(1, *build.sample_shape(config)), (torch.ones(1), torch.full((1,), 0.5))
     num_classes = config.model.num_classes
     try:
-        net = copy.deepcopy(net).cpu()
+        # a copy of what may be changed: parameters that are not trained may be many
+        shared = {id(p): nn.Parameter(p.detach().cpu(), False) for p in net.parameters() if not p.requires_grad}
+        net = copy.deepcopy(net, shared).cpu()
         null = null_condition(net)
         labels = ItemConditions(dataset, torch.zeros(1, dtype=torch.int64))[:] if null is not None else None
         if num_classes:
@@ -147,13 +150,17 @@ def _require_methods(model: nn.Module, config: TrainConfig) -> None:
 
 
 def _require_trainable(model: nn.Module) -> None:
-    name, trained = type(model.network).__name__, [p for p in model.parameters() if p.requires_grad]
+    name, trained = type(model.network).__name__, {n: p for n, p in model.named_parameters() if p.requires_grad}
     if not trained:
         raise ValueError(f"the network {name} has no parameter with requires_grad, so that there is nothing to train")
-    if other := {p.dtype for p in trained} - {torch.float32}:
+    if other := {n: p.dtype for n, p in trained.items() if p.dtype != torch.float32}:
+        frozen = len(trained) < len(list(model.parameters()))
+        remedy = "call .float() on it (compute.precision says in what it is computed)"
+        if frozen:
+            remedy = "set p.data = p.data.float() of those, or requires_grad_(False) where they are not to be trained"
         raise ValueError(
-            f"the network {name} has parameters in {other.pop()}, and what is trained is float32; call .float() on it "
-            "(compute.precision says in what it is computed)"
+            f"the network {name} has parameters in {next(iter(other.values()))}, {first_of(list(other))}, and "
+            f"what is trained is float32; {remedy}"
         )
     for key, value in model.state_dict().items():
         if not torch.is_tensor(value):
