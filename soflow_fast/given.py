@@ -154,9 +154,8 @@ def _require_trainable(model: nn.Module) -> None:
     if not trained:
         raise ValueError(f"the network {name} has no parameter with requires_grad, so that there is nothing to train")
     if other := {n: p.dtype for n, p in trained.items() if p.dtype != torch.float32}:
-        frozen = len(trained) < len(list(model.parameters()))
         remedy = "call .float() on it (compute.precision says in what it is computed)"
-        if frozen:
+        if len(other) < len(list(model.parameters())):
             remedy = "set p.data = p.data.float() of those, or requires_grad_(False) where they are not to be trained"
         raise ValueError(
             f"the network {name} has parameters in {next(iter(other.values()))}, {first_of(list(other))}, and "
