@@ -5,6 +5,7 @@ Without them a network's or an objective's own errors at the first step would sa
 
 import copy
 import logging
+import re
 from collections.abc import Callable
 from dataclasses import fields, replace
 
@@ -95,7 +96,8 @@ def check(model: Objective, config: TrainConfig, dataset: Dataset) -> None:
         if num_classes:
             labels = torch.zeros(1, dtype=torch.int64)
         found = _call(net, x, *times, labels)
-    except Exception:
+    except Exception as error:
+        _require_casts(model.network, error)
         return
     name = type(net).__name__
     if not torch.is_tensor(found) or found.shape != x.shape:
@@ -167,6 +169,16 @@ def _require_trainable(model: nn.Module) -> None:
                 f"the state of the network {name} has at {key!r} a {type(value).__name__}, and a checkpoint holds "
                 "tensors; have get_extra_state return one"
             )
+
+
+def _require_casts(net: nn.Module, error: Exception) -> None:
+    """ValueError for a network with parameters in low precision that fails as it takes x in float32 with them."""
+    low = next((p.dtype for p in net.parameters() if p.dtype in (torch.bfloat16, torch.float16)), None)
+    if low is not None and re.search("same dtype|should be the same|mixed dtype|expected scalar type", str(error)):
+        raise ValueError(
+            f"the network {type(net).__name__} has parameters in {low} and fails for x in float32 "
+            f"({' '.join(str(error).split())}); have its forward cast x and the conditions, not the times, to {low}"
+        ) from error
 
 
 def _call(net: nn.Module, *inputs: torch.Tensor | None) -> object:

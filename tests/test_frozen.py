@@ -209,6 +209,17 @@ def test_what_is_trained_in_low_precision_is_named(tmp_path):
         _trainer(tmp_path, Transformer().bfloat16())
 
 
+class _Uncast(Adapted):
+    def forward(self, x, t, s, labels=None):
+        return self.base(x, t, s, labels)
+
+
+def test_a_base_in_low_precision_that_is_called_in_float32_says_what_to_cast(tmp_path):
+    with pytest.raises(ValueError, match=r"_Uncast has parameters in torch\.bfloat16 and fails for x .*cast"):
+        _trainer(tmp_path, _Uncast())
+    _trainer(tmp_path, _Uncast(dtype=torch.float32))
+
+
 @pytest.mark.parametrize("autocast", [False, True])
 def test_the_difference_of_adapters_in_float32_over_a_base_in_bfloat16(autocast):
     net, generator = Adapted(), torch.Generator().manual_seed(0)
