@@ -13,8 +13,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import parametrize
 
 from soflow_fast import DiT, SoFlow, Trainer, TrainStep, load_run, load_weights
-from soflow_fast.config import EMAConfig, ModelConfig, OutputConfig
+from soflow_fast.config import DataConfig, EMAConfig, ModelConfig, OutputConfig
 from soflow_fast.differencing import ForwardDifference
+from soflow_fast.dry_run import describe
 from soflow_fast.memory import step_bytes
 from soflow_fast.objectives.flow_matching import FlowMatching
 from soflow_fast.optim import AdamW
@@ -177,6 +178,13 @@ def test_what_is_frozen_costs_its_bytes_alone():
     frozen = sum(p.numel() for p in net.parameters() if not p.requires_grad)
     assert step_bytes(model, 8, "bf16") == 22 * trained + 2 * frozen
     assert step_bytes(model, 8, "bf16", averages=2) == 30 * trained + 2 * frozen
+
+
+def test_a_dry_run_says_how_little_is_trained(tmp_path):
+    model = ModelConfig(preset="test_frozen.Adapted", in_channels=3, input_size=8, num_classes=10)
+    data = DataConfig(kind="runs.Blobs", init_args={"shape": [3, 8, 8]}, workers=0)
+    assert "M, of which 0.000768 M are trained" in describe(tiny_config(tmp_path, model=model, data=data))
+    assert "are trained" not in describe(tiny_config(tmp_path))
 
 
 _seen = []
