@@ -2,7 +2,11 @@
 kernels that replace it. This package imports torch and triton only, never the rest of the library."""
 
 if __name__ == "kernels":
-    raise ImportError("import soflow_fast.kernels, not the checkout's folder 'kernels' as a top-level package")
+    raise ImportError(
+        "import soflow_fast.kernels, not the checkout's folder 'kernels' as a top-level package; where "
+        "transformers, and with it diffusers and peft, looks for its own package of that name, start Python in another "
+        "folder"
+    )
 
 import importlib.util
 from types import ModuleType

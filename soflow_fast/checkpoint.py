@@ -13,7 +13,7 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.serialization import default_restore_location
 
+from soflow_fast.frozen import Frozen, first_of
 from soflow_fast.positions import are_of_one_grid
 
 _log = logging.getLogger(__name__)
@@ -34,6 +35,7 @@ CHECKPOINTS = "checkpoints"
 _MARKER = "COMMITTED"
 _STAYS = "KEEP"
 _SCORE = "SCORE"
+_FROZEN = "frozen.json"
 _WRITING = ".writing-"
 
 
@@ -43,7 +45,8 @@ class State(NamedTuple):
     Attributes:
         step: steps done. model, ema: weights by name. posthoc: the further averages, as ``<std>/<name>``.
         optimizer: its state_dict. ema_updates: behind the averages. skipped_steps: steps left out because of a value
-            that was not finite.
+            that was not finite. frozen: of what is not trained and is in neither of the two, by name, the
+            :func:`soflow_fast.frozen.hashes_of`.
     """
 
     step: int
@@ -53,6 +56,7 @@ class State(NamedTuple):
     optimizer: dict
     ema_updates: int
     skipped_steps: int
+    frozen: dict[str, str] = {}  # noqa: RUF012
 
 
 def path_of(folder: Path, step: int) -> Path:
@@ -100,6 +104,8 @@ def _write(temporary: Path, state: State, stays: bool) -> None:
     if state.posthoc:
         save_file(on_host(state.posthoc), temporary / "posthoc.safetensors")
     torch.save(state.optimizer, temporary / "optimizer.pt")
+    if state.frozen:
+        (temporary / _FROZEN).write_text(json.dumps(state.frozen))
     if stays:
         (temporary / _STAYS).touch()
     rest = {"step": state.step, "ema_updates": state.ema_updates, "skipped_steps": state.skipped_steps}
@@ -159,31 +165,55 @@ def load(path: Path, device: torch.device | str = "cpu") -> State:
         optimizer=torch.load(path / "optimizer.pt", map_location=_from_device_to(device), weights_only=True),
         ema_updates=rest["ema_updates"],
         skipped_steps=rest["skipped_steps"],
+        frozen=left_out(path),
     )
 
 
+def left_out(path: Path) -> dict[str, str]:
+    """The :func:`soflow_fast.frozen.hashes_of` of the weights that a checkpoint leaves out."""
+    return json.loads((path / _FROZEN).read_text()) if (path / _FROZEN).is_file() else {}
+
+
 def load_averages(path: Path) -> dict[str, Tensor]:
-    """The averaged weights of a checkpoint, and what has no average as it is, on the host; ValueError if damaged."""
+    """The averaged weights of a checkpoint, and what has no average as it is, on the host, but for what is
+    :func:`left_out`; ValueError if damaged.
+    """
     _require_whole(path, ("model.safetensors", "ema.safetensors"))
     return {**load_file(path / "model.safetensors"), **load_file(path / "ema.safetensors")}
 
 
 def load_weights(model: nn.Module, weights: dict[str, Tensor], path: Path) -> None:
-    """Copies weights read from ``path`` into a model; ValueError as :func:`require_fit`."""
-    require_fit(model, weights, f"the checkpoint {path}")
-    model.load_state_dict(weights)
+    """Copies weights read from the checkpoint ``path`` into a model, which keeps its own of what that leaves out;
+    ValueError as :func:`require_fit`.
+    """
+    require_fit(model, weights, f"the checkpoint {path}", without=left_out(path))
+    model.load_state_dict(weights, strict=False)
+
+
+def require_frozen(model: nn.Module, left_out: Mapping[str, str], path: Path) -> None:
+    """ValueError where a model's own weights are others than those that the checkpoint ``path`` leaves out."""
+    other = Frozen(model, saved=True).others(left_out)
+    if other:
+        raise ValueError(
+            f"the checkpoint {path} was trained on other frozen weights, which it leaves out (output.save_frozen): "
+            f"{first_of(other)}; build the network with those"
+        )
 
 
 def require_fit(
-    model: nn.Module, weights: dict[str, Tensor], origin: str, remedies: Mapping[str, str] | None = None
+    model: nn.Module,
+    weights: dict[str, Tensor],
+    origin: str,
+    remedies: Mapping[str, str] | None = None,
+    without: Collection[str] = (),
 ) -> None:
     """ValueError if weights of that origin are of another model; it names the first that does not fit.
 
     Args:
-        remedies: by parts of names, what else to do about these.
+        remedies: by parts of names, what else to do about these. without: names that the weights leave out.
     """
     own = model.state_dict()
-    for name in sorted(own.keys() | weights.keys()):
+    for name in sorted((own.keys() - set(without)) | weights.keys()):
         ours, theirs = (tuple(state[name].shape) if name in state else None for state in (own, weights))
         if ours == theirs and name.endswith("pos_embed") and not are_of_one_grid(own[name], weights[name]):
             raise ValueError(

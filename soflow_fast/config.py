@@ -94,7 +94,9 @@ class OutputConfig(Section, section="output."):
         checkpoint_every: between checkpoints. checkpoint_minutes: one is written, too, once so many minutes have passed
             since the last. keep_checkpoints: how many of the newest stay. keep_every: those whose step is a multiple of
             it stay too. keep_best: so does the one with the lowest Fréchet distance of the evaluations, ``frechet``, or
-            of the digits ``frechet_all``, among those scored in the same way.
+            of the digits ``frechet_all``, among those scored in the same way. save_frozen: whether checkpoints hold
+            parameters that are not trained; else the network has to bring them itself, see
+            :mod:`soflow_fast.frozen`.
         validate_every: between losses on the data of ``data.validation``, see :mod:`soflow_fast.validation`.
     """
 
@@ -108,6 +110,7 @@ class OutputConfig(Section, section="output."):
     keep_checkpoints: int = 3
     keep_every: int = 0
     keep_best: bool = False
+    save_frozen: bool = True
     validate_every: int = 0
 
     def __post_init__(self):

@@ -52,6 +52,10 @@ PRESETS = {f"DiT-{name}/{patch}": (patch, *sizes) for name, sizes in _SIZES.item
 PRESET_NAMES = f"DiT-{{{','.join(_SIZES)}}}/{{{','.join(map(str, _PATCHES))}}}"
 
 
+# Of the layers of torch that a DiT is made of.
+_FORWARDS = tuple(layer.forward for layer in (nn.Conv2d, nn.Embedding, nn.Linear, nn.Sequential, nn.SiLU))
+
+
 class DiT(nn.Module):
     """Diffusion transformer ``F(x, t, s, label)`` over images or latents.
 
@@ -171,6 +175,20 @@ class DiT(nn.Module):
             nn.init.normal_(embedder.mlp[2].weight, std=0.02)
         for layer in (*self._modulation_layers(), self.final_layer.linear):
             nn.init.zeros_(layer.weight)
+
+    def require_own_layers(self) -> None:
+        """ValueError for a layer that is not this class's own any more, as adapters replace one by theirs: only its
+        weight would be used.
+        """
+        for name, part in self.named_modules():
+            of_dit = isinstance(part, nn.Sequential) or type(part).__module__ == TimestepEmbedder.__module__
+            for key, layer in part.named_children() if of_dit else ():
+                if type(layer).forward not in _FORWARDS and type(layer).__module__ != TimestepEmbedder.__module__:
+                    raise ValueError(
+                        f"{name}.{key} of the DiT is a {type(layer).__module__}.{type(layer).__name__}, which it would "
+                        "not call: a DiT computes with the weights of its layers; have torch.nn.utils.parametrize add "
+                        "to a weight what is to be trained of it"
+                    )
 
     @property
     def null_label(self) -> int:

@@ -13,6 +13,7 @@ from soflow_fast.config import TrainConfig
 from soflow_fast.data.checks import described
 from soflow_fast.export import use_torch
 from soflow_fast.fingerprint import fingerprint
+from soflow_fast.frozen import sizes
 from soflow_fast.paths import row_order
 from soflow_fast.records import of_given
 from soflow_fast.run_optimizer import RunOptimizer
@@ -26,15 +27,17 @@ class Plan(NamedTuple):
 
     Attributes:
         choices: by name, what the configuration leaves to the machine. parameters: weights, the fixed position
-            embedding included. flops: floating point operations of one training step, matrix products and attention,
-            forward and backward; None of a network of the user's that fails on tensors without storage. bytes: of a
-            process's memory, estimated by :func:`~soflow_fast.memory.step_bytes`. done: steps of the run in the folder.
+            embedding included. trained: how many of these are. flops: floating point operations of one training step,
+            matrix products and attention, forward and backward; None of a network of the user's that fails on tensors
+            without storage. bytes: of a process's memory, estimated by :func:`~soflow_fast.memory.step_bytes`. done:
+            steps of the run in the folder.
         changes: with which that would go on, see :func:`~soflow_fast.run_folder.changes`. data: how many samples, of
             how many classes. validation: of how many samples and how often there is one, or None.
     """
 
     choices: dict[str, object]
     parameters: int
+    trained: int
     flops: int | None
     bytes: int
     done: int
@@ -84,11 +87,12 @@ def plan(config: TrainConfig, accept_changes: bool = False) -> Plan:
     if config.initial_weights is not None and not found:
         read_weights(model, config.initial_weights, config.initial_weights_except, config.initial_weights_form)
     rows = (trainer.rows.stop - trainer.rows.start) // config.optimizer.accumulation
-    sizes = device, rows, precision
-    recompute, needed, trainer.on_device = memory.choose(config, model, trainer.dataset, *sizes)
+    recompute, needed, trainer.on_device = memory.choose(config, model, trainer.dataset, device, rows, precision)
+    trained, parameters = sizes(model)
     return Plan(
         choices={**trainer.choices(), "impl": impl, **({"recompute": recompute} if is_dit else {})},
-        parameters=sum(p.numel() for p in model.parameters()),
+        parameters=parameters,
+        trained=trained,
         flops=flops,
         bytes=needed,
         done=checkpoint.step_of(found[-1]) if found else 0,
@@ -105,11 +109,13 @@ def describe(config: TrainConfig, accept_changes: bool = False) -> str:
     if found.flops is not None:
         flops = f"{found.flops / 1e12:,.4g} T ({found.flops / config.batch_size / 1e9:,.4g} G per image)"
     kept = ", kept for the backward" if config.model.is_dit else "; not what is kept for the backward"
+    is_few = 2 * found.trained < found.parameters
+    few = f", of which {found.trained / 1e6:,.3g} M are trained" if is_few else ""
     lines = {
         **found.choices,
         "data set": found.data,
         **({} if found.validation is None else {"validation": found.validation}),
-        "parameters": f"{found.parameters / 1e6:,.1f} M",
+        "parameters": f"{found.parameters / 1e6:,.1f} M{few}",
         "FLOPs per step": flops,
         "memory, estimated": f"{found.bytes / 2**30:,.2f} GiB (weights, gradients, optimizer, EMA{kept})",
     }

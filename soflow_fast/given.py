@@ -5,6 +5,7 @@ Without them a network's or an objective's own errors at the first step would sa
 
 import copy
 import logging
+import re
 from collections.abc import Callable
 from dataclasses import fields, replace
 
@@ -16,6 +17,7 @@ from soflow_fast import build, distributed
 from soflow_fast.conditions import ItemConditions, null_condition, require_classes
 from soflow_fast.config import GIVEN, OBJECTIVE_SECTIONS, ModelConfig, TrainConfig
 from soflow_fast.dit import DiT
+from soflow_fast.frozen import first_of
 from soflow_fast.mit import MiT
 from soflow_fast.objectives.base import Objective, is_objective
 from soflow_fast.sample import evaluating
@@ -87,13 +89,16 @@ def check(model: Objective, config: TrainConfig, dataset: Dataset) -> None:
     x, times = torch.zeros(1, *build.sample_shape(config)), (torch.ones(1), torch.full((1,), 0.5))
     num_classes = config.model.num_classes
     try:
-        net = copy.deepcopy(net).cpu()
+        # a copy of what may be changed: parameters that are not trained may be many
+        shared = {id(p): nn.Parameter(p.detach().cpu(), False) for p in net.parameters() if not p.requires_grad}
+        net = copy.deepcopy(net, shared).cpu()
         null = null_condition(net)
         labels = ItemConditions(dataset, torch.zeros(1, dtype=torch.int64))[:] if null is not None else None
         if num_classes:
             labels = torch.zeros(1, dtype=torch.int64)
         found = _call(net, x, *times, labels)
-    except Exception:
+    except Exception as error:
+        _require_casts(model.network, error)
         return
     name = type(net).__name__
     if not torch.is_tensor(found) or found.shape != x.shape:
@@ -148,13 +153,16 @@ def _require_methods(model: nn.Module, config: TrainConfig) -> None:
 
 
 def _require_trainable(model: nn.Module) -> None:
-    name, trained = type(model.network).__name__, [p for p in model.parameters() if p.requires_grad]
+    name, trained = type(model.network).__name__, {n: p for n, p in model.named_parameters() if p.requires_grad}
     if not trained:
         raise ValueError(f"the network {name} has no parameter with requires_grad, so that there is nothing to train")
-    if other := {p.dtype for p in trained} - {torch.float32}:
+    if other := {n: p.dtype for n, p in trained.items() if p.dtype != torch.float32}:
+        remedy = "call .float() on it (compute.precision says in what it is computed)"
+        if len(other) < len(list(model.parameters())):
+            remedy = "set p.data = p.data.float() of those, or requires_grad_(False) where they are not to be trained"
         raise ValueError(
-            f"the network {name} has parameters in {other.pop()}, and what is trained is float32; call .float() on it "
-            "(compute.precision says in what it is computed)"
+            f"the network {name} has parameters in {next(iter(other.values()))}, {first_of(list(other))}, and "
+            f"what is trained is float32; {remedy}"
         )
     for key, value in model.state_dict().items():
         if not torch.is_tensor(value):
@@ -162,6 +170,16 @@ def _require_trainable(model: nn.Module) -> None:
                 f"the state of the network {name} has at {key!r} a {type(value).__name__}, and a checkpoint holds "
                 "tensors; have get_extra_state return one"
             )
+
+
+def _require_casts(net: nn.Module, error: Exception) -> None:
+    """ValueError for a network with parameters in low precision that fails as it takes x in float32 with them."""
+    low = next((p.dtype for p in net.parameters() if p.dtype in (torch.bfloat16, torch.float16)), None)
+    if low is not None and re.search("same dtype|should be the same|mixed dtype|expected scalar type", str(error)):
+        raise ValueError(
+            f"the network {type(net).__name__} has parameters in {low} and fails for x in float32 "
+            f"({' '.join(str(error).split())}); have its forward cast x and the conditions, not the times, to {low}"
+        ) from error
 
 
 def _call(net: nn.Module, *inputs: torch.Tensor | None) -> object:

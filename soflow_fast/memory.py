@@ -9,15 +9,16 @@ from torch.utils.data import Dataset
 from soflow_fast.config import TrainConfig
 from soflow_fast.data import resident_bytes
 from soflow_fast.dit import DiT
+from soflow_fast.frozen import sizes
 
 # Kept for the backward per token, channel and block of a DiT in bfloat16, by what is recomputed, rounded up from
 # benchmarks/counters.json; recomputing whole blocks keeps all of one block at a time, and of the others the two outputs
 # of each gated residual and LayerNorm.
 _SAVED_BYTES = {"none": 37, "elementwise": 29, "block": 9}
 
-# Per weight: itself, its gradient, two moments and its average in float32, and the bfloat16 copy; and each further
-# average.
-_STATE_BYTES, _AVERAGE_BYTES = 22, 4
+# Per trained weight beside itself: its gradient, two moments and its average in float32; and each further average. Per
+# weight in float32 its bfloat16 copy.
+_STATE_BYTES, _AVERAGE_BYTES, _COPY_BYTES = 16, 4, 2
 
 # Data that are not worth processes which read them.
 _SMALL = 256 << 20
@@ -47,8 +48,9 @@ def step_bytes(model: nn.Module, rows: int, precision: str, recompute: str = "no
         model: an objective; of a network that is no DiT only the weights are counted. rows: of a micro-batch.
         precision, recompute: of the step and of the DiT. averages: how many there are beside the EMA.
     """
-    state = (_STATE_BYTES + _AVERAGE_BYTES * averages) * sum(p.numel() for p in model.parameters())
-    net = model.network
+    net, (trained, _) = model.network, sizes(model)
+    state = (_STATE_BYTES + _AVERAGE_BYTES * averages) * trained
+    state += sum(p.nbytes + (_COPY_BYTES * p.numel() if p.dtype == torch.float32 else 0) for p in model.parameters())
     if not isinstance(net, DiT):
         return state
     element = rows * math.prod(net.grid) * net.hidden_size * (1 if precision == "bf16" else 2)

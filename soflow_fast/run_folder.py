@@ -16,6 +16,7 @@ from torch import nn
 from soflow_fast import build, checkpoint, fingerprint, given, posthoc, records, run_optimizer
 from soflow_fast.checkpoint import CHECKPOINTS
 from soflow_fast.config import TrainConfig
+from soflow_fast.frozen import Frozen, first_of
 from soflow_fast.logs import METRICS_NAME
 from soflow_fast.require import brief_difference
 
@@ -105,6 +106,20 @@ def changes(
             f"another run_dir, or go on with {ACCEPT}"
         )
     return [*found, {"key": "data", "before": before, "after": data}]
+
+
+def changes_of_frozen(run_dir: Path, path: Path | None, frozen: Frozen, accept: bool) -> list[dict[str, object]]:
+    """The change of weights that the checkpoint, if any, leaves out and that are others now; ValueError where that is
+    not accepted.
+    """
+    other = [] if path is None else frozen.others(checkpoint.left_out(path))
+    if other and not accept:
+        raise ValueError(
+            f"run_dir={str(run_dir)!r} holds a run over other frozen weights, which its checkpoints leave out "
+            f"(output.save_frozen): {first_of(other)}; build the network with those, choose another run_dir, or go on "
+            f"with {ACCEPT}"
+        )
+    return [{"key": "frozen weights", "before": first_of(other), "after": "others"}] if other else []
 
 
 def require_same(run_dir: Path, config: TrainConfig, theirs: TrainConfig, remedy: str) -> None:
@@ -198,6 +213,7 @@ def load_run(
             average.snapshots,
             average.residual,
         )
+    checkpoint.require_frozen(model, checkpoint.left_out(path), path)
     checkpoint.load_weights(model, taken, path)
     return config, model, at
 

@@ -162,6 +162,8 @@ class TrainStep:
             rank, world_size = (dist.get_rank(), dist.get_world_size()) if started else (0, 1)
         if not 0 <= rank < world_size:
             raise ValueError(f"rank={rank} is none of world_size={world_size} processes, which count from 0")
+        for dit in (part for part in model.modules() if isinstance(part, DiT)):
+            dit.require_own_layers()
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         if not self._parameters:
             raise ValueError(

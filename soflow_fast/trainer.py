@@ -25,6 +25,7 @@ from soflow_fast.dit import DiT
 from soflow_fast.ema import EMA, PowerEMA
 from soflow_fast.evaluate import check_evaluation, why_unscored
 from soflow_fast.fingerprint import fingerprint
+from soflow_fast.frozen import Frozen
 from soflow_fast.grids import Grids
 from soflow_fast.images import are_images, labels_of_samples
 from soflow_fast.logs import Meter, Quiet, RunLog, due
@@ -126,6 +127,7 @@ class Trainer:
         self.optimizer = build.build_optimizer(config, self.model, optimizer)
         self._of_run = RunOptimizer(self.optimizer, self.model, wanted)
         self._given = of_given(config, self.model)
+        self._frozen = Frozen(self.model, config.output.save_frozen)
         self.ema = EMA(self.model, config.ema.decay, config.ema.warmup)
         self.averages = [PowerEMA(self.model, std) for std in config.ema.posthoc]
         compute = {name: None if value == "auto" else value for name, value in asdict(config.compute).items()}
@@ -206,6 +208,8 @@ class Trainer:
             log.say(f"data: {described(self.dataset, config.model.num_classes, null)}")
             if self.validation is not None:
                 log.say(f"validation: {describe_validation(config, self.validation)}")
+            if self._frozen.is_much:
+                log.say(f"parameters: {self._frozen}")
             log.say(f"step {start} of {config.total_steps}: {chosen}")
             for change in self._changes:
                 log.say(f"changed after step {start}: {change['key']} from {change['before']} to {change['after']}")
@@ -309,7 +313,8 @@ class Trainer:
             return None
         # one answer for all processes: a run that is given may just be writing another checkpoint
         path = self.processes.of_first(partial(weights.locate, path))
-        origin = weights.load_weights(self.model, path, config.initial_weights_except, config.initial_weights_form)
+        with self._frozen.as_it_is(str(path)):
+            origin = weights.load_weights(self.model, path, config.initial_weights_except, config.initial_weights_form)
         self.ema.load_state_dict(self.model.state_dict(), updates=0)
         return origin
 
@@ -333,7 +338,7 @@ class Trainer:
         checkpoint.load_weights(self.model, state.model, path)
         self._of_run.load_state_dict(state.optimizer)
         self.step.forget_graph()
-        self.ema.load_state_dict(state.ema, state.ema_updates)
+        self.ema.load_state_dict({**self.model.state_dict(), **state.ema}, state.ema_updates)
         for average in self.averages:
             saved = {name: state.posthoc[f"{average.std}/{name}"] for name in average.averages}
             average.load_state_dict(saved, state.ema_updates)  # as many as the EMA's
@@ -343,8 +348,9 @@ class Trainer:
     def _newest_checkpoint(self, data: dict[str, object]) -> Path | None:
         made = self._of_run.made, self._given
         self._changes = run_folder.changes(self.run_dir, self.config, data, self._accept_changes, *made)
-        found = checkpoint.committed(self.checkpoints)
-        return found[-1] if found else None
+        *_, newest = [None, *checkpoint.committed(self.checkpoints)]
+        self._changes += run_folder.changes_of_frozen(self.run_dir, newest, self._frozen, self._accept_changes)
+        return newest
 
     def _claim_folder(self, step: int, data: dict[str, object]) -> list[int]:
         """The later steps that snapshots were of: what they belong to does not go on."""
@@ -361,12 +367,13 @@ class Trainer:
     def _save(self, step: int, skipped: int) -> None:
         state = checkpoint.State(
             step=step,
-            model=self.model.state_dict(),
-            ema=self.ema.state_dict(),
+            model=self._frozen.weights(),
+            ema=self._frozen.averages(self.ema),
             posthoc={f"{one.std}/{name}": value for one in self.averages for name, value in one.averages.items()},
             optimizer=self._of_run.state_dict(),
             ema_updates=int(self.ema.updates),
             skipped_steps=skipped,
+            frozen=self._frozen.hashes(),
         )
         checkpoint.save(self.checkpoints, state, self.config.output.keep_checkpoints, self.config.output.keep_every)
 

@@ -89,6 +89,9 @@ def read_weights(
     weights = {name: value for name, value in weights.items() if not _is_of(name, left_out)}
     # of weights of classes there is none
     kept |= {name for name in own - weights.keys() if name.split(".")[-1] == "null_condition"}
+    frozen = _left_out_of(path, own, kept)
+    checkpoint.require_frozen(model, frozen, path)
+    kept |= frozen.keys()
     weights |= {name: state[name] for name in kept | fixed}
     # "the averages are" would not fit the sentence
     remedies = {} if form != "own" else dict.fromkeys(("final_layer.linear", "s_embedder"), _OF_OTHER_TRAININGS)
@@ -107,6 +110,13 @@ def read_weights(
     _tell(origin, unused, len(parts[0]), kept | fixed, len(own))
     unchanged = [*keep, *sorted(name.removeprefix("network.") for name in fixed - kept)]
     return weights, origin + (f"; kept as initialised: {', '.join(unchanged)}" if unchanged else "")
+
+
+def _left_out_of(path: Path, own: Set[str], kept: Set[str]) -> dict[str, str]:
+    """The hashes of what a checkpoint leaves out, by the names of a model, without what that keeps anyway."""
+    found = checkpoint.left_out(path) if path.is_dir() else {}
+    named = {name if name in own else name.removeprefix(_PREFIX): value for name, value in found.items()}
+    return {name: value for name, value in named.items() if name not in kept}
 
 
 def _is_beside(name: str) -> bool:

@@ -18,9 +18,9 @@ FLOORS = [
     ],
     [
         "attention", "augment", "autoencoder", "build", "capture", "checkpoint", "conditions", "data", "distributed",
-        "dit", "ema", "encode", "evaluate", "export", "fidelity", "fingerprint", "flow_weights", "given", "images",
-        "layers", "memory", "mit", "objectives", "one_pass", "optim", "pair", "positions", "posthoc", "precision",
-        "records", "reduction", "run_optimizer", "sample", "unet", "weights",
+        "dit", "ema", "encode", "evaluate", "export", "fidelity", "fingerprint", "flow_weights", "frozen", "given",
+        "images", "layers", "memory", "mit", "objectives", "one_pass", "optim", "pair", "positions", "posthoc",
+        "precision", "records", "reduction", "run_optimizer", "sample", "unet", "weights",
     ],
     [
         "cli", "commands", "demo", "doctor", "dry_run", "grids", "logs", "run_folder", "sampling_options", "scoring",

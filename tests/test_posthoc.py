@@ -391,4 +391,4 @@ def test_a_run_without_snapshots_says_how_to_get_them(tmp_path, capsys):
 
 def test_the_estimated_memory_counts_them(tmp_path):
     plain, with_two = (dry_run.plan(make(tmp_path / "none")) for make in (tiny_config, _config))
-    assert with_two.bytes - plain.bytes == 8 * plain.parameters
+    assert with_two.bytes - plain.bytes == 8 * plain.trained

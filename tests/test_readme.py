@@ -1,12 +1,19 @@
 """The README's Python runs as it stands, on a smaller network."""
 
 import re
+import sys
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import torch
 import yaml
+from diffusers import SD3Transformer2DModel
+from safetensors.torch import load_file
+from test_frozen import LowRank
 from test_interop import CIFAR10
+from torch import nn
+from torch.utils.data import TensorDataset
 
 from soflow_fast import DiT, SoFlow, TrainConfig
 from soflow_fast.build import build_model
@@ -82,7 +89,7 @@ def test_the_python_of_the_readme_runs(tmp_path, monkeypatch):
         "step": 7,
         "batches": [(x0, labels), (x0, labels)],
     }
-    _, loss, fast, trained, own = _blocks("python")
+    _, loss, fast, trained, own, _ = _blocks("python")
     for block in (loss, fast):
         exec(block.replace("DiT-B/4", "DiT-S/4"), names)
     assert names["loss"].isfinite()
@@ -102,6 +109,56 @@ def test_the_python_of_the_readme_runs(tmp_path, monkeypatch):
     assert {*total.parts} == {"velocity", "consistency", "robust"}
     assert total.loss.isfinite()
     assert not any("teacher" in name for name in objective.state_dict())
+
+
+def _inject(config, network):
+    """Stands in for peft's: beside each of the layers that are named, one of low rank that begins with 0."""
+    for name, layer in list(network.named_modules()):
+        if name.endswith(tuple(config.target_modules)):
+            adapted = LowRank(layer)
+            nn.init.zeros_(adapted.up.weight)
+            network.set_submodule(name, adapted)
+
+
+def _transformer(*_, torch_dtype, **__):
+    sizes = {"num_layers": 1, "attention_head_dim": 8, "num_attention_heads": 2, "pos_embed_max_size": 8}
+    widths = {"joint_attention_dim": 12, "caption_projection_dim": 16, "pooled_projection_dim": 6}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        network = SD3Transformer2DModel(sample_size=8, in_channels=4, out_channels=4, **sizes, **widths)
+    return network.to(torch_dtype).eval()
+
+
+def test_the_large_network_of_the_readme_trains(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    peft = ModuleType("peft")
+    peft.LoraConfig, peft.inject_adapter_in_model = SimpleNamespace, _inject
+    monkeypatch.setitem(sys.modules, "peft", peft)
+    monkeypatch.setattr(SD3Transformer2DModel, "from_pretrained", _transformer)
+    block = _blocks("python")[-1]
+    small = {"154, 4096, 2048": "3, 12, 6", '"in_channels": 16, "input_size": 128': '"in_channels": 4, "input_size": 8'}
+    small |= {'"accumulation": 8}': '"accumulation": 2}, "total_steps": 2, "device": "cpu"', "64,": "8,"}
+    small |= {'"save_frozen": False': '"save_frozen": False, "sample_every": 0'}
+    for theirs, ours in small.items():
+        assert theirs in block
+        block = block.replace(theirs, ours)
+    x, told = (torch.randn(8, *shape, generator=torch.Generator().manual_seed(0)) for shape in ((4, 8, 8), (42,)))
+    names = {"latents_and_texts": TensorDataset(x, told)}
+    exec(block, names)
+    (saved,) = Path("runs/lora/checkpoints").iterdir()
+    averages = load_file(saved / "ema.safetensors")
+    assert any("to_q.up" in name for name in averages)
+    assert not any(".own." in name for name in averages)
+    found = names["model"].state_dict()
+    assert all(torch.equal(found[name], value) for name, value in averages.items())
+    t = torch.full((8,), 0.5)
+    with torch.no_grad():
+        net = names["Net"]()
+        before = net(x, t, t, told)
+        assert torch.equal(net(x, t, 0.3 * t, told), before)
+        low = x.bfloat16(), told[:, :36].bfloat16().unflatten(1, (3, 12)), told[:, 36:].bfloat16()
+        velocity = _transformer(torch_dtype=torch.bfloat16)(*low, 1000 * t, return_dict=False)[0]
+    torch.testing.assert_close(before, velocity, rtol=0.02, atol=0.02)
 
 
 def test_the_configurations_of_the_readme_are_read():
