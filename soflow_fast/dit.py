@@ -27,6 +27,7 @@ from soflow_fast.layers import (
     require_divides,
     require_multiples_of_16,
     sinusoids,
+    sizes_of_preset,
     unpatchified,
 )
 from soflow_fast.positions import position_table
@@ -154,11 +155,7 @@ class DiT(nn.Module):
     @classmethod
     def from_preset(cls, name: str, **overrides) -> "DiT":
         """A published size, such as ``"DiT-B/4"`` (``"DiT-B-4"`` is accepted); overrides are constructor arguments."""
-        preset = PRESETS.get(name) or PRESETS.get("/".join(name.rsplit("-", 1)))
-        if preset is None:
-            raise ValueError(f"no DiT preset is called {name!r}; choose one of {PRESET_NAMES}, such as DiT-B/4")
-        sizes = dict(zip(("patch_size", "hidden_size", "depth", "num_heads"), preset, strict=True))
-        return cls(**{**sizes, **overrides})
+        return cls(**{**sizes_of_preset(name, PRESETS, PRESET_NAMES), **overrides})
 
     def _initialize(self) -> None:
         for module in self.modules():
@@ -197,12 +194,7 @@ class DiT(nn.Module):
         Raises:
             ValueError: if the table was built without one (class_dropout_prob=0).
         """
-        if not self.embedding_dim and self.y_embedder.embedding_table.num_embeddings <= self.num_classes:
-            raise ValueError(
-                "this DiT has no row for 'no label', because it was built with class_dropout_prob=0; "
-                "pass labels, or build it with class_dropout_prob > 0"
-            )
-        return self.num_classes
+        return 0 if self.embedding_dim else self.y_embedder.null_row
 
     def forward(self, x: Tensor, t: Tensor, s: Tensor, labels: Tensor | None = None) -> Tensor:
         """``F(x, t, s, labels)``.

@@ -4,6 +4,7 @@ Shapes: B rows, b rows that carry a difference, N tokens, D width, H heads, h he
 layer given the difference ``d`` of its input returns, beside its output, the output's difference, without gradient.
 """
 
+from collections.abc import Mapping
 from types import ModuleType
 from typing import NamedTuple
 
@@ -105,7 +106,18 @@ class LabelEmbedder(nn.Module):
 
     def __init__(self, num_classes: int, hidden_size: int, class_dropout_prob: float):
         super().__init__()
+        self.num_classes = num_classes
         self.embedding_table = nn.Embedding(num_classes + (class_dropout_prob > 0), hidden_size)
+
+    @property
+    def null_row(self) -> int:
+        """The row that means "no label"; ValueError if there is none."""
+        if self.embedding_table.num_embeddings <= self.num_classes:
+            raise ValueError(
+                "this network has no row for 'no label', because it was built with class_dropout_prob=0; "
+                "pass labels, or build it with class_dropout_prob > 0"
+            )
+        return self.num_classes
 
 
 class Attention(nn.Module):
@@ -252,6 +264,21 @@ def require_linear(net: nn.Module, path: str, parameterization: str = "euler") -
             "the network's prediction='data' is for path='linear' and parameterization='euler', and these are "
             f"{path!r} and {parameterization!r}; choose prediction='velocity', or the former"
         )
+
+
+def sizes_of_preset(name: str, presets: Mapping[str, tuple[int, ...]], known: str) -> dict[str, int]:
+    """The arguments of a transformer that a preset stands for, by its name or with ``-`` in place of ``/``.
+
+    Args:
+        presets: by name the patch size, width, depth and heads. known: their names in words.
+
+    Raises:
+        ValueError: for another name.
+    """
+    preset = presets.get(name) or presets.get("/".join(name.rsplit("-", 1)))
+    if preset is None:
+        raise ValueError(f"no preset is called {name!r}; choose one of {known}")
+    return dict(zip(("patch_size", "hidden_size", "depth", "num_heads"), preset, strict=True))
 
 
 def require_divides(name: str, divisor: int, of: str, *values: int) -> None:

@@ -18,6 +18,7 @@ from soflow_fast.layers import (
     prediction_of,
     require_divides,
     sinusoids,
+    sizes_of_preset,
     unpatchified,
 )
 from soflow_fast.size import Size, as_size, format_size, height_and_width
@@ -141,11 +142,7 @@ class MiT(nn.Module):
     @classmethod
     def from_preset(cls, name: str, **overrides) -> "MiT":
         """A published size, such as ``"MiT-B/2"`` (``"MiT-B-2"`` is accepted); overrides are constructor arguments."""
-        preset = PRESETS.get(name) or PRESETS.get("/".join(name.rsplit("-", 1)))
-        if preset is None:
-            raise ValueError(f"no MiT preset is called {name!r}; choose one of {PRESET_NAMES}, such as MiT-B/2")
-        sizes = dict(zip(("patch_size", "hidden_size", "depth", "num_heads"), preset, strict=True))
-        return cls(**{**sizes, **overrides})
+        return cls(**{**sizes_of_preset(name, PRESETS, PRESET_NAMES), **overrides})
 
     def _initialize(self) -> None:
         for module in self.modules():
@@ -176,12 +173,7 @@ class MiT(nn.Module):
         Raises:
             ValueError: if the table was built without one (class_dropout_prob=0).
         """
-        if self.y_embedder.embedding_table.num_embeddings <= self.num_classes:
-            raise ValueError(
-                "this MiT has no row for 'no label', because it was built with class_dropout_prob=0; "
-                "pass labels, or build it with class_dropout_prob > 0"
-            )
-        return self.num_classes
+        return self.y_embedder.null_row
 
     def forward(self, x: Tensor, t: Tensor, s: Tensor, labels: Tensor | None = None) -> Tensor:
         """``F(x, t, s, labels)``.

@@ -225,9 +225,7 @@ def test_preset_sizes(name, sizes, millions):
 def test_preset_names():
     with torch.device("meta"):
         assert DiT.from_preset("DiT-XL-2", num_classes=10, depth=1).hidden_size == 1152
-        with pytest.raises(
-            ValueError, match=r"no DiT preset is called 'DiT-H/2'; choose one of DiT-\{S,B,M,L,XL\}/\{1,2"
-        ):
+        with pytest.raises(ValueError, match=r"no preset is called 'DiT-H/2'; choose one of DiT-\{S,B,M,L,XL\}/\{1,2"):
             DiT.from_preset("DiT-H/2")
     assert all(head_dim % 8 == 0 for head_dim in (width // heads for _, width, _, heads in PRESETS.values()))
 

@@ -396,7 +396,7 @@ def test_refusals(tmp_path, capsys):
     ):
         with pytest.raises(ValueError, match=message):
             MiT(**{**GUIDED, **options})
-    with pytest.raises(ValueError, match=r"no MiT preset is called 'MiT-S/2'; choose one of MiT-\{B,M,L,XL\}"):
+    with pytest.raises(ValueError, match=r"no preset is called 'MiT-S/2'; choose one of MiT-\{B,M,L,XL\}"):
         MiT.from_preset("MiT-S/2")
     with pytest.raises(ValueError, match="velocity_head=True trains a second head of the network, and this MiT has"):
         ImprovedMeanFlow(_net(velocity_head=False), velocity_head=True)
@@ -405,12 +405,12 @@ def test_refusals(tmp_path, capsys):
         net(x, t, s, labels[:, :3])
     with pytest.raises(ValueError, match=r"x of shape \(8, 1, 4, 8\) does not fit a MiT of input_size=8"):
         net(x[:, :, :4], t, s, labels)
-    with pytest.raises(ValueError, match="this MiT has no row for 'no label'"):
+    with pytest.raises(ValueError, match="this network has no row for 'no label'"):
         _net(class_dropout_prob=0.0)(x, t, s)
     file = write_config(tmp_path / "mit.yaml", _config(tmp_path / "run"))
     for arguments, message in (
         (["--model.attention", "math"], "model.attention='math' does nothing with model.preset='MiT-B/2'; leave it"),
         (["--model.preset", "DiT-B/4"], "model.head_depth=1 does nothing with model.preset='DiT-B/4'; leave it out"),
-        (["--model.preset", "MiT-Q/2"], "no MiT preset is called 'MiT-Q/2'"),
+        (["--model.preset", "MiT-Q/2"], "no preset is called 'MiT-Q/2'"),
     ):
         assert message in refused(capsys, "train", file, *arguments)
