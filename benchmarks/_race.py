@@ -301,10 +301,11 @@ class Track:
 def flops_per_sample(row: Row, workload: Workload) -> int:
     """Floating-point operations of one step's products and attention per sample, counted on its eager form.
 
-    Counted on a few samples, of which none is spared its guidance, less what those are that are in the whole batch.
+    Counted on a few samples, less what of the guidance the whole batch is spared and they are not.
     """
     of_step, of_forward, model = count_flops(row, workload, _COUNTED_BATCH)
     spared = spared_forwards(model, workload.batch) / workload.batch
+    spared -= spared_forwards(model, _COUNTED_BATCH) / _COUNTED_BATCH
     return round((of_step - spared * of_forward) / _COUNTED_BATCH)
 
 
@@ -329,6 +330,8 @@ def spared_forwards(model: Objective, batch: int) -> int:
     if not isinstance(model, (SoFlow, MeanFlow)) or isinstance(model, _SPARE_NONE):
         return 0
     if not (model.guided if isinstance(model, MeanFlow) else model.guidance_scale != 1):
+        return 0
+    if getattr(model, "direction", "target") == "prediction":
         return 0
     n_velocity = row_order(batch, model.velocity_share)[1]
     velocity, others = (fewest(n, model.label_drop) for n in (n_velocity, batch - n_velocity))

@@ -3,8 +3,11 @@
 Each form is measured in a process of its own, so that one which fails or runs out of memory costs only its own line.
 """
 
+import ctypes
 import itertools
+import math
 import multiprocessing
+import os
 import signal
 import statistics
 import time
@@ -20,7 +23,8 @@ from torch import Tensor, nn
 from soflow_fast.attention import BACKENDS, missing_for
 from soflow_fast.conditions import null_condition
 from soflow_fast.config import TrainConfig
-from soflow_fast.dit import RECOMPUTE, DiT
+from soflow_fast.data import batches
+from soflow_fast.dit import RECOMPUTE
 from soflow_fast.step import TrainStep
 from soflow_fast.trainer import Trainer
 
@@ -41,6 +45,18 @@ _FEWEST = 5
 # Of every weight matrix's gradient so many values are compared, and so much they may differ, relative to their norm:
 # forms that round otherwise were under 1 % apart in bfloat16, 12 blocks deep.
 _COMPARED, _TOLERANCE = 4096, 0.05
+
+
+# The form that gradients are compared with, and that of another network than a DiT.
+_PLAIN_OF_OTHERS = {"compute.compile": False, "compute.cuda_graph": False, "model.impl": "torch"}
+_PLAIN = {
+    **_PLAIN_OF_OTHERS,
+    "model.attention": "sdpa",
+    "model.recompute": "block",
+    "model.float8_guidance": False,
+}
+
+_PR_SET_PDEATHSIG = 1  # of Linux's prctl
 
 
 class Measured(NamedTuple):
@@ -66,10 +82,10 @@ def tune(config: TrainConfig, tried: tuple[str, ...], seconds: float = 5.0, say:
     """Measures the forms one after another, each choice with the best of those before it, and says what it finds.
 
     A form replaces the best so far if three quarters of its steps took less time than three quarters of that one's. One
-    whose gradient is another, as by a kernel that is wrong for a shape, is said and not taken.
+    whose gradient differs from that of plain torch, as by a kernel that is wrong for a shape, is said and not taken.
 
     Args:
-        config: of the run; its data are looked at. tried: of ``CHOICES``. seconds: of timing for each form.
+        config: of the run; a batch of its data is read. tried: of ``CHOICES``. seconds: of timing for each form.
         say: called with each line.
 
     Returns:
@@ -78,34 +94,42 @@ def tune(config: TrainConfig, tried: tuple[str, ...], seconds: float = 5.0, say:
     Raises:
         ValueError: if the step of the configuration itself cannot run, or there is nothing to try.
     """
-    first = _measured(config, seconds)
+    first = _measured(config, {}, seconds)
     if isinstance(first, str):
         raise ValueError(f"the configuration's own step cannot be measured: {first}")
-    if not any(_forms(name, first, config) for name in tried):
+    if not any(_forms(name, first) for name in tried):
+        others = [name for name in CHOICES if _forms(name, first)]
         raise ValueError(
-            f"there is nothing to try of {', '.join(tried)} with model.preset={config.model.preset!r}; "
-            f"choose --try of {', '.join(CHOICES)}"
+            f"there is nothing to try of {', '.join(tried)} with model.preset={config.model.preset!r} here; "
+            f"choose --try {','.join(others)}"
         )
     own = ", ".join(f"{name}={value}" for name, value in first.values.items())
     say(f"batches of {config.batch_size} of {config.model.preset} on {first.device}: {own}")
-    say(_line("as configured", first, config.batch_size))
-    best, chosen = first, {}
+    plain = _measured(config, _PLAIN if config.model.is_dit else _PLAIN_OF_OTHERS, None)
+    if isinstance(plain, str):
+        say(f"plain torch cannot be measured ({plain}); gradients are compared with the configuration's own")
+        plain = first
+    off = _difference(first.gradient, plain.gradient)
+    say(_line("as configured", first, config.batch_size, off))
+    best, chosen, limit = first, {}, _quartiles(first.ms)[0] if off <= _TOLERANCE else math.inf
     for name in tried:
         key, found = CHOICES[name], {}
-        for value, missing in _forms(name, best, config):
+        for value, missing in _forms(name, best):
             label = f"{key}={value}"
-            form = missing or _measured(with_values(config, {**chosen, key: value}), seconds)
+            form = missing or _measured(config, {**chosen, key: value}, seconds)
+            if not isinstance(form, str) and form.values.get(key) != value:
+                form = f"it ran as {form.values.get(key)}"
             if isinstance(form, str):
                 say(f"{label:<36}not measured: {form}")
                 continue
-            off = _difference(form.gradient, first.gradient)
-            wrong = not off <= _TOLERANCE
-            say(_line(label, form, config.batch_size, best, f"; its gradient is another, {off:.0%} off" * wrong))
-            if not wrong:
+            off = _difference(form.gradient, plain.gradient)
+            say(_line(label, form, config.batch_size, off, best))
+            if off <= _TOLERANCE:
                 found[value] = form
         value = min(found, key=lambda value: statistics.median(found[value].ms), default=None)
-        if value is not None and _quartiles(found[value].ms)[1] < _quartiles(best.ms)[0]:
+        if value is not None and _quartiles(found[value].ms)[1] < limit:
             best, chosen = found[value], {**chosen, key: value}
+            limit = _quartiles(best.ms)[0]
     return chosen
 
 
@@ -117,7 +141,7 @@ def with_values(config: TrainConfig, values: dict[str, Any]) -> TrainConfig:
     return config
 
 
-def _forms(name: str, of: Measured, config: TrainConfig) -> list[tuple[Any, str | None]]:
+def _forms(name: str, of: Measured) -> list[tuple[Any, str | None]]:
     """The other values of a choice, and why one cannot run."""
     now = of.values.get(CHOICES[name])
     if now is None:  # of another network than a DiT, or for a CPU
@@ -133,10 +157,11 @@ def _forms(name: str, of: Measured, config: TrainConfig) -> list[tuple[Any, str 
     return [(value, None) for value in others[name] if value != now]
 
 
-def _line(label: str, form: Measured, batch: int, before: Measured | None = None, note: str = "") -> str:
+def _line(label: str, form: Measured, batch: int, off: float, before: Measured | None = None) -> str:
     low, high = _quartiles(form.ms)
     median = statistics.median(form.ms)
     memory = "" if form.bytes is None else f", {form.bytes / 2**30:.1f} GiB"
+    note = "" if off <= _TOLERANCE else f"; its gradient is wrong, {off:.0%} from plain torch's"
     times = "" if before is None else f", {statistics.median(before.ms) / median:.3f} times as fast"
     told = f"{median:.2f} ms ({low:.2f} to {high:.2f}), {1000 * batch / median:.0f} images/s{memory}{times}"
     return f"{label:<36}{told}, {form.seconds:.0f} s to compile{note}"
@@ -156,8 +181,12 @@ def _difference(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -
 # ------------------------------------------------------------------------------------------- in a process of its own
 
 
-def _measured(config: TrainConfig, seconds: float) -> Measured | str:
-    """Of one form, or why there is none."""
+def _measured(config: TrainConfig, values: dict[str, Any], seconds: float | None) -> Measured | str:
+    """Of the configuration with those values, or why there is none; ``seconds`` None for its gradient alone."""
+    try:
+        config = with_values(config, values)
+    except ValueError as error:
+        return str(error)
     context = multiprocessing.get_context("spawn")  # a fork would share what this process has of the GPU
     ours, theirs = context.Pipe(duplex=False)
     process = context.Process(target=_answer, args=(theirs, config, seconds))
@@ -168,23 +197,30 @@ def _measured(config: TrainConfig, seconds: float) -> Measured | str:
     except EOFError:
         process.join()
         return f"its process ended with exit code {process.exitcode}"
+    except BaseException:  # Ctrl-C, which may have reached this process alone
+        process.kill()
+        raise
     finally:
+        ours.close()
         process.join()
 
 
-def _answer(to: Connection, config: TrainConfig, seconds: float) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C reaches both; the other process says so
+def _answer(to: Connection, config: TrainConfig, seconds: float | None) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # the other process says it
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # and is not outlived
+    os.dup2(2, 1)  # what the data or the network print is no part of the configuration
     try:
         found = measure(config, seconds)
     except torch.OutOfMemoryError:
         found = "out of GPU memory"
     except Exception as error:
-        found = " ".join((str(error) or type(error).__name__).split())
+        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+        found = kind + " ".join(str(error).split())
     to.send(found)
 
 
-def measure(config: TrainConfig, seconds: float) -> Measured:
-    """The step of a configuration on one batch, its first sample over and over with other noise, for so many seconds.
+def measure(config: TrainConfig, seconds: float | None) -> Measured:
+    """The step of a configuration on the first batch of its data, for so many seconds; for None, its gradient alone.
 
     Raises:
         ValueError: as :class:`~soflow_fast.trainer.Trainer`.
@@ -196,15 +232,15 @@ def measure(config: TrainConfig, seconds: float) -> Measured:
     begin = time.perf_counter()
     step(*batch)
     gradient = {name: _some(p.grad) for name, p in model.named_parameters() if p.grad is not None and p.dim() > 1}
-    for _ in range(_WARM_UP - 1):
+    for _ in range(0 if seconds is None else _WARM_UP - 1):
         step(*batch)
     _wait(device)
     warm = time.perf_counter()
-    ms = list(_times(step, batch, seconds, device))
+    ms = [] if seconds is None else list(_times(step, batch, seconds, device))
     net = model.network
     chosen = {"compute.precision": step.precision, "compute.compile": step.compile, "model.impl": model.impl}
     missing = {}
-    if isinstance(net, DiT):
+    if config.model.is_dit:
         chosen |= {"model.attention": net.attention, "model.recompute": net.recompute}
         if device.type == "cuda":
             chosen["model.float8_guidance"] = net.float8_guidance
@@ -231,19 +267,31 @@ def _leave_zero(model: nn.Module) -> None:
 
 
 def _batch(trainer: Trainer) -> tuple[Tensor, Tensor | None]:
-    rows, device = trainer.rows.stop - trainer.rows.start, trainer.processes.device
-    x, label = trainer.dataset[0]
-    x = torch.as_tensor(x).expand(rows, *x.shape).to(device, copy=True)
-    if null_condition(trainer.model.network) is not None:
-        label = torch.as_tensor(label)
-        return x, label.expand(rows, *label.shape).to(device, copy=True)
-    classes = trainer.model.network.num_classes
-    return x, torch.arange(rows, device=device) % classes if classes else None
+    config, null = trainer.config, null_condition(trainer.model.network)
+    read = batches(
+        trainer.dataset,
+        batch=config.batch_size,
+        steps=range(1),
+        seed=config.seed,
+        num_classes=config.model.num_classes,
+        rows=trainer.rows,
+        workers=0,
+        device=trainer.processes.device,
+        null_condition=null,
+    )
+    try:
+        return next(iter(read))
+    finally:
+        read.close()
 
 
 def _some(gradient: Tensor) -> np.ndarray:
+    """Some values of a gradient, drawn, as a stride would pass over columns; one is nan if any of all is not finite."""
     flat = gradient.flatten()
-    return flat[:: max(1, flat.numel() // _COMPARED)].float().cpu().numpy()
+    chosen = torch.randint(flat.numel(), (_COMPARED,), generator=torch.Generator().manual_seed(0))
+    values = flat[chosen.to(flat.device)].float()
+    values[0] = torch.where(flat.isfinite().all(), values[0], torch.nan)
+    return values.cpu().numpy()
 
 
 def _times(step: TrainStep, batch: tuple, seconds: float, device: torch.device) -> Iterator[float]:

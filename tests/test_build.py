@@ -63,7 +63,7 @@ def test_the_mlp_ratio_is_the_presets_own():
     [
         ({"model": {"num_heads": 7}}, ["num_heads=7", "hidden_size=768"]),
         ({"model": {"patch_size": 5}}, ["patch_size=5", "input_size=32"]),
-        ({"model": {"preset": "DiT-Q/4"}}, ["DiT-Q/4", "choose one of DiT-{S,B,M,L,XL}/{1,2,4,8,16,32}, such"]),
+        ({"model": {"preset": "DiT-Q/4"}}, ["DiT-Q/4", "choose one of DiT-{S,B,M,L,XL}/{1,2,4,8,16,32}"]),
         ({"model": {"attention": "flash_attn"}}, ["attention='flash_attn'", "flash-attn", "attention='sdpa'"]),
         ({"model": {"preset": "given"}}, ["given to the Trainer"]),
         ({"soflow": {"label_drop": 0.0}}, ["guidance_scale=3.0", "label_drop"]),

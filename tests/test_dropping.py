@@ -93,6 +93,15 @@ def test_a_row_that_is_wrongly_spared_shows(monkeypatch):
     assert model.loss(samples(40), torch.arange(40) % NULL, 0.3, seed=4, step=5).loss.isnan()
 
 
+def test_an_objective_with_draws_of_its_own_is_spared_nothing():
+    class Never(SoFlow):
+        def draw_drop(self, rows, labels, seed, step):
+            return torch.zeros_like(rows, dtype=torch.bool)
+
+    model = make_model(objective=Never, label_drop=0.1)
+    assert model.loss(samples(100), torch.arange(100) % NULL, 0.3, seed=4, step=5).loss.isfinite()
+
+
 def test_along_its_own_prediction_meanflow_needs_all():
     model = make_model(objective=MeanFlow, label_drop=0.1, direction="prediction", p=1.0, guidance_mix=0.0)
     assert model.loss(samples(100), torch.arange(100) % NULL, 0.3, seed=4, step=5).loss.isfinite()

@@ -315,7 +315,9 @@ class Objective(nn.Module):
             n: how many rows train the velocity, the first. drop: (B,) bool, rows that need no guidance; as many as are
                 known to drop their label, see :mod:`soflow_fast.dropping`, are left out, and theirs is nan. Or None.
         """
-        size, null, share = len(t), self.no_label(labels), 0 if drop is None else self.label_drop
+        size, null = len(t), self.no_label(labels)
+        known = drop is not None and type(self).draw_drop is Objective.draw_drop  # one of a subclass's may drop fewer
+        share = self.label_drop if known else 0
         drop = torch.zeros_like(t, dtype=torch.bool) if drop is None else drop
         first, own = dropping.to_guide(drop[:n], share), n + dropping.to_guide(drop[n:], share)
         if len(first) + len(own) == size:
