@@ -190,19 +190,21 @@ def _measured(config: TrainConfig, values: dict[str, Any], seconds: float | None
     context = multiprocessing.get_context("spawn")  # a fork would share what this process has of the GPU
     ours, theirs = context.Pipe(duplex=False)
     process = context.Process(target=_answer, args=(theirs, config, seconds))
-    process.start()
-    theirs.close()
     try:
+        process.start()
+        theirs.close()
         return ours.recv()
     except EOFError:
         process.join()
         return f"its process ended with exit code {process.exitcode}"
     except BaseException:  # Ctrl-C, which may have reached this process alone
-        process.kill()
+        if process.pid is not None:
+            process.kill()
         raise
     finally:
         ours.close()
-        process.join()
+        if process.pid is not None:
+            process.join()
 
 
 def _answer(to: Connection, config: TrainConfig, seconds: float | None) -> None:

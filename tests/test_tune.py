@@ -162,7 +162,12 @@ def test_a_network_of_the_users_has_no_choice_of_attention(capfd, tmp_path):
 def test_ctrl_c_of_the_command_alone_ends_both(tmp_path):
     path = write_config(tmp_path / "small.yaml", small())
     command = [sys.executable, "-m", "soflow_fast.cli", "tune", str(path), "--seconds", "600"]
-    process = subprocess.Popen(command, start_new_session=True, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        command,
+        start_new_session=True,
+        stderr=subprocess.DEVNULL,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # which what runs behind nohup ignores
+    )
     try:
         wait_for(lambda: len(_of_session(process.pid)) > 2)  # itself, the form, and what tracks resources for it
         process.send_signal(signal.SIGINT)
