@@ -9,6 +9,7 @@ import gc
 import itertools
 import math
 import random
+import re
 import statistics
 import sys
 import time
@@ -54,9 +55,17 @@ class NotRun(Exception):  # noqa: N818 - an outcome, with the reason as its mess
         self.report = {"skipped": reason, "failed": failed, **details}
 
 
+# How cuBLAS and Triton tell it, neither with a class of its own.
+_OUT_OF_MEMORY = re.compile(r"CUBLAS_STATUS_ALLOC_FAILED|CUDA.*out of memory")
+
+
 def out_of_memory(error: BaseException | None) -> bool:
-    """Whether an error is, or was caused by, a lack of GPU memory."""
-    return error is not None and (isinstance(error, torch.OutOfMemoryError) or out_of_memory(error.__cause__))
+    """Whether an error is, or came of, a lack of GPU memory."""
+    if error is None:
+        return False
+    if isinstance(error, torch.OutOfMemoryError) or _OUT_OF_MEMORY.search(str(error)):
+        return True
+    return out_of_memory(error.__cause__ or error.__context__)
 
 
 def broken(error: Exception) -> dict:
@@ -110,9 +119,9 @@ class Track:
         self.probe_flops = 2 * size**3
 
     def probe_ms(self) -> float:
-        """Time of one large matrix product: bfloat16 on a GPU, float32 on a CPU."""
+        """Time of one large matrix product: bfloat16 on a GPU, float32 on a CPU; a median, as a step's is."""
         left, right = self._factors
-        return min(self._times(lambda: left @ right, 5))
+        return statistics.median(self._times(lambda: left @ right, 5))
 
     # -------------------------------------------------------------------------------------------------- prepare
 
@@ -132,8 +141,10 @@ class Track:
         except ValueError as error:  # by which a network or a backend says what it needs
             raise NotRun(str(error)) from error
         begin = time.perf_counter()
-        for _ in range(CHECKED_STEP):
+        for i in range(CHECKED_STEP):
             step(*data)
+            if self.on_gpu and i == 0:  # what compiling has taken meanwhile is not the row's
+                torch.cuda.reset_peak_memory_stats()
         with step.model.given_noise() if isinstance(step.model, PublicSourceSoFlow) else nullcontext():
             stats = step(*data)
         self._synchronize()
@@ -170,7 +181,7 @@ class Track:
     def race(self, contestants: list[Contestant]) -> None:
         """Times the rows in turns; then each one's report is complete. A row that breaks drops out.
 
-        What ends a race before its last round leaves the reports of the turns until then, without ``kernels_launched``.
+        What ends a race before its last round leaves the reports of the turns until then.
         """
         order, draw = list(contestants), random.Random(0)
         try:
@@ -189,8 +200,12 @@ class Track:
             for contestant in order:
                 if contestant.times:
                     self._finish(contestant)
-        for contestant in order:
-            contestant.report["kernels_launched"] = self._kernels(contestant)
+
+    def count_kernels(self, contestants: list[Contestant]) -> None:
+        """Adds ``kernels_launched`` to the reports of those that were timed, apart as a profiler can end a process."""
+        for contestant in contestants:
+            if "ms_per_step" in contestant.report:
+                contestant.report["kernels_launched"] = self._kernels(contestant)
 
     def race_seconds(self, contestants: list[Contestant]) -> float:
         """How long :meth:`race` will take, roughly."""
@@ -251,7 +266,7 @@ class Track:
             report |= summary(contestant.samples)
 
     def _kernels(self, contestant: Contestant) -> int | None:
-        """GPU kernels of one step, without copies and fills; None where the profiler fails, which costs no time."""
+        """GPU kernels of one step, without copies and fills; None where the profiler fails or sees nothing."""
         if not self.on_gpu:
             return None
         try:
@@ -262,7 +277,7 @@ class Track:
         except Exception as error:
             print(f"its kernels are not counted: {error}", file=sys.stderr, flush=True)
             return None
-        return sum(not name.startswith(("Memcpy", "Memset")) for name in names)
+        return sum(not name.startswith(("Memcpy", "Memset")) for name in names) or None
 
     # ------------------------------------------------------------------------------------------- largest batch
 

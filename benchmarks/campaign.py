@@ -2,16 +2,16 @@
 
     python benchmarks/campaign.py plan|run|report [--folder benchmarks/results/h200] [--minutes 9] [--only STAGE ...]
 
-``run`` takes the stages in order: correctness of every kernel first, then DiT-XL/2, DiT-B/4 and the rest; tests that
-were cut short begin anew, behind all else. Each is a command of this folder that writes one JSON; a stage whose JSON is
-complete, of this commit and this card, is not run again, so the same call repeated comes to the end. Figures are
-compared only inside one JSON. Compiled code is kept in ``--cache`` from call to call. Where a machine keeps nothing in
-between, or may be gone at any time, ``--archive`` has the folder in one file, made anew every 20 s; unpack it before
-the next call. A stage that leaves no JSON, or a partial one, is gone on with by the next call; each leaves its log.
-``report`` writes the folder's REPORT.md. The package must be installed in place (``pip install --editable .``), as its
-tests run from the checkout. Where the files are without their git history, ``git rev-parse HEAD > COMMIT`` before they
-are copied tells the results their commit. ``--smoke`` runs the smallest form of every stage, on a CPU too: it tries the
-campaign, and its figures mean nothing.
+``run`` takes the stages in order: correctness of every kernel first, while the first tables are compiled, then DiT-
+XL/2, DiT-B/4 and the rest; tests that were cut short begin anew, behind all else. Each is a command of this folder that
+writes one JSON; a stage whose JSON is complete, of this commit and this card, is not run again, so the same call
+repeated comes to the end. Figures are compared only inside one JSON. Compiled code is kept in ``--cache`` from call to
+call. Where a machine keeps nothing in between, or may be gone at any time, ``--archive`` has the folder in one file,
+made anew every 20 s; unpack it before the next call. A stage that leaves no JSON, or a partial one, is gone on with by
+the next call; each leaves its log. ``report`` writes the folder's REPORT.md. The package must be installed in place
+(``pip install --editable .``), as its tests run from the checkout. Where the files are copied without their git
+history, ``git rev-parse HEAD > COMMIT`` before tells the results their commit. ``--smoke`` runs the smallest form of
+every stage, on a CPU too: it tries the campaign, and its figures mean nothing.
 
 A folder belongs to one card. What 30 minutes are best spent on, in three calls:
 
@@ -32,110 +32,27 @@ import subprocess
 import sys
 import tarfile
 import time
-from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 import torch
 from _measure import environment, identity, write_report
 from _rows import selected
+from _stages import NATIVE_TESTS, STAGES, Stage
 from readme_results import sections
 
 ROOT = Path(__file__).parents[1]
-
-#: Tests that run natively on a GPU: kernels against float64; then whole networks and the captured step.
-_NATIVE_TESTS = {
-    "correctness": [
-        "adaln",
-        "adaln_difference",
-        "activation_difference",
-        "attention_difference",
-        "conditioning",
-        "consistency",
-        "float8",
-        "heads",
-        "mlp",
-        "noise",
-        "self_attention",
-        "velocity",
-    ],
-    "correctness_step": ["optim", "impl", "attention", "flash", "fast_step", "capture"],
-}
-
-# Batch 256 for the rows that fit: the published form keeps float32 activations, with which XL/2 and L/2 do not. Their
-# whole tables, and the ratios to it, are at a batch that fits.
-_FIRST = [
-    "soflow/fast",
-    "soflow/fast-own-attention",
-    "soflow/merged-compile",
-    "soflow/public-bf16-fp32pair-compile",
-    "meanflow/strong",
-    "meanflow/compiled",
-]
 
 _SMOKE_ROWS = ("soflow/public",)  # eager: nothing to compile
 
 # A stage that takes all the time is interrupted this long before the end, so that it can write what it has.
 _GRACE = 15.0
 
+# So many tables are compiled while tests run.
+_AHEAD = 2
+
 # A stage that runs is archived this often, in seconds.
 _ARCHIVED = 20.0
-
-
-@dataclass(frozen=True)
-class Stage:
-    """One measurement.
-
-    Attributes:
-        name: of the stage, its JSON and its log. script: of this folder, or ``pytest``. arguments, smoke: of the script
-            on a GPU and in a smoke run. seconds: expected on an H200, compiling included. rows: ids or sets of
-            ``throughput.py`` that make it complete; such a script takes ``--limit`` and goes on where it stopped.
-        pieces: whether the script takes ``--minutes`` and goes on where it stopped. least: seconds without which it is
-            not begun, for one that goes on; the others need all of theirs. gib: of GPU memory that it needs.
-    """
-
-    name: str
-    script: str
-    arguments: tuple[str, ...] = ()
-    smoke: tuple[str, ...] = ("--smoke",)
-    seconds: int = 60
-    rows: tuple[str, ...] = ()
-    least: int = 120
-    gib: int = 0
-    pieces: bool = False
-
-
-def _throughput(name: str, model: str, rows: tuple[str, ...], seconds: int, batch: int = 256, gib: int = 0) -> Stage:
-    smoke = ("--model", "small", "--batch", "4", "--seconds", "0.2")
-    arguments = ("--model", model, "--batch", str(batch), "--seconds", "5")
-    least = 330 if model in ("DiT-XL/2", "DiT-L/2") else 220  # one row
-    return Stage(name, "throughput.py", arguments, smoke, seconds, rows, least, gib)
-
-
-STAGES = (
-    Stage("correctness", "pytest", seconds=240),
-    Stage("rates", "rates.py", ("--models", "DiT-XL/2", "DiT-B/4", "DiT-L/2", "DiT-B/2"), seconds=60),
-    _throughput("throughput_xl2_256", "DiT-XL/2", tuple(_FIRST), 580, gib=100),
-    _throughput("throughput_b4", "DiT-B/4", ("table",), 480),
-    Stage("profile_xl2", "profile_step.py", ("--rates", "{folder}/rates.json"), ("--smoke",), 120, gib=100),
-    Stage("correctness_step", "pytest", seconds=180),
-    Stage("kernels", "kernels.py", (), ("--smoke", "--only", "silu_difference"), 450, pieces=True),
-    Stage("errors", "errors.py", (), ("--only", "silu_difference"), 200),
-    Stage("precision", "precision.py", ("--weights", "random", "digits"), seconds=180),
-    Stage("profile_b4", "profile_step.py", ("--model", "DiT-B/4", "--rates", "{folder}/rates.json"), seconds=90),
-    _throughput("ladder_b4", "DiT-B/4", ("ladder",), 240),
-    _throughput("ablations_b4", "DiT-B/4", ("ablations",), 300),
-    _throughput("throughput_xl2_96", "DiT-XL/2", ("table",), 1100, batch=96),
-    _throughput("throughput_b2", "DiT-B/2", ("table",), 700),
-    _throughput("throughput_l2_128", "DiT-L/2", ("table",), 900, batch=128),
-    Stage("photographs", "photographs.py", ("--seconds", "300"), seconds=580, rows=("soflow/fast", "soflow/public"),
-          least=520),
-    Stage("sampling", "sampling.py", ("--steps", "1"), seconds=450, pieces=True),
-    Stage("sampling_steps", "sampling.py",
-          ("--steps", "2", "4", "--precisions", "bf16", "--batches", "1", "256"), seconds=450, pieces=True),
-    Stage("loader", "loader.py"),
-    Stage("launches", "launches.py", (), ("--smoke", "--only", "silu_difference"), 520, pieces=True),
-    _throughput("ladder_xl2_96", "DiT-XL/2", ("ladder",), 500, batch=96),
-)  # fmt: skip
 
 
 class Campaign:
@@ -178,27 +95,76 @@ class Campaign:
 
     def run(self, stages: list[Stage], end: float) -> list[str]:
         """Runs what is left and fits until ``end`` of ``time.monotonic()``; the names of the stages that failed."""
-        failed = []
+        failed, ahead = [], {}
+        signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a shell's background, and by its children
         self.folder.mkdir(parents=True, exist_ok=True)
-        for stage in sorted(stages, key=lambda stage: stage.script == "pytest" and self.state(stage) == "begun"):
-            state = self.state(stage)
-            if state == "too large":
-                print(f"{stage.name}: needs {stage.gib} GiB of GPU memory, this card has {self.gib:.0f}", flush=True)
-            if state in ("done", "too large"):
-                continue
-            left = end - time.monotonic()
-            if left < (min(stage.seconds, stage.least) if stage.rows or stage.pieces else stage.seconds):
-                print(f"{stage.name}: {left:.0f} s are too few, left for the next call", flush=True)
-                continue
-            if stage.script == "pytest":  # begins anew in every call, and must not take what others could have
-                others = sum(
-                    one.seconds for one in stages if one is not stage and self.state(one) in ("to do", "begun")
-                )
-                left = min(left, max(2 * stage.seconds, left - others))
-            if not self._run(stage, left):
-                failed.append(stage.name)
-            self._pack()
+        try:
+            for stage in sorted(stages, key=lambda stage: stage.script == "pytest" and self.state(stage) == "begun"):
+                state = self.state(stage)
+                if state == "too large":
+                    print(
+                        f"{stage.name}: needs {stage.gib} GiB of GPU memory, this card has {self.gib:.0f}", flush=True
+                    )
+                if state in ("done", "too large"):
+                    continue
+                if stage.script == "pytest":
+                    ahead = ahead or self._begin_ahead(stages, end)
+                else:  # may be timed
+                    self._end_ahead(ahead, stage, end)
+                left = end - time.monotonic()
+                if left < self._least(stage, stage.name in ahead):
+                    print(f"{stage.name}: {left:.0f} s are too few, left for the next call", flush=True)
+                    continue
+                if stage.script == "pytest":  # begins anew in every call, and must not take what others could have
+                    others = sum(
+                        one.seconds for one in stages if one is not stage and self.state(one) in ("to do", "begun")
+                    )
+                    left = min(left, max(stage.seconds, left - others))
+                if not self._run_on(stage, left):
+                    failed.append(stage.name)
+                self._pack()
+        finally:
+            self._end_ahead(ahead)
         return failed
+
+    def _least(self, stage: Stage, compiled: bool) -> float:
+        """Seconds without which a stage is not begun."""
+        if stage.rows or stage.pieces:
+            return min(stage.seconds, stage.least / 2 if compiled else stage.least)
+        return stage.seconds
+
+    def _run_on(self, stage: Stage, left: float) -> bool:
+        """Runs a stage, a table again for as long as a row costs its process the GPU; whether it succeeded."""
+        end = time.monotonic() + left
+        while True:
+            before = self._rows_done(stage)
+            if self._run(stage, end - time.monotonic()):
+                return True
+            went_on = self._rows_done(stage) > before and self.state(stage) == "begun"
+            if not went_on or end - time.monotonic() < stage.least / 2:
+                return False
+
+    def _rows_done(self, stage: Stage) -> int:
+        return len((self._report(stage) or {}).get("rows", ())) if stage.rows else 0
+
+    def _begin_ahead(self, stages: list[Stage], end: float) -> dict[str, subprocess.Popen]:
+        """Begins to compile the tables that come next: tests leave the time for it, as nothing in them is timed."""
+        tables = [one for one in stages if one.script == "throughput.py" and self.state(one) in ("to do", "begun")]
+        begun = {}
+        for i, stage in enumerate(() if self.smoke else tables[:_AHEAD]):
+            command = ["nice", "-n", str(10 * i), *self._command(stage, end - time.monotonic()), "--only-ahead"]
+            with (self.folder / f"{stage.name}.ahead.log").open("w") as log:
+                begun[stage.name] = self._start(command, log, {})
+        return begun
+
+    def _end_ahead(self, ahead: dict[str, subprocess.Popen], stage: Stage | None = None, end: float = 0.0) -> None:
+        """Ends what compiles beside; what compiles for this stage may take a good part of its time."""
+        for name, process in ahead.items():
+            if stage is not None and name == stage.name:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(timeout=max(0.0, 0.4 * (end - time.monotonic())))
+            self._kill(process)
 
     def _pack(self) -> None:
         """Writes the archive, if there is to be one, while a stage may be writing its files."""
@@ -224,21 +190,10 @@ class Campaign:
         command = self._command(stage, left)
         print(f"{stage.name}: {shlex.join(command[1:])}", flush=True)
         start = time.monotonic()
-        caches = {"TORCHINDUCTOR_CACHE_DIR": self.cache / "inductor", "TRITON_CACHE_DIR": self.cache / "triton"}
-        variables = {name: str(folder.resolve()) for name, folder in caches.items()}
-        if stage.script == "pytest":
-            variables["OMP_NUM_THREADS"] = "2"  # of each of the processes
-        signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a shell's background, and by its children
+        # Of each of the processes of the tests.
+        variables = {"OMP_NUM_THREADS": "2", "TORCHINDUCTOR_COMPILE_THREADS": "2"} if stage.script == "pytest" else {}
         with log.open("w") as output:
-            process = subprocess.Popen(
-                command,
-                cwd=ROOT,
-                env={**os.environ, **variables},
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
+            process = self._start(command, output, variables)
             try:
                 code = self._wait(process, left)
             except BaseException:  # a stage must not run on beside what comes next
@@ -252,6 +207,19 @@ class Campaign:
             print("  " + "\n  ".join(log.read_text().splitlines()[-12:]), flush=True)
             return False
         return code == 0
+
+    def _start(self, command: list[str], output: IO[str], variables: dict[str, str]) -> subprocess.Popen:
+        """Starts a command in a process group of its own, and not a session: a killed campaign ends with all of it."""
+        caches = {"TORCHINDUCTOR_CACHE_DIR": self.cache / "inductor", "TRITON_CACHE_DIR": self.cache / "triton"}
+        variables = {**variables, **{name: str(folder.resolve()) for name, folder in caches.items()}}
+        return subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env={**os.environ, **variables},
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            preexec_fn=os.setpgrp,
+        )
 
     def _wait(self, process: subprocess.Popen, left: float) -> int | str:
         """The exit code of a process; when the time is over it is interrupted, and killed if that does not end it."""
@@ -269,6 +237,10 @@ class Campaign:
             os.killpg(process.pid, signal.SIGINT)
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(timeout=_GRACE)
+        self._kill(process)
+
+    @staticmethod
+    def _kill(process: subprocess.Popen) -> None:
         with contextlib.suppress(ProcessLookupError):  # none of its group is left
             os.killpg(process.pid, signal.SIGKILL)  # with the workers that compile for it
         process.wait()
@@ -287,7 +259,7 @@ class Campaign:
 
     def _command(self, stage: Stage, left: float) -> list[str]:
         if stage.script == "pytest":
-            names = ["activation_difference"] if self.smoke else _NATIVE_TESTS[stage.name]
+            names = ["activation_difference"] if self.smoke else NATIVE_TESTS[stage.name]
             tests = [f"tests/test_{name}.py" for name in names]
             # Left out is what concerns a CPU alone: Inductor's C++ and two processes over gloo.
             chosen = ["-m", "not slow", "-k", "not two_processes", "-n", "1" if self.smoke else "8"]

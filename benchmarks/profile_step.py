@@ -27,8 +27,8 @@ from soflow_fast.dit import PRESETS
 #: Kind of a kernel by its name; the first that matches. On a CPU the names are those of operators.
 KINDS = {
     "Inductor's kernels": r"^triton_|cpp_fused",  # first, as their names tell what is fused in them
-    "attention difference": r"attention_difference",
-    "attention": r"flash|fmha|attention|cudnn.*sdpa|sdpa",
+    "attention difference": r"attention_difference|large_change_kernel",
+    "attention": r"flash|fmha|attention|cudnn.*sdpa|sdpa|^_(forward|(short|keys|queries)_backward)_kernel",
     "products": r"gemm|nvjet|cutlass|cublas|wgmma|aten::(mm|addmm|bmm|linear)\b|mkl",
     "update": r"adamw|_square_sum_kernel|multi_tensor|foreach",
     "fused kernels": r"^_\w+_kernel",
@@ -163,7 +163,11 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     floor, no_floor = known_floors(options.rates, workload) if options.rates and not small else ({}, None)
     report = {"environment": environment(), "model": workload.model, "batch": workload.batch, "row": options.row}
-    report |= {"smoke": small, "no_floor": no_floor, **summary(*run(options.row, workload, options.trace), floor)}
+    wall_ms, kernels = run(options.row, workload, options.trace)
+    if not kernels:
+        print(f"profile_step.py: the profiler saw no kernel in {STEPS} steps of {wall_ms:.1f} ms", file=sys.stderr)
+        return 1
+    report |= {"smoke": small, "no_floor": no_floor, **summary(wall_ms, kernels, floor)}
     if options.json:
         write_report(options.json, report)
     print(f"{options.row}, {workload.model}, batch {workload.batch}{': times mean nothing' if small else ''}")

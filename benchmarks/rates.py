@@ -3,10 +3,10 @@
     python benchmarks/rates.py [--models DiT-B/4 DiT-XL/2] [--batch 256] [--json OUT.json] [--smoke]
 
 Counts the products of the blocks in a merged SoFlow step: forwards without gradient of 1.25·B rows, less those that
-drop their label, one with gradient of B rows, the differences of B/4 rows, and the backward. Each shape is timed
-from a cold cache; the sum of count times time is the floor: a step on this card that does nothing else. A part that
-fails is named, and the floor is without it. Embeddings, modulation and last layer are left out, under 2 % of the work.
-``--smoke`` takes a tiny model, to try the script; so does a machine without a GPU.
+drop their label, one with gradient of B rows, the differences of B/4 rows, and the backward. Each shape is timed from a
+cold cache; the sum of count times time, without what an empty CUDA graph takes, is the floor: a step on this card that
+does nothing else. A part that fails is named, and the floor is without it. Embeddings, modulation and last layer are
+left out, under 2 % of the work. ``--smoke`` takes a tiny model, to try the script; so does a machine without a GPU.
 """
 
 import argparse
@@ -172,8 +172,11 @@ def parts(sizes: tuple[int, int, int, int], batch: int, device: str, dtype: torc
     return listed
 
 
-def measure(name: str, sizes: tuple[int, int, int, int], batch: int, timer: Timer) -> Iterator[dict]:
+def measure(name: str, sizes: tuple[int, int, int, int], batch: int, timer: Timer, launch_ms: float) -> Iterator[dict]:
     """After each part the rows of one model, their sum and, ``without``, the counted parts that have no time.
+
+    Args:
+        launch_ms: of :func:`launch_floor_ms`, which each time has in it and a part of a captured step has not.
 
     Raises:
         SystemExit: if a part has cost this process its GPU.
@@ -187,7 +190,7 @@ def measure(name: str, sizes: tuple[int, int, int, int], batch: int, timer: Time
         except Exception as error:  # must not cost the other parts
             row |= {"ms": None, "tflops": None, "ms_per_step": 0.0, "refused": f"{type(error).__name__}: {error}"}
         else:
-            row |= {"ms": ms, "tflops": part.flops / ms / 1e9, "ms_per_step": part.count * ms}
+            row |= {"ms": ms, "tflops": part.flops / ms / 1e9, "ms_per_step": part.count * max(0.0, ms - launch_ms)}
         rows[part.name] = row
         timed = [part for part in listed if rows.get(part.name, {}).get("ms") is not None]
         flops, floor = sum(p.flops * p.count for p in timed), sum(row["ms_per_step"] for row in rows.values())
@@ -223,7 +226,7 @@ def main(arguments: list[str] | None = None) -> int:
     report |= {"launch_floor_ms": launch_floor_ms(timer), "models": []}
     for name, sizes in models.items():
         before = report["models"]
-        for model in measure(name, sizes, 4 if tiny else options.batch, timer):
+        for model in measure(name, sizes, 4 if tiny else options.batch, timer, report["launch_floor_ms"]):
             report["models"] = [*before, model]
             if options.json:
                 write_report(options.json, report, partial=True)

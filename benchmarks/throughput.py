@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 import torch
-from _ahead import compile_ahead
+from _ahead import compile_ahead, shared_traces
 from _measure import environment
 from _pieces import gpu_lost
 from _public_source import ID as PUBLIC_SOURCE
@@ -27,10 +27,13 @@ from _table import Results, chart, table
 
 from soflow_fast.dit import PRESET_NAMES, PRESETS
 
-# A row that is begun is assumed to take this many seconds to prepare, the last where nothing is left to compile, until
-# such a one has taken longer.
-_PREPARATION, _PREPARATION_COMPILED = 90.0, 45.0
-_PREPARATION_OF_DEEP = {"DiT-XL/2": 180.0, "DiT-L/2": 180.0}
+# A row that is begun is assumed to take this many seconds to prepare, the second where its code is in the cache and it
+# is only traced again, until such a one has taken longer.
+_PREPARATION = (90.0, 45.0)
+_PREPARATION_OF_DEEP = dict.fromkeys(("DiT-XL/2", "DiT-L/2"), (180.0, 90.0))
+
+# So many rows are timed together at most: what ends the process costs those that are ready.
+_GROUP = 4
 
 
 class Run:
@@ -56,8 +59,8 @@ class Run:
         self.left: list[str] = []
         self._together: dict[str, Contestant] = {}
         self._groups = len({row["group"] for row in results.rows.values() if "group" in row})
-        to_compile = _PREPARATION_OF_DEEP.get(track.workload.model, _PREPARATION)
-        self._longest = {True: to_compile, False: _PREPARATION_COMPILED}
+        to_compile, compiled = _PREPARATION_OF_DEEP.get(track.workload.model, _PREPARATION)
+        self._longest = {True: to_compile, False: compiled}
 
     def __call__(self) -> None:
         """Runs every row that is not in the results, the ready ones first; ``left`` is what time is too short for."""
@@ -66,7 +69,7 @@ class Run:
             if not self._in_time(name):
                 self.left.append(name)
                 continue
-            if not self.track.has_room(list(self._together.values())):
+            if len(self._together) == _GROUP or not self.track.has_room(list(self._together.values())):
                 self._race()  # before the next one is compiled only to find that it does not fit
             begin = time.monotonic()
             if not self._prepare(name):
@@ -120,11 +123,16 @@ class Run:
         try:
             self.track.race(list(self._together.values()))
         finally:  # an interruption too leaves what was timed
-            reports = {name: {**c.report, "group": self._groups} for name, c in self._together.items()}
-            self.results.add({name: row for name, row in reports.items() if row.keys() & {"ms_per_step", "skipped"}})
+            self._record()
+        self.track.count_kernels(list(self._together.values()))
+        self._record()
         self._together = {}
         torch.compiler.reset()
         release()
+
+    def _record(self) -> None:
+        reports = {name: {**c.report, "group": self._groups} for name, c in self._together.items()}
+        self.results.add({name: row for name, row in reports.items() if row.keys() & {"ms_per_step", "skipped"}})
 
     def largest_batches(self) -> None:
         """For every timed row, its time per image at the largest batch that fits."""
@@ -175,11 +183,14 @@ def parsed(arguments: list[str]) -> argparse.Namespace:
     add("--limit", type=float, metavar="SECONDS", help="begin no row that may not be done by then")
     add("--jobs", type=int, metavar="N", default=min(8, (os.cpu_count() or 1) // 2) if on_gpu else 0,
         help="compile rows ahead in N processes (default %(default)s here; 0: each in its turn)")  # fmt: skip
+    add("--only-ahead", action="store_true", help="compile the rows ahead, for a later call, and run none")
     add("--public-source", type=Path, metavar="DIR", help=f"a checkout of the published code, for {PUBLIC_SOURCE}")
     add("--attention", default="sdpa", help="backend of the rows that are not bound to one (default %(default)s)")
     add("--max-autotune", action="store_true", help="compile with more candidates for the matrix products")
     add("--largest-batch", action="store_true", help="also time each row at the largest batch that fits (GPU)")
     options = parser.parse_args(arguments)
+    if options.only_ahead and options.jobs < 1:
+        parser.error(f"--only-ahead compiles in --jobs processes, and --jobs is {options.jobs}; give 1 or more")
     if options.resume and options.json is None:
         parser.error("--resume needs --json, the file to go on with")
     if not options.seconds > 0:
@@ -224,10 +235,15 @@ def main(arguments: list[str] | None = None) -> int:
     ahead = {}
     if options.jobs > 0:
         pending = {name: row for name, row in rows.items() if name not in results.rows and name != PUBLIC_SOURCE}
-        seconds = 3600.0 if options.limit is None else 0.6 * (options.limit - (time.monotonic() - start))
+        share = 1.0 if options.only_ahead else 0.6
+        seconds = 3600.0 if options.limit is None else share * (options.limit - (time.monotonic() - start))
         ahead = compile_ahead(pending, workload, options.jobs, seconds)
+    if options.only_ahead:
+        print(f"compiled: {', '.join(ahead)}")
+        return 0
     run = Run(rows, Track(workload, options.seconds), results, start=start, limit=options.limit, ahead=ahead)
-    run()
+    with shared_traces():
+        run()
     if options.largest_batch and not run.left:
         run.largest_batches()
     results.add({})

@@ -28,27 +28,29 @@ class _Scaled(DiT):
 ROW = replace(ROWS["flow-matching"], dit=_Scaled)
 
 _TURN = """
+from _ahead import shared_traces
 from _rows import build
 from test_ahead import ROW, WORKLOAD, _cached
-build(ROW, WORKLOAD)(*WORKLOAD.data())
+with shared_traces():
+    build(ROW, WORKLOAD)(*WORKLOAD.data())
 print(_cached())
 """
 
 
 def _cached() -> dict[str, int]:
-    counted = torch._dynamo.utils.counters["inductor"]
-    return {name: n for name, n in counted.items() if "fxgraph_cache" in name}
+    counted = torch._dynamo.utils.counters
+    return {name: n for kind in ("inductor", "aot_autograd") for name, n in counted[kind].items() if "_cache_" in name}
 
 
 @pytest.mark.slow
 def test_a_row_finds_its_code(tmp_path, monkeypatch):
-    """Forward and backward, in another process."""
+    """Forward and backward, and what both were traced to, in another process."""
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     torch.compiler.reset()
     torch._dynamo.utils.counters.clear()
     with opaque_draws.traced():  # as in the other
         compile_row(ROW, WORKLOAD)
-    assert _cached() == {"fxgraph_cache_miss": 2}
+    assert _cached() == {"fxgraph_cache_miss": 2, "autograd_cache_miss": 1, "autograd_cache_saved": 1}
     path = os.pathsep.join([*sys.path, os.environ.get("PYTHONPATH", "")])
     said = subprocess.run(
         [sys.executable, "-c", _TURN],
@@ -57,20 +59,25 @@ def test_a_row_finds_its_code(tmp_path, monkeypatch):
         check=True,
         env={**os.environ, "PYTHONPATH": path},
     ).stdout
-    assert said == "{'fxgraph_cache_hit': 2}\n"
+    assert said == "{'fxgraph_cache_hit': 2, 'autograd_cache_hit': 1}\n"
 
 
 def test_what_is_compiled_ahead(tmp_path, monkeypatch):
-    """Each compiled row by its name in a process of its own; those that are not compiled, or not on a CPU, are not."""
+    """Once, each compiled row by its name in a process of its own; not one that is not compiled, or not on a CPU."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
     script = tmp_path / "script.py"
     script.write_text("import sys, pathlib; pathlib.Path(__file__).with_suffix('.txt').write_text(str(sys.argv[1:]))")
     monkeypatch.setattr(_ahead, "__file__", str(script))
     rows = {name: ROWS[name] for name in ("soflow/public", "soflow/fast", "flow-matching")}
     assert list(compile_ahead(rows, WORKLOAD, jobs=1, seconds=600)) == ["flow-matching"]
     assert script.with_suffix(".txt").read_text() == str(["flow-matching", json.dumps(asdict(WORKLOAD))])
+    script.write_text("raise SystemExit('it is in the cache')")
+    assert list(compile_ahead(rows, WORKLOAD, jobs=1, seconds=600)) == ["flow-matching"]
+    assert list(compile_ahead(rows, replace(WORKLOAD, batch=8), jobs=1, seconds=600)) == []
 
 
-def test_a_row_that_fails_or_takes_too_long_is_left_out(capfd):
+def test_a_row_that_fails_or_takes_too_long_is_left_out(capfd, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     row = {"flow-matching": ROWS["flow-matching"]}
     assert compile_ahead(row, Workload("small", 4, "cpu", attention="none"), jobs=2, seconds=120) == {}
     assert "flow-matching: not compiled ahead, ValueError: attention='none'" in capfd.readouterr().err
